@@ -1,0 +1,28 @@
+//! Generates the gRPC code from `proto/` with a compiler written in Rust, so that no `protoc` is needed.
+
+use std::path::PathBuf;
+
+const FILES: &[&str] = &[
+    "github.com/containerd/containerd/api/services/snapshots/v1/snapshots.proto",
+    "plywood/v1/container.proto",
+    "plywood/v1/image.proto",
+    "plywood/v1/snapshot.proto",
+    "plywood/v1/system.proto",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler
+        .include_imports(true)
+        .include_source_info(true)
+        .open_files(FILES)?;
+    // The bytes that the reflection service serves; source info would only make them large.
+    std::fs::write(
+        out.join("descriptors.bin"),
+        compiler.encode_file_descriptor_set(),
+    )?;
+    tonic_prost_build::configure().compile_fds(compiler.file_descriptor_set())?;
+    Ok(())
+}

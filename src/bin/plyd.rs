@@ -1,0 +1,3 @@
+//! `plyd`: see `docs/architecture.md`.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! `plyfs`: see `docs/architecture.md`.
+
+fn main() {}

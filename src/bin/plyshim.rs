@@ -1,0 +1,3 @@
+//! `plyshim`: see `docs/architecture.md`.
+
+fn main() {}

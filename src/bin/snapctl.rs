@@ -1,0 +1,3 @@
+//! `snapctl`: see `docs/architecture.md`.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The commands of `snapctl` and what they print.

@@ -1,0 +1,7 @@
+//! The union: read-only lowers merged below one writable upper, in user space.
+
+pub mod types;
+pub mod union;
+
+pub use types::*;
+pub use union::Union;

@@ -1,0 +1,243 @@
+//! The words of the union's interface: what callers hand in and what they get back.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// The identity of a file or directory of the union.
+///
+/// It is the inode number that `stat` shows and the node id of FUSE at once (fuser forces the two to
+/// be equal). It does not change by copy-up, rename or remount, and no two live objects share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u64);
+
+impl NodeId {
+    /// The root of the union, FUSE's own number for it.
+    pub const ROOT: Self = Self(1);
+}
+
+/// Which family of private extended attributes a mount honours. Fixed when it is mounted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum XattrFamily {
+    /// `trusted.overlay.*`: as root.
+    #[default]
+    Trusted,
+    /// `user.overlay.*`: in a user namespace, or asked for by `userxattr`.
+    User,
+}
+
+/// What kind of object a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileKind {
+    /// Regular file.
+    Regular,
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink,
+    /// Character device.
+    CharDevice,
+    /// Block device.
+    BlockDevice,
+    /// Named pipe.
+    Fifo,
+    /// Unix socket.
+    Socket,
+}
+
+/// A point in time: seconds since the epoch (negative before 1970) and nanoseconds, 0 to 999,999,999,
+/// always counted forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp {
+    /// Whole seconds.
+    pub sec: i64,
+    /// Nanoseconds after `sec`.
+    pub nsec: u32,
+}
+
+/// What `stat` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attr {
+    /// Inode number; equal to the node id.
+    pub ino: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Allocated units of 512 bytes.
+    pub blocks: u64,
+    /// Last access.
+    pub atime: Timestamp,
+    /// Last change of content.
+    pub mtime: Timestamp,
+    /// Last change of anything.
+    pub ctime: Timestamp,
+    /// Type.
+    pub kind: FileKind,
+    /// Permission bits with setuid, setgid and sticky: `0o7777` at most.
+    pub perm: u16,
+    /// Number of links that are visible in the union.
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number, for devices.
+    pub rdev: u64,
+    /// Preferred size of one transfer.
+    pub blksize: u32,
+}
+
+/// The answer to a lookup or to a creation. Each one handed out is to be given back by
+/// [`Union::forget`](super::Union::forget).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The node.
+    pub node: NodeId,
+    /// Tells apart two objects that had the same id one after the other.
+    pub generation: u64,
+    /// Its attributes.
+    pub attr: Attr,
+}
+
+/// On whose behalf a request is made. Permission checks are the kernel's (`default_permissions`);
+/// the union needs the caller for the ownership of what it makes and for the clearing of setuid bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// Effective user.
+    pub uid: u32,
+    /// Effective group.
+    pub gid: u32,
+    /// Bits to take from the mode of a new object whose parent has no default ACL.
+    pub umask: u32,
+}
+
+impl Caller {
+    /// The superuser with an empty umask: what unpacking a layer runs as.
+    pub const ROOT: Self = Self {
+        uid: 0,
+        gid: 0,
+        umask: 0,
+    };
+}
+
+/// A time to set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetTime {
+    /// The host's current time.
+    Now,
+    /// A given one.
+    At(Timestamp),
+}
+
+/// What [`Union::setattr`](super::Union::setattr) is to change; `None` leaves a thing as it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SetAttr {
+    /// Permission bits, `0o7777` at most.
+    pub perm: Option<u16>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Length.
+    pub size: Option<u64>,
+    /// Last access.
+    pub atime: Option<SetTime>,
+    /// Last change of content.
+    pub mtime: Option<SetTime>,
+}
+
+/// One name of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirEntry {
+    /// Inode number, equal to what `stat` of the name shows.
+    pub ino: u64,
+    /// Where reading goes on after this entry: stable for as long as the directory is open.
+    pub next_offset: u64,
+    /// Type.
+    pub kind: FileKind,
+    /// Name.
+    pub name: OsString,
+}
+
+/// How [`Union::rename`](super::Union::rename) treats a target that exists.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RenameMode {
+    /// Replace it.
+    #[default]
+    Replace,
+    /// EEXIST.
+    NoReplace,
+    /// Exchange the two.
+    Exchange,
+}
+
+/// What `statfs` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatFs {
+    /// Blocks of `frsize` bytes in all.
+    pub blocks: u64,
+    /// Free ones.
+    pub bfree: u64,
+    /// Free ones for others than root.
+    pub bavail: u64,
+    /// Inodes in all.
+    pub files: u64,
+    /// Free inodes.
+    pub ffree: u64,
+    /// Preferred block size.
+    pub bsize: u32,
+    /// Longest name.
+    pub namelen: u32,
+    /// Fundamental block size.
+    pub frsize: u32,
+}
+
+/// `setxattr`'s flags.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SetXattrMode {
+    /// Create or replace.
+    #[default]
+    Any,
+    /// EEXIST if it is there.
+    Create,
+    /// ENODATA if it is not.
+    Replace,
+}
+
+/// Whether inode numbers combine layer and host inode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Xino {
+    /// Always unique and stable; numbers that do not fit are allotted from a table.
+    #[default]
+    On,
+    /// As `On`.
+    Auto,
+    /// Host inode numbers as they are wherever they are unique.
+    Off,
+}
+
+/// What a union is made of.
+#[derive(Clone, Debug, Default)]
+pub struct UnionConfig {
+    /// Read-only layers in overlayfs format, the topmost first. At least one unless there is an upper.
+    pub lowers: Vec<PathBuf>,
+    /// The writable layer; without it the union is read-only.
+    pub upper: Option<UpperConfig>,
+    /// Private xattrs honoured and written.
+    pub xattr_family: XattrFamily,
+    /// Show every object as owned by this user and group, and store new ones so.
+    pub squash: Option<(u32, u32)>,
+    /// Never wait for the disk: `fsync` is a no-op, copy-up is not made durable.
+    pub volatile: bool,
+    /// Refuse POSIX ACLs with EOPNOTSUPP.
+    pub no_acl: bool,
+    /// Inode numbers.
+    pub xino: Xino,
+}
+
+/// The writable layer.
+#[derive(Clone, Debug)]
+pub struct UpperConfig {
+    /// Where changes go.
+    pub dir: PathBuf,
+    /// Scratch directory on the same file system, locked while the union is open.
+    pub work: PathBuf,
+}

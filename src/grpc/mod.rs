@@ -1,0 +1,3 @@
+//! The services that plyd offers.
+
+pub mod pb;

@@ -1,0 +1,33 @@
+//! The code that `build.rs` generates from `proto/`.
+#![allow(
+    missing_docs,
+    clippy::all,
+    unused_qualifications,
+    reason = "generated; the comments are in the .proto files"
+)]
+
+/// `containerd.*`: containerd's API, as its clients speak it.
+pub mod containerd {
+    /// `containerd.types`.
+    pub mod types {
+        tonic::include_proto!("containerd.types");
+    }
+    /// `containerd.services`.
+    pub mod services {
+        /// `containerd.services.snapshots.v1`.
+        pub mod snapshots {
+            /// `containerd.services.snapshots.v1`.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.snapshots.v1");
+            }
+        }
+    }
+}
+
+/// `plywood.v1`: our own services.
+pub mod plywood {
+    tonic::include_proto!("plywood.v1");
+}
+
+/// The descriptors of all of the above, for the reflection service.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -1,0 +1,1 @@
+//! OCI images: archives, manifests, configs, and the unpacking of layers.

@@ -1,0 +1,5 @@
+//! Every `unsafe` block of Plywood and every system call that nix lacks.
+//!
+//! Each function here is a safe wrapper of one system call or of one kernel protocol; it decides
+//! nothing. Nothing here knows of any other module.
+#![allow(unsafe_code, reason = "the one place for it")]
