@@ -1,1 +1,14 @@
-//! What lies on disk below plyd's root.
+//! What lies on disk below plyd's root: [`record`] files hold every fact, [`index`] finds them by
+//! other names than their own, [`layer`] keeps the content of committed snapshots.
+//!
+//! The rules that everything here follows:
+//! - A fact is true when its record file is in place. Every change of state is exactly one rename
+//!   or one unlink of a record; whatever it names was made durable before.
+//! - The index holds no truth. It can be thrown away at any time, and nothing is deleted on its word.
+//! - What a crash can leave (temporaries, a layer without a record) is harmless, is recognised by its
+//!   place and cleared when the store is opened.
+
+mod durable;
+pub mod record;
+
+pub use durable::{create_dir, sync_dir};

@@ -1,0 +1,431 @@
+//! Record files: small, checksummed, self-describing, replaced as a whole.
+//!
+//! A record is a text file of four lines, so that a human can read it in an emergency:
+//!
+//! ```text
+//! plywood-record
+//! {"kind":"snapshot","version":1,"compatible":0,"read_only_compatible":0,"incompatible":0}
+//! {...the payload...}
+//! 64 hex digits: blake3 of everything above
+//! ```
+//!
+//! `version` is that of the payload's meaning. The feature words are ext4's: a reader that meets an
+//! unknown bit in `compatible` goes on, in `read_only_compatible` may read but not replace the file,
+//! in `incompatible` leaves it alone.
+//!
+//! A record is written to a temporary beside it, synced, renamed over the old one, and the directory
+//! is synced: after a crash it is the old one or the new one, whole. A record that cannot be read is
+//! reported by name and stays where it is, so that its id stays taken and nothing that belongs to it
+//! is cleared away as an orphan; it takes no other record with it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::marker::PhantomData;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::durable::{create_dir, sync_dir};
+
+const MAGIC: &str = "plywood-record";
+const SUFFIX: &str = ".record";
+const TEMPORARY: &str = ".tmp-";
+/// Longest id in bytes; leaves room for the suffixes within a name of 255 bytes.
+const LONGEST_ID: usize = 200;
+/// A larger file is not one of ours.
+const LARGEST_FILE: u64 = 16 << 20;
+
+/// What a type has to say of itself to be kept in a [`RecordDir`].
+pub trait Record: Serialize + DeserializeOwned {
+    /// What the file is a record of, e.g. `snapshot`. A file of another kind is refused.
+    const KIND: &'static str;
+    /// Version of the payload's meaning; a higher one is refused on reading.
+    const VERSION: u32;
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    kind: String,
+    version: u32,
+    compatible: u64,
+    read_only_compatible: u64,
+    incompatible: u64,
+}
+
+/// Why a record could not be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The host refused an operation.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The file is there, but it is not a record that this release can use.
+    #[error("{0}")]
+    Damaged(#[from] Damaged),
+    /// Not a name that a record can have.
+    #[error(
+        "{id:?} cannot name a record: use 1 to {LONGEST_ID} letters, digits, '.', '_' and '-', not starting with '.'"
+    )]
+    BadId {
+        /// The name.
+        id: String,
+    },
+}
+
+/// A record file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the record {path} cannot be used: {problem}; restore it from a backup, or delete the file to give up what it stands for, and start plyd again"
+)]
+pub struct Damaged {
+    /// The id that its name gives.
+    pub id: String,
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// Result of an operation on records.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What [`RecordDir::list`] found.
+#[derive(Debug)]
+pub struct Listing<T> {
+    /// The sound records with their ids, in order of id.
+    pub records: Vec<(String, T)>,
+    /// Those that cannot be used. Their ids are taken.
+    pub damaged: Vec<Damaged>,
+}
+
+/// A directory of records of one type. Any thread may use it at any time; of two `put`s of one id the
+/// later rename wins, so callers that read, change and write hold a lock of their own.
+#[derive(Debug)]
+pub struct RecordDir<T> {
+    dir: PathBuf,
+    temporaries: AtomicU64,
+    records: PhantomData<fn() -> T>,
+}
+
+impl<T: Record> RecordDir<T> {
+    /// Opens the directory, makes it (mode 0700) if it is missing, and clears temporaries that a
+    /// crash left. Only one process may have it open.
+    pub fn open(dir: &Path) -> Result<Self> {
+        create_dir(dir, 0o700).map_err(io_error("make the directory", dir))?;
+        let this = Self {
+            dir: dir.to_owned(),
+            temporaries: AtomicU64::new(0),
+            records: PhantomData,
+        };
+        for name in this.names()? {
+            if name.starts_with(TEMPORARY) {
+                let path = dir.join(&name);
+                fs::remove_file(&path).map_err(io_error("remove the left-over", &path))?;
+            }
+        }
+        Ok(this)
+    }
+
+    /// Reads all records. Fails only if the directory itself cannot be read.
+    pub fn list(&self) -> Result<Listing<T>> {
+        let mut listing = Listing {
+            records: Vec::new(),
+            damaged: Vec::new(),
+        };
+        let mut names = self.names()?;
+        names.sort_unstable();
+        for name in names {
+            let Some(id) = name.strip_suffix(SUFFIX) else {
+                continue;
+            };
+            match self.get(id) {
+                Ok(Some(record)) => listing.records.push((id.to_owned(), record)),
+                Ok(None) => {}
+                Err(Error::Damaged(damaged)) => listing.damaged.push(damaged),
+                Err(error) => listing.damaged.push(Damaged {
+                    id: id.to_owned(),
+                    path: self.dir.join(&name),
+                    problem: error.to_string(),
+                }),
+            }
+        }
+        Ok(listing)
+    }
+
+    /// The record `id`, or `None` if there is none.
+    pub fn get(&self, id: &str) -> Result<Option<T>> {
+        let path = self.path(id)?;
+        let length = match fs::symlink_metadata(&path) {
+            Ok(meta) => meta.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("look at", &path)(error)),
+        };
+        let damaged = |problem: String| Damaged {
+            id: id.to_owned(),
+            path: path.clone(),
+            problem,
+        };
+        if length > LARGEST_FILE {
+            return Err(damaged(format!("it has {length} bytes, too many for a record")).into());
+        }
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("read", &path)(error)),
+        };
+        Ok(Some(decode(&bytes).map_err(damaged)?))
+    }
+
+    /// Makes `record` the record `id`, in place of one that may be there. Durable on return.
+    pub fn put(&self, id: &str, record: &T) -> Result<()> {
+        let path = self.path(id)?;
+        let bytes = encode(record).map_err(io_error("write", &path))?;
+        let number = self.temporaries.fetch_add(1, Ordering::Relaxed);
+        let temporary = self.dir.join(format!("{TEMPORARY}{number}"));
+        let written = write_synced(&temporary, &bytes).and_then(|()| fs::rename(&temporary, &path));
+        if let Err(error) = written {
+            // Also cleared by the next `open`; this one only gives back the space at once.
+            let _ = fs::remove_file(&temporary);
+            return Err(io_error("write", &path)(error));
+        }
+        sync_dir(&self.dir).map_err(io_error("make durable", &path))
+    }
+
+    /// Removes the record `id`, damaged or not. Durable on return. Answers whether it was there.
+    pub fn remove(&self, id: &str) -> Result<bool> {
+        let path = self.path(id)?;
+        match fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(io_error("remove", &path)(error)),
+        }
+        sync_dir(&self.dir).map_err(io_error("make durable the removal of", &path))?;
+        Ok(true)
+    }
+
+    fn path(&self, id: &str) -> Result<PathBuf> {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if id.is_empty() || id.len() > LONGEST_ID || id.starts_with('.') || !id.bytes().all(allowed)
+        {
+            return Err(Error::BadId { id: id.to_owned() });
+        }
+        Ok(self.dir.join(format!("{id}{SUFFIX}")))
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
+        let fail = io_error("list", &self.dir);
+        let entries = fs::read_dir(&self.dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        Ok(entries
+            .map_err(fail)?
+            .into_iter()
+            // A name that is not UTF-8 is not one of ours.
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect())
+    }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file: File = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn encode<T: Record>(record: &T) -> io::Result<Vec<u8>> {
+    let header = Header {
+        kind: T::KIND.to_owned(),
+        version: T::VERSION,
+        compatible: 0,
+        read_only_compatible: 0,
+        incompatible: 0,
+    };
+    let mut bytes = format!(
+        "{MAGIC}\n{}\n{}\n",
+        serde_json::to_string(&header)?,
+        serde_json::to_string(record)?
+    )
+    .into_bytes();
+    let sum = blake3::hash(&bytes).to_hex();
+    bytes.extend_from_slice(sum.as_bytes());
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+fn decode<T: Record>(bytes: &[u8]) -> Result<T, String> {
+    let body_and_sum = bytes
+        .strip_suffix(b"\n")
+        .ok_or_else(|| "it is empty or cut off".to_owned())?;
+    let split = body_and_sum
+        .iter()
+        .rposition(|&byte| byte == b'\n')
+        .ok_or_else(|| "it is cut off".to_owned())?;
+    let (body, sum) = (&bytes[..=split], &body_and_sum[split + 1..]);
+    if sum != blake3::hash(body).to_hex().as_bytes() {
+        return Err("its checksum does not match its content".to_owned());
+    }
+    let text = std::str::from_utf8(body).map_err(|error| format!("it is not text: {error}"))?;
+    let lines: Vec<&str> = text.lines().collect();
+    let [MAGIC, header, payload] = lines[..] else {
+        return Err(format!("it does not start with \"{MAGIC}\""));
+    };
+    let header: Header =
+        serde_json::from_str(header).map_err(|error| format!("its header is wrong: {error}"))?;
+    if header.kind != T::KIND {
+        return Err(format!(
+            "it is the record of a {}, not of a {}",
+            header.kind,
+            T::KIND
+        ));
+    }
+    // No bit of either word has a meaning yet, and a record that may be read is also replaced.
+    if header.version > T::VERSION || header.incompatible != 0 || header.read_only_compatible != 0 {
+        return Err("a newer release of Plywood wrote it".to_owned());
+    }
+    serde_json::from_str(payload).map_err(|error| format!("its payload is wrong: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Fruit {
+        name: String,
+        weight: u64,
+    }
+
+    impl Record for Fruit {
+        const KIND: &'static str = "fruit";
+        const VERSION: u32 = 2;
+    }
+
+    fn fruit(name: &str) -> Fruit {
+        Fruit {
+            name: name.to_owned(),
+            weight: 7,
+        }
+    }
+
+    fn problem(bytes: &[u8]) -> String {
+        decode::<Fruit>(bytes).unwrap_err()
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_put() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = RecordDir::open(&tmp.path().join("a/b")).unwrap();
+        assert_eq!(dir.get("x").unwrap(), None::<Fruit>);
+        dir.put("x", &fruit("line\nbreak \u{2028} \"quote\""))
+            .unwrap();
+        dir.put("y", &fruit("pear")).unwrap();
+        dir.put("y", &fruit("plum")).unwrap();
+        let dir = RecordDir::<Fruit>::open(&tmp.path().join("a/b")).unwrap();
+        assert_eq!(
+            dir.get("x").unwrap().unwrap().name,
+            "line\nbreak \u{2028} \"quote\""
+        );
+        let listing = dir.list().unwrap();
+        assert_eq!(listing.records[1], ("y".to_owned(), fruit("plum")));
+        assert_eq!(listing.records.len(), 2);
+        assert!(listing.damaged.is_empty());
+        assert!(dir.remove("x").unwrap());
+        assert!(!dir.remove("x").unwrap());
+        assert_eq!(dir.list().unwrap().records.len(), 1);
+    }
+
+    #[test]
+    fn every_flipped_or_missing_byte_is_noticed() {
+        let good = encode(&fruit("apple")).unwrap();
+        assert_eq!(decode::<Fruit>(&good).unwrap(), fruit("apple"));
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x20;
+            assert!(decode::<Fruit>(&bad).is_err(), "byte {at} flipped");
+            assert!(decode::<Fruit>(&good[..at]).is_err(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn foreign_kinds_and_newer_versions_are_refused() {
+        let sealed = |header: &str| {
+            let mut bytes =
+                format!("{MAGIC}\n{header}\n{{\"name\":\"a\",\"weight\":1}}\n").into_bytes();
+            let sum = blake3::hash(&bytes).to_hex();
+            bytes.extend_from_slice(sum.as_bytes());
+            bytes.push(b'\n');
+            bytes
+        };
+        let header = |kind: &str, version: u32, compatible: u64, incompatible: u64| {
+            sealed(&format!(
+                "{{\"kind\":\"{kind}\",\"version\":{version},\"compatible\":{compatible},\"read_only_compatible\":0,\"incompatible\":{incompatible}}}"
+            ))
+        };
+        assert!(decode::<Fruit>(&header("fruit", 1, 4, 0)).is_ok());
+        assert!(problem(&header("fish", 1, 0, 0)).contains("record of a fish"));
+        assert!(problem(&header("fruit", 3, 0, 0)).contains("newer release"));
+        assert!(problem(&header("fruit", 2, 0, 1)).contains("newer release"));
+    }
+
+    #[test]
+    fn a_damaged_record_is_named_and_takes_no_other_with_it() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = RecordDir::open(tmp.path()).unwrap();
+        dir.put("good", &fruit("apple")).unwrap();
+        dir.put("bad", &fruit("pear")).unwrap();
+        fs::write(tmp.path().join("bad.record"), b"").unwrap();
+        fs::create_dir(tmp.path().join("worse.record")).unwrap();
+        fs::write(tmp.path().join(".tmp-3"), b"half").unwrap();
+        let dir = RecordDir::<Fruit>::open(tmp.path()).unwrap();
+        let listing = dir.list().unwrap();
+        assert_eq!(listing.records, [("good".to_owned(), fruit("apple"))]);
+        let ids: Vec<_> = listing.damaged.iter().map(|d| d.id.as_str()).collect();
+        assert_eq!(ids, ["bad", "worse"]);
+        assert!(listing.damaged[0].to_string().contains("delete the file"));
+        assert!(tmp.path().join("bad.record").exists());
+        assert!(!tmp.path().join(".tmp-3").exists());
+    }
+
+    #[test]
+    fn an_id_is_never_a_path() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = RecordDir::<Fruit>::open(tmp.path()).unwrap();
+        for id in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "../x",
+            "a b",
+            "\u{e9}",
+            &"x".repeat(201),
+        ] {
+            assert!(
+                matches!(dir.put(id, &fruit("apple")), Err(Error::BadId { .. })),
+                "{id:?}"
+            );
+        }
+    }
+}
