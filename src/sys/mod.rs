@@ -3,3 +3,7 @@
 //! Each function here is a safe wrapper of one system call or of one kernel protocol; it decides
 //! nothing. Nothing here knows of any other module.
 #![allow(unsafe_code, reason = "the one place for it")]
+
+pub mod fd_passing;
+pub mod fuse_mount;
+pub mod process;

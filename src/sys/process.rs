@@ -1,0 +1,77 @@
+//! What a process says of itself to the kernel: name, memory, forks, inherited descriptors.
+
+use std::fs;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+use nix::unistd::{ForkResult, Pid};
+
+/// `PR_SET_IO_FLUSHER` of `linux/prctl.h`, Linux 5.6: memory is then reclaimed for this process
+/// without waiting for the file system that it serves.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// Marks the process as one that memory reclaim may be waiting for. EINVAL before Linux 5.6, EPERM
+/// without CAP_SYS_RESOURCE.
+pub fn set_io_flusher() -> io::Result<()> {
+    // SAFETY: the call takes plain numbers and touches no memory of ours.
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Sets how readily the OOM killer takes this process, -1000 (never) to 1000.
+pub fn set_oom_score_adj(score: i32) -> io::Result<()> {
+    fs::write("/proc/self/oom_score_adj", score.to_string())
+}
+
+/// Takes a descriptor over that the parent left open under a number that it named.
+///
+/// EBADF when there is none under that number, EINVAL for the three standard streams.
+pub fn adopt_fd(number: RawFd) -> io::Result<OwnedFd> {
+    if number <= 2 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: F_SETFD on any number is harmless; it fails with EBADF when nothing is open there.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and by the contract of the command line it is for this
+    // process alone, which adopts it once.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Forks. To be called while the process has one thread.
+pub fn fork_single_threaded() -> io::Result<Option<Pid>> {
+    let threads = fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other(format!(
+            "cannot fork with {threads} threads running"
+        )));
+    }
+    // SAFETY: there is one thread, as was just seen, so no lock can be held by another one that
+    // does not exist in the child.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child)),
+        ForkResult::Child => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    use super::*;
+
+    #[test]
+    fn only_an_open_descriptor_can_be_adopted() {
+        assert_eq!(adopt_fd(1).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(
+            adopt_fd(987_654).unwrap_err().raw_os_error(),
+            Some(libc::EBADF)
+        );
+        let raw = fs::File::open("/proc/self/stat").unwrap().into_raw_fd();
+        assert_eq!(adopt_fd(raw).unwrap().as_raw_fd(), raw);
+    }
+}
