@@ -1,5 +1,6 @@
 //! What lies on disk below plyd's root: [`record`] files hold every fact, [`index`] finds them by
-//! other names than their own, [`layer`] keeps the content of committed snapshots.
+//! other names than their own, [`layer`] keeps the content of committed snapshots, [`trash`] deletes
+//! trees.
 //!
 //! The rules that everything here follows:
 //! - A fact is true when its record file is in place. Every change of state is exactly one rename
@@ -9,6 +10,11 @@
 //!   place and cleared when the store is opened.
 
 mod durable;
+pub mod index;
+pub mod layer;
 pub mod record;
+pub mod trash;
+mod usage;
 
 pub use durable::{create_dir, sync_dir};
+pub use usage::{Usage, usage};
