@@ -1,27 +1,97 @@
 //! The life cycle of snapshots, their records, and the supervision of their mounts.
+//!
+//! A snapshot is known by its owner and a key. Active ones are written to, views are looked at,
+//! committed ones are immutable and what the others build on. Below plyd's root:
+//!
+//! ```text
+//! snapshots/records/ID.record   what is known of a snapshot; it exists if and only if this does
+//! snapshots/data/ID/upper       what an active snapshot changes
+//! snapshots/data/ID/work        the union's scratch directory for it
+//! snapshots/data/ID/empty       the only lower of a view on nothing
+//! layers/LAYER                  the content of a committed snapshot
+//! index/                        names to ids; can be deleted while plyd is not running
+//! trash/                        trees on their way out
+//! ```
+//!
+//! and below its state directory, which a reboot may clear:
+//!
+//! ```text
+//! mounts/ID/root       where the snapshot is mounted, and what consumers bind
+//! mounts/ID/ctl.sock   the control socket of the plyfs that serves it
+//! mounts/ID/lowers     the lower directories, for that plyfs
+//! mounts/ID/plyfs.log  what it has to say
+//! ```
+//!
+//! What each change consists of, so that a crash at any point can be mended by the next `open`:
+//!
+//! - prepare: directories first, then the record. Left behind: a data directory that no record
+//!   names, which is thrown away.
+//! - commit: flush, unmount and sync; the upper becomes a layer by one rename; the record is replaced
+//!   by one that names the layer. Left behind: an active snapshot whose upper is a layer already,
+//!   which is given back; or the work directory of a committed one, which is thrown away.
+//! - remove: unmount; the record is removed; then the trees are thrown away. Left behind: trees that
+//!   no record names.
+//!
+//! A record that cannot be read keeps its id taken: none of its trees is an orphan.
 
+mod catalog;
+mod locks;
+mod recovery;
+#[cfg(test)]
+mod tests;
 pub mod types;
+mod upper;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
+use catalog::{Catalog, Found, SnapshotRecord};
+use locks::Locks;
+use types::io_error;
 pub use types::*;
+
+use crate::cow::{UnionConfig, UpperConfig};
+use crate::store::layer::{LayerId, LayerStore};
+use crate::store::trash::Trash;
+use crate::store::{self, create_dir, sync_dir};
 
 /// All snapshots of one plyd. Every method blocks and may be called from any thread; asynchronous
 /// callers go through `spawn_blocking`. What a method has acknowledged is durable.
-pub struct Snapshotter {}
+#[derive(Debug)]
+pub struct Snapshotter {
+    catalog: Catalog,
+    locks: Locks,
+    layers: LayerStore,
+    trash: Trash,
+    data: PathBuf,
+}
 
-#[allow(
-    unused_variables,
-    clippy::todo,
-    missing_docs,
-    reason = "signatures that the first commit agrees on"
-)]
 impl Snapshotter {
     /// Reads the records below `root`, clears what a crash left, finds the mounts below `state` that
-    /// still live.
-    pub fn open(root: &Path, state: &Path, config: SnapshotterConfig) -> Result<Self> {
-        todo!()
+    /// still live. Only one process may have a root open; see [`store::lock_root`].
+    pub fn open(root: &Path, _state: &Path, config: SnapshotterConfig) -> Result<Self> {
+        let data = root.join("snapshots/data");
+        create_dir(root, 0o700).map_err(io_error("make", root))?;
+        create_dir(&data, 0o700).map_err(io_error("make", &data))?;
+        let layers_dir = root.join("layers");
+        let layers = LayerStore::open(&layers_dir).map_err(io_error("open", &layers_dir))?;
+        let trash_dir = root.join("trash");
+        let trash = Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?;
+        let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
+        recovery::mend(&all, &damaged, &data, &layers, &trash)?;
+        Ok(Self {
+            catalog,
+            locks: Locks::default(),
+            layers,
+            trash,
+            data,
+        })
+    }
+
+    /// Brings the index to the disk and leaves every mount to the next process. The last call.
+    pub fn close(&self) -> Result<()> {
+        self.catalog.close()
     }
 
     /// Makes an active snapshot on a committed parent. It is not mounted until `mount` or `mounts`.
@@ -32,8 +102,9 @@ impl Snapshotter {
         parent: Option<&ParentRef>,
         labels: BTreeMap<String, String>,
     ) -> Result<SnapshotInfo> {
-        todo!()
+        self.make(Kind::Active, owner, key, parent, labels)
     }
+
     /// Makes a read-only snapshot.
     pub fn view(
         &self,
@@ -42,8 +113,89 @@ impl Snapshotter {
         parent: Option<&ParentRef>,
         labels: BTreeMap<String, String>,
     ) -> Result<SnapshotInfo> {
-        todo!()
+        self.make(Kind::View, owner, key, parent, labels)
     }
+
+    fn make(
+        &self,
+        kind: Kind,
+        owner: Owner,
+        key: &str,
+        parent: Option<&ParentRef>,
+        labels: BTreeMap<String, String>,
+    ) -> Result<SnapshotInfo> {
+        if key.is_empty() {
+            return Err(Error::EmptyKey);
+        }
+        self.catalog.check_free(owner, key)?;
+        let parent = parent
+            .map(|parent| self.resolve_parent(parent))
+            .transpose()?;
+        let record = SnapshotRecord {
+            owner,
+            key: key.to_owned(),
+            kind,
+            parent: parent.as_ref().map(|parent| parent.id.clone()),
+            labels,
+            created: 0,
+            updated: 0,
+            layer: None,
+            usage: None,
+        };
+        let id = catalog::new_id();
+        let dir = self.data.join(&id);
+        let made = self
+            .make_directories(&dir, kind, parent.as_ref())
+            .and_then(|()| self.catalog.insert(&id, record));
+        match made {
+            Ok(found) => self.describe(found),
+            Err(error) => {
+                self.throw_away(&dir);
+                Err(error)
+            }
+        }
+    }
+
+    fn resolve_parent(&self, parent: &ParentRef) -> Result<Found> {
+        let ParentRef { owner, key } = parent;
+        let found = self
+            .catalog
+            .find(*owner, key)?
+            .ok_or_else(|| Error::NoParent {
+                owner: *owner,
+                key: key.clone(),
+            })?;
+        if found.record.kind != Kind::Committed {
+            return Err(Error::ParentNotCommitted {
+                key: key.clone(),
+                kind: found.record.kind,
+            });
+        }
+        Ok(found)
+    }
+
+    fn make_directories(&self, dir: &Path, kind: Kind, parent: Option<&Found>) -> Result<()> {
+        fs::create_dir(dir).map_err(io_error("make", dir))?;
+        let top = parent.and_then(|parent| parent.record.layer.as_ref());
+        match (kind, top) {
+            (Kind::Active, top) => {
+                let upper = dir.join("upper");
+                upper::make(&upper, top.map(|top| self.layers.lower_of(top)).as_deref())
+                    .map_err(io_error("make", &upper))?;
+                let work = dir.join("work");
+                fs::create_dir(&work).map_err(io_error("make", &work))?;
+            }
+            (_, None) => {
+                let empty = dir.join("empty");
+                upper::make(&empty, None).map_err(io_error("make", &empty))?;
+            }
+            (_, Some(_)) => {}
+        }
+        sync_dir(dir)
+            .and_then(|()| sync_dir(&self.data))
+            .map_err(io_error("make durable", dir))
+    }
+
     /// Flushes, unmounts, makes durable and turns the active snapshot `key` into the committed `name`.
     pub fn commit(
         &self,
@@ -52,44 +204,235 @@ impl Snapshotter {
         key: &str,
         labels: BTreeMap<String, String>,
     ) -> Result<SnapshotInfo> {
-        todo!()
+        if name.is_empty() {
+            return Err(Error::EmptyKey);
+        }
+        self.locked(owner, key, |found| {
+            self.expect_active(&found)?;
+            if name != key {
+                self.catalog.check_free(owner, name)?;
+            }
+            let dir = self.data.join(&found.id);
+            let upper = dir.join("upper");
+            upper::sync(&upper).map_err(io_error("make durable", &upper))?;
+            let usage = usage_of(&upper)?;
+            let layer = LayerId(found.id.clone());
+            self.layers
+                .adopt(&layer, &upper)
+                .map_err(io_error("commit", &upper))?;
+            let committed = self.catalog.update(&found, |record| {
+                record.key = name.to_owned();
+                record.kind = Kind::Committed;
+                record.labels = labels;
+                record.layer = Some(layer.clone());
+                record.usage = Some(usage);
+            });
+            match committed {
+                Ok(committed) => {
+                    self.throw_away(&dir);
+                    self.describe(committed)
+                }
+                Err(error) => {
+                    // Whether the record was replaced before it failed decides the next `open`.
+                    if let Ok(Some(_)) = self.catalog.find(owner, key)
+                        && let Err(error) = self.layers.give_back(&layer, &upper)
+                    {
+                        tracing::error!(snapshot = key, %error, "cannot undo a failed commit; restart plyd");
+                    }
+                    Err(error)
+                }
+            }
+        })
     }
+
     /// Deletes a snapshot that has no children; unmounts it first.
     pub fn remove(&self, owner: Owner, key: &str) -> Result<()> {
-        todo!()
+        self.locked(owner, key, |found| {
+            self.catalog.check_childless(&found)?;
+            self.catalog.remove(&found)?;
+            self.throw_away(&self.data.join(&found.id));
+            if let Some(layer) = &found.record.layer
+                && let Err(error) = self.layers.remove(layer, &self.trash)
+            {
+                tracing::error!(layer = layer.0, %error, "a layer stays until plyd starts again");
+            }
+            Ok(())
+        })
     }
+
+    /// What is known of one snapshot.
     pub fn stat(&self, owner: Owner, key: &str) -> Result<SnapshotInfo> {
-        todo!()
+        self.describe(self.catalog.resolve(owner, key)?)
     }
-    /// Snapshots of one owner, or of all, in order of creation.
+
+    /// Snapshots of one owner, or of all, in order of creation. One whose parent's record is damaged
+    /// is left out, and said so in the log.
     pub fn list(&self, owner: Option<Owner>) -> Result<Vec<SnapshotInfo>> {
-        todo!()
+        let all = self.catalog.all()?;
+        let mut infos = Vec::with_capacity(all.len());
+        for found in all {
+            if owner.is_some_and(|owner| owner != found.record.owner) {
+                continue;
+            }
+            let key = found.record.key.clone();
+            match self.describe(found) {
+                Ok(info) => infos.push(info),
+                Err(error) => tracing::error!(snapshot = key, %error, "left out of a listing"),
+            }
+        }
+        Ok(infos)
     }
+
+    /// Replaces the labels.
     pub fn set_labels(
         &self,
         owner: Owner,
         key: &str,
         labels: BTreeMap<String, String>,
     ) -> Result<SnapshotInfo> {
-        todo!()
+        self.locked(owner, key, |found| {
+            let updated = self
+                .catalog
+                .update(&found, |record| record.labels = labels)?;
+            self.describe(updated)
+        })
     }
+
+    /// What the snapshot takes for itself alone: as it was at commit, or what an active one has now.
     pub fn usage(&self, owner: Owner, key: &str) -> Result<Usage> {
-        todo!()
+        let found = self.catalog.resolve(owner, key)?;
+        match (found.record.usage, found.record.kind) {
+            (Some(usage), _) => Ok(usage),
+            (None, Kind::Active) => usage_of(&self.data.join(&found.id).join("upper")),
+            (None, _) => Ok(Usage::default()),
+        }
     }
+
     /// Mounts the snapshot if it is not, or if its plyfs has died, and says where.
-    pub fn mount(&self, owner: Owner, key: &str) -> Result<MountPoint> {
+    #[allow(clippy::todo, reason = "follows")]
+    pub fn mount(&self, _owner: Owner, _key: &str) -> Result<MountPoint> {
         todo!()
     }
+
     /// What a consumer has to mount: a bind of the above. Equal answers to equal calls.
-    pub fn mounts(&self, owner: Owner, key: &str) -> Result<Vec<Mount>> {
+    #[allow(clippy::todo, reason = "follows")]
+    pub fn mounts(&self, _owner: Owner, _key: &str) -> Result<Vec<Mount>> {
         todo!()
     }
-    pub fn unmount(&self, owner: Owner, key: &str) -> Result<()> {
+
+    /// Ends the mount, if there is one.
+    #[allow(clippy::todo, reason = "follows")]
+    pub fn unmount(&self, _owner: Owner, _key: &str) -> Result<()> {
         todo!()
     }
+
     /// How to open the snapshot's union in this process, for work on an active snapshot that is not
     /// mounted (unpacking a layer). The caller closes it before `mount`, `commit` or `remove`.
-    pub fn union_config(&self, owner: Owner, key: &str) -> Result<crate::cow::UnionConfig> {
-        todo!()
+    pub fn union_config(&self, owner: Owner, key: &str) -> Result<UnionConfig> {
+        self.union_of(&self.catalog.resolve(owner, key)?)
     }
+
+    fn union_of(&self, found: &Found) -> Result<UnionConfig> {
+        let dir = self.data.join(&found.id);
+        let mut lowers = self.lowers_of(found)?;
+        let upper = match found.record.kind {
+            Kind::Active => Some(UpperConfig {
+                dir: dir.join("upper"),
+                work: dir.join("work"),
+            }),
+            _ => None,
+        };
+        if lowers.is_empty() && upper.is_none() {
+            lowers.push(dir.join("empty"));
+        }
+        Ok(UnionConfig {
+            lowers,
+            upper,
+            ..UnionConfig::default()
+        })
+    }
+
+    /// Its own layer, if it is committed, and those below, the topmost first.
+    fn lowers_of(&self, found: &Found) -> Result<Vec<PathBuf>> {
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        Ok(self.lowers_in(found, &ancestors))
+    }
+
+    fn lowers_in(&self, found: &Found, ancestors: &[Found]) -> Vec<PathBuf> {
+        std::iter::once(found)
+            .chain(ancestors)
+            .filter_map(|found| found.record.layer.as_ref())
+            .map(|layer| self.layers.lower_of(layer))
+            .collect()
+    }
+
+    fn describe(&self, found: Found) -> Result<SnapshotInfo> {
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        let layer_dirs = self.lowers_in(&found, &ancestors);
+        let upper_dir =
+            (found.record.kind == Kind::Active).then(|| self.data.join(&found.id).join("upper"));
+        let Found { id, record } = found;
+        Ok(SnapshotInfo {
+            id,
+            owner: record.owner,
+            key: record.key,
+            parent: ancestors.into_iter().next().map(|parent| ParentRef {
+                owner: parent.record.owner,
+                key: parent.record.key,
+            }),
+            kind: record.kind,
+            labels: record.labels,
+            created: catalog::time(record.created),
+            updated: catalog::time(record.updated),
+            mount: None,
+            upper_dir,
+            layer_dirs,
+        })
+    }
+
+    /// Runs `work` on the snapshot while nobody else changes it.
+    fn locked<T>(
+        &self,
+        owner: Owner,
+        key: &str,
+        work: impl FnOnce(Found) -> Result<T>,
+    ) -> Result<T> {
+        let id = self.catalog.resolve(owner, key)?.id;
+        self.locks.with(&id, || {
+            // It may have been committed, and so renamed, or removed while this waited.
+            let found = self.catalog.resolve(owner, key)?;
+            if found.id == id {
+                work(found)
+            } else {
+                Err(Error::NotFound {
+                    owner,
+                    key: key.to_owned(),
+                })
+            }
+        })
+    }
+
+    fn expect_active(&self, found: &Found) -> Result<()> {
+        if found.record.kind == Kind::Active {
+            return Ok(());
+        }
+        Err(Error::NotActive {
+            key: found.record.key.clone(),
+            kind: found.record.kind,
+        })
+    }
+
+    fn throw_away(&self, dir: &Path) {
+        if let Err(error) = self.trash.put(dir) {
+            tracing::error!(dir = %dir.display(), %error, "stays until plyd starts again");
+        }
+    }
+}
+
+fn usage_of(upper: &Path) -> Result<Usage> {
+    let sum = store::usage(upper).map_err(io_error("add up", upper))?;
+    Ok(Usage {
+        size: sum.bytes,
+        inodes: sum.inodes,
+    })
 }

@@ -1,8 +1,12 @@
 //! The words of the snapshotter's interface.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
+
+use crate::store::{index, record};
 
 /// Who made a snapshot, and who alone may resolve or remove it through its own service.
 #[derive(
@@ -102,6 +106,45 @@ pub struct Usage {
 pub struct SnapshotterConfig {
     /// The plyfs program; empty: beside the running executable, then on PATH.
     pub plyfs: Option<PathBuf>,
+    /// A program that answers [`store::index::PROBE_ARGUMENT`](crate::store::index::PROBE_ARGUMENT):
+    /// plyd. Without one the index is made anew at each open.
+    pub index_prober: Option<PathBuf>,
+}
+
+impl Owner {
+    /// Every owner.
+    pub const ALL: [Self; 4] = [
+        Self::Containerd,
+        Self::Snapctl,
+        Self::Image,
+        Self::Container,
+    ];
+
+    /// The word that records, the API and messages use.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Containerd => "containerd",
+            Self::Snapctl => "snapctl",
+            Self::Image => "image",
+            Self::Container => "container",
+        }
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::View => "view",
+            Self::Active => "active",
+            Self::Committed => "committed",
+        })
+    }
 }
 
 /// Why an operation on a snapshot failed. Mapped once to gRPC codes in `grpc`.
@@ -110,7 +153,7 @@ pub struct SnapshotterConfig {
 pub enum Error {
     /// No such snapshot.
     #[error(
-        "there is no snapshot {key:?} of {owner:?}; `snapctl snapshot ls` names those that exist"
+        "there is no snapshot {key:?} of {owner}; `snapctl snapshot ls` names those that exist"
     )]
     NotFound {
         /// Owner.
@@ -118,7 +161,105 @@ pub enum Error {
         /// Key.
         key: String,
     },
+    /// The key is taken.
+    #[error("a snapshot {key:?} of {owner} exists already; remove it first or choose another key")]
+    AlreadyExists {
+        /// Owner.
+        owner: Owner,
+        /// Key.
+        key: String,
+    },
+    /// No such parent.
+    #[error("there is no snapshot {key:?} of {owner} to be the parent")]
+    NoParent {
+        /// Owner.
+        owner: Owner,
+        /// Key.
+        key: String,
+    },
+    /// Only committed snapshots can be parents.
+    #[error("the snapshot {key:?} cannot be a parent, for it is {kind}; commit it first")]
+    ParentNotCommitted {
+        /// Key.
+        key: String,
+        /// What it is.
+        kind: Kind,
+    },
+    /// The operation wants an active snapshot.
+    #[error("the snapshot {key:?} is {kind}, and this needs an active one; prepare one on it")]
+    NotActive {
+        /// Key.
+        key: String,
+        /// What it is.
+        kind: Kind,
+    },
+    /// A committed snapshot is not mounted as it is.
+    #[error(
+        "the snapshot {key:?} is committed and has no mount of its own; prepare a snapshot or a view on it"
+    )]
+    NotMountable {
+        /// Key.
+        key: String,
+    },
+    /// Others build on it.
+    #[error(
+        "cannot remove the snapshot {key:?}, for {children} others build on it; remove those first"
+    )]
+    HasChildren {
+        /// Key.
+        key: String,
+        /// How many.
+        children: usize,
+    },
+    /// A key must not be empty.
+    #[error("a snapshot needs a key that is not empty")]
+    EmptyKey,
+    /// The records.
+    #[error(transparent)]
+    Record(#[from] record::Error),
+    /// The index.
+    #[error(transparent)]
+    Index(#[from] index::Error),
+    /// The host refused an operation.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// There is no plyfs to mount with.
+    #[error(
+        "there is no plyfs beside {executable} nor on PATH; install it, or name it with `--plyfs`"
+    )]
+    NoPlyfs {
+        /// The running program.
+        executable: PathBuf,
+    },
+    /// A plyfs did not come to serve.
+    #[error("plyfs does not serve {mountpoint}: {problem}")]
+    PlyfsFailed {
+        /// Where it was to.
+        mountpoint: PathBuf,
+        /// What is known, its own last words included.
+        problem: String,
+    },
 }
 
 /// Result of an operation on a snapshot.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// For `map_err`: adds what was tried on what.
+pub(super) fn io_error(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Io {
+        action,
+        path,
+        source,
+    }
+}

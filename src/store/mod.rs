@@ -12,9 +12,11 @@
 mod durable;
 pub mod index;
 pub mod layer;
+mod lock;
 pub mod record;
 pub mod trash;
 mod usage;
 
 pub use durable::{create_dir, sync_dir};
+pub use lock::{LockError, RootLock, lock_root};
 pub use usage::{Usage, usage};

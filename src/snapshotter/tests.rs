@@ -1,0 +1,272 @@
+//! The life cycle without mounts, and what `open` makes of crashes and damage.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use super::*;
+
+struct Place {
+    tmp: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let tmp = tempfile::tempdir().unwrap();
+        Self { tmp }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.tmp.path().join("root")
+    }
+
+    fn open(&self) -> Snapshotter {
+        let state = self.tmp.path().join("state");
+        let config = SnapshotterConfig {
+            index_prober: Some("/bin/true".into()),
+            ..SnapshotterConfig::default()
+        };
+        Snapshotter::open(&self.root(), &state, config).unwrap()
+    }
+}
+
+fn parent(key: &str) -> ParentRef {
+    ParentRef {
+        owner: Owner::Containerd,
+        key: key.to_owned(),
+    }
+}
+
+fn prepare(snapshots: &Snapshotter, key: &str, on: Option<&str>) -> SnapshotInfo {
+    let on = on.map(parent);
+    snapshots
+        .prepare(Owner::Containerd, key, on.as_ref(), BTreeMap::new())
+        .unwrap()
+}
+
+/// Prepares on `on`, writes a file of the same name, commits.
+fn layer(snapshots: &Snapshotter, name: &str, on: Option<&str>) -> SnapshotInfo {
+    let key = format!("extract {name}");
+    let info = prepare(snapshots, &key, on);
+    fs::write(info.upper_dir.unwrap().join(name), name).unwrap();
+    snapshots
+        .commit(Owner::Containerd, name, &key, BTreeMap::new())
+        .unwrap()
+}
+
+fn keys(snapshots: &Snapshotter) -> Vec<String> {
+    let all = snapshots.list(None).unwrap();
+    all.into_iter().map(|info| info.key).collect()
+}
+
+/// No tree that no record names.
+fn assert_tidy(place: &Place, snapshots: &Snapshotter) {
+    snapshots.trash.wait_until_empty();
+    let count = |dir: &str| fs::read_dir(place.root().join(dir)).unwrap().count();
+    let all = snapshots.list(None).unwrap();
+    let committed = |info: &&SnapshotInfo| info.kind == Kind::Committed;
+    assert_eq!(count("layers"), all.iter().filter(committed).count());
+    assert_eq!(
+        count("snapshots/data"),
+        all.iter().filter(|info| !committed(info)).count()
+    );
+    assert_eq!(count("trash"), 0);
+}
+
+#[test]
+fn from_prepare_to_remove() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let base = layer(&snapshots, "base", None);
+    assert_eq!(base.kind, Kind::Committed);
+    layer(&snapshots, "top", Some("base"));
+    let info = prepare(&snapshots, "container", Some("top"));
+    assert_eq!(info.parent, Some(parent("top")));
+    assert_eq!(info.layer_dirs.len(), 2);
+    assert!(info.layer_dirs[0].join("top").exists());
+    assert!(info.layer_dirs[1].join("base").exists());
+    assert_eq!(keys(&snapshots), ["base", "top", "container"]);
+
+    let config = snapshots
+        .union_config(Owner::Containerd, "container")
+        .unwrap();
+    assert_eq!(config.lowers, info.layer_dirs);
+    assert_eq!(config.upper.unwrap().dir, info.upper_dir.unwrap());
+
+    let error = snapshots.remove(Owner::Containerd, "top").unwrap_err();
+    assert!(matches!(error, Error::HasChildren { children: 1, .. }));
+    assert!(error.to_string().contains("remove"));
+    for key in ["container", "top", "base"] {
+        snapshots.remove(Owner::Containerd, key).unwrap();
+    }
+    assert_eq!(keys(&snapshots), [""; 0]);
+    assert_tidy(&place, &snapshots);
+}
+
+#[test]
+fn refusals() {
+    let place = Place::new();
+    let snapshots = place.open();
+    layer(&snapshots, "base", None);
+    prepare(&snapshots, "active", Some("base"));
+    let make = |key: &str, on: Option<&str>| {
+        let on = on.map(parent);
+        snapshots.prepare(Owner::Containerd, key, on.as_ref(), BTreeMap::new())
+    };
+    assert!(matches!(make("", None), Err(Error::EmptyKey)));
+    assert!(matches!(
+        make("base", None),
+        Err(Error::AlreadyExists { .. })
+    ));
+    assert!(matches!(
+        make("x", Some("nowhere")),
+        Err(Error::NoParent { .. })
+    ));
+    assert!(matches!(
+        make("x", Some("active")),
+        Err(Error::ParentNotCommitted { .. })
+    ));
+    let commit =
+        |name: &str, key: &str| snapshots.commit(Owner::Containerd, name, key, BTreeMap::new());
+    assert!(matches!(
+        commit("base", "active"),
+        Err(Error::AlreadyExists { .. })
+    ));
+    assert!(matches!(
+        commit("new", "base"),
+        Err(Error::NotActive { .. })
+    ));
+    assert!(matches!(
+        commit("new", "nowhere"),
+        Err(Error::NotFound { .. })
+    ));
+    assert_eq!(keys(&snapshots), ["base", "active"]);
+    assert_tidy(&place, &snapshots);
+}
+
+#[test]
+fn owners_do_not_see_each_other() {
+    let place = Place::new();
+    let snapshots = place.open();
+    for owner in Owner::ALL {
+        snapshots
+            .prepare(owner, "same", None, BTreeMap::new())
+            .unwrap();
+    }
+    snapshots.remove(Owner::Image, "same").unwrap();
+    assert!(matches!(
+        snapshots.stat(Owner::Image, "same"),
+        Err(Error::NotFound { .. })
+    ));
+    assert_eq!(snapshots.list(Some(Owner::Containerd)).unwrap().len(), 1);
+    assert_eq!(snapshots.list(None).unwrap().len(), 3);
+}
+
+#[test]
+fn everything_is_there_after_opening_again() {
+    let place = Place::new();
+    for close in [true, false] {
+        let snapshots = place.open();
+        let name = format!("base {close}");
+        layer(&snapshots, &name, None);
+        snapshots
+            .set_labels(
+                Owner::Containerd,
+                &name,
+                BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+            )
+            .unwrap();
+        let before = snapshots.list(None).unwrap();
+        if close {
+            snapshots.close().unwrap();
+        }
+        drop(snapshots);
+        let snapshots = place.open();
+        assert_eq!(snapshots.list(None).unwrap(), before);
+        let info = snapshots.stat(Owner::Containerd, &name).unwrap();
+        assert_eq!(info.labels["a"], "b");
+        assert!(snapshots.usage(Owner::Containerd, &name).unwrap().inodes >= 2);
+    }
+}
+
+#[test]
+fn the_root_directory_keeps_what_it_is() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let info = prepare(&snapshots, "a", None);
+    let upper = info.upper_dir.unwrap();
+    assert_eq!(fs::metadata(&upper).unwrap().mode() & 0o7777, 0o755);
+    fs::set_permissions(&upper, fs::Permissions::from_mode(0o1701)).unwrap();
+    std::os::unix::fs::chown(&upper, Some(7), Some(8)).unwrap();
+    snapshots
+        .commit(Owner::Containerd, "base", "a", BTreeMap::new())
+        .unwrap();
+    let info = prepare(&snapshots, "b", Some("base"));
+    let meta = fs::metadata(info.upper_dir.unwrap()).unwrap();
+    assert_eq!(
+        (meta.mode() & 0o7777, meta.uid(), meta.gid()),
+        (0o1701, 7, 8)
+    );
+}
+
+#[test]
+fn a_commit_cut_short_did_not_happen() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let info = prepare(&snapshots, "a", None);
+    let upper = info.upper_dir.unwrap();
+    fs::write(upper.join("file"), b"1").unwrap();
+    drop(snapshots);
+    fs::rename(&upper, place.root().join("layers").join(&info.id)).unwrap();
+
+    let snapshots = place.open();
+    assert_eq!(fs::read(upper.join("file")).unwrap(), b"1");
+    assert_tidy(&place, &snapshots);
+    snapshots
+        .commit(Owner::Containerd, "b", "a", BTreeMap::new())
+        .unwrap();
+    assert_eq!(keys(&snapshots), ["b"]);
+}
+
+#[test]
+fn trees_without_a_record_are_cleared() {
+    let place = Place::new();
+    let snapshots = place.open();
+    layer(&snapshots, "base", None);
+    drop(snapshots);
+    fs::create_dir_all(place.root().join("layers/orphan/a")).unwrap();
+    fs::create_dir_all(place.root().join("snapshots/data/orphan/upper/a")).unwrap();
+    let snapshots = place.open();
+    assert_tidy(&place, &snapshots);
+    assert_eq!(keys(&snapshots), ["base"]);
+}
+
+#[test]
+fn a_damaged_record_costs_no_tree_and_no_other_snapshot() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let base = layer(&snapshots, "base", None);
+    layer(&snapshots, "other", None);
+    prepare(&snapshots, "child", Some("base"));
+    drop(snapshots);
+    let record = place
+        .root()
+        .join(format!("snapshots/records/{}.record", base.id));
+    let good = fs::read(&record).unwrap();
+    fs::write(&record, &good[..good.len() / 2]).unwrap();
+
+    let snapshots = place.open();
+    assert_eq!(keys(&snapshots), ["other"]);
+    let error = snapshots.stat(Owner::Containerd, "child").unwrap_err();
+    assert!(error.to_string().contains(&base.id), "{error}");
+    assert!(matches!(
+        snapshots.stat(Owner::Containerd, "base"),
+        Err(Error::NotFound { .. })
+    ));
+    assert!(base.layer_dirs[0].join("base").exists());
+    drop(snapshots);
+
+    fs::write(&record, good).unwrap();
+    let snapshots = place.open();
+    assert_eq!(keys(&snapshots), ["base", "other", "child"]);
+    assert_tidy(&place, &snapshots);
+}
