@@ -1,3 +1,7 @@
-//! `snapctl`: see `docs/architecture.md`.
+//! `snapctl`: the client of plyd for people and scripts.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    plywood::cli::app::main()
+}

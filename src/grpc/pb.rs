@@ -2,6 +2,7 @@
 #![allow(
     missing_docs,
     clippy::all,
+    clippy::allow_attributes_without_reason,
     unused_qualifications,
     reason = "generated; the comments are in the .proto files"
 )]

@@ -7,3 +7,4 @@
 pub mod fd_passing;
 pub mod fuse_mount;
 pub mod process;
+pub mod terminal;

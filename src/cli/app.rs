@@ -1,0 +1,275 @@
+//! The command line as a whole: what there is, and how a command's end becomes an exit code.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use super::args::{address, is_engine_command};
+use super::client::{Address, Client, DEFAULT_ADDRESS};
+use super::error::{ENGINE, Error, Result, USAGE};
+use super::{container, exec, image, mount, output, run, snapshot, system};
+
+const EXIT_CODES: &str = "Exit codes:
+  0    done
+  1    failed; stderr says why
+  2    the command line makes no sense
+  run and exec exit as the process did, or with
+  125  Plywood failed, or the command line makes no sense
+  126  the command cannot be executed
+  127  the command was not found
+  128+n  signal n ended the process";
+
+/// Runs containers on Plywood and looks after its images and snapshots.
+#[derive(Debug, Parser)]
+#[command(name = "snapctl", version, after_help = EXIT_CODES, subcommand_required = true)]
+struct Cli {
+    /// Where plyd listens
+    #[arg(
+        long,
+        global = true,
+        env = "PLYWOOD_ADDRESS",
+        default_value = DEFAULT_ADDRESS,
+        value_parser = address()
+    )]
+    address: Address,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Load, list, remove and inspect images
+    #[command(subcommand)]
+    Image(image::Command),
+    /// Run a command in a new container
+    #[command(after_help = "Examples:
+  snapctl run --rm busybox:latest echo hello
+  snapctl run --rm -it busybox:latest sh
+  snapctl run -d --name web --network host -v ./site:/www:ro busybox:latest httpd -f -h /www
+  tar c . | snapctl run --rm -i busybox:latest tar t")]
+    Run(run::RunArgs),
+    /// Make a container without starting it
+    #[command(after_help = "Examples:
+  snapctl start $(snapctl create --name job busybox:latest true)")]
+    Create(run::ContainerArgs),
+    /// Start containers that were made
+    #[command(after_help = "Examples:
+  snapctl start job")]
+    Start(container::Targets),
+    /// Ask containers to end, and end them after a while
+    #[command(after_help = "Examples:
+  snapctl stop -t 30 web")]
+    Stop(container::StopArgs),
+    /// Send a signal to containers
+    #[command(after_help = "Examples:
+  snapctl kill -s HUP web")]
+    Kill(container::KillArgs),
+    /// Wait for containers to end and print their exit codes
+    #[command(after_help = "Examples:
+  snapctl wait job")]
+    Wait(container::Targets),
+    /// Remove containers
+    #[command(after_help = "Examples:
+  snapctl rm job
+  snapctl rm -f $(snapctl ps -aq)")]
+    Rm(container::RemoveArgs),
+    /// List containers
+    #[command(after_help = "Examples:
+  snapctl ps -a
+  snapctl ps --json | jq -r '.[] | [.name, .pid] | @tsv'")]
+    Ps(container::PsArgs),
+    /// Show containers with their OCI runtime spec, as JSON
+    #[command(after_help = "Examples:
+  snapctl inspect web | jq '.[0].spec.process'")]
+    Inspect(container::Targets),
+    /// Show what a container wrote
+    #[command(after_help = "Examples:
+  snapctl logs -f --tail 10 web")]
+    Logs(container::LogsArgs),
+    /// Run one more command in a running container
+    #[command(after_help = "Examples:
+  snapctl exec web ps
+  snapctl exec -it web sh")]
+    Exec(exec::ExecArgs),
+    /// Look at snapshots, make and remove them
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
+    /// Mount a snapshot at a directory
+    #[command(after_help = "Examples:
+  snapctl snapshot prepare work busybox:latest
+  snapctl mount work /mnt")]
+    Mount(mount::MountArgs),
+    /// Take away a mount that `snapctl mount` made
+    #[command(after_help = "Examples:
+  snapctl umount /mnt")]
+    Umount(mount::UmountArgs),
+    /// Show what plyd is and what the host can do
+    #[command(subcommand)]
+    System(system::Command),
+    /// Print a completion script for a shell
+    #[command(after_help = "Examples:
+  snapctl completions bash > /etc/bash_completion.d/snapctl")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+impl Command {
+    /// Whether its exit code is that of a process, with Docker's codes for what goes wrong before.
+    fn is_engine(&self) -> bool {
+        matches!(self, Self::Run(_) | Self::Exec(_))
+    }
+}
+
+/// `snapctl`, from its arguments to its exit code.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
+    let engine = cli.command.is_engine();
+    match block_on(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            output::report(&error);
+            ExitCode::from(error.exit_code(engine))
+        }
+    }
+}
+
+/// Says what is wrong with a command line, or prints the help that it asks for.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let printed = error.print();
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion if printed.is_ok() => ExitCode::SUCCESS,
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            ExitCode::from(super::error::BROKEN_PIPE)
+        }
+        _ if is_engine_command(std::env::args_os()) => ExitCode::from(ENGINE),
+        _ => ExitCode::from(USAGE),
+    }
+}
+
+fn block_on(cli: Cli) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Stdio {
+            action: "start threads",
+            source,
+        })?;
+    let result = runtime.block_on(dispatch(cli));
+    // A thread may be blocked in a read of stdin; it ends with the process.
+    runtime.shutdown_background();
+    result
+}
+
+async fn dispatch(cli: Cli) -> Result<ExitCode> {
+    if let Command::Completions { shell } = cli.command {
+        return completions(shell).map(|()| ExitCode::SUCCESS);
+    }
+    let client = Client::connect(&cli.address).await?;
+    let client = &client;
+    match cli.command {
+        Command::Run(args) => return run::run(args, client).await,
+        Command::Exec(args) => return exec::run(args, client).await,
+        Command::Completions { .. } => Ok(()),
+        Command::Image(command) => image::run(command, client).await,
+        Command::Create(args) => run::create(args, client).await,
+        Command::Start(targets) => container::start(targets, client).await,
+        Command::Stop(args) => container::stop(args, client).await,
+        Command::Kill(args) => container::kill(args, client).await,
+        Command::Wait(targets) => container::wait(targets, client).await,
+        Command::Rm(args) => container::remove(args, client).await,
+        Command::Ps(args) => container::ps(args, client).await,
+        Command::Inspect(targets) => container::inspect(targets, client).await,
+        Command::Logs(args) => container::logs(args, client).await,
+        Command::Snapshot(command) => snapshot::run(command, client).await,
+        Command::Mount(args) => mount::mount(args, client).await,
+        Command::Umount(args) => mount::umount(args, client).await,
+        Command::System(command) => system::run(command, client).await,
+    }
+    .map(|()| ExitCode::SUCCESS)
+}
+
+fn completions(shell: Shell) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "snapctl", &mut script);
+    let mut out = std::io::stdout().lock();
+    out.write_all(&script).map_err(|source| Error::Stdio {
+        action: "write the output",
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Cli {
+        Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"))
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        fn check(command: &clap::Command) {
+            let mut leaf = true;
+            for sub in command.get_subcommands() {
+                leaf = false;
+                check(sub);
+            }
+            let help = command.get_after_help().map(ToString::to_string);
+            let has_example = help.is_some_and(|help| help.contains("Examples:"));
+            assert!(!leaf || has_example, "{}", command.get_name());
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn options_after_the_image_belong_to_the_command() {
+        let cli = parse("snapctl run --rm busybox ls -l --rm");
+        let text = format!("{:?}", cli.command);
+        assert!(text.contains(r#"command: ["ls", "-l", "--rm"]"#), "{text}");
+    }
+
+    #[test]
+    fn the_commands_of_the_manual_parse() {
+        for line in [
+            "snapctl image load -i x.tar --name a:b",
+            "snapctl image ls -q",
+            "snapctl run -d -i -t --rm --name n -e A=b -w / -u 0:0 -v /a:/b:ro --entrypoint sh \
+             --hostname h --read-only --network host img cmd",
+            "snapctl create img",
+            "snapctl stop -t 3 a b",
+            "snapctl kill -s HUP a",
+            "snapctl rm -f a",
+            "snapctl ps -a --json",
+            "snapctl logs -f --tail 3 a",
+            "snapctl exec -i -t -e A=b -w / -u 0 a sh -c x",
+            "snapctl snapshot ls --owner image --json",
+            "snapctl snapshot prepare k parent --label a=b",
+            "snapctl snapshot tree --json",
+            "snapctl mount k /mnt",
+            "snapctl umount /mnt",
+            "snapctl system info --json",
+            "snapctl completions bash",
+            "snapctl ps --address unix:///x",
+        ] {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            parse(&words.join(" "));
+        }
+        assert!(Cli::try_parse_from(["snapctl", "ps", "--json", "-q"]).is_err());
+        assert!(Cli::try_parse_from(["snapctl", "exec", "a"]).is_err());
+        assert!(Cli::try_parse_from(["snapctl"]).is_err());
+    }
+}

@@ -1,0 +1,241 @@
+//! `snapctl mount` and `snapctl umount`: a snapshot at a directory of the user's choice.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use nix::mount::{MntFlags, MsFlags, mount as mount2, umount2};
+
+use super::args::utf8;
+use super::client::Client;
+use super::error::{Error, Result};
+use super::snapshot::fetch_mounts;
+use crate::grpc::pb::plywood::{InfoSystemRequest, Mount};
+
+/// The type that the kernel shows for a mount of plyfs.
+const PLYFS_TYPE: &[u8] = b"fuse.plyfs";
+
+/// Arguments of `mount`.
+#[derive(Args, Debug)]
+pub struct MountArgs {
+    /// Key of the snapshot
+    #[arg(value_parser = utf8())]
+    key: String,
+    /// The directory to mount it at
+    dir: PathBuf,
+}
+
+/// Arguments of `umount`.
+#[derive(Args, Debug)]
+pub struct UmountArgs {
+    /// The directory that it is mounted at
+    dir: PathBuf,
+}
+
+/// Runs `snapctl mount`.
+pub async fn mount(args: MountArgs, client: &Client) -> Result<()> {
+    let dir = fs::canonicalize(&args.dir).map_err(|e| failed("mount at", &args.dir, e))?;
+    let mounts = fetch_mounts(args.key, client).await?;
+    let mut done = 0;
+    for one in &mounts {
+        if let Err(error) = mount_one(one, &dir) {
+            // What was mounted before the failure must not stay.
+            for _ in 0..done {
+                let _ignored = umount2(&dir, MntFlags::UMOUNT_NOFOLLOW);
+            }
+            return Err(failed("mount at", &dir, error));
+        }
+        done += 1;
+    }
+    Ok(())
+}
+
+fn mount_one(one: &Mount, dir: &Path) -> io::Result<()> {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in &one.options {
+        match option.as_str() {
+            "bind" => flags |= MsFlags::MS_BIND,
+            "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "rw" => {}
+            other => data.push(other),
+        }
+    }
+    let kind = (!flags.contains(MsFlags::MS_BIND)).then_some(one.r#type.as_str());
+    let data = (!data.is_empty()).then(|| data.join(","));
+    mount2(Some(one.source.as_str()), dir, kind, flags, data.as_deref())?;
+    if flags.contains(MsFlags::MS_BIND | MsFlags::MS_RDONLY) {
+        // The kernel ignores the flag when it makes a bind and obeys it when it changes one.
+        let none: Option<&str> = None;
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+        if let Err(error) = mount2(none, dir, none, flags, none) {
+            let _ignored = umount2(dir, MntFlags::UMOUNT_NOFOLLOW);
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+/// Runs `snapctl umount`. Only mounts of this plyd's snapshots are taken away, and never plyd's own
+/// ones, which its containers and containerd stand on.
+pub async fn umount(args: UmountArgs, client: &Client) -> Result<()> {
+    let info = client.system().info(InfoSystemRequest {}).await?;
+    let state = PathBuf::from(info.into_inner().state);
+    let state = fs::canonicalize(&state).unwrap_or(state);
+    let dir = real_path(&args.dir)?;
+    let table = fs::read("/proc/self/mountinfo")
+        .map_err(|e| failed("read", Path::new("/proc/self/mountinfo"), e))?;
+    may_unmount(&parse_mountinfo(&table), &dir, &state).map_err(Error::Input)?;
+    umount2(&dir, MntFlags::UMOUNT_NOFOLLOW).map_err(|e| failed("unmount", &dir, e.into()))
+}
+
+/// The path without symlinks. Its last part is not looked at: a dead mount there must not fail us.
+fn real_path(dir: &Path) -> Result<PathBuf> {
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return fs::canonicalize(dir).map_err(|e| failed("unmount", dir, e));
+    };
+    let parent = if parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        parent
+    };
+    let parent = fs::canonicalize(parent).map_err(|e| failed("unmount", dir, e))?;
+    Ok(parent.join(name))
+}
+
+/// A line of `/proc/self/mountinfo`, see proc(5).
+#[derive(Debug, PartialEq, Eq)]
+struct MountLine {
+    device: Vec<u8>,
+    path: PathBuf,
+    kind: Vec<u8>,
+}
+
+fn parse_mountinfo(table: &[u8]) -> Vec<MountLine> {
+    table
+        .split(|b| *b == b'\n')
+        .filter_map(parse_line)
+        .collect()
+}
+
+fn parse_line(line: &[u8]) -> Option<MountLine> {
+    let mut fields = line.split(|b| *b == b' ');
+    let device = fields.nth(2)?.to_vec();
+    let path = unescape(fields.nth(1)?);
+    // Optional fields, as many as there are, end with a dash.
+    let kind = fields.skip_while(|field| *field != b"-").nth(1)?.to_vec();
+    Some(MountLine {
+        device,
+        path: PathBuf::from(std::ffi::OsString::from_vec(path)),
+        kind,
+    })
+}
+
+/// Undoes the kernel's `\040` for a blank and the like.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        let octal = after.get(..3).filter(|_| *first == b'\\');
+        let digits = octal.and_then(|octal| std::str::from_utf8(octal).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                rest = &after[3..];
+            }
+            None => {
+                out.push(*first);
+                rest = after;
+            }
+        }
+    }
+    out
+}
+
+/// Whether the topmost mount at `dir` is a bind of one that plyd keeps below `state`; why not.
+fn may_unmount(table: &[MountLine], dir: &Path, state: &Path) -> Result<(), String> {
+    let shown = dir.display();
+    let Some(top) = table.iter().rev().find(|line| line.path == dir) else {
+        return Err(format!("{shown} is not a mount point"));
+    };
+    if dir.starts_with(state) {
+        return Err(format!(
+            "{shown} is plyd's own mount; remove its snapshot or container instead"
+        ));
+    }
+    let is_ours = |line: &&MountLine| line.path.starts_with(state) && line.device == top.device;
+    if top.kind != PLYFS_TYPE || table.iter().find(is_ours).is_none() {
+        return Err(format!(
+            "{shown} is not the mount of a snapshot ({} is mounted there); use umount(8)",
+            std::ffi::OsStr::from_bytes(&top.kind).to_string_lossy()
+        ));
+    }
+    Ok(())
+}
+
+fn failed(action: &'static str, path: &Path, source: io::Error) -> Error {
+    Error::File {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &[u8] = b"\
+21 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 21 0:50 / /run/plywood/mnt/1 rw shared:2 master:1 - fuse.plyfs plywood rw
+31 21 0:50 / /mnt/with\\040blank rw - fuse.plyfs plywood rw
+32 21 0:51 / /mnt/foreign rw - fuse.plyfs x rw
+33 21 0:52 / /mnt/tmp rw - tmpfs tmpfs rw
+34 21 0:52 / /mnt/with\\040blank/below rw - tmpfs tmpfs rw
+";
+
+    #[test]
+    fn only_binds_of_snapshots_are_unmounted() {
+        let table = parse_mountinfo(TABLE);
+        assert_eq!(table.len(), 6);
+        let check = |dir: &str| may_unmount(&table, Path::new(dir), Path::new("/run/plywood"));
+        assert_eq!(check("/mnt/with blank"), Ok(()));
+        assert!(
+            check("/run/plywood/mnt/1")
+                .unwrap_err()
+                .contains("plyd's own")
+        );
+        assert!(
+            check("/mnt/foreign")
+                .unwrap_err()
+                .contains("not the mount of a snapshot")
+        );
+        assert!(check("/mnt/tmp").unwrap_err().contains("tmpfs"));
+        assert!(check("/mnt").unwrap_err().contains("not a mount point"));
+    }
+
+    #[test]
+    fn the_topmost_mount_counts() {
+        let mut text = TABLE.to_vec();
+        text.extend_from_slice(b"40 31 0:60 / /mnt/with\\040blank rw - tmpfs tmpfs rw\n");
+        let table = parse_mountinfo(&text);
+        assert!(
+            may_unmount(
+                &table,
+                Path::new("/mnt/with blank"),
+                Path::new("/run/plywood")
+            )
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn escapes() {
+        assert_eq!(unescape(b"a\\040b\\134"), b"a b\\");
+        assert_eq!(unescape(b"a\\04"), b"a\\04");
+        assert_eq!(unescape(b"a\\999"), b"a\\999");
+    }
+}

@@ -1,0 +1,219 @@
+//! `snapctl run` and `snapctl create`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::args::{EnvVar, env, env_list, utf8, volume};
+use super::client::Client;
+use super::error::{Error, Result};
+use super::output::{lines_out, note, report};
+use super::signals::Signals;
+use super::stdio::{Forward, Session};
+use super::terminal::{self, RawMode};
+use crate::grpc::pb::plywood::{
+    AttachStart, CreateContainerRequest, CreateContainerResponse, KillContainerRequest,
+    RemoveContainerRequest, StartContainerRequest, Volume,
+};
+
+/// What a new container is to be.
+#[derive(Args, Debug)]
+pub struct ContainerArgs {
+    /// Keep stdin open for the process
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Remove the container when it ends
+    #[arg(long)]
+    rm: bool,
+    /// Name of the container; generated when not given
+    #[arg(long, value_parser = utf8(), default_value = "", hide_default_value = true)]
+    name: String,
+    /// Set a variable of the environment; a KEY alone takes its value from here
+    #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = env())]
+    env: Vec<EnvVar>,
+    /// Working directory, instead of the image's
+    #[arg(short, long, value_name = "DIR", value_parser = utf8(), default_value = "", hide_default_value = true)]
+    workdir: String,
+    /// User, instead of the image's: a name or number, and after a colon the group
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = utf8(), default_value = "", hide_default_value = true)]
+    user: String,
+    /// Show a path of the host in the container
+    #[arg(short, long = "volume", value_name = "SOURCE:TARGET[:ro]", value_parser = volume())]
+    volumes: Vec<Volume>,
+    /// Program to run, instead of the image's Entrypoint and Cmd; "" for none
+    #[arg(long, value_name = "PROGRAM", value_parser = utf8())]
+    entrypoint: Option<String>,
+    /// Host name; the first digits of the id when not given
+    #[arg(long, value_parser = utf8(), default_value = "", hide_default_value = true)]
+    hostname: String,
+    /// Make the root file system read-only
+    #[arg(long)]
+    read_only: bool,
+    /// Network: the host's, or none but a loopback interface
+    #[arg(long, value_parser = ["host", "none"], default_value = "none")]
+    network: String,
+    /// The image: a name, a digest, or a prefix of an id
+    #[arg(value_parser = utf8())]
+    image: String,
+    /// Command and arguments, instead of the image's Cmd
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "COMMAND",
+        value_parser = utf8()
+    )]
+    command: Vec<String>,
+}
+
+/// Arguments of `run`.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// Print the container's id and leave it running
+    #[arg(short, long)]
+    detach: bool,
+    #[command(flatten)]
+    container: ContainerArgs,
+}
+
+impl ContainerArgs {
+    fn into_request(self) -> CreateContainerRequest {
+        let set_entrypoint = self.entrypoint.is_some();
+        CreateContainerRequest {
+            image: self.image,
+            name: self.name,
+            args: self.command,
+            entrypoint: self
+                .entrypoint
+                .into_iter()
+                .filter(|e| !e.is_empty())
+                .collect(),
+            set_entrypoint,
+            env: env_list(&self.env),
+            working_dir: self.workdir,
+            user: self.user,
+            volumes: self.volumes,
+            hostname: self.hostname,
+            read_only: self.read_only,
+            network: self.network,
+            tty: self.tty,
+            open_stdin: self.interactive,
+            auto_remove: self.rm,
+        }
+    }
+}
+
+/// Runs `snapctl create`.
+pub async fn create(args: ContainerArgs, client: &Client) -> Result<()> {
+    let created = make(args.into_request(), client).await?;
+    lines_out(&[created.id])
+}
+
+/// Runs `snapctl run`; the exit code is the process's.
+pub async fn run(args: RunArgs, client: &Client) -> Result<ExitCode> {
+    let request = args.container.into_request();
+    if args.detach {
+        let remove = request.auto_remove;
+        let created = make(request, client).await?;
+        start(client, &created.id, remove).await?;
+        lines_out(&[created.id])?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut signals = Signals::catch()?;
+    foreground(request, client, &mut signals).await
+}
+
+async fn foreground(
+    request: CreateContainerRequest,
+    client: &Client,
+    signals: &mut Signals,
+) -> Result<ExitCode> {
+    let (stdin, tty, remove) = (request.open_stdin, request.tty, request.auto_remove);
+    let interrupted = "interrupted before the container was created";
+    let created = signals
+        .interrupt(make(request, client), interrupted)
+        .await?;
+    let id = created.id;
+    let attach = AttachStart {
+        id: id.clone(),
+        stdin,
+    };
+    let interrupted = "interrupted before the process was started";
+    let attached = signals
+        .interrupt(Session::attach(client, attach), interrupted)
+        .await;
+    let session = match attached {
+        Ok(session) => session,
+        Err(error) => {
+            discard(client, &id, remove).await;
+            return Err(error);
+        }
+    };
+    start(client, &id, remove).await?;
+    let raw = match stdin && tty {
+        true => RawMode::enter()?,
+        false => None,
+    };
+    let ended = session
+        .pump(stdin, tty, signals, Forward::Kill(client, &id))
+        .await;
+    drop(raw);
+    if let Err(error) = &ended
+        && error.is_broken_pipe()
+        && remove
+    {
+        // In a pipeline of plain processes SIGPIPE would have ended it; nobody else knows of it.
+        let request = KillContainerRequest {
+            id: id.clone(),
+            signal: "SIGKILL".to_owned(),
+        };
+        let _ended_by_itself = client.containers().kill(request).await;
+    }
+    Ok(process_exit(ended?))
+}
+
+/// The exit code of a process as our own.
+pub fn process_exit(code: i32) -> ExitCode {
+    // wait(2) has no more than eight bits; anything else is not a process's code.
+    ExitCode::from(u8::try_from(code).unwrap_or(super::error::ENGINE))
+}
+
+async fn make(request: CreateContainerRequest, client: &Client) -> Result<CreateContainerResponse> {
+    let created = client.containers().create(request).await?.into_inner();
+    for warning in &created.warnings {
+        note(&format!("snapctl: warning: {warning}"));
+    }
+    Ok(created)
+}
+
+async fn start(client: &Client, id: &str, remove: bool) -> Result<()> {
+    let request = StartContainerRequest {
+        id: id.to_owned(),
+        window: terminal::size(),
+    };
+    match client.containers().start(request).await {
+        Ok(_) => Ok(()),
+        Err(status) => {
+            discard(client, id, remove).await;
+            Err(status.into())
+        }
+    }
+}
+
+/// Removes a container that was to be removed at its end and will have none.
+async fn discard(client: &Client, id: &str, remove: bool) {
+    if !remove {
+        return;
+    }
+    let request = RemoveContainerRequest {
+        id: id.to_owned(),
+        force: true,
+    };
+    match client.containers().remove(request).await {
+        Ok(_) => {}
+        Err(status) if status.code() == tonic::Code::NotFound => {}
+        Err(status) => report(&Error::from(status)),
+    }
+}

@@ -1,0 +1,152 @@
+//! `snapctl system`.
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use super::client::Client;
+use super::error::Result;
+use super::output;
+use crate::grpc::pb::plywood::{Feature, InfoSystemRequest, InfoSystemResponse};
+
+/// The commands of `snapctl system`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what this plyd is, what the host can do, and what of it is in use
+    #[command(after_help = "Examples:
+  snapctl system info
+  snapctl system info --json | jq '.features[] | select(.in_use | not)'")]
+    Info(InfoArgs),
+}
+
+/// Arguments of `system info`.
+#[derive(Args, Debug)]
+pub struct InfoArgs {
+    /// Print a JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct InfoView {
+    client_version: &'static str,
+    version: String,
+    kernel: String,
+    root: String,
+    state: String,
+    pid: u32,
+    fuse_abi: String,
+    features: Vec<FeatureView>,
+    oci_runtime: RuntimeView,
+    cgroups: String,
+    images: u64,
+    snapshots: u64,
+    mounts: u64,
+    containers: u64,
+    containers_running: u64,
+}
+
+#[derive(Serialize)]
+struct FeatureView {
+    name: String,
+    supported: bool,
+    in_use: bool,
+    reason: String,
+}
+
+#[derive(Serialize)]
+struct RuntimeView {
+    path: String,
+    version: String,
+    problem: String,
+}
+
+impl From<InfoSystemResponse> for InfoView {
+    fn from(info: InfoSystemResponse) -> Self {
+        let runtime = info.oci_runtime.unwrap_or_default();
+        Self {
+            client_version: env!("CARGO_PKG_VERSION"),
+            version: info.version,
+            kernel: info.kernel,
+            root: info.root,
+            state: info.state,
+            pid: info.pid,
+            fuse_abi: info.fuse_abi,
+            features: info.features.into_iter().map(FeatureView::from).collect(),
+            oci_runtime: RuntimeView {
+                path: runtime.path,
+                version: runtime.version,
+                problem: runtime.problem,
+            },
+            cgroups: info.cgroups,
+            images: info.images,
+            snapshots: info.snapshots,
+            mounts: info.mounts,
+            containers: info.containers,
+            containers_running: info.containers_running,
+        }
+    }
+}
+
+impl From<Feature> for FeatureView {
+    fn from(feature: Feature) -> Self {
+        Self {
+            name: feature.name,
+            supported: feature.supported,
+            in_use: feature.in_use,
+            reason: feature.reason,
+        }
+    }
+}
+
+/// Runs one command.
+pub async fn run(command: Command, client: &Client) -> Result<()> {
+    let Command::Info(args) = command;
+    let info = client.system().info(InfoSystemRequest {}).await?;
+    let view = InfoView::from(info.into_inner());
+    if args.json {
+        return output::json(&view);
+    }
+    output::lines_out(&lines(&view))?;
+    let yes_no = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
+    output::table(
+        &["FUSE FEATURE", "SUPPORTED", "IN USE", "WHY NOT"],
+        view.features.iter().map(|feature| {
+            vec![
+                feature.name.clone(),
+                yes_no(feature.supported),
+                yes_no(feature.in_use),
+                output::or_dash(&feature.reason),
+            ]
+        }),
+    )
+}
+
+fn lines(info: &InfoView) -> Vec<String> {
+    let runtime = match info.oci_runtime.path.as_str() {
+        "" => format!("none: {}", info.oci_runtime.problem),
+        path => format!("{path} {}", info.oci_runtime.version),
+    };
+    [
+        ("plyd", format!("{} (pid {})", info.version, info.pid)),
+        ("snapctl", info.client_version.to_owned()),
+        ("kernel", info.kernel.clone()),
+        ("FUSE protocol", info.fuse_abi.clone()),
+        ("OCI runtime", runtime),
+        ("cgroups", info.cgroups.clone()),
+        ("root", info.root.clone()),
+        ("state", info.state.clone()),
+        ("images", info.images.to_string()),
+        (
+            "snapshots",
+            format!("{} ({} mounted)", info.snapshots, info.mounts),
+        ),
+        (
+            "containers",
+            format!("{} ({} running)", info.containers, info.containers_running),
+        ),
+        ("", String::new()),
+    ]
+    .into_iter()
+    .map(|(key, value)| output::printable(format!("{key:<15}{value}").trim_end()))
+    .collect()
+}
