@@ -38,8 +38,7 @@ pub struct UmountArgs {
 pub async fn mount(args: MountArgs, client: &Client) -> Result<()> {
     let dir = fs::canonicalize(&args.dir).map_err(|e| failed("mount at", &args.dir, e))?;
     let mounts = fetch_mounts(args.key, client).await?;
-    let mut done = 0;
-    for one in &mounts {
+    for (done, one) in mounts.iter().enumerate() {
         if let Err(error) = mount_one(one, &dir) {
             // What was mounted before the failure must not stay.
             for _ in 0..done {
@@ -47,7 +46,6 @@ pub async fn mount(args: MountArgs, client: &Client) -> Result<()> {
             }
             return Err(failed("mount at", &dir, error));
         }
-        done += 1;
     }
     Ok(())
 }
