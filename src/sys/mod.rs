@@ -6,5 +6,6 @@
 
 pub mod fd_passing;
 pub mod fuse_mount;
+pub mod inroot;
 pub mod process;
 pub mod terminal;
