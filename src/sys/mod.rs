@@ -4,6 +4,7 @@
 //! nothing. Nothing here knows of any other module.
 #![allow(unsafe_code, reason = "the one place for it")]
 
+pub mod child;
 pub mod fd_passing;
 pub mod fuse_mount;
 pub mod inroot;

@@ -20,3 +20,20 @@ pub fn window_size(fd: impl AsFd) -> io::Result<(u16, u16)> {
         Err(io::Error::last_os_error())
     }
 }
+
+/// Sets the size of the window behind a pty master: the foreground process group gets SIGWINCH.
+pub fn set_window_size(terminal: impl AsFd, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize, which `size` is.
+    let result = unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &size) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

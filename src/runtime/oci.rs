@@ -1,0 +1,300 @@
+//! The OCI runtime (runc or crun): finding one that works on this host, and what it says when it fails.
+//!
+//! A runtime may be installed and still refuse the host (crun 1.8 does where cgroup v1 hierarchies and
+//! an empty v2 one are mounted together), so the choice is made by trying: a container is created from
+//! an empty root whose program does not exist. A runtime that complains about the missing program, and
+//! about nothing before it, has made the namespaces, the cgroups and the mounts.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Names to look for, the more widely proven first.
+const NAMES: [&str; 2] = ["runc", "crun"];
+/// Where distributions put them, should PATH not say so.
+const PLACES: [&str; 6] = [
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/bin",
+    "/sbin",
+    "/bin",
+];
+
+/// `run`'s exit code when the engine failed.
+pub const ENGINE_FAILED: i32 = 125;
+/// `run`'s exit code when the program cannot be executed.
+pub const CANNOT_EXECUTE: i32 = 126;
+/// `run`'s exit code when there is no such program.
+pub const NOT_FOUND: i32 = 127;
+
+/// An OCI runtime that works on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OciRuntime {
+    /// The program.
+    pub path: PathBuf,
+    /// The first line of its `--version`.
+    pub version: String,
+}
+
+/// Why there is no OCI runtime to use.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// None is installed.
+    #[error(
+        "there is no OCI runtime on this host; install runc (`apt-get install runc`, `dnf install runc`, `zypper install runc`, `apk add runc`), or name one with --oci-runtime"
+    )]
+    Missing,
+    /// The configured one is not a program.
+    #[error("the OCI runtime {path} cannot be executed: {source}; check --oci-runtime")]
+    NotExecutable {
+        /// The program.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// All that are installed refuse this host.
+    #[error("no OCI runtime works on this host: {}; install another one, or name it with --oci-runtime", .problems.join("; "))]
+    Refused {
+        /// What each said.
+        problems: Vec<String>,
+    },
+    /// The trial could not be set up.
+    #[error("cannot try the OCI runtime in {path}: {source}")]
+    Scratch {
+        /// Directory of the trial.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+impl OciRuntime {
+    /// Finds a runtime and tries it in a directory of its own below `scratch`. `configured` is the
+    /// only candidate if it is given.
+    pub fn find(configured: Option<&Path>, scratch: &Path) -> Result<Self, Error> {
+        let candidates = match configured {
+            Some(path) if path.components().count() == 1 => on_path(&path.to_string_lossy()),
+            Some(path) => vec![path.to_owned()],
+            None => NAMES.iter().flat_map(|name| on_path(name)).collect(),
+        };
+        if let (Some(path), []) = (configured, &candidates[..]) {
+            return Err(Error::NotExecutable {
+                path: path.to_owned(),
+                source: io::ErrorKind::NotFound.into(),
+            });
+        }
+        if candidates.is_empty() {
+            return Err(Error::Missing);
+        }
+        let mut problems = Vec::new();
+        for path in candidates {
+            let version = match version(&path) {
+                Ok(version) => version,
+                Err(source) if configured.is_some() => {
+                    return Err(Error::NotExecutable { path, source });
+                }
+                Err(error) => {
+                    problems.push(format!("{} cannot be executed: {error}", path.display()));
+                    continue;
+                }
+            };
+            match trial(&path, scratch)? {
+                None => return Ok(Self { path, version }),
+                Some(problem) => problems.push(format!("{} says: {problem}", path.display())),
+            }
+        }
+        Err(Error::Refused { problems })
+    }
+}
+
+/// The runtime's command line up to the subcommand; its errors go to `log` as JSON lines.
+pub fn command(program: &Path, root: &Path, log: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.arg("--root").arg(root);
+    command.arg("--log").arg(log);
+    command.args(["--log-format", "json"]);
+    command
+}
+
+/// What a runtime's failure means: the exit code that `run` owes its caller, and a sentence.
+pub fn failure(log: &str, stderr: &str) -> (i32, String) {
+    let from_log = log.lines().filter_map(|line| {
+        let entry: serde_json::Value = serde_json::from_str(line).ok()?;
+        (entry["level"] == "error").then(|| entry["msg"].as_str().map(str::to_owned))?
+    });
+    let message = from_log
+        .last()
+        .or_else(|| {
+            let line = stderr.lines().map(str::trim).rfind(|line| !line.is_empty());
+            line.map(str::to_owned)
+        })
+        .unwrap_or_else(|| "the OCI runtime failed without saying why".to_owned());
+    (classify(&message), message)
+}
+
+fn classify(message: &str) -> i32 {
+    let lower = message.to_lowercase();
+    let about_program = lower.contains("exec") && !lower.contains("mount");
+    let any = |words: &[&str]| words.iter().any(|word| lower.contains(word));
+    if !about_program {
+        ENGINE_FAILED
+    } else if any(&[
+        "permission denied",
+        "is a directory",
+        "not a directory",
+        "exec format error",
+    ]) {
+        CANNOT_EXECUTE
+    } else if any(&["no such file or directory", "not found in", "not found"]) {
+        NOT_FOUND
+    } else {
+        ENGINE_FAILED
+    }
+}
+
+fn on_path(name: &str) -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let listed: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    let mut found: Vec<PathBuf> = Vec::new();
+    for dir in listed.into_iter().chain(PLACES.map(PathBuf::from)) {
+        let file = dir.join(name);
+        let executable = fs::metadata(&file)
+            .is_ok_and(|status| status.is_file() && status.permissions().mode() & 0o111 != 0);
+        // /usr/sbin and /sbin are often one.
+        let Ok(real) = file.canonicalize() else {
+            continue;
+        };
+        if executable && dir.is_absolute() && !found.contains(&real) {
+            found.push(real);
+        }
+    }
+    found
+}
+
+fn version(path: &Path) -> io::Result<String> {
+    let output = Command::new(path)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().next() {
+        Some(line) if output.status.success() => Ok(line.trim().to_owned()),
+        _ => Err(io::Error::other("it does not answer --version")),
+    }
+}
+
+/// Creates a container that must fail at its missing program. Answers what else it failed at.
+fn trial(program: &Path, scratch: &Path) -> Result<Option<String>, Error> {
+    let id = format!("plywood-trial-{}", std::process::id());
+    let dir = scratch.join(&id);
+    let prepared = prepare_trial(&dir, &id);
+    let outcome = prepared
+        .and_then(|()| run_trial(program, &dir, &id))
+        .map_err(|source| Error::Scratch {
+            path: dir.clone(),
+            source,
+        });
+    // What stays of it is an empty root in plyd's state directory, cleared at the next trial.
+    let _ = fs::remove_dir_all(&dir);
+    outcome
+}
+
+fn prepare_trial(dir: &Path, id: &str) -> io::Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir)?;
+    }
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir.join("rootfs"))?;
+    let spec = serde_json::json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "args": ["/there-is-no-such-program"],
+            "cwd": "/",
+            "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0},
+        },
+        "root": {"path": "rootfs"},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {
+            "cgroupsPath": format!("/plywood/{id}"),
+            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network"},
+            ],
+        },
+    });
+    fs::write(dir.join("config.json"), spec.to_string())
+}
+
+fn run_trial(program: &Path, dir: &Path, id: &str) -> io::Result<Option<String>> {
+    let log = dir.join("log");
+    let root = dir.join("oci");
+    let create = command(program, &root, &log)
+        .arg("create")
+        .arg("--bundle")
+        .arg(dir)
+        .arg(id)
+        .stdin(Stdio::null())
+        .output()?;
+    let said = fs::read_to_string(&log).unwrap_or_default();
+    // crun looks for the program only when the container is started.
+    let (said, stderr) = if create.status.success() {
+        fs::write(&log, "")?;
+        let start = command(program, &root, &log).args(["start", id]).output()?;
+        (fs::read_to_string(&log).unwrap_or_default(), start.stderr)
+    } else {
+        (said, create.stderr)
+    };
+    // A container that failed to be created is usually gone already; then this has nothing to do.
+    command(program, &root, &log)
+        .args(["delete", "--force", id])
+        .output()?;
+    let (code, message) = failure(&said, &String::from_utf8_lossy(&stderr));
+    Ok((code != NOT_FOUND).then_some(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_become_docker_s_exit_codes() {
+        for (message, code) in [
+            (
+                r#"runc create failed: unable to start container process: exec: "nosuch": executable file not found in $PATH"#,
+                127,
+            ),
+            (
+                r#"runc create failed: unable to start container process: exec: "/nosuch": stat /nosuch: no such file or directory"#,
+                127,
+            ),
+            (
+                r#"runc create failed: unable to start container process: exec: "/etc": permission denied"#,
+                126,
+            ),
+            (
+                "executable file `nosuch` not found in $PATH: No such file or directory",
+                127,
+            ),
+            ("runc create failed: cgroup: no such file or directory", 125),
+        ] {
+            let log = serde_json::json!({"level": "error", "msg": message}).to_string();
+            assert_eq!(failure(&log, ""), (code, message.to_owned()));
+        }
+        assert_eq!(failure("", "one\ntwo\n\n").1, "two");
+    }
+
+    #[test]
+    fn a_runtime_that_is_not_there_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nosuch");
+        let error = OciRuntime::find(Some(&path), dir.path()).unwrap_err();
+        assert!(error.to_string().contains("nosuch"), "{error}");
+    }
+}

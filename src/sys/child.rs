@@ -1,0 +1,86 @@
+//! Waiting for children without missing one: a signal handler that wakes a poll loop, and pidfds.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use nix::fcntl::OFlag;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::unistd::{Pid, pipe2, read};
+
+/// The pipe that the handler writes to; -1 until there is one.
+static WAKE: AtomicI32 = AtomicI32::new(-1);
+
+/// A descriptor that becomes readable when one of the chosen signals has arrived.
+///
+/// The signals are handled, neither blocked nor ignored: a handler is reset by execve, so children
+/// start with the default disposition and an empty mask.
+#[derive(Debug)]
+pub struct SignalPipe {
+    reader: OwnedFd,
+}
+
+impl SignalPipe {
+    /// Installs the handler. A process has at most one; a second call is an error.
+    pub fn install(signals: &[Signal]) -> io::Result<Self> {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        if WAKE
+            .compare_exchange(-1, writer.as_raw_fd(), Ordering::SeqCst, Ordering::SeqCst)
+            .is_err()
+        {
+            return Err(io::Error::other("the signal pipe is installed already"));
+        }
+        // The handler needs the descriptor for as long as the process lives.
+        std::mem::forget(writer);
+        let action = SigAction::new(
+            SigHandler::Handler(wake),
+            SaFlags::SA_RESTART,
+            SigSet::empty(),
+        );
+        for &signal in signals {
+            // SAFETY: `wake` calls only write(2) and errno's location, both async-signal-safe.
+            unsafe { sigaction(signal, &action) }?;
+        }
+        Ok(Self { reader })
+    }
+
+    /// Empties the pipe.
+    pub fn clear(&self) {
+        let mut bytes = [0; 64];
+        while matches!(read(&self.reader, &mut bytes), Ok(length) if length == bytes.len()) {}
+    }
+}
+
+impl AsFd for SignalPipe {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.as_fd()
+    }
+}
+
+extern "C" fn wake(_signal: libc::c_int) {
+    let pipe = WAKE.load(Ordering::SeqCst);
+    // SAFETY: errno's location is valid for the thread that runs the handler, and is restored so that
+    // the interrupted code does not see write's. The byte is a valid buffer; a full pipe is as good as
+    // a written one.
+    unsafe {
+        let errno = *libc::__errno_location();
+        libc::write(pipe, [1u8].as_ptr().cast(), 1);
+        *libc::__errno_location() = errno;
+    }
+}
+
+/// pidfd_open(2), Linux 5.3: readable when the process has ended. `Unsupported` on older kernels.
+pub fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    if fd < 0 {
+        let error = io::Error::last_os_error();
+        return Err(match error.raw_os_error() {
+            Some(libc::ENOSYS) => io::ErrorKind::Unsupported.into(),
+            _ => error,
+        });
+    }
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel just made this descriptor for us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
