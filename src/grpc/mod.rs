@@ -1,3 +1,13 @@
-//! The services that plyd offers.
+//! The services that plyd offers, all on one socket.
+//!
+//! Each file holds one service: it checks a request, calls the module that does the work on a thread
+//! that may block, and words the answer. [`status`] is the one place where errors become gRPC codes,
+//! [`server`] the one where the services meet the socket.
 
+mod filter;
 pub mod pb;
+pub mod server;
+mod snapshot_admin;
+mod snapshots;
+mod status;
+mod system;

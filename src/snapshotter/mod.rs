@@ -290,12 +290,27 @@ impl Snapshotter {
         key: &str,
         labels: BTreeMap<String, String>,
     ) -> Result<SnapshotInfo> {
+        self.update_labels(owner, key, |old| *old = labels)
+    }
+
+    /// Changes the labels while nobody else does.
+    pub fn update_labels(
+        &self,
+        owner: Owner,
+        key: &str,
+        change: impl FnOnce(&mut BTreeMap<String, String>),
+    ) -> Result<SnapshotInfo> {
         self.locked(owner, key, |found| {
             let updated = self
                 .catalog
-                .update(&found, |record| record.labels = labels)?;
+                .update(&found, |record| change(&mut record.labels))?;
             self.describe(updated)
         })
+    }
+
+    /// Waits until everything removed so far has left the disk.
+    pub fn wait_until_deleted(&self) {
+        self.trash.wait_until_empty();
     }
 
     /// What the snapshot takes for itself alone: as it was at commit, or what an active one has now.

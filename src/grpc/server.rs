@@ -1,0 +1,151 @@
+//! All services on one socket.
+
+use std::fs;
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::sys::stat::{Mode, umask};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use super::pb::DESCRIPTORS;
+use super::pb::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use super::pb::plywood::snapshot_admin_server::SnapshotAdminServer;
+use super::pb::plywood::system_server::SystemServer;
+use super::system::Place;
+use super::{snapshot_admin, snapshots, system};
+use crate::snapshotter::Snapshotter;
+
+/// containerd's limit, in both directions.
+const LARGEST_MESSAGE: usize = 16 << 20;
+
+/// What the services work with.
+pub struct Backends {
+    /// Root and state directory, for System.
+    pub root: PathBuf,
+    /// See `root`.
+    pub state: PathBuf,
+    /// Snapshots.
+    pub snapshotter: Arc<Snapshotter>,
+}
+
+/// Why plyd cannot listen or serve.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Another process answers there.
+    #[error("{path} is served by another process; end that one, or use another `--address`")]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something else lies there.
+    #[error("{path} is there and is not a socket; move it away, or use another `--address`")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The host refused an operation.
+    #[error("cannot listen on {path}: {source}")]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Serving failed.
+    #[error("cannot serve: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    /// The reflection service does not accept our descriptors.
+    #[error("cannot offer reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Listens on `path` with mode 0600 from the first moment, in place of a socket that a dead process
+/// left. To be called while the process has one thread, for the umask is the process's.
+pub fn listen(path: &Path) -> Result<UnixListener, Error> {
+    let failed = |source| Error::Listen {
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(parent) = path.parent() {
+        crate::store::create_dir(parent, 0o755).map_err(failed)?;
+    }
+    match fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => {
+            let path = path.to_owned();
+            return Err(Error::NotASocket { path });
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => {
+            let path = path.to_owned();
+            return Err(Error::InUse { path });
+        }
+        Ok(_) => fs::remove_file(path).map_err(failed)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let old = umask(Mode::from_bits_truncate(0o177));
+    let bound = UnixListener::bind(path);
+    umask(old);
+    let listener = bound.map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Serves until `end` is ready and the requests at hand are answered.
+pub async fn serve(
+    backends: Backends,
+    listener: UnixListener,
+    end: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let path = listener
+        .local_addr()
+        .ok()
+        .and_then(|address| address.as_pathname().map(Path::to_owned))
+        .unwrap_or_default();
+    let incoming = tokio::net::UnixListener::from_std(listener)
+        .map(UnixListenerStream::new)
+        .map_err(|source| Error::Listen { path, source })?;
+
+    let Backends {
+        root,
+        state,
+        snapshotter,
+    } = backends;
+    let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
+        .max_decoding_message_size(LARGEST_MESSAGE)
+        .max_encoding_message_size(LARGEST_MESSAGE);
+    let admin = SnapshotAdminServer::new(snapshot_admin::Service::new(Arc::clone(&snapshotter)))
+        .max_decoding_message_size(LARGEST_MESSAGE)
+        .max_encoding_message_size(LARGEST_MESSAGE);
+    let system = SystemServer::new(system::Service::new(Place { root, state }, snapshotter));
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health
+        .set_serving::<SnapshotsServer<snapshots::Service>>()
+        .await;
+    health
+        .set_serving::<SnapshotAdminServer<snapshot_admin::Service>>()
+        .await;
+    health.set_serving::<SystemServer<system::Service>>().await;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+
+    Server::builder()
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(snapshots)
+        .add_service(admin)
+        .add_service(system)
+        .serve_with_incoming_shutdown(incoming, end)
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,275 @@
+//! `plywood.v1.SnapshotAdmin`: the administrator's view of the snapshots of all owners.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use super::pb::plywood as api;
+use super::status::blocking;
+use crate::snapshotter::{Kind, Mount, Owner, ParentRef, SnapshotInfo, Snapshotter};
+
+/// Whom the snapshots made here belong to.
+const OWNER: Owner = Owner::Snapctl;
+
+/// The service.
+pub(super) struct Service {
+    snapshotter: Arc<Snapshotter>,
+}
+
+impl Service {
+    pub(super) fn new(snapshotter: Arc<Snapshotter>) -> Self {
+        Self { snapshotter }
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Snapshotter) -> Result<T, Status> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let snapshotter = Arc::clone(&self.snapshotter);
+        blocking(move || work(&snapshotter).map(Response::new)).await
+    }
+
+    async fn make(
+        &self,
+        request: api::PrepareRequest,
+        kind: Kind,
+    ) -> Result<Response<api::PrepareResponse>, Status> {
+        self.with(move |snapshotter| {
+            let parent = match request.parent.as_str() {
+                "" => None,
+                key => Some(find_parent(snapshotter, key)?),
+            };
+            let labels = request.labels.into_iter().collect();
+            let (key, parent) = (&request.key, parent.as_ref());
+            let made = match kind {
+                Kind::View => snapshotter.view(OWNER, key, parent, labels)?,
+                _ => snapshotter.prepare(OWNER, key, parent, labels)?,
+            };
+            let mounts = match snapshotter.mounts(OWNER, key) {
+                Ok(mounts) => words(mounts),
+                Err(error) => {
+                    if let Err(left) = snapshotter.remove(OWNER, key) {
+                        tracing::error!(snapshot = key, error = %left, "cannot undo a failed prepare");
+                    }
+                    return Err(error.into());
+                }
+            };
+            let snapshot = snapshotter.stat(OWNER, key).unwrap_or(made);
+            Ok(api::PrepareResponse {
+                mounts,
+                snapshot: Some(describe(snapshot)),
+            })
+        })
+        .await
+    }
+}
+
+#[tonic::async_trait]
+impl api::snapshot_admin_server::SnapshotAdmin for Service {
+    async fn list(
+        &self,
+        request: Request<api::ListRequest>,
+    ) -> Result<Response<api::ListResponse>, Status> {
+        let owner = owner_named(&request.into_inner().owner)?;
+        self.with(move |snapshotter| {
+            let snapshots = snapshotter.list(owner)?;
+            Ok(api::ListResponse {
+                snapshots: snapshots.into_iter().map(describe).collect(),
+            })
+        })
+        .await
+    }
+
+    async fn info(
+        &self,
+        request: Request<api::InfoRequest>,
+    ) -> Result<Response<api::InfoResponse>, Status> {
+        let request = request.into_inner();
+        self.with(move |snapshotter| {
+            let found = find(snapshotter, &request.key, &request.owner)?;
+            Ok(api::InfoResponse {
+                snapshot: Some(describe(found)),
+            })
+        })
+        .await
+    }
+
+    async fn prepare(
+        &self,
+        request: Request<api::PrepareRequest>,
+    ) -> Result<Response<api::PrepareResponse>, Status> {
+        self.make(request.into_inner(), Kind::Active).await
+    }
+
+    async fn view(
+        &self,
+        request: Request<api::PrepareRequest>,
+    ) -> Result<Response<api::PrepareResponse>, Status> {
+        self.make(request.into_inner(), Kind::View).await
+    }
+
+    async fn commit(
+        &self,
+        request: Request<api::CommitRequest>,
+    ) -> Result<Response<api::CommitResponse>, Status> {
+        let request = request.into_inner();
+        self.with(move |snapshotter| {
+            let labels = request.labels.into_iter().collect();
+            let committed = snapshotter.commit(OWNER, &request.name, &request.key, labels)?;
+            Ok(api::CommitResponse {
+                snapshot: Some(describe(committed)),
+            })
+        })
+        .await
+    }
+
+    async fn mounts(
+        &self,
+        request: Request<api::MountsRequest>,
+    ) -> Result<Response<api::MountsResponse>, Status> {
+        let key = request.into_inner().key;
+        self.with(move |snapshotter| {
+            Ok(api::MountsResponse {
+                mounts: words(snapshotter.mounts(OWNER, &key)?),
+            })
+        })
+        .await
+    }
+
+    async fn remove(
+        &self,
+        request: Request<api::RemoveRequest>,
+    ) -> Result<Response<api::RemoveResponse>, Status> {
+        let key = request.into_inner().key;
+        self.with(move |snapshotter| {
+            match snapshotter.remove(OWNER, &key) {
+                Err(crate::snapshotter::Error::NotFound { .. }) => {
+                    // It may be there and belong to someone who needs it.
+                    let found = find(snapshotter, &key, "")?;
+                    return Err(Status::failed_precondition(format!(
+                        "the snapshot {key:?} belongs to {}; remove the image or container that needs it instead",
+                        found.owner
+                    )));
+                }
+                result => result?,
+            }
+            Ok(api::RemoveResponse {})
+        })
+        .await
+    }
+
+    async fn usage(
+        &self,
+        request: Request<api::UsageRequest>,
+    ) -> Result<Response<api::UsageResponse>, Status> {
+        let request = request.into_inner();
+        self.with(move |snapshotter| {
+            let found = find(snapshotter, &request.key, &request.owner)?;
+            let usage = snapshotter.usage(found.owner, &found.key)?;
+            Ok(api::UsageResponse {
+                size: usage.size,
+                inodes: usage.inodes,
+            })
+        })
+        .await
+    }
+
+    type DiffStream = tokio_stream::Iter<std::vec::IntoIter<Result<api::DiffEntry, Status>>>;
+
+    async fn diff(
+        &self,
+        _request: Request<api::DiffRequest>,
+    ) -> Result<Response<Self::DiffStream>, Status> {
+        Err(Status::unimplemented("follows"))
+    }
+}
+
+/// The snapshot `key` of the owner named, or of the only owner that has one of that key.
+fn find(snapshotter: &Snapshotter, key: &str, owner: &str) -> Result<SnapshotInfo, Status> {
+    if let Some(owner) = owner_named(owner)? {
+        return Ok(snapshotter.stat(owner, key)?);
+    }
+    let mut found = Vec::new();
+    for owner in Owner::ALL {
+        match snapshotter.stat(owner, key) {
+            Ok(info) => found.push(info),
+            Err(crate::snapshotter::Error::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match <[SnapshotInfo; 1]>::try_from(found) {
+        Ok([info]) => Ok(info),
+        Err(found) if found.is_empty() => Err(Status::not_found(format!(
+            "there is no snapshot {key:?}; `snapctl snapshot ls` names those that exist"
+        ))),
+        Err(found) => {
+            let owners: Vec<_> = found.iter().map(|info| info.owner.as_str()).collect();
+            Err(Status::invalid_argument(format!(
+                "several owners have a snapshot {key:?}: say which of {} with `--owner`",
+                owners.join(", ")
+            )))
+        }
+    }
+}
+
+fn find_parent(snapshotter: &Snapshotter, key: &str) -> Result<ParentRef, Status> {
+    let parent = find(snapshotter, key, "")?;
+    if parent.kind != Kind::Committed {
+        return Err(Status::failed_precondition(format!(
+            "the snapshot {key:?} cannot be a parent, for it is {}; commit it first",
+            parent.kind
+        )));
+    }
+    Ok(ParentRef {
+        owner: parent.owner,
+        key: parent.key,
+    })
+}
+
+fn owner_named(name: &str) -> Result<Option<Owner>, Status> {
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let owner = Owner::ALL.into_iter().find(|owner| owner.as_str() == name);
+    owner.map(Some).ok_or_else(|| {
+        Status::invalid_argument(format!(
+            "there is no owner {name:?}; they are containerd, snapctl, image and container"
+        ))
+    })
+}
+
+fn describe(info: SnapshotInfo) -> api::Snapshot {
+    let kind = match info.kind {
+        Kind::View => api::SnapshotKind::View,
+        Kind::Active => api::SnapshotKind::Active,
+        Kind::Committed => api::SnapshotKind::Committed,
+    };
+    let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
+    api::Snapshot {
+        id: info.id,
+        key: info.key,
+        parent: info.parent.map_or_else(String::new, |parent| parent.key),
+        kind: kind.into(),
+        owner: info.owner.as_str().to_owned(),
+        labels: info.labels.into_iter().collect(),
+        created: Some(info.created.into()),
+        updated: Some(info.updated.into()),
+        plyfs_pid: info.mount.as_ref().map_or(0, |mount| mount.pid),
+        mountpoint: info
+            .mount
+            .map_or_else(String::new, |mount| text(mount.path)),
+        upper_dir: info.upper_dir.map_or_else(String::new, text),
+        layer_dirs: info.layer_dirs.into_iter().map(text).collect(),
+    }
+}
+
+fn words(mounts: Vec<Mount>) -> Vec<api::Mount> {
+    mounts
+        .into_iter()
+        .map(|mount| api::Mount {
+            r#type: mount.kind,
+            source: mount.source,
+            options: mount.options,
+        })
+        .collect()
+}

@@ -1,0 +1,71 @@
+//! Errors as gRPC statuses: the code that a client acts on, the sentence that its user reads.
+//!
+//! A module's error type gets an `impl From<Error> for Status` here, or beside the service that alone
+//! uses it; then [`blocking`] does the rest.
+
+use std::io;
+
+use tonic::{Code, Status};
+
+use crate::snapshotter;
+use crate::store::record;
+
+/// Runs `work` on a thread that may block, and words its error.
+pub(super) async fn blocking<T, E>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, Status>
+where
+    T: Send + 'static,
+    E: Into<Status> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(error) => {
+            tracing::error!(%error, "a request handler failed");
+            Err(Status::internal(
+                "plyd met an error of its own; its log has the details, please report it",
+            ))
+        }
+    }
+}
+
+/// The code for a failure that the host reported.
+pub(super) fn io_code(error: &io::Error) -> Code {
+    match error.kind() {
+        io::ErrorKind::StorageFull
+        | io::ErrorKind::QuotaExceeded
+        | io::ErrorKind::FileTooLarge
+        | io::ErrorKind::OutOfMemory => Code::ResourceExhausted,
+        io::ErrorKind::PermissionDenied => Code::PermissionDenied,
+        io::ErrorKind::TimedOut => Code::DeadlineExceeded,
+        _ => Code::Internal,
+    }
+}
+
+fn record_code(error: &record::Error) -> Code {
+    match error {
+        record::Error::Io { source, .. } => io_code(source),
+        record::Error::Damaged(_) => Code::DataLoss,
+        record::Error::BadId { .. } => Code::InvalidArgument,
+    }
+}
+
+impl From<snapshotter::Error> for Status {
+    fn from(error: snapshotter::Error) -> Self {
+        use snapshotter::Error;
+        let code = match &error {
+            Error::NotFound { .. } | Error::NoParent { .. } => Code::NotFound,
+            Error::AlreadyExists { .. } => Code::AlreadyExists,
+            Error::ParentNotCommitted { .. } | Error::EmptyKey => Code::InvalidArgument,
+            Error::NotActive { .. }
+            | Error::NotMountable { .. }
+            | Error::HasChildren { .. }
+            | Error::NoPlyfs { .. } => Code::FailedPrecondition,
+            Error::Record(error) => record_code(error),
+            Error::Index(_) => Code::Internal,
+            Error::Io { source, .. } => io_code(source),
+            Error::PlyfsFailed { .. } => Code::Internal,
+        };
+        Self::new(code, error.to_string())
+    }
+}

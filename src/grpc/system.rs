@@ -1,0 +1,59 @@
+//! `plywood.v1.System`: what this daemon is and what the host can do.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use super::pb::plywood as api;
+use super::status::blocking;
+use crate::snapshotter::Snapshotter;
+
+/// Where this plyd keeps its things.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Root directory.
+    pub root: PathBuf,
+    /// State directory.
+    pub state: PathBuf,
+}
+
+/// The service.
+pub(super) struct Service {
+    place: Place,
+    snapshotter: Arc<Snapshotter>,
+}
+
+impl Service {
+    pub(super) fn new(place: Place, snapshotter: Arc<Snapshotter>) -> Self {
+        Self { place, snapshotter }
+    }
+}
+
+#[tonic::async_trait]
+impl api::system_server::System for Service {
+    async fn info(
+        &self,
+        _request: Request<api::InfoSystemRequest>,
+    ) -> Result<Response<api::InfoSystemResponse>, Status> {
+        let place = self.place.clone();
+        let snapshotter = Arc::clone(&self.snapshotter);
+        blocking(move || {
+            let snapshots = snapshotter.list(None)?;
+            let kernel = nix::sys::utsname::uname()
+                .map(|name| name.release().to_string_lossy().into_owned())
+                .map_err(|errno| Status::internal(format!("uname fails: {errno}")))?;
+            Ok::<_, Status>(Response::new(api::InfoSystemResponse {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                kernel,
+                root: place.root.to_string_lossy().into_owned(),
+                state: place.state.to_string_lossy().into_owned(),
+                pid: std::process::id(),
+                snapshots: snapshots.len() as u64,
+                mounts: snapshots.iter().filter(|s| s.mount.is_some()).count() as u64,
+                ..api::InfoSystemResponse::default()
+            }))
+        })
+        .await
+    }
+}
