@@ -1,3 +1,21 @@
 //! The FUSE session: translation between the kernel's requests and the union, nothing else.
+//!
+//! [`session`] has one method for each request. [`policy`] is what a connection agrees with the
+//! kernel on, out of the optional [`features`] of the protocol; [`options`] reads what the user
+//! wants. The kernel may keep everything it is told for good, because this process alone changes the
+//! tree. Of what the kernel itself keeps back, dirty pages, [`seek`] and [`server`] bring down what
+//! somebody is about to look at from below.
 
 pub mod control;
+pub mod convert;
+pub mod daemon;
+pub mod features;
+pub mod handles;
+pub mod log;
+pub mod options;
+pub mod policy;
+pub mod probe;
+pub mod seek;
+pub mod server;
+pub mod session;
+pub mod writers;

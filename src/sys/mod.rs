@@ -8,5 +8,6 @@ pub mod child;
 pub mod fd_passing;
 pub mod fuse_mount;
 pub mod inroot;
+pub mod mountinfo;
 pub mod process;
 pub mod terminal;

@@ -1,0 +1,495 @@
+//! A `plyfs` process from its command line to its end.
+//!
+//! Stand-alone it opens the union, mounts, and leaves its caller: the caller's process returns when
+//! the mount answers, and nothing of the server is left on the caller's streams. Below plyd the
+//! mount is there already and comes as an open descriptor; then the process stays in front and
+//! serves the control socket. Either way it ends when the mount is gone, and a signal makes it
+//! write everything down, take its mount away and end.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use crossbeam::channel;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::stat::{Mode, umask};
+
+use super::control::{ControlServer, Controlled};
+use super::log::{self, LogTarget};
+use super::options::{Options, parse_lowerdir_file};
+use super::server::{Flusher, Server};
+use crate::cow::union::OpenError;
+use crate::cow::{Union, UnionConfig};
+use crate::sys::fuse_mount::{self, MountError};
+use crate::sys::{mountinfo, process};
+
+/// Read-ahead of the mount, in KiB, where the host lets us set it.
+const READ_AHEAD_KB: u32 = 1024;
+
+/// What the command line says beside the options.
+#[derive(Clone, Debug)]
+pub struct Invocation {
+    /// Where to mount, or where it is mounted.
+    pub mountpoint: PathBuf,
+    /// The options.
+    pub options: Options,
+    /// `-f`: stay in front.
+    pub foreground: bool,
+    /// `-d`: log every request; implies `foreground`.
+    pub debug: bool,
+    /// `--log-file`.
+    pub log_file: Option<PathBuf>,
+    /// `--fuse-fd`: number of the descriptor of a mount that is there already; implies `foreground`.
+    pub fuse_fd: Option<RawFd>,
+    /// `--control`: where to listen.
+    pub control: Option<PathBuf>,
+}
+
+/// Why there is no mount. Each says what to do; all of them are exit code 1.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The union cannot be made of these directories.
+    #[error(transparent)]
+    Union(#[from] OpenError),
+    /// Mounting failed.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The file with the lower directories cannot be read.
+    #[error("cannot read `lowerdir_file={path}`: {source}; name a file with one directory a line")]
+    LowerdirFile {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The mount point cannot be used.
+    #[error("cannot mount on {path}: {source}; name an existing directory")]
+    Mountpoint {
+        /// The directory.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The mount would be a part of one of its own layers.
+    #[error(
+        "the mount point {mountpoint} lies in the layer {layer}: the mount would contain itself; choose a directory outside of all layers"
+    )]
+    SelfNesting {
+        /// Where to mount.
+        mountpoint: PathBuf,
+        /// The layer.
+        layer: PathBuf,
+    },
+    /// The descriptor that `--fuse-fd` names cannot be used.
+    #[error(
+        "cannot use the descriptor of --fuse-fd: {0}; it has to be an open /dev/fuse that the caller leaves open for this process"
+    )]
+    FuseFd(#[source] io::Error),
+    /// The kernel could not be agreed with.
+    #[error("the kernel refused the FUSE session: {0}; `dmesg` may say more")]
+    Session(#[source] io::Error),
+    /// The control socket cannot be made.
+    #[error(
+        "cannot listen at the control socket {path}: {source}; choose a path in an existing directory of your own"
+    )]
+    Control {
+        /// Its path.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The log file cannot be opened.
+    #[error("cannot write the log file {path}: {source}")]
+    LogFile {
+        /// Its path.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The process could not be put in the background.
+    #[error("cannot start in the background: {0}; `-f` stays in front")]
+    Background(#[source] io::Error),
+    /// The server in the background reported an error, already worded.
+    #[error("{0}")]
+    Reported(String),
+}
+
+/// Runs the invocation. Returns when the mount answers (in the background) or is gone (in front).
+pub fn run(mut invocation: Invocation) -> Result<(), DaemonError> {
+    let config = resolve(&mut invocation)?;
+    if invocation.foreground || invocation.debug || invocation.fuse_fd.is_some() {
+        return serve(&invocation, config, || Ok(()));
+    }
+    let (mut outcome, report) = pipe().map_err(DaemonError::Background)?;
+    match process::fork_single_threaded().map_err(DaemonError::Background)? {
+        Some(_child) => {
+            drop(report);
+            let mut text = String::new();
+            outcome
+                .read_to_string(&mut text)
+                .map_err(DaemonError::Background)?;
+            match text.as_str() {
+                READY => Ok(()),
+                "" => Err(DaemonError::Reported(
+                    "the server in the background died before the mount answered; `-f` shows why"
+                        .to_owned(),
+                )),
+                message => Err(DaemonError::Reported(message.to_owned())),
+            }
+        }
+        None => {
+            drop(outcome);
+            background(&invocation, config, report)
+        }
+    }
+}
+
+/// What the background process writes when the mount answers.
+const READY: &str = "\0ready";
+
+fn pipe() -> io::Result<(File, File)> {
+    let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    Ok((read.into(), write.into()))
+}
+
+fn background(
+    invocation: &Invocation,
+    config: UnionConfig,
+    mut report: File,
+) -> Result<(), DaemonError> {
+    let mut second = report.try_clone().map_err(DaemonError::Background)?;
+    let result = serve(invocation, config, move || {
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        nix::unistd::dup2_stdin(&null)?;
+        nix::unistd::dup2_stdout(&null)?;
+        nix::unistd::dup2_stderr(&null)?;
+        report.write_all(READY.as_bytes())
+    });
+    if let Err(error) = &result {
+        // After READY nobody reads any more, and the error is in the log.
+        let _ = second.write_all(error.to_string().as_bytes());
+    }
+    result
+}
+
+/// Makes every path absolute, reads `lowerdir_file`, and refuses a mount inside its own layers.
+fn resolve(invocation: &mut Invocation) -> Result<UnionConfig, DaemonError> {
+    let options = &invocation.options;
+    let more = match &options.lowerdir_file {
+        None => Vec::new(),
+        Some(path) => {
+            parse_lowerdir_file(&fs::read(path).map_err(|source| DaemonError::LowerdirFile {
+                path: path.clone(),
+                source,
+            })?)
+        }
+    };
+    let mut config = options.union_config(more);
+    for lower in &mut config.lowers {
+        *lower = absolute(lower);
+    }
+    if let Some(upper) = &mut config.upper {
+        upper.dir = absolute(&upper.dir);
+        upper.work = absolute(&upper.work);
+    }
+    if invocation.fuse_fd.is_none() {
+        // Below plyd the mount is there already, and looking it up would wait for ourselves.
+        invocation.mountpoint =
+            fs::canonicalize(&invocation.mountpoint).map_err(|source| DaemonError::Mountpoint {
+                path: invocation.mountpoint.clone(),
+                source,
+            })?;
+        refuse_self_nesting(&invocation.mountpoint, &config)?;
+    }
+    if let Some(path) = &mut invocation.log_file {
+        *path = absolute(path);
+    }
+    if let Some(path) = &mut invocation.control {
+        *path = absolute(path);
+    }
+    Ok(config)
+}
+
+/// The path without links if it leads somewhere, else as it is: opening it says what is wrong.
+fn absolute(path: &Path) -> PathBuf {
+    fs::canonicalize(path)
+        .or_else(|_| std::path::absolute(path))
+        .unwrap_or_else(|_| path.to_owned())
+}
+
+fn refuse_self_nesting(mountpoint: &Path, config: &UnionConfig) -> Result<(), DaemonError> {
+    let upper = config
+        .upper
+        .iter()
+        .flat_map(|upper| [&upper.dir, &upper.work]);
+    for layer in config.lowers.iter().chain(upper) {
+        if mountpoint.starts_with(layer) {
+            return Err(DaemonError::SelfNesting {
+                mountpoint: mountpoint.to_owned(),
+                layer: layer.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+enum End {
+    Session(io::Result<()>),
+    Signal(Signal),
+}
+
+fn serve(
+    invocation: &Invocation,
+    config: UnionConfig,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<(), DaemonError> {
+    let own_mount = invocation.fuse_fd.is_none();
+    let in_front = invocation.foreground || invocation.debug || !own_mount;
+    start_log(invocation, in_front)?;
+    if !in_front {
+        nix::unistd::setsid().map_err(|errno| DaemonError::Background(errno.into()))?;
+    }
+    umask(Mode::empty());
+    let signals = block_signals().map_err(|error| DaemonError::Session(error))?;
+    protect();
+
+    let union = Arc::new(Union::open(config)?);
+    let control = match &invocation.control {
+        None => None,
+        Some(path) => Some(
+            ControlServer::bind(path).map_err(|source| DaemonError::Control {
+                path: path.clone(),
+                source,
+            })?,
+        ),
+    };
+    let device = match invocation.fuse_fd {
+        Some(number) => process::adopt_fd(number).map_err(DaemonError::FuseFd)?,
+        None => fuse_mount::mount(&invocation.mountpoint, &invocation.options.mount)?,
+    };
+    let mount = Mount::find(&invocation.mountpoint);
+    if own_mount {
+        // Relative paths are resolved by now, and no directory is to be kept busy.
+        std::env::set_current_dir("/").map_err(DaemonError::Background)?;
+    }
+    let outcome = serve_mount(
+        invocation,
+        union.clone(),
+        device,
+        control.as_ref(),
+        &mount,
+        signals,
+        ready,
+    );
+    if own_mount || matches!(outcome, Ok(Ended::BySignal)) {
+        mount.remove();
+    }
+    if !invocation.options.volatile
+        && let Err(error) = union.sync()
+    {
+        tracing::error!(%error, "the upper could not be made durable at the end");
+    }
+    tracing::info!("ended");
+    outcome.map(drop)
+}
+
+enum Ended {
+    WithMount,
+    BySignal,
+}
+
+fn serve_mount(
+    invocation: &Invocation,
+    union: Arc<Union>,
+    device: OwnedFd,
+    control: Option<&ControlServer>,
+    mount: &Mount,
+    signals: SigSet,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<Ended, DaemonError> {
+    let options = &invocation.options;
+    let (ends, end) = channel::unbounded();
+    let controlled = match control {
+        None => None,
+        Some(server) => {
+            let controlled = Arc::new(Controlled {
+                device: device.try_clone().map_err(DaemonError::FuseFd)?,
+                flusher: OnceLock::new(),
+                stop: Box::new(|| tracing::info!("asked to end with the mount")),
+            });
+            server
+                .serve(controlled.clone())
+                .map_err(DaemonError::Session)?;
+            Some(controlled)
+        }
+    };
+    let server = Server::attach(union, device, options.session, options.no_acl)
+        .map_err(DaemonError::Session)?;
+    let flusher = server.flusher();
+    if let Some(controlled) = controlled {
+        // It is set once, here.
+        let _ = controlled.flusher.set(flusher.clone());
+    }
+    wait_for_signals(signals, ends.clone()).map_err(DaemonError::Session)?;
+    let policy = server.policy();
+    thread::Builder::new()
+        .name("plyfs-session".into())
+        .spawn(move || {
+            // The receiver is gone only when the process is ending anyway.
+            let _ = ends.send(End::Session(server.run()));
+        })
+        .map_err(DaemonError::Session)?;
+    mount.set_read_ahead();
+    tracing::info!(mountpoint = %invocation.mountpoint.display(), ?policy, "serving");
+    ready().map_err(DaemonError::Background)?;
+    match end.recv() {
+        Ok(End::Signal(signal)) => {
+            tracing::info!(%signal, "ending");
+            flush(&flusher);
+            Ok(Ended::BySignal)
+        }
+        Ok(End::Session(Err(error))) => {
+            tracing::error!(%error, "the session failed");
+            Err(DaemonError::Session(error))
+        }
+        Ok(End::Session(Ok(()))) | Err(_) => Ok(Ended::WithMount),
+    }
+}
+
+fn flush(flusher: &Flusher) {
+    if let Err(error) = flusher.flush() {
+        tracing::error!(%error, "the mount could not be flushed at the end");
+    }
+}
+
+fn start_log(invocation: &Invocation, in_front: bool) -> Result<(), DaemonError> {
+    let target = match &invocation.log_file {
+        Some(path) => LogTarget::File(
+            File::options()
+                .create(true)
+                .append(true)
+                .open(path)
+                .map_err(|source| DaemonError::LogFile {
+                    path: path.clone(),
+                    source,
+                })?,
+        ),
+        None if in_front => LogTarget::Stderr,
+        None => LogTarget::Syslog,
+    };
+    log::start(target, invocation.debug);
+    Ok(())
+}
+
+/// Blocks, in this thread and all that it starts, the signals that end the process.
+fn block_signals() -> io::Result<SigSet> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    Ok(signals)
+}
+
+fn wait_for_signals(signals: SigSet, ends: channel::Sender<End>) -> io::Result<()> {
+    thread::Builder::new()
+        .name("plyfs-signal".into())
+        .spawn(move || {
+            if let Ok(signal) = signals.wait() {
+                // As above.
+                let _ = ends.send(End::Signal(signal));
+            }
+        })?;
+    Ok(())
+}
+
+/// Everything here makes the process sturdier and none of it is needed; an old kernel or a
+/// container refuses some.
+fn protect() {
+    // It holds a mount that others work in: the OOM killer is to take somebody else.
+    log_refusal("the OOM score", process::set_oom_score_adj(-1000));
+    // Memory reclaim may write to this mount, and must not wait for this process to do so.
+    log_refusal("the I/O flusher mark", process::set_io_flusher());
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    log_refusal("the limit of open files", raised.map_err(io::Error::from));
+}
+
+fn log_refusal(what: &str, result: io::Result<()>) {
+    if let Err(error) = result {
+        tracing::debug!(%error, "{what} could not be set");
+    }
+}
+
+/// Our entry in the mount table, so that never somebody else's mount is taken away.
+struct Mount {
+    target: PathBuf,
+    entry: Option<mountinfo::MountEntry>,
+}
+
+impl Mount {
+    fn find(target: &Path) -> Self {
+        let entry = mountinfo::at(target).ok().flatten();
+        Self {
+            target: target.to_owned(),
+            entry: entry.filter(|entry| entry.fstype.starts_with("fuse")),
+        }
+    }
+
+    fn set_read_ahead(&self) {
+        if let Some(entry) = &self.entry {
+            let path = format!("/sys/class/bdi/{}/read_ahead_kb", entry.device);
+            log_refusal(
+                "the mount's read-ahead",
+                fs::write(path, READ_AHEAD_KB.to_string()),
+            );
+        }
+    }
+
+    /// Takes the mount away if it is still there.
+    fn remove(&self) {
+        let Some(entry) = &self.entry else { return };
+        if mountinfo::at(&self.target).ok().flatten().as_ref() != Some(entry) {
+            return;
+        }
+        if let Err(error) = fuse_mount::unmount_lazily(&self.target) {
+            tracing::error!(%error, "the mount could not be taken away");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cow::UpperConfig;
+
+    #[test]
+    fn a_mount_inside_its_own_layers_is_refused() {
+        let config = UnionConfig {
+            lowers: vec!["/l/a".into(), "/l/b".into()],
+            upper: Some(UpperConfig {
+                dir: "/u/upper".into(),
+                work: "/u/work".into(),
+            }),
+            ..UnionConfig::default()
+        };
+        for inside in ["/l/a", "/l/b/mnt", "/u/upper/x", "/u/work"] {
+            let result = refuse_self_nesting(Path::new(inside), &config);
+            assert!(
+                matches!(result, Err(DaemonError::SelfNesting { .. })),
+                "{inside}"
+            );
+        }
+        for outside in ["/l", "/l/ab", "/u/merged"] {
+            assert!(
+                refuse_self_nesting(Path::new(outside), &config).is_ok(),
+                "{outside}"
+            );
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! What a connection agrees with the kernel on: the kernel's offer, the user's options and
+//! the mask make one set of features.
+
+use fuser::{InitFlags, KernelConfig};
+
+use super::features::{self, Feature, FeatureSet};
+use super::options::SessionOptions;
+
+/// The longest WRITE: 1 MiB, the most that `max_pages` allows by default.
+const MAX_WRITE: u32 = 1 << 20;
+
+/// Requests that the kernel may have under way on its own account, as read-ahead and write-back.
+const MAX_BACKGROUND: u16 = 64;
+
+/// What was agreed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Features in use.
+    pub in_use: FeatureSet,
+    /// Features that the kernel offered.
+    pub offered: FeatureSet,
+    /// Answer OPEN with ENOSYS and never see it again.
+    pub no_open: bool,
+    /// The kernel gathers writes and keeps size and times of its own.
+    pub writeback: bool,
+    /// The umask comes with the request and is the server's to apply.
+    pub dont_mask: bool,
+}
+
+impl Policy {
+    /// Nothing agreed on: what holds before INIT.
+    pub const PLAIN: Self = Self {
+        in_use: FeatureSet::EMPTY,
+        offered: FeatureSet::EMPTY,
+        no_open: false,
+        writeback: false,
+        dont_mask: false,
+    };
+
+    /// Chooses, and asks the kernel for it.
+    pub fn negotiate(config: &mut KernelConfig, options: &SessionOptions, no_acl: bool) -> Self {
+        let offer = config.capabilities();
+        let mut offered = FeatureSet::EMPTY;
+        for description in &features::ALL {
+            if offer.contains(description.flag) {
+                offered.insert(description.feature);
+            }
+        }
+        let mut policy = Self::choose(offered, options, no_acl);
+        for description in &features::ALL {
+            // That you may answer ENOSYS is not asked for, and MAX_PAGES is fuser's own affair.
+            let asked = policy.in_use.contains(description.feature)
+                && !matches!(description.feature, Feature::NoOpen | Feature::MaxPages);
+            // One at a time: fuser takes all of a set or nothing.
+            if asked && config.add_capabilities(description.flag).is_err() {
+                policy.in_use.remove(description.feature);
+            }
+        }
+        let limit = if policy.in_use.contains(Feature::MaxPages) {
+            MAX_WRITE
+        } else {
+            // 32 pages, which every kernel takes.
+            128 << 10
+        };
+        // Each of these answers only with the nearest value that it would take; ours are in range.
+        let _ = config.set_max_write(limit);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        policy
+    }
+
+    /// The choice alone.
+    fn choose(offered: FeatureSet, options: &SessionOptions, no_acl: bool) -> Self {
+        let mut in_use = FeatureSet::EMPTY;
+        for description in &features::ALL {
+            if description.unused.is_none()
+                && offered.contains(description.feature)
+                && options.allowed.contains(description.feature)
+            {
+                in_use.insert(description.feature);
+            }
+        }
+        if no_acl {
+            in_use.remove(Feature::PosixAcl);
+        }
+        if !options.writeback {
+            in_use.remove(Feature::Writeback);
+        }
+        if !options.no_open {
+            in_use.remove(Feature::NoOpen);
+        }
+        let no_open = in_use.contains(Feature::NoOpen);
+        if no_open {
+            // Without OPEN there would be nobody to truncate.
+            in_use.remove(Feature::AtomicTrunc);
+        }
+        if !in_use.contains(Feature::Readdirplus) {
+            in_use.remove(Feature::ReaddirplusAuto);
+        }
+        Self {
+            in_use,
+            offered,
+            no_open,
+            writeback: in_use.contains(Feature::Writeback),
+            dont_mask: in_use.contains(Feature::DontMask),
+        }
+    }
+}
+
+/// The flag of INIT that is never asked for: fuser 0.18 misreads the longer SETXATTR that follows.
+pub const NEVER: InitFlags = InitFlags::FUSE_SETXATTR_EXT;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(options: &SessionOptions) -> Policy {
+        Policy::choose(FeatureSet::ALL, options, false)
+    }
+
+    #[test]
+    fn what_the_library_or_the_design_cannot_use_is_not_asked_for() {
+        let policy = choose(&SessionOptions::default());
+        for description in &features::ALL {
+            assert!(!description.flag.intersects(NEVER), "{}", description.name);
+            if description.unused.is_some() {
+                assert!(!policy.in_use.contains(description.feature));
+            }
+        }
+    }
+
+    #[test]
+    fn opens_are_answered_or_not() {
+        let policy = choose(&SessionOptions::default());
+        assert!(!policy.no_open && policy.in_use.contains(Feature::AtomicTrunc));
+        let policy = choose(&SessionOptions {
+            no_open: true,
+            ..SessionOptions::default()
+        });
+        assert!(policy.no_open);
+        assert!(!policy.in_use.contains(Feature::AtomicTrunc));
+    }
+
+    #[test]
+    fn an_old_kernel_or_a_mask_leaves_a_plain_connection() {
+        let options = SessionOptions {
+            allowed: FeatureSet::EMPTY,
+            no_open: true,
+            writeback: true,
+            ..SessionOptions::default()
+        };
+        let masked = choose(&options);
+        assert_eq!(masked.in_use, FeatureSet::EMPTY);
+        assert!(!masked.no_open && !masked.writeback && !masked.dont_mask);
+        let old = Policy::choose(FeatureSet::EMPTY, &SessionOptions::default(), false);
+        assert_eq!(old.in_use, FeatureSet::EMPTY);
+    }
+}

@@ -1,0 +1,131 @@
+//! What FUSE offers on this host and what Plywood makes of it, found out by a mount that nobody
+//! sees: in a mount name space of a short-lived thread, on a directory that exists everywhere.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use fuser::{Config, Filesystem, KernelConfig, Request, Session, SessionACL};
+use nix::mount::MsFlags;
+use nix::sched::CloneFlags;
+
+use super::features;
+use super::options::SessionOptions;
+use super::policy::Policy;
+use crate::sys::fuse_mount::{self, MountOptions};
+
+/// One optional feature on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// Its name, as in `-o kernel_features=`.
+    pub name: &'static str,
+    /// The kernel offers it.
+    pub supported: bool,
+    /// A mount with default options uses it.
+    pub in_use: bool,
+    /// Why it is not in use.
+    pub reason: Option<String>,
+}
+
+/// Only the handshake matters: no request is ever served.
+struct Handshake(Arc<OnceLock<Policy>>);
+
+impl Filesystem for Handshake {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let policy = Policy::negotiate(config, &SessionOptions::default(), false);
+        // The kernel says INIT once.
+        let _ = self.0.set(policy);
+        Ok(())
+    }
+}
+
+/// Every optional feature. When nothing can be mounted, none is supported and each says why.
+pub fn features() -> Vec<Feature> {
+    let policy = handshake();
+    features::ALL
+        .iter()
+        .map(|description| {
+            let supported = policy
+                .as_ref()
+                .is_ok_and(|policy| policy.offered.contains(description.feature));
+            let in_use = policy
+                .as_ref()
+                .is_ok_and(|policy| policy.in_use.contains(description.feature));
+            let reason = match (&policy, supported, in_use, description.unused) {
+                (_, _, true, _) => None,
+                (Err(error), ..) => Some(error.clone()),
+                (_, false, ..) => Some("this kernel does not offer it".to_owned()),
+                (_, _, _, Some(why)) => Some(why.to_owned()),
+                _ => Some(format!(
+                    "off by default; -o {} switches it on",
+                    description.name
+                )),
+            };
+            Feature {
+                name: description.name,
+                supported,
+                in_use,
+                reason,
+            }
+        })
+        .collect()
+}
+
+fn handshake() -> Result<Policy, String> {
+    let probe = thread::Builder::new()
+        .name("fuse-probe".into())
+        .spawn(|| -> Result<Policy, String> {
+            // Of this thread alone, so nobody else ever sees the mount, and it goes with the thread.
+            nix::sched::unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
+                .map_err(|errno| format!("a private mount name space is needed: {errno}"))?;
+            nix::mount::mount(
+                None::<&str>,
+                "/",
+                None::<&str>,
+                MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                None::<&str>,
+            )
+            .map_err(|errno| format!("a private mount name space is needed: {errno}"))?;
+            let device = fuse_mount::mount(Path::new("/"), &MountOptions::default())
+                .map_err(|error| error.to_string())?;
+            let policy = Arc::new(OnceLock::new());
+            let session = Session::from_fd(
+                Handshake(policy.clone()),
+                device,
+                SessionACL::All,
+                Config::default(),
+            )
+            .map_err(|error| error.to_string())?;
+            drop(session);
+            policy
+                .get()
+                .copied()
+                .ok_or_else(|| "the kernel sent no INIT".to_owned())
+        })
+        .map_err(|error| error.to_string())?;
+    probe
+        .join()
+        .unwrap_or_else(|_| Err("the probe failed by a defect".to_owned()))
+}
+
+/// The features as a table for a terminal.
+pub fn table(features: &[Feature]) -> String {
+    let mut table = format!(
+        "{:<18} {:<10} {:<7} {}\n",
+        "feature", "supported", "in use", "why not"
+    );
+    for feature in features {
+        let yes_or_no = |yes| if yes { "yes" } else { "no" };
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            table,
+            "{:<18} {:<10} {:<7} {}",
+            feature.name,
+            yes_or_no(feature.supported),
+            yes_or_no(feature.in_use),
+            feature.reason.as_deref().unwrap_or("")
+        );
+    }
+    table
+}

@@ -1,0 +1,100 @@
+//! A mount being served: the session on a /dev/fuse descriptor and what can be asked of it from
+//! outside.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+
+use fuser::{Config, Notifier, Session, SessionACL};
+
+use super::options::SessionOptions;
+use super::policy::Policy;
+use super::seek::{self, Seeker};
+use super::session::UnionFs;
+use crate::cow::Union;
+use crate::cow::union::Error as UnionError;
+
+/// A session whose INIT has been answered.
+pub struct Server {
+    session: Session<UnionFs>,
+    policy: Arc<OnceLock<Policy>>,
+    flusher: Flusher,
+}
+
+/// Brings what the kernel holds back down to the upper. Usable from any thread but a request worker.
+#[derive(Clone)]
+pub struct Flusher {
+    union: Arc<Union>,
+    notifier: Notifier,
+}
+
+impl Server {
+    /// Answers the INIT that lies ready on `device`, or waits for it.
+    pub fn attach(
+        union: Arc<Union>,
+        device: OwnedFd,
+        options: SessionOptions,
+        no_acl: bool,
+    ) -> io::Result<Self> {
+        let policy = Arc::new(OnceLock::new());
+        let seeker = Seeker::default();
+        let filesystem = UnionFs::new(
+            union.clone(),
+            options,
+            no_acl,
+            policy.clone(),
+            seeker.clone(),
+        );
+        let mut config = Config::default();
+        // Who may enter is checked by the kernel, before fuser is asked.
+        config.acl = SessionACL::All;
+        config.n_threads = Some(options.threads);
+        let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
+        let notifier = session.notifier();
+        seeker.start(union.clone(), notifier.clone())?;
+        Ok(Self {
+            session,
+            policy,
+            flusher: Flusher { union, notifier },
+        })
+    }
+
+    /// What was agreed on with the kernel.
+    pub fn policy(&self) -> Policy {
+        self.policy.get().copied().unwrap_or(Policy::PLAIN)
+    }
+
+    /// A duplicate of the descriptor that the session reads from.
+    pub fn device(&self) -> io::Result<OwnedFd> {
+        self.session.as_fd().try_clone_to_owned()
+    }
+
+    /// For flushing while the session runs.
+    pub fn flusher(&self) -> Flusher {
+        self.flusher.clone()
+    }
+
+    /// Serves until the mount is gone or the connection is aborted.
+    pub fn run(self) -> io::Result<()> {
+        self.session.run()
+    }
+}
+
+impl Flusher {
+    /// Writes every dirty page of files that may be written to the upper, then makes the upper durable.
+    pub fn flush(&self) -> Result<(), UnionError> {
+        for node in self.union.writable_nodes() {
+            if let Err(error) = seek::flush(&self.notifier, node) {
+                // Without a mount there are no dirty pages any more.
+                if error.raw_os_error() == Some(libc::ENOTCONN) {
+                    break;
+                }
+                return Err(UnionError {
+                    errno: error.raw_os_error().unwrap_or(libc::EIO),
+                    context: format!("flushing the dirty pages of node {}", node.0),
+                });
+            }
+        }
+        self.union.sync()
+    }
+}
