@@ -1,2 +1,40 @@
-test:
-	cargo test
+# `make help` lists the targets. What takes more than a line lives in contrib/ and tests/.
+
+# Everything that ships is built once, fully static, so that it runs on hosts with an old C library. Naming the target
+# keeps the flags away from build scripts.
+TARGET := $(shell uname -m)-unknown-linux-gnu
+RELEASE := target/$(TARGET)/release
+STATIC := RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(TARGET)
+PROGRAMS := plyd plyfs plyshim snapctl
+# Root is needed to mount and to run containers.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# What a build needs beside Rust.
+BUILD_PACKAGES := gcc libc6-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench release
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+run: ## build Plywood and run a container on it, from nothing to an exit code; IMAGE=archive.tar runs your image
+	@contrib/install-packages $(BUILD_PACKAGES) runc busybox-static procps
+	@$(STATIC)
+	@$(SUDO) env IMAGE="$(IMAGE)" contrib/demo $(RELEASE)
+
+test: ## install what the tests need and run all of them
+	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
+	@tests/all
+
+lint: ## formatting, clippy, and rules of our own
+	@tests/lint
+
+bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs
+	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
+	@cargo bench --locked --bench union
+
+release: ## build the four programs fully static
+	@contrib/install-packages $(BUILD_PACKAGES) file
+	@$(STATIC)
+	@for program in $(PROGRAMS); do file -b $(RELEASE)/$$program | grep -Eq 'static(-pie)?(ally)? linked' || { echo "$$program is not static" >&2; exit 1; }; done
+	@cd $(RELEASE) && ls -l $(PROGRAMS)
