@@ -1,7 +1,7 @@
 //! `plyd`: the daemon that keeps snapshots, images and containers, and serves them on one socket.
 
 use std::ffi::OsStr;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -187,6 +187,7 @@ fn start_log(settings: &Settings) -> Result<(), Failure> {
         .map_err(|error| format!("the log level {level:?} is wrong: {error}"))?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     match settings.log_format.unwrap_or_default() {
         LogFormat::Json => log.json().init(),

@@ -60,6 +60,7 @@ impl From<snapshotter::Error> for Status {
             Error::NotActive { .. }
             | Error::NotMountable { .. }
             | Error::HasChildren { .. }
+            | Error::Mount(_)
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
             Error::Record(error) => record_code(error),
             Error::Index(_) => Code::Internal,

@@ -36,6 +36,7 @@
 
 mod catalog;
 mod locks;
+mod mounts;
 mod recovery;
 #[cfg(test)]
 mod tests;
@@ -48,6 +49,7 @@ use std::path::{Path, PathBuf};
 
 use catalog::{Catalog, Found, SnapshotRecord};
 use locks::Locks;
+use mounts::Mounts;
 use types::io_error;
 pub use types::*;
 
@@ -65,12 +67,13 @@ pub struct Snapshotter {
     layers: LayerStore,
     trash: Trash,
     data: PathBuf,
+    mounts: Mounts,
 }
 
 impl Snapshotter {
     /// Reads the records below `root`, clears what a crash left, finds the mounts below `state` that
     /// still live. Only one process may have a root open; see [`store::lock_root`].
-    pub fn open(root: &Path, _state: &Path, config: SnapshotterConfig) -> Result<Self> {
+    pub fn open(root: &Path, state: &Path, config: SnapshotterConfig) -> Result<Self> {
         let data = root.join("snapshots/data");
         create_dir(root, 0o700).map_err(io_error("make", root))?;
         create_dir(&data, 0o700).map_err(io_error("make", &data))?;
@@ -79,6 +82,11 @@ impl Snapshotter {
         let trash_dir = root.join("trash");
         let trash = Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?;
         let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
+        let mounts = Mounts::open(state, config.plyfs)?;
+        mounts.adopt(|id| {
+            all.iter()
+                .any(|found| found.id == id && found.record.kind != Kind::Committed)
+        })?;
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
         Ok(Self {
             catalog,
@@ -86,11 +94,13 @@ impl Snapshotter {
             layers,
             trash,
             data,
+            mounts,
         })
     }
 
     /// Brings the index to the disk and leaves every mount to the next process. The last call.
     pub fn close(&self) -> Result<()> {
+        self.mounts.close();
         self.catalog.close()
     }
 
@@ -214,6 +224,10 @@ impl Snapshotter {
             }
             let dir = self.data.join(&found.id);
             let upper = dir.join("upper");
+            self.mounts
+                .flush(&found.id)
+                .map_err(io_error("flush the mount of", &upper))?;
+            self.mounts.unmount(&found.id)?;
             upper::sync(&upper).map_err(io_error("make durable", &upper))?;
             let usage = usage_of(&upper)?;
             let layer = LayerId(found.id.clone());
@@ -249,6 +263,7 @@ impl Snapshotter {
     pub fn remove(&self, owner: Owner, key: &str) -> Result<()> {
         self.locked(owner, key, |found| {
             self.catalog.check_childless(&found)?;
+            self.mounts.unmount(&found.id)?;
             self.catalog.remove(&found)?;
             self.throw_away(&self.data.join(&found.id));
             if let Some(layer) = &found.record.layer
@@ -318,27 +333,54 @@ impl Snapshotter {
         let found = self.catalog.resolve(owner, key)?;
         match (found.record.usage, found.record.kind) {
             (Some(usage), _) => Ok(usage),
-            (None, Kind::Active) => usage_of(&self.data.join(&found.id).join("upper")),
+            (None, Kind::Active) => {
+                if let Err(error) = self.mounts.flush(&found.id) {
+                    tracing::warn!(snapshot = key, %error, "the usage may lag behind");
+                }
+                usage_of(&self.data.join(&found.id).join("upper"))
+            }
             (None, _) => Ok(Usage::default()),
         }
     }
 
     /// Mounts the snapshot if it is not, or if its plyfs has died, and says where.
-    #[allow(clippy::todo, reason = "follows")]
-    pub fn mount(&self, _owner: Owner, _key: &str) -> Result<MountPoint> {
-        todo!()
+    pub fn mount(&self, owner: Owner, key: &str) -> Result<MountPoint> {
+        self.locked(owner, key, |found| self.mount_found(&found))
     }
 
     /// What a consumer has to mount: a bind of the above. Equal answers to equal calls.
-    #[allow(clippy::todo, reason = "follows")]
-    pub fn mounts(&self, _owner: Owner, _key: &str) -> Result<Vec<Mount>> {
-        todo!()
+    pub fn mounts(&self, owner: Owner, key: &str) -> Result<Vec<Mount>> {
+        self.locked(owner, key, |found| {
+            let point = self.mount_found(&found)?;
+            let access = match found.record.kind {
+                Kind::Active => "rw",
+                _ => "ro",
+            };
+            Ok(vec![Mount {
+                kind: "bind".to_owned(),
+                source: point.path.to_string_lossy().into_owned(),
+                options: vec!["rbind".to_owned(), access.to_owned()],
+            }])
+        })
     }
 
-    /// Ends the mount, if there is one.
-    #[allow(clippy::todo, reason = "follows")]
-    pub fn unmount(&self, _owner: Owner, _key: &str) -> Result<()> {
-        todo!()
+    fn mount_found(&self, found: &Found) -> Result<MountPoint> {
+        if found.record.kind == Kind::Committed {
+            return Err(Error::NotMountable {
+                key: found.record.key.clone(),
+            });
+        }
+        self.mounts.mount(&found.id, &self.union_of(found)?)
+    }
+
+    /// Ends the mount, if there is one. Whatever still uses it gets errors.
+    pub fn unmount(&self, owner: Owner, key: &str) -> Result<()> {
+        self.locked(owner, key, |found| {
+            if let Err(error) = self.mounts.flush(&found.id) {
+                tracing::error!(snapshot = key, %error, "a mount ends without a flush");
+            }
+            self.mounts.unmount(&found.id)
+        })
     }
 
     /// How to open the snapshot's union in this process, for work on an active snapshot that is not
@@ -386,6 +428,7 @@ impl Snapshotter {
         let layer_dirs = self.lowers_in(&found, &ancestors);
         let upper_dir =
             (found.record.kind == Kind::Active).then(|| self.data.join(&found.id).join("upper"));
+        let mount = self.mounts.point(&found.id);
         let Found { id, record } = found;
         Ok(SnapshotInfo {
             id,
@@ -399,7 +442,7 @@ impl Snapshotter {
             labels: record.labels,
             created: catalog::time(record.created),
             updated: catalog::time(record.updated),
-            mount: None,
+            mount,
             upper_dir,
             layer_dirs,
         })

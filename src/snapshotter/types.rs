@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use crate::store::{index, record};
+use crate::sys::fuse_mount;
 
 /// Who made a snapshot, and who alone may resolve or remove it through its own service.
 #[derive(
@@ -230,6 +231,9 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// mount(2) or what it needs.
+    #[error(transparent)]
+    Mount(#[from] fuse_mount::MountError),
     /// There is no plyfs to mount with.
     #[error(
         "there is no plyfs beside {executable} nor on PATH; install it, or name it with `--plyfs`"

@@ -10,4 +10,5 @@ pub mod fuse_mount;
 pub mod inroot;
 pub mod mountinfo;
 pub mod process;
+pub mod spawn;
 pub mod terminal;

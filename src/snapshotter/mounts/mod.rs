@@ -1,0 +1,440 @@
+//! The mounts of snapshots: one plyfs process for each, and one thread that sees them die.
+//!
+//! plyd opens /dev/fuse and mounts, so that the mount is there before the process that serves it, and
+//! outlives neither: the process gets the descriptor, plyd keeps a duplicate for a successor to take
+//! over. As long as that duplicate is open the end of a plyfs leaves callers hanging; so the
+//! thread here watches the control connections, and at the end of one closes the duplicate, aborts the
+//! connection and takes the mount away. From then on every call on it fails at once, and the next
+//! [`Mounts::mount`] makes a new one at the same place.
+//!
+//! Nothing here looks up a path through a mount: what is known of it comes from the control socket
+//! and from the kernel's tables.
+//!
+//! A plyfs is in a session of its own and is left running when plyd ends. What is below the state
+//! directory tells the next plyd whom to ask; whoever does not answer is cleared away.
+
+mod mountinfo;
+mod process;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::mount::MntFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+
+use super::types::*;
+use crate::cow::UnionConfig;
+use crate::fuse::control::{ControlClient, Hello};
+use crate::store::create_dir;
+use crate::sys::fuse_mount::{self, MountOptions};
+
+/// How long a plyfs may take to answer a message that costs it nothing.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long a plyfs may take to bring everything to the disk.
+const FLUSH: Duration = Duration::from_secs(600);
+/// How long a plyfs may take to serve after its start.
+const START: Duration = Duration::from_secs(20);
+
+/// All live mounts.
+#[derive(Debug)]
+pub(super) struct Mounts {
+    dir: PathBuf,
+    plyfs: Option<PathBuf>,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// By the snapshot's id. Held while the remains of a dead one are cleared, so that a new mount
+    /// at the same place does not meet them.
+    live: Mutex<HashMap<String, Live>>,
+    /// Written to when `live` or `ending` changes.
+    wake: OwnedFd,
+    woken: OwnedFd,
+    ending: AtomicBool,
+}
+
+struct Live {
+    point: MountPoint,
+    control: Arc<ControlClient>,
+    /// The duplicate of the /dev/fuse descriptor.
+    fuse: OwnedFd,
+    connection: u64,
+    /// Its process, if this plyd started it: to be reaped.
+    child: Option<Child>,
+}
+
+impl std::fmt::Debug for Live {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Live")
+            .field("point", &self.point)
+            .field("connection", &self.connection)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Mounts {
+    /// Starts to watch. `plyfs` is the program that the configuration names.
+    pub(super) fn open(state: &Path, plyfs: Option<PathBuf>) -> Result<Self> {
+        create_dir(state, 0o700).map_err(io_error("make", state))?;
+        let dir = state.join("mounts");
+        create_dir(&dir, 0o700).map_err(io_error("make", &dir))?;
+        // mount(2) resolves links and the kernel's table shows the result.
+        let dir = fs::canonicalize(&dir).map_err(io_error("resolve", &dir))?;
+        warn_if_unseen();
+        let (woken, wake) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+            .map_err(|errno| io_error("watch the mounts in", &dir)(errno.into()))?;
+        let shared = Arc::new(Shared {
+            live: Mutex::default(),
+            wake,
+            woken,
+            ending: AtomicBool::new(false),
+        });
+        let watcher = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("mounts".to_owned())
+            .spawn(move || watcher.watch())
+            .map_err(io_error("watch the mounts in", &dir))?;
+        Ok(Self {
+            dir,
+            plyfs,
+            shared,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Ends the watching and leaves every mount as it is.
+    pub(super) fn close(&self) {
+        self.shared.ending.store(true, Ordering::Release);
+        self.shared.wake_up();
+        if let Some(thread) = self.thread.lock().take() {
+            // A panic in there was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+
+    /// Takes over what an earlier plyd left: live mounts of snapshots that `keep` knows go on,
+    /// everything else is cleared away.
+    pub(super) fn adopt(&self, keep: impl Fn(&str) -> bool) -> Result<()> {
+        for entry in fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))? {
+            let entry = entry.map_err(io_error("list", &self.dir))?;
+            let Ok(id) = entry.file_name().into_string() else {
+                continue;
+            };
+            match self.connect(&id) {
+                Ok(live) => {
+                    let pid = live.point.pid;
+                    self.shared.live.lock().insert(id.clone(), live);
+                    self.shared.wake_up();
+                    if keep(&id) {
+                        tracing::info!(id, pid, "a mount goes on");
+                    } else {
+                        tracing::info!(id, pid, "ending the mount of a removed snapshot");
+                        self.unmount(&id)?;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(id, %error, "clearing a mount that nobody serves");
+                    self.clear(&id)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn connect(&self, id: &str) -> io::Result<Live> {
+        let (control, hello) = ControlClient::connect(&self.place(id).socket(), ANSWER)?;
+        if !hello.serving {
+            return Err(io::Error::other("it has not begun to serve"));
+        }
+        let fuse = control.fuse_fd(ANSWER)?;
+        self.assemble(id, control, &hello, fuse, None)
+    }
+
+    fn assemble(
+        &self,
+        id: &str,
+        control: ControlClient,
+        hello: &Hello,
+        fuse: OwnedFd,
+        child: Option<Child>,
+    ) -> io::Result<Live> {
+        let path = self.place(id).root();
+        let entry = mountinfo::mounts_at(&path)?
+            .pop()
+            .ok_or_else(|| io::Error::other("its mount is gone"))?;
+        Ok(Live {
+            point: MountPoint {
+                path,
+                pid: hello.pid,
+            },
+            control: Arc::new(control),
+            fuse,
+            connection: entry.connection,
+            child,
+        })
+    }
+
+    /// The live mount of a snapshot, if there is one.
+    pub(super) fn point(&self, id: &str) -> Option<MountPoint> {
+        self.shared
+            .live
+            .lock()
+            .get(id)
+            .map(|live| live.point.clone())
+    }
+
+    /// Mounts the union for the snapshot `id` unless that is done. The caller sees to it that nobody
+    /// else does the same.
+    pub(super) fn mount(&self, id: &str, union: &UnionConfig) -> Result<MountPoint> {
+        // Its death may be so young that the thread has not seen it.
+        let control = self.control(id);
+        if let Some(control) = control {
+            if has_ended(&control, Duration::ZERO) {
+                self.shared.bury(id, &control);
+            } else if let Some(point) = self.point(id) {
+                return Ok(point);
+            }
+        }
+        self.clear(id)?;
+        let live = self.start(id, union).inspect_err(|_| {
+            if let Err(error) = self.clear(id) {
+                tracing::error!(id, %error, "cannot clear a failed mount");
+            }
+        })?;
+        let point = live.point.clone();
+        self.shared.live.lock().insert(id.to_owned(), live);
+        self.shared.wake_up();
+        Ok(point)
+    }
+
+    fn start(&self, id: &str, union: &UnionConfig) -> Result<Live> {
+        let place = self.place(id);
+        place.make(union)?;
+        let root = place.root();
+        let options = MountOptions {
+            read_only: union.upper.is_none(),
+            ..MountOptions::default()
+        };
+        let fuse = fuse_mount::mount(&root, &options)?;
+        let program = process::find(self.plyfs.as_deref())?;
+        let mut child = process::start(&program, &place, union, &fuse)?;
+        let served = process::wait_until_served(&mut child, &place)
+            .and_then(|(control, hello)| self.assemble(id, control, &hello, fuse, None));
+        match served {
+            Ok(live) => Ok(Live {
+                child: Some(child),
+                ..live
+            }),
+            Err(error) => {
+                // Its descriptor and ours are the only ones: the connection ends with them.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(Error::PlyfsFailed {
+                    mountpoint: root,
+                    problem: format!("{error}{}", place.last_words()),
+                })
+            }
+        }
+    }
+
+    /// Brings what was written through the mount to the upper, and that to the disk. Not mounted: there
+    /// is nothing to bring.
+    pub(super) fn flush(&self, id: &str) -> io::Result<()> {
+        match self.control(id) {
+            Some(control) => control.flush(FLUSH),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the mount, if there is one, and its process, and with them every copy of the mount that
+    /// someone still holds: when this returns, nobody writes to the upper any more.
+    pub(super) fn unmount(&self, id: &str) -> Result<()> {
+        let Some(live) = self.shared.live.lock().remove(id) else {
+            return self.clear(id);
+        };
+        self.shared.wake_up();
+        let path = &live.point.path;
+        match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path))?,
+        }
+        // The process ends by itself once the last copy is gone.
+        let asked = live.control.stop(ANSWER);
+        let copies = mountinfo::has_connection(live.connection)
+            .map_err(io_error("look for copies of", path))?;
+        if copies || asked.is_err() || !has_ended(&live.control, ANSWER) {
+            tracing::warn!(id, "ending a mount that is still in use or does not answer");
+            abort(live.connection);
+            if !has_ended(&live.control, ANSWER) {
+                kill(live.point.pid);
+                has_ended(&live.control, ANSWER);
+            }
+        }
+        live.reap();
+        self.clear(id)
+    }
+
+    /// Takes away whatever is at the place of a mount that nobody serves.
+    fn clear(&self, id: &str) -> Result<()> {
+        let place = self.place(id);
+        let root = place.root();
+        let entries = mountinfo::mounts_at(&root).map_err(io_error("look for mounts at", &root))?;
+        for entry in entries.iter().rev() {
+            if entry.filesystem.starts_with("fuse") {
+                abort(entry.connection);
+            }
+            fuse_mount::unmount_lazily(&root).map_err(io_error("unmount", &root))?;
+        }
+        place.remove()
+    }
+
+    fn control(&self, id: &str) -> Option<Arc<ControlClient>> {
+        let live = self.shared.live.lock();
+        live.get(id).map(|live| Arc::clone(&live.control))
+    }
+
+    fn place(&self, id: &str) -> process::Place {
+        process::Place::new(self.dir.join(id))
+    }
+}
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    fn watch(&self) {
+        while !self.ending.load(Ordering::Acquire) {
+            let watched: Vec<(String, Arc<ControlClient>)> = {
+                let live = self.live.lock();
+                live.iter()
+                    .map(|(id, live)| (id.clone(), Arc::clone(&live.control)))
+                    .collect()
+            };
+            let mut fds = vec![PollFd::new(self.woken.as_fd(), PollFlags::POLLIN)];
+            // A hang-up is always told; data is the answer to someone's request.
+            let quiet = PollFlags::empty();
+            fds.extend(watched.iter().map(|(_, c)| PollFd::new(c.as_fd(), quiet)));
+            match nix::poll::poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    tracing::error!(%errno, "the death of a plyfs will not be noticed; restart plyd");
+                    return;
+                }
+            }
+            let mut bytes = [0; 64];
+            while matches!(nix::unistd::read(&self.woken, &mut bytes), Ok(n) if n > 0) {}
+            for ((id, control), fd) in watched.iter().zip(&fds[1..]) {
+                if fd.any().unwrap_or(true) {
+                    self.bury(id, control);
+                }
+            }
+        }
+    }
+
+    /// What is to be done when a plyfs has died under its mount.
+    fn bury(&self, id: &str, control: &Arc<ControlClient>) {
+        let mut all = self.live.lock();
+        let is_it = |live: &Live| Arc::ptr_eq(&live.control, control);
+        if !all.get(id).is_some_and(is_it) {
+            return; // It was ended on purpose.
+        }
+        let Some(live) = all.remove(id) else { return };
+        let (path, pid) = (live.point.path.clone(), live.point.pid);
+        abort(live.connection);
+        if let Err(error) = fuse_mount::unmount_lazily(&path) {
+            tracing::error!(id, %error, "cannot take a dead mount away");
+        }
+        let status = live.reap();
+        tracing::error!(
+            id,
+            pid,
+            status,
+            "plyfs died: whatever runs on its mount fails from now on; start it again"
+        );
+    }
+
+    fn wake_up(&self) {
+        // A full pipe wakes as well as a fuller one.
+        let _ = nix::unistd::write(&self.wake, &[1]);
+    }
+}
+
+impl Live {
+    /// Lets go of everything, of the descriptor first, and says how the process ended.
+    fn reap(self) -> String {
+        drop(self.fuse);
+        match self.child.map(|mut child| child.wait()) {
+            Some(Ok(status)) => status.to_string(),
+            Some(Err(error)) => error.to_string(),
+            None => "unknown, for another plyd started it".to_owned(),
+        }
+    }
+}
+
+/// Waits until the process at the other end is gone.
+fn has_ended(control: &ControlClient, patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(control.as_fd(), PollFlags::empty())];
+        match nix::poll::poll(&mut fds, timeout) {
+            Ok(0) => return false,
+            Ok(_) => return true,
+            Err(Errno::EINTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Ends a FUSE connection: every call on it fails from now on, also those that wait.
+fn abort(connection: u64) {
+    let path = format!("/sys/fs/fuse/connections/{connection}/abort");
+    match fs::write(&path, "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path, %error, "cannot abort a FUSE connection");
+        }
+        // Gone already, or fusectl is not mounted: then it ends with the last descriptor.
+        _ => {}
+    }
+}
+
+fn kill(pid: u32) {
+    if let Ok(pid) = i32::try_from(pid) {
+        // Gone is as good as killed. The number is still the process's: its connection is open.
+        let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// A mount made in a name space of plyd's own is of no use to containerd.
+fn warn_if_unseen() {
+    let (ours, init) = (
+        fs::read_link("/proc/self/ns/mnt"),
+        fs::read_link("/proc/1/ns/mnt"),
+    );
+    if let (Ok(ours), Ok(init)) = (ours, init)
+        && ours != init
+    {
+        tracing::warn!(
+            "plyd runs in a mount name space of its own: containerd sees its mounts only if it runs in the same one; under systemd, unset PrivateMounts, PrivateTmp, ProtectSystem and the like"
+        );
+    }
+}

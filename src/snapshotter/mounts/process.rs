@@ -1,0 +1,219 @@
+//! Starting a plyfs, and the directory that it shares with plyd.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::super::types::*;
+use super::{ANSWER, START};
+use crate::cow::UnionConfig;
+use crate::fuse::control::{ControlClient, Hello};
+use crate::store::create_dir;
+use crate::sys::spawn;
+
+/// Under which number the child finds its /dev/fuse.
+const FUSE_FD: RawFd = 3;
+/// How much of a failed plyfs's log goes into the error.
+const LAST_WORDS: usize = 2000;
+
+/// `STATE/mounts/ID`; see the snapshotter's essay.
+#[derive(Debug)]
+pub(super) struct Place {
+    dir: PathBuf,
+}
+
+impl Place {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    pub(super) fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    pub(super) fn socket(&self) -> PathBuf {
+        self.dir.join("ctl.sock")
+    }
+
+    fn lowers(&self) -> PathBuf {
+        self.dir.join("lowers")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("plyfs.log")
+    }
+
+    /// Makes everything that a plyfs for `union` needs.
+    pub(super) fn make(&self, union: &UnionConfig) -> Result<()> {
+        let root = self.root();
+        create_dir(&self.dir, 0o700)
+            .and_then(|()| create_dir(&root, 0o755))
+            .map_err(io_error("make", &root))?;
+        let mut lines = Vec::new();
+        for lower in &union.lowers {
+            lines.extend_from_slice(lower.as_os_str().as_bytes());
+            lines.push(b'\n');
+        }
+        let lowers = self.lowers();
+        fs::write(&lowers, lines).map_err(io_error("write", &lowers))
+    }
+
+    /// Removes it. Nothing may be mounted in it any more.
+    pub(super) fn remove(&self) -> Result<()> {
+        let gone = |result: io::Result<()>| match result {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        };
+        for file in [self.socket(), self.lowers(), self.log()] {
+            gone(fs::remove_file(&file)).map_err(io_error("remove", &file))?;
+        }
+        for dir in [&self.root(), &self.dir] {
+            gone(fs::remove_dir(dir)).map_err(io_error("remove", dir))?;
+        }
+        Ok(())
+    }
+
+    /// The end of what the process said, as an addition to an error.
+    pub(super) fn last_words(&self) -> String {
+        let Ok(log) = fs::read(self.log()) else {
+            return String::new();
+        };
+        let tail = &log[log.len().saturating_sub(LAST_WORDS)..];
+        match String::from_utf8_lossy(tail).trim() {
+            "" => String::new(),
+            words => format!("; it said: {words}"),
+        }
+    }
+}
+
+/// The plyfs program: the one configured, or the one beside this program, or the one on PATH.
+pub(super) fn find(configured: Option<&Path>) -> Result<PathBuf> {
+    if let Some(program) = configured {
+        return Ok(program.to_owned());
+    }
+    let executable = std::env::current_exe().map_err(io_error("find", Path::new("plyfs")))?;
+    let beside = executable.with_file_name("plyfs");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::iter::once(beside)
+        .chain(std::env::split_paths(&path).map(|dir| dir.join("plyfs")))
+        .find(|program| program.is_file())
+        .ok_or(Error::NoPlyfs { executable })
+}
+
+/// Starts `program` for the mount at `place`, whose descriptor is `fuse`.
+pub(super) fn start(
+    program: &Path,
+    place: &Place,
+    union: &UnionConfig,
+    fuse: &OwnedFd,
+) -> Result<Child> {
+    let failed = io_error("start", program);
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(place.log());
+    let prepared = log.and_then(|log| Ok((log.try_clone()?, log, fuse.try_clone()?)));
+    let (stdout, stderr, fuse): (File, File, OwnedFd) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => return Err(failed(error)),
+    };
+    let mut command = Command::new(program);
+    command
+        .arg("--fuse-fd")
+        .arg(FUSE_FD.to_string())
+        .arg("--control")
+        .arg(place.socket())
+        .arg("-o")
+        .arg(options(place, union))
+        .arg(place.root())
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(stderr);
+    spawn::detached_with_fd(&mut command, fuse, FUSE_FD);
+    command.spawn().map_err(failed)
+}
+
+fn options(place: &Place, union: &UnionConfig) -> OsString {
+    let mut options = OsString::new();
+    let mut add = |name: &str, path: &Path| {
+        if !options.is_empty() {
+            options.push(",");
+        }
+        options.push(name);
+        options.push("=");
+        options.push(escaped(path.as_os_str()));
+    };
+    if !union.lowers.is_empty() {
+        add("lowerdir_file", &place.lowers());
+    }
+    if let Some(upper) = &union.upper {
+        add("upperdir", &upper.dir);
+        add("workdir", &upper.work);
+    }
+    options
+}
+
+fn escaped(word: &OsStr) -> OsString {
+    let mut bytes = Vec::with_capacity(word.len());
+    for &byte in word.as_bytes() {
+        if matches!(byte, b',' | b':' | b'\\') {
+            bytes.push(b'\\');
+        }
+        bytes.push(byte);
+    }
+    OsString::from_vec(bytes)
+}
+
+/// Waits until the kernel's first request is answered, so that whoever touches the mount is served.
+pub(super) fn wait_until_served(
+    child: &mut Child,
+    place: &Place,
+) -> io::Result<(ControlClient, Hello)> {
+    let deadline = Instant::now() + START;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        let problem = match ControlClient::connect(&place.socket(), ANSWER) {
+            Ok((control, hello)) if hello.serving => return Ok((control, hello)),
+            Ok(_) => "it does not answer the kernel".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        if let Some(status) = child.try_wait()? {
+            return Err(io::Error::other(format!("it ended with {status}")));
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::other(problem));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cow::UpperConfig;
+
+    #[test]
+    fn paths_are_escaped() {
+        let union = UnionConfig {
+            lowers: vec!["/l".into()],
+            upper: Some(UpperConfig {
+                dir: "/a,b/upper".into(),
+                work: "/a:b\\/work".into(),
+            }),
+            ..UnionConfig::default()
+        };
+        assert_eq!(
+            options(&Place::new("/s".into()), &union),
+            "lowerdir_file=/s/lowers,upperdir=/a\\,b/upper,workdir=/a\\:b\\\\/work"
+        );
+    }
+}
