@@ -61,6 +61,7 @@ impl From<snapshotter::Error> for Status {
             | Error::NotMountable { .. }
             | Error::HasChildren { .. }
             | Error::Mount(_)
+            | Error::WritesLost { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
             Error::Record(error) => record_code(error),
             Error::Index(_) => Code::Internal,

@@ -8,6 +8,7 @@
 //! snapshots/data/ID/upper       what an active snapshot changes
 //! snapshots/data/ID/work        the union's scratch directory for it
 //! snapshots/data/ID/empty       the only lower of a view on nothing
+//! snapshots/data/ID/mounted     the active snapshot is mounted, or was when its plyfs died
 //! layers/LAYER                  the content of a committed snapshot
 //! index/                        names to ids; can be deleted while plyd is not running
 //! trash/                        trees on their way out
@@ -45,6 +46,7 @@ mod upper;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use catalog::{Catalog, Found, SnapshotRecord};
@@ -224,10 +226,7 @@ impl Snapshotter {
             }
             let dir = self.data.join(&found.id);
             let upper = dir.join("upper");
-            self.mounts
-                .flush(&found.id)
-                .map_err(io_error("flush the mount of", &upper))?;
-            self.mounts.unmount(&found.id)?;
+            self.end_mount(&found)?;
             upper::sync(&upper).map_err(io_error("make durable", &upper))?;
             let usage = usage_of(&upper)?;
             let layer = LayerId(found.id.clone());
@@ -370,16 +369,47 @@ impl Snapshotter {
                 key: found.record.key.clone(),
             });
         }
+        if found.record.kind == Kind::Active {
+            let mark = self.mounted_mark(found);
+            fs::File::create(&mark).map_err(io_error("make", &mark))?;
+        }
         self.mounts.mount(&found.id, &self.union_of(found)?)
     }
 
-    /// Ends the mount, if there is one. Whatever still uses it gets errors.
+    /// Flushes and unmounts. Fails if the last plyfs died: the kernel has acknowledged writes to the
+    /// mount's users that it never got.
+    fn end_mount(&self, found: &Found) -> Result<()> {
+        let mark = self.mounted_mark(found);
+        let flushed = self
+            .mounts
+            .flush(&found.id)
+            .map_err(io_error("flush the mount of", &self.data.join(&found.id)))?;
+        if !flushed && mark.exists() {
+            return Err(Error::WritesLost {
+                key: found.record.key.clone(),
+            });
+        }
+        self.mounts.unmount(&found.id)?;
+        match fs::remove_file(&mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &mark)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn mounted_mark(&self, found: &Found) -> PathBuf {
+        self.data.join(&found.id).join("mounted")
+    }
+
+    /// Flushes and ends the mount, if there is one. Whatever still uses it gets errors.
     pub fn unmount(&self, owner: Owner, key: &str) -> Result<()> {
         self.locked(owner, key, |found| {
-            if let Err(error) = self.mounts.flush(&found.id) {
-                tracing::error!(snapshot = key, %error, "a mount ends without a flush");
+            let ended = self.end_mount(&found);
+            if ended.is_err() {
+                self.mounts.unmount(&found.id)?;
             }
-            self.mounts.unmount(&found.id)
+            ended
         })
     }
 

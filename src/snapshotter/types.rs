@@ -202,6 +202,14 @@ pub enum Error {
         /// Key.
         key: String,
     },
+    /// Its plyfs died with writes that had not reached it.
+    #[error(
+        "the plyfs of snapshot {key:?} died, and what was written last may be lost; remove the snapshot and make it again, or mount it again to go on with what there is"
+    )]
+    WritesLost {
+        /// Key.
+        key: String,
+    },
     /// Others build on it.
     #[error(
         "cannot remove the snapshot {key:?}, for {children} others build on it; remove those first"

@@ -13,7 +13,6 @@
 //! A plyfs is in a session of its own and is left running when plyd ends. What is below the state
 //! directory tells the next plyd whom to ask; whoever does not answer is cleared away.
 
-mod mountinfo;
 mod process;
 
 use std::collections::HashMap;
@@ -40,6 +39,7 @@ use crate::cow::UnionConfig;
 use crate::fuse::control::{ControlClient, Hello};
 use crate::store::create_dir;
 use crate::sys::fuse_mount::{self, MountOptions};
+use crate::sys::mountinfo::{self, MountEntry};
 
 /// How long a plyfs may take to answer a message that costs it nothing.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -174,8 +174,8 @@ impl Mounts {
         child: Option<Child>,
     ) -> io::Result<Live> {
         let path = self.place(id).root();
-        let entry = mountinfo::mounts_at(&path)?
-            .pop()
+        let connection = mountinfo::at(&path)?
+            .and_then(|entry| connection(&entry))
             .ok_or_else(|| io::Error::other("its mount is gone"))?;
         Ok(Live {
             point: MountPoint {
@@ -184,7 +184,7 @@ impl Mounts {
             },
             control: Arc::new(control),
             fuse,
-            connection: entry.connection,
+            connection,
             child,
         })
     }
@@ -252,12 +252,12 @@ impl Mounts {
         }
     }
 
-    /// Brings what was written through the mount to the upper, and that to the disk. Not mounted: there
-    /// is nothing to bring.
-    pub(super) fn flush(&self, id: &str) -> io::Result<()> {
+    /// Brings what was written through the mount to the upper, and that to the disk. Answers whether
+    /// there is a mount.
+    pub(super) fn flush(&self, id: &str) -> io::Result<bool> {
         match self.control(id) {
-            Some(control) => control.flush(FLUSH),
-            None => Ok(()),
+            Some(control) => control.flush(FLUSH).map(|()| true),
+            None => Ok(false),
         }
     }
 
@@ -275,8 +275,10 @@ impl Mounts {
         }
         // The process ends by itself once the last copy is gone.
         let asked = live.control.stop(ANSWER);
-        let copies = mountinfo::has_connection(live.connection)
-            .map_err(io_error("look for copies of", path))?;
+        let copies = mountinfo::read()
+            .map_err(io_error("look for copies of", path))?
+            .iter()
+            .any(|entry| connection(entry) == Some(live.connection));
         if copies || asked.is_err() || !has_ended(&live.control, ANSWER) {
             tracing::warn!(id, "ending a mount that is still in use or does not answer");
             abort(live.connection);
@@ -293,10 +295,10 @@ impl Mounts {
     fn clear(&self, id: &str) -> Result<()> {
         let place = self.place(id);
         let root = place.root();
-        let entries = mountinfo::mounts_at(&root).map_err(io_error("look for mounts at", &root))?;
-        for entry in entries.iter().rev() {
-            if entry.filesystem.starts_with("fuse") {
-                abort(entry.connection);
+        let find = || mountinfo::at(&root).map_err(io_error("look for mounts at", &root));
+        while let Some(entry) = find()? {
+            if let Some(connection) = connection(&entry) {
+                abort(connection);
             }
             fuse_mount::unmount_lazily(&root).map_err(io_error("unmount", &root))?;
         }
@@ -387,6 +389,13 @@ impl Live {
             None => "unknown, for another plyd started it".to_owned(),
         }
     }
+}
+
+/// The number of a FUSE mount's connection: its device's minor number.
+fn connection(entry: &MountEntry) -> Option<u64> {
+    let is_fuse = entry.fstype == "fuse" || entry.fstype.starts_with("fuse.");
+    let (_, minor) = entry.device.split_once(':').filter(|_| is_fuse)?;
+    minor.parse().ok()
 }
 
 /// Waits until the process at the other end is gone.
