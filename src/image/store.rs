@@ -1,52 +1,115 @@
 //! All images of one plyd.
 
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
-use super::{Image, ImageDetails, Observer, Removed, ResolvedImage, Result};
+use oci_spec::image::ImageConfiguration;
+use parking_lot::Mutex;
+
+use super::records::{ImageRecord, Records};
+use super::unpack::Unpacker;
+use super::{
+    Error, Image, ImageConfig, ImageDetails, Limits, Observer, Removed, ResolvedImage, Result,
+    archive, io_error, reference, unpack,
+};
 use crate::snapshotter::Snapshotter;
+use crate::store;
 
 /// All images of one plyd. Every method blocks and may be called from any thread; asynchronous
 /// callers go through `spawn_blocking`. What a method has acknowledged is durable.
-pub struct ImageStore {}
+#[derive(Debug)]
+pub struct ImageStore {
+    records: Mutex<Records>,
+    unpacker: Unpacker,
+    spools: PathBuf,
+}
 
-#[allow(
-    unused_variables,
-    clippy::todo,
-    reason = "signatures to build against; the bodies follow"
-)]
 impl ImageStore {
-    /// Reads the records below `root` (plyd's root) and clears what a crash left.
+    /// Reads the records below `root` (plyd's root) and clears what a crash left. Only one process
+    /// may have a root open.
     pub fn open(root: &Path, snapshotter: Arc<Snapshotter>) -> Result<Self> {
-        todo!()
+        Self::open_with(root, snapshotter, Limits::default())
+    }
+
+    /// As `open`, with other limits for a layer.
+    pub fn open_with(root: &Path, snapshotter: Arc<Snapshotter>, limits: Limits) -> Result<Self> {
+        let dir = root.join("images");
+        let spools = dir.join("spool");
+        store::create_dir(&spools, 0o700).map_err(io_error("make", &spools))?;
+        archive::clear(&spools)?;
+        let this = Self {
+            records: Mutex::new(Records::open(&dir)?),
+            unpacker: Unpacker::open(snapshotter, limits)?,
+            spools,
+        };
+        this.sweep()?;
+        Ok(this)
     }
 
     /// Reads one image archive to its end and keeps every image in it. `name`, if given, is the
     /// image's name in place of those in the archive. `total`: bytes of the archive, 0 when unknown.
+    /// When it fails nothing of it stays.
     pub fn load(
         &self,
-        archive: &mut (dyn Read + Send),
+        archive: &mut dyn Read,
         name: Option<&str>,
         total: u64,
         observer: &dyn Observer,
     ) -> Result<Vec<Image>> {
-        todo!()
+        if let Some(name) = name {
+            reference::complete(name)?;
+        }
+        let spool = self.spools.join(format!("{:032x}", rand::random::<u128>()));
+        let mut spool = archive::Spool::create(spool)?;
+        spool.fill(archive, total, observer)?;
+        let archived = archive::images(&spool, name)?;
+        let loaded = self.unpack_and_record(&archived, observer);
+        if loaded.is_err() {
+            // The reason is worth more than what the clearing up has to say.
+            if let Err(error) = self.sweep() {
+                tracing::warn!(%error, "cannot remove the layers of a failed import; the next start will");
+            }
+        }
+        loaded
     }
 
-    /// All images, ordered by name.
+    /// All images, ordered by name; those without one last.
     pub fn list(&self) -> Result<Vec<Image>> {
-        todo!()
+        let mut images: Vec<Image> = self.records.lock().all().collect();
+        images.sort_by(|a, b| {
+            let key = |image: &Image| (image.names.is_empty(), image.names.first().cloned());
+            key(a).cmp(&key(b)).then_with(|| a.id.cmp(&b.id))
+        });
+        Ok(images)
     }
 
     /// One image by name, digest or unique prefix of its id.
     pub fn inspect(&self, reference: &str) -> Result<ImageDetails> {
-        todo!()
+        let records = self.records.lock();
+        let (image, _) = find(&records, reference)?;
+        let record = read(&records, &image.id, reference)?;
+        Ok(ImageDetails {
+            image,
+            config_json: record.config,
+            manifest_json: record.manifest,
+        })
     }
 
     /// As `inspect`, for whoever wants to run it.
     pub fn resolve(&self, reference: &str) -> Result<ResolvedImage> {
-        todo!()
+        let details = self.inspect(reference)?;
+        // It was parsed before it was recorded, and the record's checksum holds.
+        let document: ImageConfiguration =
+            serde_json::from_str(&details.config_json).map_err(|error| Error::Archive {
+                subject: format!("the config sha256:{}", details.image.id),
+                problem: format!("it is not an image config: {error}"),
+            })?;
+        Ok(ResolvedImage {
+            image: details.image,
+            config: ImageConfig::from(&document),
+        })
     }
 
     /// Takes one name away, or all when `reference` is no name; the image goes with its last name.
@@ -57,6 +120,174 @@ impl ImageStore {
         force: bool,
         user_of: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Removed> {
-        todo!()
+        let mut removed = Removed::default();
+        {
+            let mut records = self.records.lock();
+            let (image, name) = find(&records, reference)?;
+            let names = match name {
+                Some(name) => vec![name],
+                None => image.names.clone(),
+            };
+            let last = names.len() == image.names.len();
+            if last
+                && !force
+                && let Some(user) = user_of(&image.id)
+            {
+                return Err(Error::InUse {
+                    reference: reference.to_owned(),
+                    user,
+                });
+            }
+            for name in names {
+                records.remove_name(&name)?;
+                removed.untagged.push(name);
+            }
+            if last {
+                records.remove(&image.id)?;
+                removed.removed.push(image.id);
+            }
+        }
+        if !removed.removed.is_empty() {
+            self.sweep()?;
+        }
+        Ok(removed)
+    }
+
+    /// Removes the layers that no image, snapshot or import needs. To be called when a container of an
+    /// image that was removed by force goes.
+    pub fn sweep(&self) -> Result<()> {
+        let records = self.records.lock();
+        self.unpacker.sweep(&|chain_id| records.need(chain_id))
+    }
+
+    fn unpack_and_record(
+        &self,
+        archived: &[archive::ArchivedImage],
+        observer: &dyn Observer,
+    ) -> Result<Vec<Image>> {
+        let mut prepared = Vec::with_capacity(archived.len());
+        // Holds the layers until a record does.
+        let mut pins = Vec::new();
+        for image in archived {
+            let chain_ids = unpack::chain_ids(image.layers.iter().map(|l| l.diff_id.as_str()));
+            pins.push(self.unpacker.pin(&chain_ids));
+            let size = self.unpacker.ensure(&image.layers, &chain_ids, observer)?;
+            let configuration = &image.configuration;
+            let record = ImageRecord {
+                manifest_digest: image.manifest.digest.clone(),
+                manifest: image.manifest.json.clone(),
+                config: image.config.json.clone(),
+                diff_ids: image.layers.iter().map(|l| l.diff_id.clone()).collect(),
+                chain_ids,
+                architecture: configuration.architecture().to_string(),
+                os: configuration.os().to_string(),
+                created: configuration.created().as_deref().and_then(parse_time),
+                size,
+            };
+            prepared.push((image, record));
+        }
+        if observer.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        self.record(&prepared)
+    }
+
+    /// Makes the images known: all of them with all their names, or none.
+    fn record(&self, prepared: &[(&archive::ArchivedImage, ImageRecord)]) -> Result<Vec<Image>> {
+        let mut records = self.records.lock();
+        let mut undo = Vec::new();
+        if let Err(error) = put_all(&mut records, prepared, &mut undo) {
+            for step in undo.into_iter().rev() {
+                let undone = match step {
+                    Undo::Image(id) => records.remove(&id),
+                    Undo::Name(name, Some(id)) => records.put_name(&name, &id),
+                    Undo::Name(name, None) => records.remove_name(&name),
+                };
+                if let Err(error) = undone {
+                    tracing::warn!(%error, "cannot take back all of a failed import");
+                }
+            }
+            return Err(error);
+        }
+        let images = prepared
+            .iter()
+            .filter_map(|(image, _)| records.image(id_of(image)));
+        Ok(images.collect())
+    }
+}
+
+/// How to take back one step of recording.
+enum Undo {
+    /// The image was not there before.
+    Image(String),
+    /// The name belonged to another image, or to none.
+    Name(String, Option<String>),
+}
+
+fn put_all(
+    records: &mut Records,
+    prepared: &[(&archive::ArchivedImage, ImageRecord)],
+    undo: &mut Vec<Undo>,
+) -> Result<()> {
+    for (image, record) in prepared {
+        let id = id_of(image);
+        if records.image(id).is_none() {
+            undo.push(Undo::Image(id.to_owned()));
+        }
+        records.put(id, record)?;
+    }
+    for (image, _) in prepared {
+        for name in &image.names {
+            let before = records.named(name).map(str::to_owned);
+            undo.push(Undo::Name(name.clone(), before));
+            records.put_name(name, id_of(image))?;
+        }
+    }
+    Ok(())
+}
+
+/// When an image was built; some builders write the year 1 for "I do not say".
+fn parse_time(text: &str) -> Option<SystemTime> {
+    let time: prost_types::Timestamp = text.parse().ok()?;
+    SystemTime::try_from(time)
+        .ok()
+        .filter(|time| *time > SystemTime::UNIX_EPOCH)
+}
+
+fn id_of(image: &archive::ArchivedImage) -> &str {
+    image.config.digest.trim_start_matches("sha256:")
+}
+
+fn read(records: &Records, id: &str, reference: &str) -> Result<ImageRecord> {
+    records.read(id)?.ok_or_else(|| Error::NotFound {
+        reference: reference.to_owned(),
+    })
+}
+
+/// The image that `reference` means, and the name if it is one.
+fn find(records: &Records, reference: &str) -> Result<(Image, Option<String>)> {
+    let not_found = || Error::NotFound {
+        reference: reference.to_owned(),
+    };
+    let candidates = reference::candidates(reference)?;
+    for name in candidates.names {
+        if let Some(image) = records.named(&name).and_then(|id| records.image(id)) {
+            return Ok((image, Some(name)));
+        }
+    }
+    let fits = |image: &Image| {
+        let digest = candidates.digest.as_deref();
+        let prefix = candidates.id_prefix.as_deref();
+        digest.is_some_and(|digest| {
+            image.id == digest || image.manifest_digest.strip_prefix("sha256:") == Some(digest)
+        }) || prefix.is_some_and(|prefix| image.id.starts_with(prefix))
+    };
+    let mut found: Vec<Image> = records.all().filter(fits).collect();
+    match found.len() {
+        0 | 1 => found.pop().map(|image| (image, None)).ok_or_else(not_found),
+        count => Err(Error::Ambiguous {
+            reference: reference.to_owned(),
+            count,
+        }),
     }
 }

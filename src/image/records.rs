@@ -1,0 +1,193 @@
+//! What is kept of images on the disk.
+//!
+//! ```text
+//! images/records/ID.record    an image: its documents and what was made of them
+//! images/names/HASH.record    one name and the image that has it; HASH is the name's blake3
+//! images/spool/               archives that are being taken in
+//! ```
+//!
+//! A name has a record of its own, so that it moves from one image to another by one rename.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Image, Result};
+use crate::store::record::{Record, RecordDir};
+
+/// An image, as it is kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ImageRecord {
+    /// `sha256:...` of the manifest.
+    pub manifest_digest: String,
+    /// The manifest, byte by byte.
+    pub manifest: String,
+    /// The config, byte by byte; its digest is the record's id.
+    pub config: String,
+    /// Digests of the uncompressed layers, the bottom first.
+    pub diff_ids: Vec<String>,
+    /// Chain ids of the same layers.
+    pub chain_ids: Vec<String>,
+    pub architecture: String,
+    pub os: String,
+    /// When it was built.
+    pub created: Option<SystemTime>,
+    /// Bytes of all layers on disk.
+    pub size: u64,
+}
+
+impl Record for ImageRecord {
+    const KIND: &'static str = "image";
+    const VERSION: u32 = 1;
+}
+
+/// A name, as it is kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct NameRecord {
+    pub name: String,
+    /// Id of the image.
+    pub image: String,
+}
+
+impl Record for NameRecord {
+    const KIND: &'static str = "image-name";
+    const VERSION: u32 = 1;
+}
+
+/// All records, and what of them is looked at often.
+#[derive(Debug)]
+pub(super) struct Records {
+    images: RecordDir<ImageRecord>,
+    names: RecordDir<NameRecord>,
+    known: BTreeMap<String, Known>,
+    by_name: BTreeMap<String, String>,
+    /// Some record cannot be read, so what it needs is not known.
+    incomplete: bool,
+}
+
+#[derive(Debug)]
+struct Known {
+    image: Image,
+    chain_ids: Vec<String>,
+}
+
+impl Records {
+    /// Reads all records in `dir`. One that is damaged is logged and left alone.
+    pub(super) fn open(dir: &Path) -> Result<Self> {
+        let mut records = Self {
+            images: RecordDir::open(&dir.join("records"))?,
+            names: RecordDir::open(&dir.join("names"))?,
+            known: BTreeMap::new(),
+            by_name: BTreeMap::new(),
+            incomplete: false,
+        };
+        let images = records.images.list()?;
+        let names = records.names.list()?;
+        for damaged in images.damaged.iter().chain(&names.damaged) {
+            tracing::error!("{damaged}");
+        }
+        records.incomplete = !images.damaged.is_empty();
+        for (id, record) in images.records {
+            records.know(id, &record);
+        }
+        for (_, record) in names.records {
+            if records.known.contains_key(&record.image) {
+                records.by_name.insert(record.name, record.image);
+            }
+        }
+        Ok(records)
+    }
+
+    /// Keeps an image; one of the same id is replaced.
+    pub(super) fn put(&mut self, id: &str, record: &ImageRecord) -> Result<()> {
+        self.images.put(id, record)?;
+        self.know(id.to_owned(), record);
+        Ok(())
+    }
+
+    /// Gives a name to an image, taking it from any other.
+    pub(super) fn put_name(&mut self, name: &str, id: &str) -> Result<()> {
+        let record = NameRecord {
+            name: name.to_owned(),
+            image: id.to_owned(),
+        };
+        self.names.put(&key(name), &record)?;
+        self.by_name.insert(record.name, record.image);
+        Ok(())
+    }
+
+    /// Takes a name away.
+    pub(super) fn remove_name(&mut self, name: &str) -> Result<()> {
+        self.names.remove(&key(name))?;
+        self.by_name.remove(name);
+        Ok(())
+    }
+
+    /// Forgets an image that has no name any more.
+    pub(super) fn remove(&mut self, id: &str) -> Result<()> {
+        self.images.remove(id)?;
+        self.known.remove(id);
+        Ok(())
+    }
+
+    /// The whole record, read from the disk.
+    pub(super) fn read(&self, id: &str) -> Result<Option<ImageRecord>> {
+        Ok(self.images.get(id)?)
+    }
+
+    /// Which image has the name.
+    pub(super) fn named(&self, name: &str) -> Option<&str> {
+        self.by_name.get(name).map(String::as_str)
+    }
+
+    /// One image.
+    pub(super) fn image(&self, id: &str) -> Option<Image> {
+        self.known.get(id).map(|known| self.with_names(id, known))
+    }
+
+    /// All images, in order of id.
+    pub(super) fn all(&self) -> impl Iterator<Item = Image> {
+        self.known
+            .iter()
+            .map(|(id, known)| self.with_names(id, known))
+    }
+
+    /// Whether some image needs the layer, or may need it for all that can be read.
+    pub(super) fn need(&self, chain_id: &str) -> bool {
+        self.incomplete
+            || self
+                .known
+                .values()
+                .any(|known| known.chain_ids.iter().any(|id| id == chain_id))
+    }
+
+    fn know(&mut self, id: String, record: &ImageRecord) {
+        let image = Image {
+            id: id.clone(),
+            names: Vec::new(),
+            manifest_digest: record.manifest_digest.clone(),
+            diff_ids: record.diff_ids.clone(),
+            chain_id: record.chain_ids.last().cloned().unwrap_or_default(),
+            architecture: record.architecture.clone(),
+            os: record.os.clone(),
+            created: record.created,
+            size: record.size,
+        };
+        let chain_ids = record.chain_ids.clone();
+        self.known.insert(id, Known { image, chain_ids });
+    }
+
+    fn with_names(&self, id: &str, known: &Known) -> Image {
+        let names = self.by_name.iter().filter(|(_, of)| *of == id);
+        Image {
+            names: names.map(|(name, _)| name.clone()).collect(),
+            ..known.image.clone()
+        }
+    }
+}
+
+fn key(name: &str) -> String {
+    blake3::hash(name.as_bytes()).to_hex().to_string()
+}

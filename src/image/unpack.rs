@@ -1,0 +1,255 @@
+//! Layers as committed snapshots: made once, shared, and removed when nobody needs them.
+//!
+//! A layer's snapshot is named by its chain id, which says what the layer and all below it contain. It
+//! is unpacked in an active snapshot, whose key starts with `unpack-`; those are nobody's after a crash
+//! and go when plyd starts.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use sha2::{Digest, Sha256};
+
+use super::apply::{Source, apply};
+use super::archive::ArchivedLayer;
+use super::{Error, Limits, Observer, Phase, Progress, Result};
+use crate::cow::Union;
+use crate::snapshotter::{self, Kind, Owner, ParentRef, Snapshotter};
+
+/// Two imports of one layer: how often the one that waits looks whether it is still wanted.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// Keeps the layers.
+#[derive(Debug)]
+pub(super) struct Unpacker {
+    snapshotter: Arc<Snapshotter>,
+    limits: Limits,
+    state: Mutex<State>,
+    unpacked: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Chain ids that imports under way rely on, with their number.
+    pins: HashMap<String, usize>,
+    /// Chain ids that are being unpacked now.
+    busy: HashSet<String>,
+}
+
+/// Keeps layers from being swept while it lives.
+#[derive(Debug)]
+pub(super) struct Pin<'a> {
+    unpacker: &'a Unpacker,
+    chain_ids: Vec<String>,
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        let mut state = self.unpacker.state.lock();
+        for chain_id in &self.chain_ids {
+            if let Some(count) = state.pins.get_mut(chain_id) {
+                *count -= 1;
+                if *count == 0 {
+                    state.pins.remove(chain_id);
+                }
+            }
+        }
+    }
+}
+
+/// The right to unpack a layer; given back when it goes.
+struct Turn<'a> {
+    unpacker: &'a Unpacker,
+    chain_id: &'a str,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.unpacker.state.lock().busy.remove(self.chain_id);
+        self.unpacker.unpacked.notify_all();
+    }
+}
+
+impl Unpacker {
+    /// Clears what a crash left half-unpacked.
+    pub(super) fn open(snapshotter: Arc<Snapshotter>, limits: Limits) -> Result<Self> {
+        for snapshot in snapshotter.list(Some(Owner::Image))? {
+            if snapshot.kind != Kind::Committed {
+                snapshotter.remove(Owner::Image, &snapshot.key)?;
+            }
+        }
+        Ok(Self {
+            snapshotter,
+            limits,
+            state: Mutex::default(),
+            unpacked: Condvar::new(),
+        })
+    }
+
+    /// Keeps the layers of these chain ids, there already or not, from being swept.
+    pub(super) fn pin(&self, chain_ids: &[String]) -> Pin<'_> {
+        let mut state = self.state.lock();
+        for chain_id in chain_ids {
+            *state.pins.entry(chain_id.clone()).or_default() += 1;
+        }
+        Pin {
+            unpacker: self,
+            chain_ids: chain_ids.to_vec(),
+        }
+    }
+
+    /// Unpacks those of the layers, the bottom first, that are not there. Answers the bytes that they
+    /// all take on the disk. The caller has them pinned.
+    pub(super) fn ensure(
+        &self,
+        layers: &[ArchivedLayer],
+        chain_ids: &[String],
+        observer: &dyn Observer,
+    ) -> Result<u64> {
+        let mut parent: Option<&String> = None;
+        let mut size = 0;
+        for (layer, chain_id) in layers.iter().zip(chain_ids) {
+            let turn = self.turn(chain_id, observer)?;
+            if self.exists(chain_id)? {
+                observer.progress(Progress {
+                    phase: Phase::Exists,
+                    digest: layer.digest.clone(),
+                    done: layer.file.size,
+                    total: layer.file.size,
+                });
+            } else {
+                self.unpack(layer, chain_id, parent, observer)?;
+            }
+            drop(turn);
+            size += self.snapshotter.usage(Owner::Image, chain_id)?.size;
+            parent = Some(chain_id);
+        }
+        Ok(size)
+    }
+
+    /// Removes every layer that is neither needed, nor pinned, nor built on by another snapshot.
+    pub(super) fn sweep(&self, needed: &dyn Fn(&str) -> bool) -> Result<()> {
+        let state = self.state.lock();
+        // In reverse order of creation, so children before their parents.
+        for snapshot in self.snapshotter.list(Some(Owner::Image))?.iter().rev() {
+            let chain_id = &snapshot.key;
+            if snapshot.kind != Kind::Committed
+                || needed(chain_id)
+                || state.pins.contains_key(chain_id)
+            {
+                continue;
+            }
+            match self.snapshotter.remove(Owner::Image, chain_id) {
+                Ok(()) | Err(snapshotter::Error::HasChildren { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until nobody else unpacks the layer.
+    fn turn<'a>(&'a self, chain_id: &'a str, observer: &dyn Observer) -> Result<Turn<'a>> {
+        let mut state = self.state.lock();
+        while state.busy.contains(chain_id) {
+            self.unpacked.wait_for(&mut state, LOOK_AGAIN);
+            if observer.cancelled() {
+                return Err(Error::Cancelled);
+            }
+        }
+        state.busy.insert(chain_id.to_owned());
+        Ok(Turn {
+            unpacker: self,
+            chain_id,
+        })
+    }
+
+    fn exists(&self, chain_id: &str) -> Result<bool> {
+        match self.snapshotter.stat(Owner::Image, chain_id) {
+            Ok(_) => Ok(true),
+            Err(snapshotter::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn unpack(
+        &self,
+        layer: &ArchivedLayer,
+        chain_id: &str,
+        parent: Option<&String>,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let key = format!("unpack-{chain_id}-{:016x}", rand::random::<u64>());
+        let parent = parent.map(|parent| ParentRef {
+            owner: Owner::Image,
+            key: parent.clone(),
+        });
+        self.snapshotter
+            .prepare(Owner::Image, &key, parent.as_ref(), BTreeMap::new())?;
+        let committed = self.fill(&key, layer, observer).and_then(|()| {
+            self.snapshotter
+                .commit(Owner::Image, chain_id, &key, BTreeMap::new())
+                .map_err(Error::from)
+        });
+        match committed {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                if let Err(error) = self.snapshotter.remove(Owner::Image, &key) {
+                    tracing::warn!(%error, key, "cannot remove a half-unpacked layer; the next start will");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&self, key: &str, layer: &ArchivedLayer, observer: &dyn Observer) -> Result<()> {
+        let mut config = self.snapshotter.union_config(Owner::Image, key)?;
+        // Nothing counts before the commit, which makes all of it durable.
+        config.volatile = true;
+        let union = Union::open(config)?;
+        let source = Source {
+            digest: &layer.digest,
+            diff_id: &layer.diff_id,
+            file: &layer.file.path,
+            size: layer.file.size,
+        };
+        apply(&union, &source, &self.limits, observer)
+    }
+}
+
+/// The chain ids of layers with these diff ids, the bottom first, as the OCI image specification
+/// defines them.
+pub(super) fn chain_ids<'a>(diff_ids: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut chain_ids: Vec<String> = Vec::new();
+    for diff_id in diff_ids {
+        let chain_id = match chain_ids.last() {
+            None => diff_id.to_owned(),
+            Some(below) => {
+                let sum = Sha256::digest(format!("{below} {diff_id}"));
+                format!("sha256:{sum:x}")
+            }
+        };
+        chain_ids.push(chain_id);
+    }
+    chain_ids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_ids_are_those_of_the_specification() {
+        let diff_ids = [
+            "sha256:c6f988f4874bb0add23a778f753c65efe992244e148a1d2ec2a8b664fb66bbd1",
+            "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
+        ];
+        let chain = chain_ids(diff_ids.into_iter());
+        assert_eq!(chain[0], diff_ids[0]);
+        // printf 'sha256:c6f9… sha256:5f70…' | sha256sum
+        assert_eq!(
+            chain[1],
+            "sha256:c3191d32a37d7159b2e30830937d2e30268ad6c375a773a8994911a3aba9b93f"
+        );
+    }
+}
