@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
 use plywood::grpc::server::{self, Backends};
+use plywood::image::ImageStore;
 use plywood::snapshotter::{Snapshotter, SnapshotterConfig};
 use plywood::store::{self, index};
 use serde::Deserialize;
@@ -149,10 +150,12 @@ fn run(settings: Settings) -> Result<(), Failure> {
             index_prober: std::env::current_exe().ok(),
         },
     )?);
+    let images = Arc::new(ImageStore::open(&root, Arc::clone(&snapshotter))?);
     let backends = Backends {
         root: root.clone(),
         state,
         snapshotter: Arc::clone(&snapshotter),
+        images,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -5,6 +5,7 @@
 //! [`server`] the one where the services meet the socket.
 
 mod filter;
+mod images;
 pub mod pb;
 pub mod server;
 mod snapshot_admin;

@@ -14,10 +14,12 @@ use tonic::transport::Server;
 
 use super::pb::DESCRIPTORS;
 use super::pb::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use super::pb::plywood::images_server::ImagesServer;
 use super::pb::plywood::snapshot_admin_server::SnapshotAdminServer;
 use super::pb::plywood::system_server::SystemServer;
 use super::system::Place;
-use super::{snapshot_admin, snapshots, system};
+use super::{images, snapshot_admin, snapshots, system};
+use crate::image::ImageStore;
 use crate::snapshotter::Snapshotter;
 
 /// containerd's limit, in both directions.
@@ -31,6 +33,8 @@ pub struct Backends {
     pub state: PathBuf,
     /// Snapshots.
     pub snapshotter: Arc<Snapshotter>,
+    /// Images.
+    pub images: Arc<ImageStore>,
 }
 
 /// Why plyd cannot listen or serve.
@@ -115,6 +119,7 @@ pub async fn serve(
         root,
         state,
         snapshotter,
+        images: image_store,
     } = backends;
     let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
@@ -122,7 +127,16 @@ pub async fn serve(
     let admin = SnapshotAdminServer::new(snapshot_admin::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
-    let system = SystemServer::new(system::Service::new(Place { root, state }, snapshotter));
+    let images = ImagesServer::new(images::Service::new(
+        Arc::clone(&image_store),
+        Arc::clone(&snapshotter),
+    ))
+    .max_decoding_message_size(LARGEST_MESSAGE);
+    let system = SystemServer::new(system::Service::new(
+        Place { root, state },
+        snapshotter,
+        image_store,
+    ));
 
     let (health, health_service) = tonic_health::server::health_reporter();
     health
@@ -131,6 +145,7 @@ pub async fn serve(
     health
         .set_serving::<SnapshotAdminServer<snapshot_admin::Service>>()
         .await;
+    health.set_serving::<ImagesServer<images::Service>>().await;
     health.set_serving::<SystemServer<system::Service>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -144,6 +159,7 @@ pub async fn serve(
         .add_service(reflection().build_v1alpha()?)
         .add_service(snapshots)
         .add_service(admin)
+        .add_service(images)
         .add_service(system)
         .serve_with_incoming_shutdown(incoming, end)
         .await?;

@@ -42,7 +42,8 @@ pub(super) fn io_code(error: &io::Error) -> Code {
     }
 }
 
-fn record_code(error: &record::Error) -> Code {
+/// The code for a failure of a record.
+pub(super) fn record_code(error: &record::Error) -> Code {
     match error {
         record::Error::Io { source, .. } => io_code(source),
         record::Error::Damaged(_) => Code::DataLoss,

@@ -7,6 +7,7 @@ use tonic::{Request, Response, Status};
 
 use super::pb::plywood as api;
 use super::status::blocking;
+use crate::image::ImageStore;
 use crate::snapshotter::Snapshotter;
 
 /// Where this plyd keeps its things.
@@ -22,11 +23,20 @@ pub struct Place {
 pub(super) struct Service {
     place: Place,
     snapshotter: Arc<Snapshotter>,
+    images: Arc<ImageStore>,
 }
 
 impl Service {
-    pub(super) fn new(place: Place, snapshotter: Arc<Snapshotter>) -> Self {
-        Self { place, snapshotter }
+    pub(super) fn new(
+        place: Place,
+        snapshotter: Arc<Snapshotter>,
+        images: Arc<ImageStore>,
+    ) -> Self {
+        Self {
+            place,
+            snapshotter,
+            images,
+        }
     }
 }
 
@@ -38,6 +48,7 @@ impl api::system_server::System for Service {
     ) -> Result<Response<api::InfoSystemResponse>, Status> {
         let place = self.place.clone();
         let snapshotter = Arc::clone(&self.snapshotter);
+        let images = Arc::clone(&self.images);
         blocking(move || {
             let snapshots = snapshotter.list(None)?;
             let kernel = nix::sys::utsname::uname()
@@ -49,6 +60,7 @@ impl api::system_server::System for Service {
                 root: place.root.to_string_lossy().into_owned(),
                 state: place.state.to_string_lossy().into_owned(),
                 pid: std::process::id(),
+                images: images.list()?.len() as u64,
                 snapshots: snapshots.len() as u64,
                 mounts: snapshots.iter().filter(|s| s.mount.is_some()).count() as u64,
                 ..api::InfoSystemResponse::default()

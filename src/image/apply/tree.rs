@@ -325,9 +325,9 @@ pub(super) fn check_length(length: usize) -> Result<()> {
     Ok(())
 }
 
-fn fail(errno: i32, what: &str) -> Error {
+fn fail(errno: i32, what: &'static str) -> Error {
     Error {
         errno,
-        context: what.to_owned(),
+        context: what.into(),
     }
 }
