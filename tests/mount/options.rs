@@ -1,0 +1,324 @@
+//! The command line: what is accepted, what each mistake is told, and with which exit code.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, chown, symlink};
+use std::path::Path;
+use std::process::Command;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::common::mount::{PLYFS, plyfs};
+use crate::common::{Layers, Mount, errno};
+
+/// Exit code 1: the mount could not be made. 2: the command line is wrong.
+#[track_caller]
+fn refused(options: &str, target: &Path, code: i32, message: &str) {
+    let output = plyfs(&[OsStr::new("-o"), OsStr::new(options), target.as_os_str()]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{options}: {text}");
+    assert!(text.contains(message), "{options}: {text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(
+        crate::common::mount::server_of(target).is_none(),
+        "a server is left behind"
+    );
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense_is_exit_code_2() {
+    let layers = Layers::new(1);
+    let lower = layers.lower_options();
+    let target = layers.mnt();
+    for (more, message) in [
+        ("frobnicate", "unknown option `frobnicate`"),
+        ("frob=1", "unknown option `frob=1`"),
+        ("upperdir=/x", "needs `workdir`"),
+        ("workdir=/x", "only with `upperdir`"),
+        ("xino=perhaps", "say `on`, `off` or `auto`"),
+        ("kernel_features=-nonsense", "plyfs --probe"),
+        ("threads=none", "1 to 64"),
+    ] {
+        refused(&format!("{lower},{more}"), &target, 2, message);
+    }
+    refused("", &target, 2, "no lower directory");
+    refused("lowerdir=/a::/b", &target, 2, "empty name");
+    let nothing: [&str; 0] = [];
+    assert_eq!(plyfs(&nothing).status.code(), Some(2));
+}
+
+#[test]
+fn directories_that_cannot_be_used_are_exit_code_1() {
+    let layers = Layers::new(1);
+    let (target, lower) = (layers.mnt(), layers.lower(0));
+    let file = layers.path("file");
+    fs::write(&file, "").unwrap();
+    let lower_options = layers.lower_options();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let missing = text(&layers.path("missing"));
+
+    refused(&format!("lowerdir={missing}"), &target, 1, &missing);
+    refused(&format!("lowerdir={}", text(&file)), &target, 1, "file");
+    refused(&lower_options, &layers.path("missing"), 1, &missing);
+    refused(&lower_options, &file, 1, "file");
+    refused(&lower_options, &lower, 1, "contain itself");
+    fs::create_dir(lower.join("inside")).unwrap();
+    refused(&lower_options, &lower.join("inside"), 1, "contain itself");
+    refused(
+        &format!("lowerdir_file={missing}"),
+        &target,
+        1,
+        "lowerdir_file",
+    );
+    let upper_and_work = |upper: &Path, work: &Path| {
+        format!(
+            "{lower_options},upperdir={},workdir={}",
+            upper.display(),
+            work.display()
+        )
+    };
+    let (upper, work) = (layers.upper(), layers.path("work"));
+    refused(
+        &upper_and_work(&layers.path("missing"), &work),
+        &target,
+        1,
+        "upper",
+    );
+    refused(
+        &upper_and_work(&upper, &layers.path("missing")),
+        &target,
+        1,
+        "work",
+    );
+    refused(&upper_and_work(&file, &work), &target, 1, "upper");
+    refused(&upper_and_work(&upper, &file), &target, 1, "work");
+    refused(&upper_and_work(&upper, &upper), &target, 1, "work");
+    let below = upper.join("below");
+    fs::create_dir(&below).unwrap();
+    refused(&upper_and_work(&upper, &below), &target, 1, "work");
+    refused(&upper_and_work(&lower, &work), &target, 1, "lower");
+}
+
+#[test]
+fn upper_and_work_on_two_file_systems_are_refused() {
+    let layers = Layers::new(1);
+    let other = layers.path("other");
+    fs::create_dir(&other).unwrap();
+    mount(
+        Some("tmpfs"),
+        &other,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .unwrap();
+    let options = format!(
+        "{},upperdir={},workdir={}",
+        layers.lower_options(),
+        layers.upper().display(),
+        other.display()
+    );
+    let result = std::panic::catch_unwind(|| refused(&options, &layers.mnt(), 1, "file system"));
+    umount2(&other, MntFlags::MNT_DETACH).unwrap();
+    result.unwrap();
+}
+
+#[test]
+fn a_work_directory_in_use_is_refused() {
+    let layers = Layers::new(1);
+    let first = Mount::new(&layers, "");
+    let second = layers.path("second");
+    fs::create_dir(&second).unwrap();
+    refused(&layers.options(), &second, 1, "use");
+    fs::write(first.join("still"), "works").unwrap();
+    first.unmount();
+    Mount::with_options(&second, &layers.options()).unmount();
+}
+
+#[test]
+fn five_hundred_lowers_come_from_a_file() {
+    let mut layers = Layers::new(500);
+    for n in 0..500 {
+        fs::write(layers.lower(n).join(format!("only-{n}")), "").unwrap();
+        fs::write(layers.lower(n).join("shared"), n.to_string()).unwrap();
+    }
+    layers.seal();
+    let list: Vec<String> = (0..500)
+        .map(|n| format!("{}\n", layers.lower(n).display()))
+        .collect();
+    let file = layers.path("list");
+    fs::write(&file, list.concat()).unwrap();
+    let options = format!(
+        "lowerdir_file={},upperdir={},workdir={}",
+        file.display(),
+        layers.upper().display(),
+        layers.path("work").display()
+    );
+    let mount = Mount::with_options(&layers.mnt(), &options);
+    assert_eq!(fs::read_dir(mount.join("")).unwrap().count(), 501);
+    assert_eq!(fs::read(mount.join("shared")).unwrap(), b"0");
+    fs::write(mount.join("only-499"), "written").unwrap();
+    assert_eq!(
+        fs::read(layers.upper().join("only-499")).unwrap(),
+        b"written"
+    );
+}
+
+#[test]
+fn odd_names_of_layers_are_escaped() {
+    let layers = Layers::new(1);
+    let odd = |name: &str| {
+        let dir = layers.path(name);
+        fs::create_dir(&dir).unwrap();
+        dir
+    };
+    let dirs = [odd("a:b"), odd("c,d"), odd(r"e\f"), odd("g h")];
+    for (n, dir) in dirs.iter().enumerate() {
+        fs::write(dir.join(format!("f{n}")), "").unwrap();
+    }
+    let base = layers.path("");
+    let base = base.to_str().unwrap();
+    let options = format!(
+        r"lowerdir={base}/a\:b:{base}/c\,d:{base}/e\\f,upperdir={base}/g h,workdir={base}/work"
+    );
+    let mount = Mount::with_options(&layers.mnt(), &options);
+    assert_eq!(fs::read_dir(mount.join("")).unwrap().count(), 4);
+}
+
+#[test]
+fn relative_layers_are_found_and_the_callers_directory_stays_free() {
+    let mut layers = Layers::new(1);
+    fs::write(layers.lower(0).join("f"), "x").unwrap();
+    layers.seal();
+    let status = Command::new(PLYFS)
+        .current_dir(layers.path(""))
+        .args(["-o", "lowerdir=lower0,upperdir=upper", "-o", "workdir=work"])
+        .arg("mnt")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(fs::read(layers.mnt().join("f")).unwrap(), b"x");
+    umount2(&layers.mnt(), MntFlags::empty()).unwrap();
+}
+
+#[test]
+fn a_mount_without_an_upper_is_read_only() {
+    let mut layers = Layers::new(1);
+    fs::write(layers.lower(0).join("f"), "x").unwrap();
+    layers.seal();
+    for options in [
+        layers.lower_options(),
+        format!("{},ro", layers.options()),
+        format!(
+            "{},upperdir={},ro",
+            layers.lower_options(),
+            layers.upper().display()
+        ),
+    ] {
+        let mount = Mount::with_options(&layers.mnt(), &options);
+        assert_eq!(fs::read(mount.join("f")).unwrap(), b"x");
+        assert_eq!(errno(fs::write(mount.join("f"), "y")), libc::EROFS);
+        assert_eq!(errno(fs::create_dir(mount.join("d"))), libc::EROFS);
+        assert_eq!(errno(fs::remove_file(mount.join("f"))), libc::EROFS);
+        mount.unmount();
+    }
+}
+
+/// The line of the mount table for this mount point.
+fn table_line(target: &Path) -> String {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let needle = format!(" {} ", target.display());
+    table
+        .lines()
+        .find(|line| line.contains(&needle))
+        .unwrap()
+        .to_owned()
+}
+
+#[test]
+fn the_mount_table_shows_what_was_asked_for() {
+    let layers = Layers::new(1);
+    let mount = Mount::new(&layers, "");
+    let line = table_line(&layers.mnt());
+    assert!(line.contains("fuse.plyfs plyfs"), "{line}");
+    assert!(
+        !line.contains("nosuid") && !line.contains("nodev"),
+        "{line}"
+    );
+    assert!(
+        line.contains("allow_other") && line.contains("default_permissions"),
+        "{line}"
+    );
+    mount.unmount();
+    let mount = Mount::new(&layers, "nosuid,nodev,noexec,noatime,fsname=mine");
+    let line = table_line(&layers.mnt());
+    for word in ["nosuid", "nodev", "noexec", "noatime", " mine "] {
+        assert!(line.contains(word), "{word}: {line}");
+    }
+    mount.unmount();
+    // As mount.fuse calls it.
+    let output = plyfs(&[
+        "the-source",
+        layers.mnt().to_str().unwrap(),
+        "-o",
+        &layers.options(),
+        "-o",
+        "dev,suid",
+    ]);
+    assert!(output.status.success(), "{output:?}");
+    let line = table_line(&layers.mnt());
+    umount2(&layers.mnt(), MntFlags::empty()).unwrap();
+    assert!(line.contains(" the-source "), "{line}");
+}
+
+#[test]
+fn everything_belongs_to_root_when_squashed() {
+    let mut layers = Layers::new(1);
+    fs::write(layers.lower(0).join("f"), "x").unwrap();
+    chown(layers.lower(0).join("f"), Some(1000), Some(1001)).unwrap();
+    layers.seal();
+    let mount = Mount::new(&layers, "squash_to_root");
+    let m = fs::metadata(mount.join("f")).unwrap();
+    assert_eq!((m.uid(), m.gid()), (0, 0));
+}
+
+#[test]
+fn words_without_a_meaning_here_are_taken() {
+    let layers = Layers::new(1);
+    let words = "redirect_dir=on,metacopy=on,index=on,xino=auto,volatile,,noatime,x-gvfs-hide,_netdev,relatime,threads=1";
+    let mount = Mount::new(&layers, words);
+    fs::write(mount.join("f"), "x").unwrap();
+    mount.unmount();
+    assert_eq!(fs::read(layers.upper().join("f")).unwrap(), b"x");
+}
+
+#[test]
+fn layers_behind_links_are_found() {
+    let mut layers = Layers::new(1);
+    fs::write(layers.lower(0).join("f"), "x").unwrap();
+    layers.seal();
+    symlink(layers.lower(0), layers.path("link")).unwrap();
+    let options = format!("lowerdir={}", layers.path("link").display());
+    let mount = Mount::with_options(&layers.mnt(), &options);
+    assert_eq!(fs::read(mount.join("f")).unwrap(), b"x");
+}
+
+#[test]
+fn the_probe_names_every_feature_and_says_why_not() {
+    let output = plyfs(&["--probe"]);
+    assert!(output.status.success());
+    let table = String::from_utf8(output.stdout).unwrap();
+    for name in [
+        "readdirplus",
+        "writeback",
+        "no_open",
+        "passthrough",
+        "resend",
+    ] {
+        assert!(table.contains(name), "{table}");
+    }
+    for line in table.lines().skip(1) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert!(words[2] == "yes" || words.len() > 3, "{line}");
+    }
+}

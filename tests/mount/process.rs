@@ -1,0 +1,148 @@
+//! The server as a process: its start, its signals, its death.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::common::mount::{PLYFS, wait_until};
+use crate::common::{Layers, Mount, errno};
+
+fn is_mounted(layers: &Layers) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    table.contains(&format!(" {} ", layers.mnt().display()))
+}
+
+#[test]
+fn nothing_of_the_server_is_left_on_the_callers_streams() {
+    let layers = Layers::new(1);
+    let child = Command::new(PLYFS)
+        .args(["-o", &layers.options()])
+        .arg(layers.mnt())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Waits for the end of both streams, which the server would keep open.
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let pid = crate::common::mount::server_of(&layers.mnt()).unwrap();
+    for stream in 0..3 {
+        let target = fs::read_link(format!("/proc/{pid}/fd/{stream}")).unwrap();
+        assert_eq!(target.to_str(), Some("/dev/null"));
+    }
+    assert_eq!(
+        fs::read_link(format!("/proc/{pid}/cwd")).unwrap().to_str(),
+        Some("/")
+    );
+    nix::mount::umount2(&layers.mnt(), nix::mount::MntFlags::empty()).unwrap();
+}
+
+#[test]
+fn a_killed_server_gives_its_clients_an_error_at_once() {
+    let mut layers = Layers::new(1);
+    fs::write(layers.lower(0).join("f"), "x").unwrap();
+    layers.seal();
+    let mount = Mount::new(&layers, "");
+    let mut file = File::open(mount.join("f")).unwrap();
+    mount.signal(Signal::SIGKILL);
+    assert!(mount.wait_for_end());
+    assert_eq!(errno(fs::read_dir(mount.join(""))), libc::ENOTCONN);
+    let result = file.read(&mut [0; 1]);
+    assert!([libc::ENOTCONN, libc::ECONNABORTED].contains(&errno(result)));
+    drop(mount);
+    // Nothing that the dead one left stands in the way.
+    let mount = Mount::new(&layers, "");
+    assert_eq!(fs::read(mount.join("f")).unwrap(), b"x");
+}
+
+#[test]
+fn what_was_synced_before_a_kill_is_there() {
+    let layers = Layers::new(1);
+    let mount = Mount::new(&layers, "writeback");
+    let file = File::create(mount.join("f")).unwrap();
+    std::io::Write::write_all(&mut &file, b"acknowledged").unwrap();
+    file.sync_all().unwrap();
+    mount.signal(Signal::SIGKILL);
+    assert!(mount.wait_for_end());
+    drop(file);
+    drop(mount);
+    let mount = Mount::new(&layers, "");
+    assert_eq!(fs::read(mount.join("f")).unwrap(), b"acknowledged");
+}
+
+#[test]
+fn a_signal_writes_everything_down_and_takes_the_mount_away() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let layers = Layers::new(1);
+        let mount = Mount::new(&layers, "writeback");
+        let file = File::create(mount.join("f")).unwrap();
+        std::io::Write::write_all(&mut &file, b"not synced by anyone").unwrap();
+        mount.signal(signal);
+        assert!(mount.wait_for_end());
+        assert!(!is_mounted(&layers));
+        assert_eq!(
+            fs::read(layers.upper().join("f")).unwrap(),
+            b"not synced by anyone"
+        );
+    }
+}
+
+#[test]
+fn in_front_it_serves_until_it_is_told_to_end() {
+    let layers = Layers::new(1);
+    let mut child = Command::new(PLYFS)
+        .args(["-f", "-o", &layers.options()])
+        .arg(layers.mnt())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mounted = wait_until(|| is_mounted(&layers));
+    let written = fs::write(layers.mnt().join("f"), "x");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(child.id() as i32),
+        Signal::SIGTERM,
+    )
+    .unwrap();
+    let status = child.wait().unwrap();
+    assert!(mounted && written.is_ok() && status.success());
+    assert!(!is_mounted(&layers));
+}
+
+#[test]
+fn the_log_goes_where_it_is_sent() {
+    let layers = Layers::new(1);
+    let log = layers.path("log");
+    let output = Command::new(PLYFS)
+        .args(["-o", &layers.options(), "--log-file"])
+        .arg(&log)
+        .arg(layers.mnt())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    nix::mount::umount2(&layers.mnt(), nix::mount::MntFlags::empty()).unwrap();
+    assert!(wait_until(|| {
+        let text = fs::read_to_string(&log).unwrap();
+        text.contains("serving") && text.contains("ended")
+    }));
+}
+
+#[test]
+fn an_aborted_connection_ends_the_server_and_its_mount() {
+    let layers = Layers::new(1);
+    let mount = Mount::new(&layers, "");
+    let device = fs::metadata(mount.join("")).map(|m| std::os::unix::fs::MetadataExt::dev(&m));
+    let connections = "/sys/fs/fuse/connections";
+    if fs::read_dir(connections).unwrap().next().is_none() {
+        Command::new("mount")
+            .args(["-t", "fusectl", "none", connections])
+            .status()
+            .unwrap();
+    }
+    fs::write(format!("{connections}/{}/abort", device.unwrap()), "1").unwrap();
+    assert!(mount.wait_for_end());
+    assert!(wait_until(|| !is_mounted(&layers)));
+    std::thread::sleep(Duration::from_millis(1));
+}
