@@ -3,12 +3,27 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
-use plywood::runtime::shim::{Config, run};
+use clap::{Args, Parser, Subcommand};
+use plywood::runtime::lookup::{self, Question};
+use plywood::runtime::shim::{self, Config};
 
 #[derive(Parser)]
 #[command(version, about = "Owns one container's process; started by plyd")]
 struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Serve a container until its end
+    Serve(Serve),
+    /// Answer the question on standard input about a container's root
+    Lookup,
+}
+
+#[derive(Args)]
+struct Serve {
     /// Id of the container
     #[arg(long)]
     id: String,
@@ -33,21 +48,31 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let config = Config {
-        id: arguments.id,
-        dir: arguments.dir,
-        run_dir: arguments.run_dir,
-        runtime: arguments.runtime,
-        runtime_root: arguments.runtime_root,
-        tty: arguments.tty,
-        stdin: arguments.stdin,
+    let result = match Arguments::parse().task {
+        Task::Serve(serve) => shim::run(Config {
+            id: serve.id,
+            dir: serve.dir,
+            run_dir: serve.run_dir,
+            runtime: serve.runtime,
+            runtime_root: serve.runtime_root,
+            tty: serve.tty,
+            stdin: serve.stdin,
+        })
+        .map_err(|error| error.to_string()),
+        Task::Lookup => look_up(),
     };
-    match run(config) {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("plyshim: {error}");
+        Err(problem) => {
+            eprintln!("{problem}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn look_up() -> Result<(), String> {
+    let question: Question =
+        serde_json::from_reader(std::io::stdin()).map_err(|error| error.to_string())?;
+    let answer = lookup::answer(&question).map_err(|error| error.to_string())?;
+    serde_json::to_writer(std::io::stdout(), &answer).map_err(|error| error.to_string())
 }

@@ -13,6 +13,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use super::lookup::{Answer, Question};
 use super::shim::{Config, READY, SOCKET};
 use super::wire::{self, Decoder, Frame, Reply, Request, VERSION};
 
@@ -69,6 +70,7 @@ pub async fn launch(program: &Path, config: &Config) -> Result<()> {
     };
     let mut command = Command::new(program);
     command
+        .arg("serve")
         .arg("--id")
         .arg(&config.id)
         .arg("--dir")
@@ -104,6 +106,40 @@ pub async fn launch(program: &Path, config: &Config) -> Result<()> {
             Err(Error::Silent)
         }
     }
+}
+
+/// Asks `plyshim lookup`, which is killed if it takes too long. The inner error is the question's own: a
+/// sentence for whoever named the user, the directory or the volume.
+pub async fn look_up(program: &Path, question: &Question) -> Result<Result<Answer, String>> {
+    let fail = |problem: String| Error::Launch {
+        program: program.to_owned(),
+        problem,
+    };
+    let mut child = Command::new(program)
+        .arg("lookup")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| fail(error.to_string()))?;
+    let json = serde_json::to_vec(question).map_err(io::Error::other)?;
+    let answered = async {
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(&json).await?;
+        }
+        child.wait_with_output().await
+    };
+    let output = timeout(PATIENCE, answered)
+        .await
+        .map_err(|_| Error::Silent)?
+        .map_err(|error| fail(error.to_string()))?;
+    if !output.status.success() {
+        let problem = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Ok(Err(problem));
+    }
+    let answer = serde_json::from_slice(&output.stdout).map_err(|error| fail(error.to_string()))?;
+    Ok(Ok(answer))
 }
 
 /// A connection to a shim.
@@ -159,22 +195,30 @@ impl ShimClient {
 
     /// Asks, and waits a limited time for the answer; a refusal is an error.
     pub async fn ask(&mut self, request: &Request) -> Result<Reply> {
+        self.ask_within(PATIENCE, request).await
+    }
+
+    /// As [`ask`](Self::ask), with a limit of its own.
+    pub async fn ask_within(&mut self, limit: Duration, request: &Request) -> Result<Reply> {
         let answered = async {
-            self.writer.send(request).await?;
+            self.send(request).await?;
             self.hear().await
         };
-        timeout(PATIENCE, answered)
-            .await
-            .map_err(|_| Error::Silent)?
+        timeout(limit, answered).await.map_err(|_| Error::Silent)?
     }
 
-    /// Waits, for as long as it takes, until the container has ended.
-    pub async fn wait(mut self) -> Result<Reply> {
-        self.writer.send(&Request::Wait).await?;
-        self.hear().await
+    /// Asks without waiting for the answer.
+    pub async fn send(&mut self, request: &Request) -> Result<()> {
+        self.writer.send(request).await
     }
 
-    async fn hear(&mut self) -> Result<Reply> {
+    /// Waits, for as long as it takes, until the shim is gone.
+    pub async fn until_gone(&mut self) {
+        while let Ok(Some(_)) = self.reader.next_frame().await {}
+    }
+
+    /// The next answer, for as long as it takes.
+    pub async fn hear(&mut self) -> Result<Reply> {
         match self.reader.next_frame().await? {
             None => Err(Error::Gone),
             Some(frame) => match frame.message()? {

@@ -183,6 +183,8 @@ impl LogWriter {
 pub struct LogReader {
     file: BufReader<File>,
     offset: u64,
+    /// The file's own position is not `offset`.
+    moved: bool,
 }
 
 impl LogReader {
@@ -203,8 +205,11 @@ impl LogReader {
             }
         }
         let offset = offset.unwrap_or(MAGIC.len() as u64);
-        file.seek(SeekFrom::Start(offset))?;
-        Ok(Self { file, offset })
+        Ok(Self {
+            file,
+            offset,
+            moved: true,
+        })
     }
 
     /// Where the next record is.
@@ -212,12 +217,19 @@ impl LogReader {
         self.offset
     }
 
+    /// Goes on `bytes` further: a whole number of records that the caller has already.
+    pub fn skip(&mut self, bytes: u64) {
+        self.offset += bytes;
+        self.moved = true;
+    }
+
     /// The next record; `None` at the present end, after which it may be called again.
     pub fn next_record(&mut self) -> io::Result<Option<Record>> {
-        let whole = self.read_whole();
-        if !matches!(whole, Ok(Some(_))) {
+        if std::mem::take(&mut self.moved) {
             self.file.seek(SeekFrom::Start(self.offset))?;
         }
+        let whole = self.read_whole();
+        self.moved = !matches!(whole, Ok(Some(_)));
         whole
     }
 
@@ -250,7 +262,7 @@ impl LogReader {
         if skip == total {
             return Ok(0);
         }
-        self.seek_to(start)?;
+        self.seek_to(start);
         while skip > 0 {
             let here = self.offset;
             let Some(record) = self.next_record()? else {
@@ -268,17 +280,16 @@ impl LogReader {
                 skip -= 1;
             }
             if position < record.data.len() {
-                self.seek_to(here)?;
+                self.seek_to(here);
                 return Ok(position);
             }
         }
         Ok(0)
     }
 
-    fn seek_to(&mut self, offset: u64) -> io::Result<()> {
-        self.file.seek(SeekFrom::Start(offset))?;
+    fn seek_to(&mut self, offset: u64) {
         self.offset = offset;
-        Ok(())
+        self.moved = true;
     }
 }
 

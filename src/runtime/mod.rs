@@ -5,8 +5,14 @@
 //! streams, [`log`] and [`state`], and outlives plyd. The two talk over a socket ([`wire`]).
 
 pub mod client;
+pub mod containers;
 pub mod log;
+pub mod lookup;
+pub mod names;
 pub mod oci;
 pub mod shim;
+pub mod signals;
+pub mod spec;
 pub mod state;
+pub mod user;
 pub mod wire;

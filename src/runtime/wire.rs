@@ -41,7 +41,7 @@ pub enum Request {
     },
     /// Answered with `State`.
     State,
-    /// Creates and starts the container's process. Answered with `Done` or `Refused`.
+    /// Creates and starts the container's process. Answered with `State` or `Refused`.
     Start {
         /// First size of its terminal.
         window: Option<Window>,

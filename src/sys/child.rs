@@ -84,3 +84,16 @@ pub fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: the kernel just made this descriptor for us; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
+
+/// kill(2) with any signal, the real-time ones included, which nix has no word for. `pid` must name one
+/// process.
+pub fn send_signal(pid: Pid, signal: i32) -> io::Result<()> {
+    if pid.as_raw() <= 0 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the call takes plain numbers.
+    match unsafe { libc::kill(pid.as_raw(), signal) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

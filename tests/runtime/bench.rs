@@ -111,9 +111,10 @@ impl Bench {
     /// Starts the container and waits for its exit code.
     pub async fn run(&self) -> i32 {
         self.launch().await;
-        let waiter = self.connect().await;
+        let mut waiter = self.connect().await;
+        waiter.send(&Request::Wait).await.unwrap();
         self.start().await.unwrap();
-        exit_code(waiter.wait().await.unwrap())
+        exit_code(waiter.hear().await.unwrap())
     }
 
     /// Everything in the log.

@@ -31,7 +31,8 @@ async fn a_signal_s_exit_code_is_128_and_its_number() {
     let bench = Bench::new(&["/bin/sleep", "1000"], false, false);
     bench.launch().await;
     bench.start().await.unwrap();
-    let waiter = bench.connect().await;
+    let mut waiter = bench.connect().await;
+    waiter.send(&Request::Wait).await.unwrap();
     bench
         .connect()
         .await
@@ -39,7 +40,7 @@ async fn a_signal_s_exit_code_is_128_and_its_number() {
         .await
         .unwrap();
     assert!(matches!(
-        waiter.wait().await.unwrap(),
+        waiter.hear().await.unwrap(),
         Reply::Exit { code: 137, .. }
     ));
     bench.gone().await;
@@ -200,10 +201,11 @@ async fn a_slow_client_delays_nobody_and_loses_nothing() {
     let attach = Request::Attach { stdin: false };
     let (_, mut slow, _slow) = bench.connect().await.open(&attach).await.unwrap();
     let (_, mut quick, _quick) = bench.connect().await.open(&attach).await.unwrap();
-    let waiter = bench.connect().await;
+    let mut waiter = bench.connect().await;
+    waiter.send(&Request::Wait).await.unwrap();
     bench.start().await.unwrap();
     assert!(matches!(
-        waiter.wait().await.unwrap(),
+        waiter.hear().await.unwrap(),
         Reply::Exit { code: 0, .. }
     ));
     for reader in [&mut quick, &mut slow] {

@@ -253,7 +253,8 @@ impl Shim {
         };
         self.save();
         self.phase = Phase::Running;
-        self.answer(conn, &Reply::Done, Role::Idle);
+        let state = Reply::State(self.state.clone());
+        self.answer(conn, &state, Role::Idle);
     }
 
     /// Removes what a failed start left, then tells the client.

@@ -2,13 +2,12 @@
 
 use std::io;
 
-use nix::sys::signal::{Signal, kill};
-
 use super::conn::Role;
 use super::process::Process;
 use super::server::{Phase, Shim, complain};
 use crate::runtime::oci::ENGINE_FAILED;
 use crate::runtime::wire::{Frame, Reply, Request, VERSION};
+use crate::sys::child;
 
 impl Shim {
     /// Deals with the frames that have arrived from one client, as far as they can be now.
@@ -155,11 +154,8 @@ impl Shim {
 /// Signals a process that is our child and has not been waited for: its id cannot be another's.
 fn send_signal(process: &Process, signal: i32) -> Result<(), String> {
     match (process.pid, process.exit) {
-        (Some(pid), None) => {
-            let signal =
-                Signal::try_from(signal).map_err(|_| format!("there is no signal {signal}"))?;
-            kill(pid, signal).map_err(|errno| format!("cannot send {signal}: {errno}"))
-        }
+        (Some(pid), None) => child::send_signal(pid, signal)
+            .map_err(|error| format!("cannot send signal {signal}: {error}")),
         _ => Err("the process does not run".to_owned()),
     }
 }

@@ -1,0 +1,118 @@
+//! One container in plyd's memory.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::{Mutex, watch};
+
+use super::{ContainerRecord, Roots};
+use crate::runtime::state::{RunState, Status};
+
+/// A container, for whoever asks.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// 64 hex digits.
+    pub id: String,
+    /// As it was created.
+    pub record: ContainerRecord,
+    /// How it is.
+    pub state: RunState,
+}
+
+/// A container in the table.
+#[derive(Debug)]
+pub struct Entry {
+    /// 64 hex digits.
+    pub id: String,
+    /// As it was created.
+    pub record: ContainerRecord,
+    /// Held by start, by the cleaning up after its end, and by removal.
+    pub(super) lock: Mutex<()>,
+    pub(super) seen: watch::Sender<Seen>,
+    starts: AtomicU64,
+}
+
+/// What can be seen of a container at one moment.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) state: RunState,
+    /// How often it has been started by this plyd.
+    pub(super) starts: u64,
+    /// Nothing is left to clean up after its last end.
+    pub(super) settled: bool,
+    pub(super) removed: bool,
+}
+
+impl Entry {
+    pub(super) fn new(id: String, record: ContainerRecord, state: RunState) -> Self {
+        Self {
+            id,
+            record,
+            lock: Mutex::new(()),
+            seen: watch::Sender::new(Seen {
+                state,
+                starts: 0,
+                settled: true,
+                removed: false,
+            }),
+            starts: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn state(&self) -> RunState {
+        self.seen.borrow().state.clone()
+    }
+
+    pub(super) fn runs(&self) -> bool {
+        self.seen.borrow().state.status == Status::Running
+    }
+
+    pub(super) fn removed(&self) -> bool {
+        self.seen.borrow().removed
+    }
+
+    /// Tells everybody of a new state.
+    pub(super) fn publish(&self, state: RunState) {
+        self.seen.send_modify(|seen| seen.state = state);
+    }
+
+    /// Tells everybody that it runs; answers which start this was.
+    pub(super) fn publish_start(&self, state: RunState) -> u64 {
+        let start = self.starts.fetch_add(1, Ordering::Relaxed) + 1;
+        self.seen.send_modify(|seen| {
+            seen.state = state;
+            seen.starts = start;
+            seen.settled = false;
+        });
+        start
+    }
+
+    pub(super) fn current_start(&self) -> u64 {
+        self.seen.borrow().starts
+    }
+
+    pub(super) fn publish_settled(&self) {
+        self.seen.send_modify(|seen| seen.settled = true);
+    }
+
+    pub(super) fn publish_removed(&self) {
+        self.seen.send_modify(|seen| {
+            seen.settled = true;
+            seen.removed = true;
+        });
+    }
+
+    /// As it is, with a word about its root if that has failed under it.
+    pub(super) fn look(&self, roots: &dyn Roots) -> Container {
+        let mut state = self.state();
+        if state.status == Status::Running && !roots.is_served(&self.id).unwrap_or(false) {
+            state.error = "the plyfs that served its root has ended: every access to its files \
+                           fails; stop it and start it again"
+                .to_owned();
+        }
+        Container {
+            id: self.id.clone(),
+            record: self.record.clone(),
+            state,
+        }
+    }
+}

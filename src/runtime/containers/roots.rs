@@ -1,0 +1,53 @@
+//! Where containers get their root file systems from.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::snapshotter::{self, Owner, ParentRef, Snapshotter};
+
+/// What the life cycle of containers needs of a snapshotter. Every method blocks.
+pub trait Roots: Send + Sync + 'static {
+    /// Makes a writable root on `parent`.
+    fn prepare(&self, id: &str, parent: Option<&ParentRef>) -> snapshotter::Result<()>;
+    /// Mounts it if it is not mounted and working; answers where.
+    fn mount(&self, id: &str) -> snapshotter::Result<PathBuf>;
+    /// Ends the mount, if there is one.
+    fn unmount(&self, id: &str) -> snapshotter::Result<()>;
+    /// Deletes it. That there is none is no error.
+    fn remove(&self, id: &str) -> snapshotter::Result<()>;
+    /// The ids of all roots.
+    fn list(&self) -> snapshotter::Result<Vec<String>>;
+    /// It is mounted, and what serves it lives.
+    fn is_served(&self, id: &str) -> snapshotter::Result<bool>;
+}
+
+impl Roots for Snapshotter {
+    fn prepare(&self, id: &str, parent: Option<&ParentRef>) -> snapshotter::Result<()> {
+        self.prepare(Owner::Container, id, parent, BTreeMap::new())?;
+        Ok(())
+    }
+
+    fn mount(&self, id: &str) -> snapshotter::Result<PathBuf> {
+        Ok(self.mount(Owner::Container, id)?.path)
+    }
+
+    fn unmount(&self, id: &str) -> snapshotter::Result<()> {
+        self.unmount(Owner::Container, id)
+    }
+
+    fn remove(&self, id: &str) -> snapshotter::Result<()> {
+        match self.remove(Owner::Container, id) {
+            Err(snapshotter::Error::NotFound { .. }) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn list(&self) -> snapshotter::Result<Vec<String>> {
+        let all = self.list(Some(Owner::Container))?;
+        Ok(all.into_iter().map(|info| info.key).collect())
+    }
+
+    fn is_served(&self, id: &str) -> snapshotter::Result<bool> {
+        Ok(self.stat(Owner::Container, id)?.mount.is_some())
+    }
+}
