@@ -1,7 +1,42 @@
 //! The union: read-only lowers merged below one writable upper, in user space.
+//!
+//! [`Union`] is used by node ids, as FUSE does, and knows nothing of FUSE. Its operations are found by
+//! topic: `lookup`, `attr`, `file` (open files), `dir` (listings), `create`, `remove`, `rename`,
+//! `xattr`. Beneath them:
+//!
+//! - `node`: what is known of an object, the table of all, and the order of locks;
+//! - `lower`, `dir_lower`: a read-only layer, and the one kind of it that there is;
+//! - `upper`: the writable layer and how an object in it is reached;
+//! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
+//! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
+//! - `number`: inode numbers; `fdcache`: a bounded number of descriptors; `acl`: inheritance of ACLs.
 
+mod acl;
+mod attr;
+mod copyup;
+mod create;
+mod dir;
+mod dir_lower;
+mod error;
+mod fdcache;
+mod file;
+mod index;
+mod lookup;
+mod lower;
+mod node;
+mod number;
+mod open;
+mod origin;
+mod redirect;
+mod remove;
+mod rename;
+#[cfg(test)]
+mod tests;
 pub mod types;
 pub mod union;
+mod upper;
+mod whiteout;
+mod xattr;
 
 pub use types::*;
-pub use union::Union;
+pub use union::{DirHandle, Error, FileHandle, OpenError, Result, Union};

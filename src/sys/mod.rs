@@ -5,10 +5,15 @@
 #![allow(unsafe_code, reason = "the one place for it")]
 
 pub mod child;
+pub mod dirents;
 pub mod fd_passing;
+pub mod fs;
 pub mod fuse_mount;
+pub mod handle;
 pub mod inroot;
 pub mod mountinfo;
+pub mod private_mount;
 pub mod process;
 pub mod spawn;
 pub mod terminal;
+pub mod xattr;

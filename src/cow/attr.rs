@@ -1,0 +1,271 @@
+//! Attributes: how the host's become the union's, and how they are changed.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::errno::Errno;
+
+use super::copyup::Content;
+use super::error::{Context, Result};
+use super::file::FileHandle;
+use super::node::{Node, Place};
+use super::types::{Attr, Caller, FileKind, NodeId, SetAttr, SetTime, StatFs, Timestamp};
+use super::union::Union;
+use crate::sys::fs::Stat;
+
+const S_ISUID: u16 = 0o4000;
+const S_ISGID: u16 = 0o2000;
+const S_IXGRP: u16 = 0o0010;
+
+/// The kind that the type bits of a mode stand for.
+pub(super) fn kind_of_mode(mode: u32) -> FileKind {
+    match mode & libc::S_IFMT {
+        libc::S_IFDIR => FileKind::Directory,
+        libc::S_IFLNK => FileKind::Symlink,
+        libc::S_IFCHR => FileKind::CharDevice,
+        libc::S_IFBLK => FileKind::BlockDevice,
+        libc::S_IFIFO => FileKind::Fifo,
+        libc::S_IFSOCK => FileKind::Socket,
+        _ => FileKind::Regular,
+    }
+}
+
+/// The kind that a directory entry tells; nothing if it does not.
+pub(super) fn kind_of_dirent(kind: u8) -> Option<FileKind> {
+    Some(match kind {
+        libc::DT_REG => FileKind::Regular,
+        libc::DT_DIR => FileKind::Directory,
+        libc::DT_LNK => FileKind::Symlink,
+        libc::DT_CHR => FileKind::CharDevice,
+        libc::DT_BLK => FileKind::BlockDevice,
+        libc::DT_FIFO => FileKind::Fifo,
+        libc::DT_SOCK => FileKind::Socket,
+        _ => return None,
+    })
+}
+
+/// The host's attributes with the host's inode number.
+pub(super) fn attr_of(stat: &Stat) -> Attr {
+    let time = |sec, nsec: i64| Timestamp {
+        sec,
+        nsec: u32::try_from(nsec).unwrap_or(0),
+    };
+    Attr {
+        ino: stat.st_ino,
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        blocks: u64::try_from(stat.st_blocks).unwrap_or(0),
+        atime: time(stat.st_atime, stat.st_atime_nsec),
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec),
+        kind: kind_of_mode(stat.st_mode),
+        perm: (stat.st_mode & 0o7777) as u16,
+        nlink: u32::try_from(stat.st_nlink).unwrap_or(u32::MAX),
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        rdev: stat.st_rdev,
+        blksize: u32::try_from(stat.st_blksize).unwrap_or(4096),
+    }
+}
+
+/// The host's numbers of a file system.
+pub(super) fn statfs_of(stat: &libc::statvfs) -> StatFs {
+    let small = |value| u32::try_from(value).unwrap_or(u32::MAX);
+    StatFs {
+        blocks: stat.f_blocks,
+        bfree: stat.f_bfree,
+        bavail: stat.f_bavail,
+        files: stat.f_files,
+        ffree: stat.f_ffree,
+        bsize: small(stat.f_bsize),
+        namelen: 255,
+        frsize: small(stat.f_frsize),
+    }
+}
+
+fn now() -> Timestamp {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Timestamp {
+        sec: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nsec: since.subsec_nanos(),
+    }
+}
+
+pub(super) fn timespec(time: Timestamp) -> libc::timespec {
+    libc::timespec {
+        tv_sec: time.sec,
+        tv_nsec: i64::from(time.nsec),
+    }
+}
+
+fn timespec_to_set(time: Option<SetTime>) -> libc::timespec {
+    match time {
+        None => libc::timespec {
+            tv_sec: 0,
+            tv_nsec: libc::UTIME_OMIT,
+        },
+        Some(SetTime::Now) => libc::timespec {
+            tv_sec: 0,
+            tv_nsec: libc::UTIME_NOW,
+        },
+        Some(SetTime::At(time)) => timespec(time),
+    }
+}
+
+impl Union {
+    /// Attributes of a node.
+    pub fn getattr(&self, node: NodeId, _handle: Option<&FileHandle>) -> Result<Attr> {
+        self.attr_of_node(&self.node(node)?)
+    }
+
+    /// As `getattr`, of a node at hand. Not to be called with a directory locked.
+    pub(super) fn attr_of_node(&self, node: &Arc<Node>) -> Result<Attr> {
+        {
+            let place = node.place.read();
+            if place.upper.is_none() {
+                return self.attr_of_lower(node, &place);
+            }
+        }
+        let stat = self.with_upper(node, |object| object.stat())?;
+        let place = node.place.read();
+        Ok(self.shown(node, &place, attr_of(&stat)))
+    }
+
+    fn attr_of_lower(&self, node: &Node, place: &Place) -> Result<Attr> {
+        let lower = place.lowers.first().ok_or(Errno::ESTALE)?;
+        Ok(self.shown(node, place, *lower.object.attr()))
+    }
+
+    /// What the union shows for an object whose host attributes are `host`.
+    pub(super) fn shown(&self, node: &Node, place: &Place, host: Attr) -> Attr {
+        let mut attr = host;
+        attr.ino = node.id.0;
+        if let Some((uid, gid)) = self.squash {
+            attr.uid = uid;
+            attr.gid = gid;
+        }
+        if node.kind == FileKind::Directory {
+            // Counting the subdirectories of a merged directory would cost a listing; 1 says "not counted".
+            attr.nlink = if place.names.is_empty() && node.id != NodeId::ROOT {
+                0
+            } else {
+                1
+            };
+        } else {
+            let links = i64::from(host.nlink) + place.link_offset;
+            attr.nlink = u32::try_from(links.max(0)).unwrap_or(u32::MAX);
+        }
+        if let (None, Some(atime)) = (place.upper, place.atime) {
+            attr.atime = atime;
+        }
+        if place.metacopy || (place.upper.is_none() && place.lowers.len() > 1) {
+            if node.kind == FileKind::Regular
+                && let Some(data) = place.lowers.last()
+            {
+                attr.blocks = data.object.attr().blocks;
+            }
+        }
+        attr
+    }
+
+    /// Changes attributes; what is in a lower layer is copied up first.
+    pub fn setattr(
+        &self,
+        node: NodeId,
+        _handle: Option<&FileHandle>,
+        set: &SetAttr,
+        caller: &Caller,
+    ) -> Result<Attr> {
+        let node = self.node(node)?;
+        self.upper()?;
+        if node.kind == FileKind::Symlink && set.perm.is_some() {
+            return Err(Errno::EOPNOTSUPP.into());
+        }
+        if let Some(size) = set.size {
+            match node.kind {
+                FileKind::Regular => {}
+                FileKind::Directory => return Err(Errno::EISDIR.into()),
+                _ => return Err(Errno::EINVAL.into()),
+            }
+            self.copy_up(&node, Content::UpTo(size))?;
+        } else {
+            self.copy_up(&node, Content::All)?;
+        }
+        // The order matters: a chown clears setuid, which a mode given together with it sets again,
+        // and times come last because all the others change them.
+        if (set.uid.is_some() || set.gid.is_some()) && self.squash.is_none() {
+            self.with_upper(&node, |object| object.chown(set.uid, set.gid))
+                .context("changing the owner")?;
+        }
+        if let Some(size) = set.size {
+            self.truncate(&node, size)?;
+            if caller.uid != 0 && set.perm.is_none() {
+                self.kill_suidgid(&node)?;
+            }
+        }
+        if let Some(perm) = set.perm {
+            self.with_upper(&node, |object| object.chmod(u32::from(perm)))
+                .context("changing the mode")?;
+        }
+        if set.atime.is_some() || set.mtime.is_some() {
+            let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
+            self.with_upper(&node, |object| object.set_times(&times))
+                .context("changing times")?;
+        }
+        self.attr_of_node(&node)
+    }
+
+    /// What Linux does when a file is written by someone without CAP_FSETID: setuid goes, and setgid
+    /// where it means execution with the group.
+    pub(super) fn kill_suidgid(&self, node: &Arc<Node>) -> Result<()> {
+        let stat = self.with_upper(node, |object| object.stat())?;
+        let perm = attr_of(&stat).perm;
+        let mut kept = perm & !S_ISUID;
+        if perm & S_IXGRP != 0 {
+            kept &= !S_ISGID;
+        }
+        if kept != perm {
+            self.with_upper(node, |object| object.chmod(u32::from(kept)))?;
+        }
+        Ok(())
+    }
+
+    /// Notes that a lower object was read: its access time moves as `relatime` has it, in memory.
+    pub(super) fn touch_lower(&self, node: &Node, place_atime: Option<Timestamp>, lower: &Attr) {
+        const DAY: i64 = 24 * 60 * 60;
+        let atime = place_atime.unwrap_or(lower.atime);
+        let now = now();
+        if atime <= lower.mtime || atime <= lower.ctime || now.sec - atime.sec >= DAY {
+            node.place.write().atime = Some(now);
+        }
+    }
+
+    /// Sizes and free space: the upper's, or the topmost lower's.
+    pub fn statfs(&self) -> Result<StatFs> {
+        match (&self.upper, self.lowers.first()) {
+            (Some(upper), _) => {
+                use std::os::fd::AsFd;
+                Ok(statfs_of(&crate::sys::fs::fstatvfs(upper.root.as_fd())?))
+            }
+            (None, Some(lower)) => lower.statfs(),
+            (None, None) => Err(Errno::EIO.into()),
+        }
+    }
+
+    /// Regular files of the upper that may have been written and are still known: what has to be
+    /// flushed through the mount before anyone reads the upper.
+    pub fn writable_nodes(&self) -> Vec<NodeId> {
+        self.table
+            .all()
+            .into_iter()
+            .filter(|node| {
+                node.kind == FileKind::Regular
+                    && node.in_upper()
+                    && node.written.load(Ordering::Relaxed)
+            })
+            .map(|node| node.id)
+            .collect()
+    }
+}

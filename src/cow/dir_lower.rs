@@ -1,0 +1,476 @@
+//! A lower layer that is a directory of the host in overlayfs format.
+//!
+//! Objects are a tree of parent links with names: a layer never changes, so neither do they. A
+//! directory's descriptor is kept while the budget lasts and is opened again by walking down from the
+//! nearest ancestor that has one, which works at any depth.
+
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use nix::errno::Errno;
+
+use super::attr::{attr_of, kind_of_dirent, statfs_of};
+use super::error::{Context, Error, Result};
+use super::fdcache::{Budget, Slot};
+use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject};
+use super::origin::Origin;
+use super::types::{Attr, FileKind, StatFs, XattrFamily};
+use super::whiteout::{FUSE_OVERLAYFS_OPAQUE, WH_OPAQUE, WH_PREFIX, is_whiteout};
+use crate::sys::fs::{self, Object};
+use crate::sys::{dirents, handle, private_mount, xattr};
+
+/// What all objects of one layer share.
+struct Layer {
+    family: XattrFamily,
+    budget: Arc<Budget>,
+    /// Kept open for as long as the layer is used: with it goes the private mount.
+    root: Arc<OwnedFd>,
+    dev: u64,
+    uuid: [u8; 16],
+    decodes: bool,
+    /// Whether `.wh.` files and fuse-overlayfs's attributes are marks.
+    foreign: bool,
+    path: PathBuf,
+}
+
+/// A host directory as a lower layer.
+pub(super) struct DirLower {
+    layer: Arc<Layer>,
+    root: Arc<DirObject>,
+}
+
+impl DirLower {
+    /// Opens the layer at `path`, through a private read-only mount where that is allowed.
+    pub(super) fn open(
+        path: &Path,
+        family: XattrFamily,
+        budget: &Arc<Budget>,
+    ) -> std::io::Result<Self> {
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let plain = fs::open_path(path, flags)?;
+        let root = match private_mount::read_only(path) {
+            Ok(mount) => fs::openat(mount.as_fd(), OsStr::new("."), flags, 0)?,
+            // Without the privilege the descriptors are opened with O_NOATIME instead.
+            Err(_) => plain,
+        };
+        let stat = fs::fstat(root.as_fd())?;
+        let decodes = handle::of(Object::Open(root.as_fd()))
+            .and_then(|own| handle::open(root.as_fd(), &own))
+            .is_ok();
+        let foreign = xattr::get(Object::Open(root.as_fd()), family.dialect()).is_err();
+        let attr = attr_of(&stat);
+        let layer = Arc::new(Layer {
+            family,
+            budget: Arc::clone(budget),
+            dev: stat.st_dev,
+            uuid: handle::fs_uuid(root.as_fd()),
+            root: Arc::new(root),
+            decodes,
+            foreign,
+            path: path.to_owned(),
+        });
+        let root = Arc::new(DirObject {
+            layer: Arc::clone(&layer),
+            parent: None,
+            name: OsString::new().into_boxed_os_str(),
+            attr,
+            replaces: false,
+            directory: OnceLock::new(),
+            fd: Slot::default(),
+        });
+        Ok(Self { layer, root })
+    }
+}
+
+impl Lower for DirLower {
+    fn root(&self) -> Arc<dyn LowerObject> {
+        Arc::clone(&self.root) as Arc<dyn LowerObject>
+    }
+
+    fn number_space(&self) -> u64 {
+        self.layer.dev
+    }
+
+    fn decode_origin(&self, origin: &Origin) -> Option<u64> {
+        if origin.uuid != self.layer.uuid && origin.uuid != [0; 16] {
+            return None;
+        }
+        let fd = handle::open(self.layer.root.as_fd(), &origin.handle).ok()?;
+        let stat = fs::fstat(fd.as_fd()).ok()?;
+        (stat.st_dev == self.layer.dev).then_some(stat.st_ino)
+    }
+
+    fn decodes_origins(&self) -> bool {
+        self.layer.decodes
+    }
+
+    fn statfs(&self) -> Result<StatFs> {
+        Ok(statfs_of(&fs::fstatvfs(self.layer.root.as_fd())?))
+    }
+}
+
+/// What is known of a directory beyond its attributes, found out when it is first needed.
+struct Directory {
+    marks: DirMarks,
+    /// Empty files with the whiteout attribute are whiteouts here.
+    xattr_whiteouts: bool,
+    /// Hashes of all names, sorted: most lookups in a stack of layers are of names that a layer does
+    /// not have, and are answered without asking the host.
+    names: Box<[u32]>,
+    /// Names that `.wh.` files hide.
+    hidden: HashSet<Box<OsStr>>,
+}
+
+/// A file or directory of the layer.
+struct DirObject {
+    layer: Arc<Layer>,
+    /// `None` for the root.
+    parent: Option<Arc<Self>>,
+    name: Box<OsStr>,
+    attr: Attr,
+    /// A `.wh.` file beside it hides what lower layers have under its name.
+    replaces: bool,
+    directory: OnceLock<Box<Directory>>,
+    fd: Slot<OwnedFd>,
+}
+
+impl Drop for DirObject {
+    /// Takes a long chain of parents apart without recursion.
+    fn drop(&mut self) {
+        let mut next = self.parent.take();
+        while let Some(parent) = next {
+            next = Arc::into_inner(parent).and_then(|mut parent| parent.parent.take());
+        }
+    }
+}
+
+fn hash(name: &OsStr) -> u32 {
+    // FNV-1a: the values never leave the process and a collision costs one stat.
+    name.as_bytes().iter().fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+impl DirObject {
+    /// Opens a name of this layer for reading without touching its access time.
+    fn open_quietly(dir: BorrowedFd<'_>, name: &OsStr, flags: i32) -> Result<OwnedFd, Errno> {
+        match fs::openat(dir, name, flags | libc::O_NOATIME, 0) {
+            // Only the owner and root may ask for that.
+            Err(Errno::EPERM) => fs::openat(dir, name, flags, 0),
+            result => result,
+        }
+    }
+
+    /// Whether what was opened is this object.
+    fn verify(&self, fd: BorrowedFd<'_>) -> Result<()> {
+        let stat = fs::fstat(fd)?;
+        if stat.st_dev == self.layer.dev
+            && stat.st_ino == self.attr.ino
+            && attr_of(&stat).kind == self.attr.kind
+        {
+            Ok(())
+        } else {
+            Err(Error::new(Errno::EIO)).with_context(|| {
+                format!(
+                    "{} was replaced while it is a lower layer",
+                    self.host_path().display()
+                )
+            })
+        }
+    }
+
+    fn host_path(&self) -> PathBuf {
+        let inner = self.inner_path();
+        let inner = inner.strip_prefix("/").unwrap_or(&inner);
+        self.layer.path.join(inner)
+    }
+
+    fn inner_path(&self) -> PathBuf {
+        let mut names = Vec::new();
+        let mut at = self;
+        while let Some(parent) = &at.parent {
+            names.push(&*at.name);
+            at = parent;
+        }
+        let mut path = Vec::new();
+        for name in names.iter().rev() {
+            path.push(b'/');
+            path.extend_from_slice(name.as_bytes());
+        }
+        if path.is_empty() {
+            path.push(b'/');
+        }
+        PathBuf::from(OsString::from_vec(path))
+    }
+
+    /// A descriptor of this directory.
+    fn dir_fd(&self) -> Result<Arc<OwnedFd>> {
+        let mut missing = Vec::new();
+        let mut at = self;
+        let mut fd = loop {
+            if let Some(fd) = at.fd.get() {
+                break fd;
+            }
+            let Some(parent) = &at.parent else {
+                break Arc::clone(&self.layer.root);
+            };
+            missing.push(at);
+            at = parent;
+        };
+        for object in missing.into_iter().rev() {
+            let opened =
+                Self::open_quietly(fd.as_fd(), &object.name, libc::O_RDONLY | libc::O_DIRECTORY)
+                    .with_context(|| format!("opening {}", object.host_path().display()))?;
+            object.verify(opened.as_fd())?;
+            fd = Arc::new(opened);
+            object.fd.set(&self.layer.budget, Arc::clone(&fd));
+        }
+        Ok(fd)
+    }
+
+    /// Runs `body` with the way to reach this object.
+    fn with_object<T>(&self, body: impl FnOnce(Object<'_>) -> Result<T, Errno>) -> Result<T> {
+        if self.attr.kind == FileKind::Directory {
+            let fd = self.dir_fd()?;
+            return Ok(body(Object::Open(fd.as_fd()))?);
+        }
+        let Some(parent) = &self.parent else {
+            return Err(Errno::EIO.into());
+        };
+        let dir = parent.dir_fd()?;
+        Ok(body(Object::Entry(dir.as_fd(), &self.name))?)
+    }
+
+    fn get_xattr(&self, name: &OsStr) -> Result<Option<Vec<u8>>> {
+        match self.with_object(|object| xattr::get(object, name)) {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error.is(Errno::ENODATA) || error.is(Errno::EOPNOTSUPP) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn directory(&self) -> Result<&Directory> {
+        if let Some(known) = self.directory.get() {
+            return Ok(known);
+        }
+        let loaded = self.load_directory()?;
+        Ok(self.directory.get_or_init(|| Box::new(loaded)))
+    }
+
+    fn load_directory(&self) -> Result<Directory> {
+        let opaque = self.get_xattr(self.layer.family.opaque())?;
+        let redirect = self.get_xattr(self.layer.family.redirect())?;
+        let mut marks = DirMarks {
+            opaque: self.replaces || opaque.as_deref() == Some(b"y"),
+            redirect: redirect.map(|path| OsString::from_vec(path).into()),
+        };
+        let mut names = Vec::new();
+        let mut hidden = HashSet::new();
+        self.read_host(&mut |name, _, _| {
+            if self.layer.foreign
+                && let Some(rest) = name.as_bytes().strip_prefix(WH_PREFIX)
+            {
+                if name.as_bytes() == WH_OPAQUE {
+                    marks.opaque = true;
+                } else if !rest.starts_with(WH_PREFIX) {
+                    hidden.insert(OsStr::from_bytes(rest).into());
+                }
+            } else {
+                names.push(hash(name));
+            }
+        })?;
+        names.sort_unstable();
+        if self.layer.foreign && self.get_xattr(OsStr::new(FUSE_OVERLAYFS_OPAQUE))?.is_some() {
+            marks.opaque = true;
+        }
+        Ok(Directory {
+            marks,
+            xattr_whiteouts: opaque.as_deref() == Some(b"x"),
+            names: names.into_boxed_slice(),
+            hidden,
+        })
+    }
+
+    /// Reads the host directory through a descriptor of its own: the position is not shared.
+    fn read_host(&self, sink: &mut dyn FnMut(&OsStr, u8, u64)) -> Result<()> {
+        let fd = self.dir_fd()?;
+        let stream = Self::open_quietly(
+            fd.as_fd(),
+            OsStr::new("."),
+            libc::O_RDONLY | libc::O_DIRECTORY,
+        )?;
+        dirents::read_all(stream.as_fd(), &mut |entry| {
+            sink(entry.name, entry.kind, entry.ino);
+        })
+        .with_context(|| format!("listing {}", self.host_path().display()))
+    }
+
+    fn is_xattr_whiteout(&self, directory: &Directory, name: &OsStr, attr: &Attr) -> Result<bool> {
+        if !directory.xattr_whiteouts || attr.kind != FileKind::Regular || attr.size != 0 {
+            return Ok(false);
+        }
+        let dir = self.dir_fd()?;
+        let found = xattr::get(
+            Object::Entry(dir.as_fd(), name),
+            self.layer.family.whiteout(),
+        );
+        Ok(found.is_ok())
+    }
+}
+
+impl LowerObject for DirObject {
+    fn attr(&self) -> &Attr {
+        &self.attr
+    }
+
+    fn number_space(&self) -> u64 {
+        self.layer.dev
+    }
+
+    fn lookup(self: Arc<Self>, name: &OsStr) -> Result<Option<LowerEntry>> {
+        let directory = self.directory()?;
+        let hidden = directory.hidden.contains(name);
+        let absent = || Ok(hidden.then_some(LowerEntry::Whiteout));
+        if directory.names.binary_search(&hash(name)).is_err()
+            || (self.layer.foreign && name.as_bytes().starts_with(WH_PREFIX))
+        {
+            return absent();
+        }
+        let dir = self.dir_fd()?;
+        let stat = match fs::fstatat(dir.as_fd(), name) {
+            Ok(stat) => stat,
+            Err(Errno::ENOENT) => return absent(),
+            Err(errno) => {
+                return Err(errno).with_context(|| {
+                    format!("looking up {:?} in {}", name, self.host_path().display())
+                });
+            }
+        };
+        let attr = attr_of(&stat);
+        if is_whiteout(&attr) || self.is_xattr_whiteout(directory, name, &attr)? {
+            return Ok(Some(LowerEntry::Whiteout));
+        }
+        if stat.st_dev != self.layer.dev {
+            // Something is mounted inside of the layer; what lies below it is not the layer's.
+            return absent();
+        }
+        Ok(Some(LowerEntry::Object(Arc::new(Self {
+            layer: Arc::clone(&self.layer),
+            name: name.into(),
+            attr,
+            replaces: hidden,
+            directory: OnceLock::new(),
+            fd: Slot::default(),
+            parent: Some(self),
+        }))))
+    }
+
+    fn list(&self, sink: &mut dyn FnMut(&OsStr, ListedKind, u64)) -> Result<()> {
+        let directory = self.directory()?;
+        let dir = self.dir_fd()?;
+        let mut failed = None;
+        self.read_host(&mut |name, kind, ino| {
+            if self.layer.foreign && name.as_bytes().starts_with(WH_PREFIX) {
+                return;
+            }
+            let known = kind_of_dirent(kind).filter(|kind| {
+                *kind != FileKind::CharDevice
+                    && !(directory.xattr_whiteouts && *kind == FileKind::Regular)
+            });
+            let listed = match known {
+                Some(kind) => ListedKind::Object(kind),
+                None => match fs::fstatat(dir.as_fd(), name).map(|stat| attr_of(&stat)) {
+                    Ok(attr) if is_whiteout(&attr) => ListedKind::Whiteout,
+                    Ok(attr) => match self.is_xattr_whiteout(directory, name, &attr) {
+                        Ok(true) => ListedKind::Whiteout,
+                        Ok(false) => ListedKind::Object(attr.kind),
+                        Err(error) => {
+                            failed.get_or_insert(error);
+                            return;
+                        }
+                    },
+                    Err(errno) => {
+                        failed.get_or_insert(errno.into());
+                        return;
+                    }
+                },
+            };
+            sink(name, listed, ino);
+        })?;
+        for name in &directory.hidden {
+            let beside = directory.names.binary_search(&hash(name)).is_ok()
+                && fs::fstatat(dir.as_fd(), name).is_ok();
+            if !beside {
+                sink(name, ListedKind::Whiteout, 0);
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn marks(&self) -> Result<DirMarks> {
+        Ok(self.directory()?.marks.clone())
+    }
+
+    fn metacopy(&self) -> Result<Option<DirMarks>> {
+        if self.get_xattr(self.layer.family.metacopy())?.is_none() {
+            return Ok(None);
+        }
+        let redirect = self.get_xattr(self.layer.family.redirect())?;
+        Ok(Some(DirMarks {
+            opaque: false,
+            redirect: redirect.map(|path| OsString::from_vec(path).into()),
+        }))
+    }
+
+    fn readlink(&self) -> Result<OsString> {
+        self.with_object(|object| object.readlink())
+    }
+
+    fn xattr(&self, stored: &OsStr) -> Result<Vec<u8>> {
+        self.with_object(|object| xattr::get(object, stored))
+    }
+
+    fn xattr_names(&self) -> Result<Vec<OsString>> {
+        self.with_object(xattr::list)
+    }
+
+    fn open(&self) -> Result<Arc<dyn LowerFile>> {
+        let Some(parent) = &self.parent else {
+            return Err(Errno::EISDIR.into());
+        };
+        let dir = parent.dir_fd()?;
+        let fd = Self::open_quietly(dir.as_fd(), &self.name, libc::O_RDONLY | libc::O_NONBLOCK)
+            .with_context(|| format!("opening {}", self.host_path().display()))?;
+        self.verify(fd.as_fd())?;
+        Ok(Arc::new(HostFile(fd)))
+    }
+
+    fn origin(&self) -> Option<Origin> {
+        let handle = self.with_object(handle::of).ok()?;
+        Some(Origin {
+            uuid: self.layer.uuid,
+            handle,
+        })
+    }
+}
+
+/// An open file of the host.
+struct HostFile(OwnedFd);
+
+impl LowerFile for HostFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        Ok(fs::pread_full(self.0.as_fd(), buf, offset)?)
+    }
+
+    fn seek(&self, offset: i64, whence: i32) -> Result<i64> {
+        Ok(fs::lseek(self.0.as_fd(), offset, whence)?)
+    }
+
+    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+}

@@ -1,0 +1,303 @@
+//! Open files and their content.
+//!
+//! A node has one host descriptor for reading and writing, shared by all its handles and by requests
+//! that come without one; the descriptor cache may close it at any time, and copy-up puts another in its
+//! place. So a handle is valid whatever happens to the file, and any number can be open.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::copyup::Content;
+use super::error::{Context, Result};
+use super::lower::LowerFile;
+use super::node::Node;
+use super::types::{Caller, FileKind, NodeId};
+use super::union::Union;
+use crate::sys::fs;
+
+/// What serves the content of a node.
+pub(super) enum Backing {
+    /// The file in the upper.
+    Upper { fd: OwnedFd, writable: bool },
+    /// A file of a lower layer.
+    Lower(Arc<dyn LowerFile>),
+}
+
+impl Backing {
+    /// The descriptor, if it is the upper's.
+    pub(super) fn upper_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Upper { fd, .. } => Some(fd.as_fd()),
+            Self::Lower(_) => None,
+        }
+    }
+
+    /// The host's descriptor of this content, if there is one.
+    pub(super) fn host_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Upper { fd, .. } => Some(fd.as_fd()),
+            Self::Lower(file) => file.host_fd(),
+        }
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        match self {
+            Self::Upper { fd, .. } => Ok(fs::pread_full(fd.as_fd(), buf, offset)?),
+            Self::Lower(file) => file.read_at(buf, offset),
+        }
+    }
+}
+
+/// An open file.
+pub struct FileHandle {
+    node: NodeId,
+}
+
+impl FileHandle {
+    /// The file that it was opened on.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+}
+
+impl Union {
+    /// `flags` are open(2)'s. Copies a lower file up when they ask for writing.
+    pub fn open_file(&self, node: NodeId, flags: i32, caller: &Caller) -> Result<Arc<FileHandle>> {
+        let node = self.node(node)?;
+        match node.kind {
+            FileKind::Regular => {}
+            FileKind::Directory => return Err(Errno::EISDIR.into()),
+            FileKind::Symlink => return Err(Errno::ELOOP.into()),
+            // The kernel opens fifos and devices itself; those of the host are never opened.
+            _ => return Err(Errno::ENXIO.into()),
+        }
+        let truncates = flags & libc::O_TRUNC != 0;
+        if truncates {
+            self.copy_up(&node, Content::UpTo(0))?;
+            self.truncate(&node, 0)?;
+            if caller.uid != 0 {
+                self.kill_suidgid(&node)?;
+            }
+        } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
+            self.copy_up(&node, Content::All)?;
+        }
+        Ok(self.handle(&node))
+    }
+
+    pub(super) fn handle(&self, node: &Node) -> Arc<FileHandle> {
+        node.handles.fetch_add(1, Ordering::Relaxed);
+        Arc::new(FileHandle { node: node.id })
+    }
+
+    /// The last user of the handle is gone; must be called once for each handle given out.
+    pub fn release(&self, node: NodeId, handle: Arc<FileHandle>) {
+        debug_assert_eq!(node, handle.node);
+        if let Some(node) = self.table.get(handle.node) {
+            node.handles.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.forget(handle.node, 0);
+    }
+
+    /// The descriptor for reading, or for both, opened if it is not at hand.
+    pub(super) fn io(&self, node: &Arc<Node>, write: bool) -> Result<Arc<Backing>> {
+        if node.kind != FileKind::Regular {
+            return Err(match node.kind {
+                FileKind::Directory => Errno::EISDIR,
+                _ => Errno::EINVAL,
+            }
+            .into());
+        }
+        let in_upper = node.in_upper();
+        if let Some(backing) = node.io.get() {
+            match &*backing {
+                Backing::Upper { writable, .. } if in_upper && (*writable || !write) => {
+                    return Ok(backing);
+                }
+                Backing::Lower(_) if !in_upper && !write => return Ok(backing),
+                _ => {}
+            }
+        }
+        let backing = Arc::new(if in_upper {
+            let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
+            let fd = self
+                .with_upper(node, |object| object.open(flags))
+                .context("opening a file of the upper layer")?;
+            let stat = fs::fstat(fd.as_fd())?;
+            if node.place.read().upper != Some(stat.st_ino) {
+                return Err(Errno::EIO).context("a file of the upper layer was replaced");
+            }
+            Backing::Upper {
+                fd,
+                writable: write,
+            }
+        } else {
+            let lower = node.place.read().lowers.last().cloned();
+            match lower {
+                Some(lower) => Backing::Lower(lower.object.open()?),
+                // Copied up since we looked.
+                None => return self.io(node, write),
+            }
+        });
+        node.io.set(&self.budget, Arc::clone(&backing));
+        Ok(backing)
+    }
+
+    /// Fills `buf` from `offset`; fewer bytes only at the end of the file. Without a handle (the
+    /// kernel was told not to send OPEN) the file is opened by its node.
+    pub fn read(
+        &self,
+        node: NodeId,
+        _handle: Option<&FileHandle>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<usize> {
+        let node = self.node(node)?;
+        let backing = self.io(&node, false)?;
+        let done = backing.read_at(buf, offset)?;
+        if matches!(*backing, Backing::Lower(_)) {
+            let (atime, lower) = {
+                let place = node.place.read();
+                (place.atime, place.lowers.first().cloned())
+            };
+            if let Some(lower) = lower {
+                self.touch_lower(&node, atime, lower.object.attr());
+            }
+        }
+        Ok(done)
+    }
+
+    /// `kill_suidgid`: clear setuid, and setgid of a group-executable file.
+    pub fn write(
+        &self,
+        node: NodeId,
+        _handle: Option<&FileHandle>,
+        offset: u64,
+        data: &[u8],
+        kill_suidgid: bool,
+    ) -> Result<usize> {
+        let node = self.node(node)?;
+        let backing = self.writable(&node)?;
+        if kill_suidgid {
+            self.kill_suidgid(&node)?;
+        }
+        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
+        Ok(fs::pwrite_full(fd, data, offset)?)
+    }
+
+    /// The descriptor for writing, after copy-up.
+    fn writable(&self, node: &Arc<Node>) -> Result<Arc<Backing>> {
+        self.upper()?;
+        if !node.in_upper() {
+            self.copy_up(node, Content::All)?;
+        }
+        node.written.store(true, Ordering::Relaxed);
+        self.io(node, true)
+    }
+
+    /// Sets the length of a file that is in the upper.
+    pub(super) fn truncate(&self, node: &Arc<Node>, size: u64) -> Result<()> {
+        let backing = self.writable(node)?;
+        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
+        Ok(fs::ftruncate(fd, size)?)
+    }
+
+    /// Makes the content durable, unless the union is volatile.
+    pub fn fsync(&self, node: NodeId, _handle: Option<&FileHandle>, datasync: bool) -> Result<()> {
+        let node = self.node(node)?;
+        if self.volatile || !node.in_upper() || node.kind != FileKind::Regular {
+            return Ok(());
+        }
+        let backing = self.io(&node, false)?;
+        match backing.upper_fd() {
+            Some(fd) => fs::fsync(fd, datasync).context("making a file durable"),
+            None => Ok(()),
+        }
+    }
+
+    /// `mode` are fallocate(2)'s bits.
+    #[allow(clippy::too_many_arguments, reason = "the system call has as many")]
+    pub fn fallocate(
+        &self,
+        node: NodeId,
+        _handle: Option<&FileHandle>,
+        mode: i32,
+        offset: u64,
+        len: u64,
+        caller: &Caller,
+    ) -> Result<()> {
+        let node = self.node(node)?;
+        let backing = self.writable(&node)?;
+        if caller.uid != 0 {
+            self.kill_suidgid(&node)?;
+        }
+        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
+        Ok(fs::fallocate(fd, mode, offset, len)?)
+    }
+
+    /// `SEEK_DATA` and `SEEK_HOLE`; the kernel does the rest itself.
+    pub fn lseek(
+        &self,
+        node: NodeId,
+        _handle: Option<&FileHandle>,
+        offset: i64,
+        whence: i32,
+    ) -> Result<i64> {
+        let node = self.node(node)?;
+        if whence != libc::SEEK_DATA && whence != libc::SEEK_HOLE {
+            return Err(Errno::EINVAL.into());
+        }
+        match &*self.io(&node, false)? {
+            Backing::Upper { fd, .. } => Ok(fs::lseek(fd.as_fd(), offset, whence)?),
+            Backing::Lower(file) => file.seek(offset, whence),
+        }
+    }
+
+    /// Copies between two files, on the host where it can.
+    #[allow(clippy::too_many_arguments, reason = "the system call has as many")]
+    pub fn copy_file_range(
+        &self,
+        node_in: NodeId,
+        _handle_in: Option<&FileHandle>,
+        offset_in: u64,
+        node_out: NodeId,
+        _handle_out: Option<&FileHandle>,
+        offset_out: u64,
+        len: u64,
+    ) -> Result<usize> {
+        /// What is copied by hand in one call; the caller asks again for the rest.
+        const BY_HAND: usize = 1 << 20;
+        let from = self.node(node_in)?;
+        let to = self.node(node_out)?;
+        let backing_out = self.writable(&to)?;
+        let backing_in = self.io(&from, false)?;
+        let out = backing_out.upper_fd().ok_or(Errno::EIO)?;
+        let overlap = node_in == node_out
+            && offset_in < offset_out.saturating_add(len)
+            && offset_out < offset_in.saturating_add(len);
+        if overlap {
+            return Err(Errno::EINVAL.into());
+        }
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        if let Some(input) = backing_in.host_fd() {
+            let signed = |offset: u64| i64::try_from(offset).map_err(|_| Errno::EINVAL);
+            match fs::copy_file_range(input, signed(offset_in)?, out, signed(offset_out)?, len) {
+                Err(Errno::ENOSYS | Errno::EXDEV | Errno::EOPNOTSUPP | Errno::EINVAL) => {}
+                result => return Ok(result?),
+            }
+        }
+        let mut buf = vec![0; len.min(BY_HAND)];
+        let got = backing_in.read_at(&mut buf, offset_in)?;
+        Ok(fs::pwrite_full(out, &buf[..got], offset_out)?)
+    }
+
+    /// Makes everything in the upper durable.
+    pub fn sync(&self) -> Result<()> {
+        match &self.upper {
+            Some(upper) => fs::syncfs(upper.root.as_fd()).context("making the upper durable"),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Hard links of lower files.
+//!
+//! A lower file with several names is copied up once: the copy gets a second link in the work
+//! directory's `index/`, named after the lower file, so that its other names, looked up later or after a
+//! remount, lead to the same copy. `overlay.nlink` says how many links the union shows in terms of the
+//! host's count. Both are kernel overlayfs's own forms (fs/overlayfs/namei.c, `ovl_get_index_name`, and
+//! util.c, `ovl_set_nlink_upper`).
+
+use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::attr::attr_of;
+use super::error::{Context, Result};
+use super::lookup::Found;
+use super::lower::LowerObject;
+use super::node::Node;
+use super::origin::Origin;
+use super::union::Union;
+use super::upper::{Temp, Upper};
+use crate::sys::fs::{self, Object};
+use crate::sys::xattr;
+
+/// Reads `overlay.nlink`: `U` or `L`, then the difference to the upper's or the lower's count.
+fn decode_links(stored: &[u8], upper: u32, lower: u32) -> Option<i64> {
+    let text = std::str::from_utf8(stored).ok()?;
+    let difference: i64 = text.get(1..)?.parse().ok()?;
+    match text.as_bytes().first()? {
+        b'U' => Some(difference),
+        b'L' => Some(i64::from(lower) + difference - i64::from(upper)),
+        _ => None,
+    }
+}
+
+impl Union {
+    fn index_name(&self, object: &dyn LowerObject) -> Option<OsString> {
+        match object.origin().and_then(|origin| origin.index_name()) {
+            Some(name) => Some(name),
+            None => {
+                let space = self.numbers.index_of(object.number_space())?;
+                Some(format!("{space:08x}{:016x}", object.attr().ino).into())
+            }
+        }
+    }
+
+    /// Adds to a lower file that was found the copy that another name of it has led to.
+    pub(super) fn find_index(&self, found: &mut Found) -> Result<()> {
+        let Some(upper) = self.upper_of() else {
+            return Ok(());
+        };
+        if !upper.indexed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let Some(lower) = found.lowers.first().map(|lower| Arc::clone(&lower.object)) else {
+            return Ok(());
+        };
+        let Some(name) = self.index_name(&*lower) else {
+            return Ok(());
+        };
+        let attr = match fs::fstatat(upper.index(), &name) {
+            Ok(stat) => attr_of(&stat),
+            Err(Errno::ENOENT) => return Ok(()),
+            Err(errno) => return Err(errno).context("looking up a hard link in the index"),
+        };
+        if attr.kind != found.kind {
+            return Ok(());
+        }
+        found.link_offset = self.link_offset(upper, &name, attr.nlink, lower.attr().nlink)?;
+        found.upper = Some(attr);
+        found.index = Some(name.into());
+        found.lowers = Arc::from([]);
+        Ok(())
+    }
+
+    /// Finds out whether an upper file with an origin is in the index.
+    pub(super) fn find_index_of(&self, found: &mut Found, origin: &Origin, ino: u64) -> Result<()> {
+        let upper = self.upper()?;
+        let Some(name) = origin.index_name() else {
+            return Ok(());
+        };
+        match fs::fstatat(upper.index(), &name) {
+            Ok(stat) if stat.st_ino == ino => {
+                let links = attr_of(&stat).nlink;
+                // The lower's count matters only to a form that is not written here.
+                found.link_offset = self.link_offset(upper, &name, links, links)?;
+                found.index = Some(name.into());
+                Ok(())
+            }
+            Ok(_) | Err(Errno::ENOENT) => Ok(()),
+            Err(errno) => Err(errno).context("looking up a hard link in the index"),
+        }
+    }
+
+    fn link_offset(&self, upper: &Upper, name: &OsStr, links: u32, lower: u32) -> Result<i64> {
+        let object = Object::Entry(upper.index(), name);
+        let stored = Self::mark(object, self.family.nlink())?;
+        Ok(stored
+            .and_then(|stored| decode_links(&stored, links, lower))
+            // Without a record: every link but the one in the index.
+            .unwrap_or(-1))
+    }
+
+    /// Puts a copy that is still in the work directory into the index. The caller accounts for the
+    /// links.
+    pub(super) fn add_index(
+        &self,
+        upper: &Upper,
+        temp: &Temp<'_>,
+        source: &dyn LowerObject,
+        node: &Node,
+    ) -> Result<Option<Arc<OsStr>>> {
+        let Some(name) = self.index_name(source) else {
+            return Ok(None);
+        };
+        // Two host links once it is in place: its name and this one.
+        let offset = node.place.read().link_offset + i64::from(source.attr().nlink) - 2;
+        self.store_links(temp.object(), offset)?;
+        match fs::linkat(upper.work(), &temp.name, upper.index(), &name) {
+            Ok(()) => {}
+            Err(Errno::EEXIST) => {
+                // Left by a copy-up that did not get to its end.
+                fs::unlinkat(upper.index(), &name)?;
+                fs::linkat(upper.work(), &temp.name, upper.index(), &name)?;
+            }
+            Err(Errno::EPERM | Errno::EMLINK) => return Ok(None),
+            Err(errno) => return Err(errno).context("adding a hard link to the index"),
+        }
+        upper.indexed.store(true, Ordering::Release);
+        Ok(Some(name.into()))
+    }
+
+    /// Writes down how many links the union shows beyond the host's count.
+    pub(super) fn store_links(&self, object: Object<'_>, offset: i64) -> Result<()> {
+        let value = format!("U{offset:+}");
+        match xattr::set(object, self.family.nlink(), value.as_bytes(), 0) {
+            Err(Errno::EPERM | Errno::EOPNOTSUPP) => Ok(()),
+            result => result.context("noting the number of links"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_counts_are_told_as_the_kernel_does() {
+        assert_eq!(decode_links(b"U+1", 2, 3), Some(1));
+        assert_eq!(decode_links(b"L-1", 2, 3), Some(0));
+        assert_eq!(decode_links(b"L+0", 2, 3), Some(1));
+        assert_eq!(decode_links(b"U-1", 2, 3), Some(-1));
+        assert_eq!(decode_links(b"", 2, 3), None);
+        assert_eq!(decode_links(b"X+1", 2, 3), None);
+    }
+}

@@ -1,0 +1,531 @@
+//! From a name to a node.
+
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::attr::attr_of;
+use super::error::{Context, Result};
+use super::node::{DirState, Forgotten, LowerAt, Name, Node, Orphan, Place};
+use super::origin::Origin;
+use super::redirect::Wanted;
+use super::types::{Attr, Entry, FileKind, NodeId};
+use super::union::Union;
+use super::upper::{Upper, remove_tree};
+use super::whiteout::is_whiteout;
+use crate::sys::fs::{self, Object};
+
+/// What the layers have under a name.
+pub(super) struct Found {
+    pub(super) id: NodeId,
+    pub(super) kind: FileKind,
+    /// Attributes in the upper, if it is there.
+    pub(super) upper: Option<Attr>,
+    pub(super) lowers: Arc<[LowerAt]>,
+    pub(super) index: Option<Arc<OsStr>>,
+    pub(super) link_offset: i64,
+    pub(super) metacopy: bool,
+}
+
+impl Found {
+    /// Something that is in the upper alone.
+    pub(super) fn new_upper(id: NodeId, attr: Attr) -> Self {
+        Self {
+            id,
+            kind: attr.kind,
+            upper: Some(attr),
+            lowers: Arc::from([]),
+            index: None,
+            link_offset: 0,
+            metacopy: false,
+        }
+    }
+
+    fn place(self, name: Option<Name>) -> Place {
+        Place {
+            names: name.into_iter().collect(),
+            upper: self.upper.map(|attr| attr.ino),
+            lowers: self.lowers,
+            orphan: None,
+            index: self.index,
+            link_offset: self.link_offset,
+            atime: None,
+            metacopy: self.metacopy,
+        }
+    }
+}
+
+/// What the upper has under a name.
+pub(super) enum InUpper {
+    Nothing,
+    Whiteout,
+    Object(Attr),
+}
+
+/// Refuses what no entry can be called.
+pub(super) fn check_name(name: &OsStr) -> Result<()> {
+    let bytes = name.as_bytes();
+    if bytes.len() > 255 {
+        Err(Errno::ENAMETOOLONG.into())
+    } else if bytes.is_empty()
+        || bytes == b"."
+        || bytes == b".."
+        || bytes.contains(&b'/')
+        || bytes.contains(&0)
+    {
+        Err(Errno::EINVAL.into())
+    } else {
+        Ok(())
+    }
+}
+
+impl Union {
+    /// Looks up a name; the answer counts as one lookup of the node.
+    pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Entry> {
+        if name.len() > 255 {
+            return Err(Errno::ENAMETOOLONG.into());
+        }
+        let parent = self.node(parent)?;
+        let (node, attr) = self.child(&parent, name, true)?;
+        self.entry_of(node, attr)
+    }
+
+    /// The answer for a node of which a lookup has just been counted.
+    pub(super) fn entry_of(&self, node: Arc<Node>, attr: Option<Attr>) -> Result<Entry> {
+        let attr = match attr {
+            Some(attr) => {
+                let place = node.place.read();
+                Ok(self.shown(&node, &place, attr))
+            }
+            None => self.attr_of_node(&node),
+        };
+        match attr {
+            Ok(attr) => Ok(Entry {
+                node: node.id,
+                generation: node.generation,
+                attr,
+            }),
+            Err(error) => {
+                let id = node.id;
+                drop(node);
+                self.forget(id, 1);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives back lookups; the node is dropped when nothing refers to it any more.
+    pub fn forget(&self, node: NodeId, lookups: u64) {
+        self.settle(node, lookups);
+        // What an operation held while it was forgotten is looked at again.
+        if self.busy_count.load(Ordering::Relaxed) > 0 {
+            let busy = std::mem::take(&mut *self.busy.lock());
+            self.busy_count.store(0, Ordering::Relaxed);
+            for id in busy {
+                self.settle(id, 0);
+            }
+        }
+    }
+
+    fn settle(&self, node: NodeId, lookups: u64) {
+        let mut pending = vec![(node, lookups)];
+        while let Some((id, lookups)) = pending.pop() {
+            match self.table.forget(id, lookups) {
+                Forgotten::Unknown | Forgotten::InUse => {}
+                Forgotten::Busy => {
+                    let is_parent = self.table.get(id).is_some_and(|node| {
+                        node.directory
+                            .as_ref()
+                            .is_some_and(|directory| !directory.state.read().children.is_empty())
+                    });
+                    // A parent is looked at again when its last child goes.
+                    if !is_parent {
+                        let mut busy = self.busy.lock();
+                        busy.push(id);
+                        self.busy_count.store(busy.len(), Ordering::Relaxed);
+                    }
+                }
+                Forgotten::Dropped(node) => {
+                    let (names, orphan) = {
+                        let mut place = node.place.write();
+                        (std::mem::take(&mut place.names), place.orphan.take())
+                    };
+                    if let Some(orphan) = orphan {
+                        self.drop_orphan(orphan);
+                    }
+                    drop(node);
+                    for name in names {
+                        if let Some(directory) = &name.parent.directory {
+                            let mut state = directory.state.write();
+                            if state.children.get(&name.name) == Some(&id)
+                                && self.table.get(id).is_none()
+                            {
+                                state.children.remove(&name.name);
+                            }
+                        }
+                        let parent = name.parent.id;
+                        drop(name);
+                        pending.push((parent, 0));
+                    }
+                }
+            }
+        }
+    }
+
+    fn drop_orphan(&self, orphan: Orphan) {
+        if let Some(upper) = &self.upper {
+            match orphan {
+                Orphan::Fd(_) => {
+                    upper.orphan_fds.fetch_sub(1, Ordering::Relaxed);
+                }
+                Orphan::Work(name) => remove_tree(upper.work(), &name),
+            }
+        }
+    }
+
+    /// The node with this id.
+    pub(super) fn node(&self, id: NodeId) -> Result<Arc<Node>> {
+        self.table.get(id).ok_or(Errno::ESTALE.into())
+    }
+
+    /// The directory part of a node.
+    pub(super) fn directory(node: &Node) -> Result<&super::node::Directory> {
+        node.directory.as_deref().ok_or(Errno::ENOTDIR.into())
+    }
+
+    /// The node of a name, looked up in the layers if it is not known; with its attributes in the
+    /// upper if they were seen on the way. `count` counts a lookup.
+    pub(super) fn child(
+        &self,
+        parent: &Arc<Node>,
+        name: &OsStr,
+        count: bool,
+    ) -> Result<(Arc<Node>, Option<Attr>)> {
+        let directory = Self::directory(parent)?;
+        loop {
+            let (version, found) = {
+                let state = directory.state.read();
+                if let Some(node) = self.known_child(&state, name, count) {
+                    return Ok((node, None));
+                }
+                if state.removed {
+                    return Err(Errno::ENOENT.into());
+                }
+                (state.version, self.resolve(parent, &state, name)?)
+            };
+            let Some(found) = found else {
+                return Err(Errno::ENOENT.into());
+            };
+            let mut state = directory.state.write();
+            if state.version != version {
+                continue;
+            }
+            if let Some(node) = self.known_child(&state, name, count) {
+                return Ok((node, None));
+            }
+            let attr = found.upper;
+            let node = self.adopt(parent, &mut state, name, found, count);
+            return Ok((node, attr));
+        }
+    }
+
+    /// As `child` without counting, in a directory that the caller has locked for writing.
+    pub(super) fn child_locked(
+        &self,
+        parent: &Arc<Node>,
+        state: &mut DirState,
+        name: &OsStr,
+    ) -> Result<Option<Arc<Node>>> {
+        if let Some(node) = self.known_child(state, name, false) {
+            return Ok(Some(node));
+        }
+        if state.removed {
+            return Err(Errno::ENOENT.into());
+        }
+        let found = self.resolve(parent, state, name)?;
+        Ok(found.map(|found| self.adopt(parent, state, name, found, false)))
+    }
+
+    fn known_child(&self, state: &DirState, name: &OsStr, count: bool) -> Option<Arc<Node>> {
+        let id = *state.children.get(name)?;
+        if count {
+            self.table.count_lookup(id)
+        } else {
+            self.table.get(id)
+        }
+    }
+
+    /// Makes the node for what was found, or finds that there is one already (another link).
+    pub(super) fn adopt(
+        &self,
+        parent: &Arc<Node>,
+        state: &mut DirState,
+        name: &OsStr,
+        mut found: Found,
+        count: bool,
+    ) -> Arc<Node> {
+        let name: Arc<OsStr> = name.into();
+        let at = Name {
+            parent: Arc::clone(parent),
+            name: Arc::clone(&name),
+        };
+        let node = loop {
+            let id = found.id;
+            let mut unused = Some((found, at.clone()));
+            let (node, made) = self.table.get_or_insert(id, || {
+                let (kind, place) = match unused.take() {
+                    Some((found, name)) => (found.kind, found.place(Some(name))),
+                    None => unreachable!("the closure runs once"),
+                };
+                Node::new(id, self.table.next_generation(), kind, place)
+            });
+            if made {
+                break node;
+            }
+            match unused.take() {
+                Some((again, _)) => found = again,
+                None => break node,
+            }
+            if Self::is_same_object(&node, &found) {
+                let mut place = node.place.write();
+                if !place
+                    .names
+                    .iter()
+                    .any(|known| Arc::ptr_eq(&known.parent, parent) && known.name == name)
+                {
+                    place.names.push(at);
+                }
+                drop(place);
+                break node;
+            }
+            // Two objects that claim one number: layers that were copied, or links that an upper has
+            // broken. The later one gets a number of its own.
+            found.id = match (found.upper, found.kind) {
+                (Some(attr), _) if self.own_number(attr.ino) != found.id => {
+                    self.own_number(attr.ino)
+                }
+                _ => self.numbers.fresh(),
+            };
+        };
+        if count {
+            // The node cannot have left the table: its name is not in the directory yet, but we hold it.
+            self.table.count_lookup(node.id);
+        }
+        state.children.insert(name, node.id);
+        node
+    }
+
+    fn is_same_object(node: &Node, found: &Found) -> bool {
+        if node.kind != found.kind || node.kind == FileKind::Directory {
+            return false;
+        }
+        let place = node.place.read();
+        match (place.upper, found.upper) {
+            (Some(one), Some(other)) => one == other.ino,
+            (None, Some(_)) => false,
+            // Another name of a lower file, which was copied up by its first name or not at all.
+            (_, None) => true,
+        }
+    }
+
+    /// The number of an object of the upper that was copied from nowhere.
+    pub(super) fn own_number(&self, ino: u64) -> NodeId {
+        match &self.upper {
+            Some(upper) => self.numbers.of(upper.dev, ino),
+            None => self.numbers.fresh(),
+        }
+    }
+
+    /// What the upper has under a name of a directory that is in the upper.
+    pub(super) fn in_upper(
+        &self,
+        parent: &Arc<Node>,
+        state: &DirState,
+        name: &OsStr,
+    ) -> Result<InUpper> {
+        let upper = self.upper()?;
+        let dir = self.dir_fd(parent)?;
+        let stat = match fs::fstatat(dir.as_fd(), name) {
+            Ok(stat) => stat,
+            Err(Errno::ENOENT) => return Ok(InUpper::Nothing),
+            Err(errno) => return Err(errno).context("looking up a name in the upper layer"),
+        };
+        let attr = attr_of(&stat);
+        if is_whiteout(&attr) {
+            return Ok(InUpper::Whiteout);
+        }
+        if stat.st_dev != upper.dev {
+            return Err(Errno::EIO).context("something is mounted inside of the upper layer");
+        }
+        if attr.kind == FileKind::Regular
+            && attr.size == 0
+            && state.xattr_whiteouts.get_or(|| {
+                let opaque = Self::mark(Object::Open(dir.as_fd()), self.family.opaque())?;
+                Ok::<_, super::Error>(opaque.as_deref() == Some(b"x"))
+            })?
+            && Self::mark(Object::Entry(dir.as_fd(), name), self.family.whiteout())?.is_some()
+        {
+            return Ok(InUpper::Whiteout);
+        }
+        Ok(InUpper::Object(attr))
+    }
+
+    /// Whether entries of an upper directory may carry an origin.
+    pub(super) fn is_impure(&self, node: &Arc<Node>, state: &DirState) -> Result<bool> {
+        state.impure.get_or(|| {
+            let dir = self.dir_fd(node)?;
+            Ok(Self::mark(Object::Open(dir.as_fd()), self.family.impure())?.is_some())
+        })
+    }
+
+    /// What the layers have under a name of `parent`, whose state the caller has locked.
+    pub(super) fn resolve(
+        &self,
+        parent: &Arc<Node>,
+        state: &DirState,
+        name: &OsStr,
+    ) -> Result<Option<Found>> {
+        let (parent_upper, parent_lowers) = {
+            let place = parent.place.read();
+            (place.upper.is_some(), Arc::clone(&place.lowers))
+        };
+        if parent_upper {
+            match self.in_upper(parent, state, name)? {
+                InUpper::Nothing => {}
+                InUpper::Whiteout => return Ok(None),
+                InUpper::Object(attr) => {
+                    return self
+                        .resolve_upper(parent, state, &parent_lowers, name, attr)
+                        .map(Some);
+                }
+            }
+        }
+        let lowers = self.find_lowers(&parent_lowers, name, None, Wanted::Anything)?;
+        let Some(top) = lowers.first() else {
+            return Ok(None);
+        };
+        let attr = *top.object.attr();
+        let mut found = Found {
+            id: self.numbers.of(top.object.number_space(), attr.ino),
+            kind: attr.kind,
+            upper: None,
+            index: None,
+            link_offset: 0,
+            metacopy: false,
+            lowers: lowers.into(),
+        };
+        if attr.nlink > 1 && attr.kind != FileKind::Directory {
+            self.find_index(&mut found)?;
+        }
+        Ok(Some(found))
+    }
+
+    fn resolve_upper(
+        &self,
+        parent: &Arc<Node>,
+        state: &DirState,
+        parent_lowers: &[LowerAt],
+        name: &OsStr,
+        attr: Attr,
+    ) -> Result<Found> {
+        let mut found = Found::new_upper(self.own_number(attr.ino), attr);
+        let impure = !self.lowers.is_empty() && self.is_impure(parent, state)?;
+        if attr.kind == FileKind::Directory {
+            if !impure && parent_lowers.is_empty() {
+                return Ok(found);
+            }
+            let dir = self.dir_fd(parent)?;
+            let object = Object::Entry(dir.as_fd(), name);
+            if Self::mark(object, self.family.opaque())?.as_deref() == Some(b"y") {
+                return Ok(found);
+            }
+            let redirect = self.redirect_mark(object)?;
+            let lowers = self.find_lowers(
+                parent_lowers,
+                name,
+                redirect.as_deref(),
+                Wanted::Directories,
+            )?;
+            if let Some(top) = lowers.first() {
+                found.id = self
+                    .numbers
+                    .of(top.object.number_space(), top.object.attr().ino);
+            }
+            found.lowers = lowers.into();
+            return Ok(found);
+        }
+        if impure {
+            let dir = self.dir_fd(parent)?;
+            let object = Object::Entry(dir.as_fd(), name);
+            self.resolve_copied(&mut found, object, attr)?;
+            if attr.kind == FileKind::Regular
+                && Self::mark(object, self.family.metacopy())?.is_some()
+            {
+                let redirect = self.redirect_mark(object)?;
+                let lowers =
+                    self.find_lowers(parent_lowers, name, redirect.as_deref(), Wanted::Data)?;
+                if lowers.is_empty() {
+                    return Err(Errno::EIO).context(
+                        "the data of a file in the upper layer is missing from the lower layers",
+                    );
+                }
+                found.metacopy = true;
+                found.lowers = lowers.into();
+            }
+        }
+        Ok(found)
+    }
+
+    pub(super) fn redirect_mark(&self, object: Object<'_>) -> Result<Option<PathBuf>> {
+        let value = Self::mark(object, self.family.redirect())?;
+        Ok(value.map(|path| std::ffi::OsString::from_vec(path).into()))
+    }
+
+    /// The identity of an upper file that may have been copied up.
+    fn resolve_copied(&self, found: &mut Found, object: Object<'_>, attr: Attr) -> Result<()> {
+        let Some(stored) = Self::mark(object, self.family.origin())? else {
+            return self.resolve_by_number(found, object);
+        };
+        let Some(origin) = Origin::decode(&stored) else {
+            return Ok(());
+        };
+        if attr.nlink > 1 {
+            self.find_index_of(found, &origin, attr.ino)?;
+        }
+        let origin_id = self.lowers.iter().find_map(|lower| {
+            let ino = lower.decode_origin(&origin)?;
+            Some(self.numbers.of(lower.number_space(), ino))
+        });
+        match origin_id {
+            Some(id) => found.id = id,
+            None => self.resolve_by_number(found, object)?,
+        }
+        Ok(())
+    }
+
+    /// As above where file handles cannot be opened.
+    fn resolve_by_number(&self, found: &mut Found, object: Object<'_>) -> Result<()> {
+        if !self.origin_numbers {
+            return Ok(());
+        }
+        let Some(stored) = Self::mark(object, self.family.origin_number())? else {
+            return Ok(());
+        };
+        if let Some((index, ino)) = super::copyup::decode_origin_number(&stored)
+            && let Some(space) = self.numbers.space(index)
+        {
+            found.id = self.numbers.of(space, ino);
+        }
+        Ok(())
+    }
+
+    /// The upper, for code that has found out that there is one.
+    pub(super) fn upper_of(&self) -> Option<&Upper> {
+        self.upper.as_ref()
+    }
+}

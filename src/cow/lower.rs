@@ -1,0 +1,89 @@
+//! What the union needs of a read-only layer. Nothing outside an implementation may assume that an
+//! object of a layer is a path or a descriptor of the host.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::error::Result;
+use super::origin::Origin;
+use super::types::{Attr, FileKind};
+
+/// A read-only layer.
+pub trait Lower: Send + Sync {
+    /// Its top directory.
+    fn root(&self) -> Arc<dyn LowerObject>;
+    /// Tells apart the inode number spaces of layers: two layers with the same one never use one
+    /// number for two objects.
+    fn number_space(&self) -> u64;
+    /// The inode number of what `origin` names, if it is an object of this layer's number space that
+    /// still exists. `None` when the origin belongs elsewhere or cannot be told.
+    fn decode_origin(&self, origin: &Origin) -> Option<u64>;
+    /// Whether origins of this layer can be told at all (file handles can be opened).
+    fn decodes_origins(&self) -> bool;
+    /// Free space and sizes, for a union without an upper.
+    fn statfs(&self) -> Result<super::types::StatFs>;
+}
+
+/// What a directory of a layer says of the layers below it.
+#[derive(Clone, Debug, Default)]
+pub struct DirMarks {
+    /// Nothing below shows through.
+    pub opaque: bool,
+    /// It continues below under this name (relative: in the same parent) or path (absolute).
+    pub redirect: Option<PathBuf>,
+}
+
+/// A name in a directory of a layer.
+pub enum LowerEntry {
+    /// The name is gone, here and in the layers below.
+    Whiteout,
+    /// An object.
+    Object(Arc<dyn LowerObject>),
+}
+
+/// One name of a listing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListedKind {
+    /// The name is gone, here and in the layers below.
+    Whiteout,
+    /// An object of this kind.
+    Object(FileKind),
+}
+
+/// A file or directory of a layer; never changes.
+pub trait LowerObject: Send + Sync {
+    /// Its attributes; `ino` is the number in the layer's number space.
+    fn attr(&self) -> &Attr;
+    /// The layer's number space.
+    fn number_space(&self) -> u64;
+    /// Looks up a name in a directory.
+    fn lookup(self: Arc<Self>, name: &OsStr) -> Result<Option<LowerEntry>>;
+    /// Hands every name of a directory to `sink`, with inode numbers, in any order.
+    fn list(&self, sink: &mut dyn FnMut(&OsStr, ListedKind, u64)) -> Result<()>;
+    /// Marks of a directory.
+    fn marks(&self) -> Result<DirMarks>;
+    /// Whether a file's data is in the layers below (`metacopy`), and where it is redirected to.
+    fn metacopy(&self) -> Result<Option<DirMarks>>;
+    /// Target of a symbolic link.
+    fn readlink(&self) -> Result<OsString>;
+    /// The value of an extended attribute under its stored name.
+    fn xattr(&self, stored: &OsStr) -> Result<Vec<u8>>;
+    /// Stored names of all extended attributes.
+    fn xattr_names(&self) -> Result<Vec<OsString>>;
+    /// Opens a regular file for reading.
+    fn open(&self) -> Result<Arc<dyn LowerFile>>;
+    /// What names the object for `overlay.origin`, if the layer can tell.
+    fn origin(&self) -> Option<Origin>;
+}
+
+/// An open regular file of a layer.
+pub trait LowerFile: Send + Sync {
+    /// Fills `buf` from `offset`; fewer bytes only at the end.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize>;
+    /// `SEEK_DATA` or `SEEK_HOLE` from `offset`; ENXIO past the end.
+    fn seek(&self, offset: i64, whence: i32) -> Result<i64>;
+    /// The host descriptor that holds exactly this content, if there is one.
+    fn host_fd(&self) -> Option<BorrowedFd<'_>>;
+}

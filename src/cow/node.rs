@@ -1,0 +1,329 @@
+//! Nodes: what the union knows of the objects that somebody refers to, and the table of them.
+//!
+//! A node is the identity of an object; where it lies may change. The union path of a node is also its
+//! path in the upper, so a node knows its parent and name and no host path.
+//!
+//! Locks, in the order in which they may be taken:
+//! 1. `Node::copy_up` of a node, then that of its parent, and so on to the root;
+//! 2. `Union::rename_lock`, by a rename between two directories;
+//! 3. `Directory::state`: a parent before its child. Two directories of which neither is above the
+//!    other are locked together only under `rename_lock`, in the order of their ids;
+//! 4. `Node::place` of one node at a time;
+//! 5. a shard of the table, and the descriptor cache.
+//!
+//! No lock of 3 to 5 is held while file content is copied.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::dir::Stream;
+use super::fdcache::Slot;
+use super::file::Backing;
+use super::lower::LowerObject;
+use super::types::{FileKind, NodeId, Timestamp};
+
+/// An object in a lower layer.
+#[derive(Clone)]
+pub(super) struct LowerAt {
+    /// Index of the layer, 0 the topmost.
+    pub(super) layer: usize,
+    /// The object.
+    pub(super) object: Arc<dyn LowerObject>,
+}
+
+/// A name of a node.
+#[derive(Clone)]
+pub(super) struct Name {
+    /// The directory.
+    pub(super) parent: Arc<Node>,
+    /// The name in it.
+    pub(super) name: Arc<OsStr>,
+}
+
+/// What keeps an upper object reachable that has no name any more.
+#[derive(Clone)]
+pub(super) enum Orphan {
+    /// An `O_PATH` descriptor.
+    Fd(Arc<OwnedFd>),
+    /// A name in the work directory; removed with the node.
+    Work(Arc<OsStr>),
+}
+
+/// Where an object lies at the moment.
+pub(super) struct Place {
+    /// Its names as far as they were looked up: one for a directory, none once it is removed.
+    pub(super) names: Vec<Name>,
+    /// Host inode number in the upper.
+    pub(super) upper: Option<u64>,
+    /// A directory: the lower directories that merge, topmost first. Anything else: the lower object,
+    /// or, for one with `metacopy`, the objects down to that with the data.
+    pub(super) lowers: Arc<[LowerAt]>,
+    /// Set once the last name is gone from the upper.
+    pub(super) orphan: Option<Orphan>,
+    /// Its entry in the index.
+    pub(super) index: Option<Arc<OsStr>>,
+    /// Links that the union shows beyond those that the host counts.
+    pub(super) link_offset: i64,
+    /// A lower object that was read: its access time, which the layer must not store.
+    pub(super) atime: Option<Timestamp>,
+    /// The upper holds only metadata; data is that of the last of `lowers`.
+    pub(super) metacopy: bool,
+}
+
+/// The part of a node that directories alone have.
+#[derive(Default)]
+pub(super) struct Directory {
+    pub(super) state: RwLock<DirState>,
+    /// Descriptor of the upper directory.
+    pub(super) fd: Slot<OwnedFd>,
+}
+
+/// Yes, no, or not asked yet.
+#[derive(Default)]
+pub(super) struct Flag(AtomicU8);
+
+impl Flag {
+    pub(super) fn get(&self) -> Option<bool> {
+        match self.0.load(Ordering::Acquire) {
+            0 => None,
+            value => Some(value == 2),
+        }
+    }
+
+    pub(super) fn set(&self, value: bool) {
+        self.0.store(1 + u8::from(value), Ordering::Release);
+    }
+
+    /// What is known, or else what `ask` answers.
+    pub(super) fn get_or<E>(&self, ask: impl FnOnce() -> Result<bool, E>) -> Result<bool, E> {
+        if let Some(known) = self.get() {
+            return Ok(known);
+        }
+        let value = ask()?;
+        self.set(value);
+        Ok(value)
+    }
+}
+
+/// What is known of a directory's entries; its lock is the lock of the directory.
+#[derive(Default)]
+pub(super) struct DirState {
+    /// Entries that have a node.
+    pub(super) children: HashMap<Arc<OsStr>, NodeId>,
+    /// Counts changes of entries.
+    pub(super) version: u64,
+    /// Removed: nothing can be made in it.
+    pub(super) removed: bool,
+    /// The upper directory is marked impure: entries may carry an origin.
+    pub(super) impure: Flag,
+    /// The upper directory has whiteouts in xattr form.
+    pub(super) xattr_whiteouts: Flag,
+    /// The upper directory has a default ACL.
+    pub(super) default_acl: Flag,
+    /// Listings that are being read.
+    pub(super) streams: Vec<Weak<Stream>>,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self {
+            names: Vec::new(),
+            upper: None,
+            lowers: Arc::from([]),
+            orphan: None,
+            index: None,
+            link_offset: 0,
+            atime: None,
+            metacopy: false,
+        }
+    }
+}
+
+impl DirState {
+    /// Notes that what `name` stands for has changed.
+    pub(super) fn changed(&mut self, name: &OsStr) {
+        self.version += 1;
+        if !self.streams.is_empty() {
+            self.streams.retain(|stream| match stream.upgrade() {
+                Some(stream) => {
+                    stream.name_changed(name);
+                    true
+                }
+                None => false,
+            });
+        }
+    }
+}
+
+/// An object of the union.
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) generation: u64,
+    pub(super) kind: FileKind,
+    /// Held while the object is copied up; its readers go on meanwhile.
+    pub(super) copy_up: Mutex<()>,
+    pub(super) place: RwLock<Place>,
+    /// Mirrors `place.upper.is_some()`, and not `place.metacopy`.
+    pub(super) in_upper: AtomicBool,
+    /// It may have been written since it was made or found.
+    pub(super) written: AtomicBool,
+    /// The descriptor that serves reads and writes.
+    pub(super) io: Slot<Backing>,
+    /// Open handles.
+    pub(super) handles: AtomicU64,
+    pub(super) directory: Option<Box<Directory>>,
+}
+
+impl Node {
+    pub(super) fn new(id: NodeId, generation: u64, kind: FileKind, place: Place) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            generation,
+            kind,
+            copy_up: Mutex::new(()),
+            in_upper: AtomicBool::new(place.upper.is_some() && !place.metacopy),
+            written: AtomicBool::new(false),
+            place: RwLock::new(place),
+            io: Slot::default(),
+            handles: AtomicU64::new(0),
+            directory: (kind == FileKind::Directory).then(Box::default),
+        })
+    }
+
+    /// Whether data and metadata are in the upper.
+    pub(super) fn in_upper(&self) -> bool {
+        self.in_upper.load(Ordering::Acquire)
+    }
+
+    /// One of its names.
+    pub(super) fn name(&self) -> Option<Name> {
+        self.place.read().names.first().cloned()
+    }
+}
+
+impl Drop for Node {
+    /// Takes a long chain of parents apart without recursion.
+    fn drop(&mut self) {
+        let mut pending: Vec<Arc<Self>> = Vec::new();
+        pending.extend(self.place.get_mut().names.drain(..).map(|name| name.parent));
+        while let Some(parent) = pending.pop() {
+            if let Some(mut parent) = Arc::into_inner(parent) {
+                let names = std::mem::take(&mut parent.place.get_mut().names);
+                pending.extend(names.into_iter().map(|name| name.parent));
+            }
+        }
+    }
+}
+
+struct Entry {
+    node: Arc<Node>,
+    lookups: u64,
+}
+
+const SHARDS: usize = 64;
+
+/// The nodes by id, in shards that are locked one at a time.
+pub(super) struct Table {
+    shards: Vec<Mutex<HashMap<NodeId, Entry>>>,
+    generation: AtomicU64,
+}
+
+impl Table {
+    pub(super) fn new() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            generation: AtomicU64::new(0),
+        }
+    }
+
+    fn shard(&self, id: NodeId) -> &Mutex<HashMap<NodeId, Entry>> {
+        // Fibonacci hashing: host numbers are dense.
+        let spread = id.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58;
+        &self.shards[spread as usize % SHARDS]
+    }
+
+    /// A number that tells this node from earlier ones with its id.
+    pub(super) fn next_generation(&self) -> u64 {
+        self.generation.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub(super) fn get(&self, id: NodeId) -> Option<Arc<Node>> {
+        self.shard(id)
+            .lock()
+            .get(&id)
+            .map(|entry| Arc::clone(&entry.node))
+    }
+
+    /// Counts a lookup of a node that is in the table.
+    pub(super) fn count_lookup(&self, id: NodeId) -> Option<Arc<Node>> {
+        let mut shard = self.shard(id).lock();
+        let entry = shard.get_mut(&id)?;
+        entry.lookups += 1;
+        Some(Arc::clone(&entry.node))
+    }
+
+    /// The node with this id, made by `make` if there is none. No lookup is counted.
+    pub(super) fn get_or_insert(
+        &self,
+        id: NodeId,
+        make: impl FnOnce() -> Arc<Node>,
+    ) -> (Arc<Node>, bool) {
+        let mut shard = self.shard(id).lock();
+        let mut made = false;
+        let entry = shard.entry(id).or_insert_with(|| {
+            made = true;
+            Entry {
+                node: make(),
+                lookups: 0,
+            }
+        });
+        (Arc::clone(&entry.node), made)
+    }
+
+    /// Takes back lookups and drops the node if nothing refers to it any more: no lookup, no handle,
+    /// no child, no operation under way.
+    pub(super) fn forget(&self, id: NodeId, lookups: u64) -> Forgotten {
+        let mut shard = self.shard(id).lock();
+        let Some(entry) = shard.get_mut(&id) else {
+            return Forgotten::Unknown;
+        };
+        entry.lookups = entry.lookups.saturating_sub(lookups);
+        if entry.lookups > 0 || id == NodeId::ROOT || entry.node.handles.load(Ordering::Relaxed) > 0
+        {
+            return Forgotten::InUse;
+        }
+        if Arc::strong_count(&entry.node) > 1 {
+            return Forgotten::Busy;
+        }
+        match shard.remove(&id) {
+            Some(entry) => Forgotten::Dropped(entry.node),
+            None => Forgotten::Unknown,
+        }
+    }
+
+    /// All nodes, for rare walks.
+    pub(super) fn all(&self) -> Vec<Arc<Node>> {
+        let mut nodes = Vec::new();
+        for shard in &self.shards {
+            nodes.extend(shard.lock().values().map(|entry| Arc::clone(&entry.node)));
+        }
+        nodes
+    }
+}
+
+/// What became of a node that was forgotten.
+pub(super) enum Forgotten {
+    /// It was not in the table.
+    Unknown,
+    /// It is still looked up or open.
+    InUse,
+    /// Children or running operations hold it; whoever lets go last must try again.
+    Busy,
+    /// It has left the table.
+    Dropped(Arc<Node>),
+}

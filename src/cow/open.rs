@@ -1,0 +1,302 @@
+//! Opening a union: what the directories must be, and the locking of the work directory.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
+use parking_lot::Mutex;
+
+use super::dir_lower::DirLower;
+use super::error::OpenError;
+use super::fdcache::Budget;
+use super::lower::Lower;
+use super::node::{LowerAt, Node, Place, Table};
+use super::number::Numbers;
+use super::types::{FileKind, NodeId, UnionConfig, UpperConfig, XattrFamily};
+use super::union::Union;
+use super::upper::{Upper, remove_tree};
+use crate::sys::fs::{self, Object};
+use crate::sys::{dirents, xattr};
+
+/// A directory of the configuration, for telling overlaps.
+struct Given {
+    role: &'static str,
+    path: PathBuf,
+    real: PathBuf,
+}
+
+impl Given {
+    fn new(role: &'static str, path: &Path) -> Self {
+        Self {
+            role,
+            path: path.to_owned(),
+            real: std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()),
+        }
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        self.real.starts_with(&other.real) || other.real.starts_with(&self.real)
+    }
+}
+
+impl Union {
+    /// Checks the directories, locks the work directory and opens the layers.
+    pub fn open(config: UnionConfig) -> Result<Self, OpenError> {
+        if config.lowers.is_empty() && config.upper.is_none() {
+            return Err(OpenError::NoLayer);
+        }
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+        // The rest is for descriptors that operations hold while they run, and for the program.
+        let budget = Budget::new(usize::try_from(limit / 2).unwrap_or(usize::MAX).min(16_384));
+        let family = config.xattr_family;
+        let mut lowers: Vec<Box<dyn Lower>> = Vec::new();
+        for path in &config.lowers {
+            check_directory(
+                path,
+                |path, source| OpenError::Lower { path, source },
+                |path| OpenError::LowerNotDirectory { path },
+            )?;
+            let lower =
+                DirLower::open(path, family, &budget).map_err(|source| OpenError::Lower {
+                    path: path.clone(),
+                    source,
+                })?;
+            lowers.push(Box::new(lower));
+        }
+        let upper = match &config.upper {
+            Some(upper) => Some(open_upper(upper, &config.lowers, family, limit)?),
+            None => None,
+        };
+        let numbers = Numbers::new(
+            upper
+                .iter()
+                .map(|upper| upper.dev)
+                .chain(lowers.iter().map(|lower| lower.number_space())),
+        );
+        let origin_numbers = lowers.iter().any(|lower| !lower.decodes_origins());
+        let table = Table::new();
+        let union = Self {
+            family,
+            squash: config.squash,
+            volatile: config.volatile,
+            no_acl: config.no_acl,
+            origin_numbers,
+            numbers,
+            table,
+            budget,
+            rename_lock: Mutex::new(()),
+            busy: Mutex::default(),
+            busy_count: std::sync::atomic::AtomicUsize::new(0),
+            lowers,
+            upper,
+        };
+        union.add_root(&config)?;
+        Ok(union)
+    }
+
+    fn add_root(&self, config: &UnionConfig) -> Result<(), OpenError> {
+        let mut place = Place::default();
+        let mut stack = Vec::new();
+        let mut opaque = false;
+        if let (Some(upper), Some(given)) = (&self.upper, &config.upper) {
+            let failed = |errno: Errno| OpenError::Upper {
+                path: given.dir.clone(),
+                source: errno.into(),
+            };
+            let object = Object::Open(upper.root.as_fd());
+            place.upper = Some(object.stat().map_err(failed)?.st_ino);
+            opaque = xattr::get(object, self.family.opaque()).is_ok_and(|value| value == b"y");
+        }
+        for (layer, lower) in self.lowers.iter().enumerate() {
+            if opaque {
+                break;
+            }
+            let object = lower.root();
+            let marks = object.marks().map_err(|error| OpenError::Lower {
+                path: config.lowers[layer].clone(),
+                source: io::Error::from_raw_os_error(error.errno),
+            })?;
+            opaque = marks.opaque;
+            stack.push(LowerAt { layer, object });
+        }
+        place.lowers = stack.into();
+        let generation = self.table.next_generation();
+        self.table.get_or_insert(NodeId::ROOT, || {
+            Node::new(NodeId::ROOT, generation, FileKind::Directory, place)
+        });
+        Ok(())
+    }
+}
+
+fn check_directory(
+    path: &Path,
+    missing: impl FnOnce(PathBuf, io::Error) -> OpenError,
+    other: impl FnOnce(PathBuf) -> OpenError,
+) -> Result<(), OpenError> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(other(path.to_owned())),
+        Err(source) => Err(missing(path.to_owned(), source)),
+    }
+}
+
+fn open_upper(
+    given: &UpperConfig,
+    lowers: &[PathBuf],
+    family: XattrFamily,
+    limit: u64,
+) -> Result<Upper, OpenError> {
+    let UpperConfig { dir, work } = given;
+    check_directory(
+        dir,
+        |path, source| OpenError::Upper { path, source },
+        |path| OpenError::UpperNotDirectory { path },
+    )?;
+    check_directory(
+        work,
+        |path, source| OpenError::Work { path, source },
+        |path| OpenError::WorkNotDirectory { path },
+    )?;
+    check_overlaps(given, lowers)?;
+    let upper_failed = |errno: Errno| OpenError::Upper {
+        path: dir.clone(),
+        source: errno.into(),
+    };
+    let work_failed = |errno: Errno| OpenError::Work {
+        path: work.clone(),
+        source: errno.into(),
+    };
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+    let root = fs::open_path(dir, flags).map_err(upper_failed)?;
+    let base = fs::open_path(work, flags).map_err(work_failed)?;
+    let dev = fs::fstat(root.as_fd()).map_err(upper_failed)?.st_dev;
+    if dev != fs::fstat(base.as_fd()).map_err(work_failed)?.st_dev {
+        return Err(OpenError::DifferentFileSystems {
+            upper: dir.clone(),
+            work: work.clone(),
+        });
+    }
+    fs::try_lock(base.as_fd()).map_err(|errno| match errno {
+        Errno::EWOULDBLOCK => OpenError::WorkInUse { path: work.clone() },
+        errno => work_failed(errno),
+    })?;
+    let scratch = subdirectory(base.as_fd(), "work").map_err(|errno| match errno {
+        Errno::EROFS => OpenError::UpperReadOnly {
+            path: dir.clone(),
+            source: errno.into(),
+        },
+        errno => work_failed(errno),
+    })?;
+    let index = subdirectory(base.as_fd(), "index").map_err(work_failed)?;
+    clear(scratch.as_fd()).map_err(work_failed)?;
+    let indexed = tidy_index(index.as_fd(), family).map_err(work_failed)?;
+    mark_dialect(root.as_fd(), family).map_err(|errno| match errno {
+        Errno::EROFS => OpenError::UpperReadOnly {
+            path: dir.clone(),
+            source: errno.into(),
+        },
+        errno => OpenError::NoXattr {
+            path: dir.clone(),
+            prefix: family.prefix(),
+            source: errno.into(),
+        },
+    })?;
+    Ok(Upper {
+        root: Arc::new(root),
+        dev,
+        work: Arc::new(scratch),
+        index: Arc::new(index),
+        indexed: AtomicBool::new(indexed),
+        _lock: base,
+        next_name: AtomicU64::new(0),
+        orphan_fds: AtomicU64::new(0),
+        orphan_fd_limit: limit / 4,
+        device_whiteouts: AtomicBool::new(true),
+    })
+}
+
+fn check_overlaps(given: &UpperConfig, lowers: &[PathBuf]) -> Result<(), OpenError> {
+    let upper = Given::new("upper", &given.dir);
+    let work = Given::new("work", &given.work);
+    let lowers = lowers.iter().map(|path| Given::new("lower", path));
+    let mut pairs = vec![];
+    for lower in lowers {
+        for writable in [&upper, &work] {
+            if writable.overlaps(&lower) {
+                return Err(overlap(writable, &lower));
+            }
+        }
+        pairs.push(lower);
+    }
+    if upper.overlaps(&work) {
+        return Err(overlap(&upper, &work));
+    }
+    Ok(())
+}
+
+fn overlap(a: &Given, b: &Given) -> OpenError {
+    OpenError::Overlap {
+        a_role: a.role,
+        a: a.path.clone(),
+        b_role: b.role,
+        b: b.path.clone(),
+    }
+}
+
+fn subdirectory(base: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
+    let name = OsStr::new(name);
+    match fs::mkdirat(base, name, 0o700) {
+        Ok(()) | Err(Errno::EEXIST) => {}
+        Err(errno) => return Err(errno),
+    }
+    fs::openat(base, name, libc::O_RDONLY | libc::O_DIRECTORY, 0)
+}
+
+fn names(dir: BorrowedFd<'_>) -> Result<Vec<std::ffi::OsString>, Errno> {
+    let mut names = Vec::new();
+    dirents::read_all(dir, &mut |entry| names.push(entry.name.to_owned()))?;
+    Ok(names)
+}
+
+/// Removes what an earlier mount has left behind.
+fn clear(work: BorrowedFd<'_>) -> Result<(), Errno> {
+    for name in names(work)? {
+        remove_tree(work, &name);
+    }
+    Ok(())
+}
+
+/// Removes index entries whose copy never got a name; answers whether any is left.
+fn tidy_index(index: BorrowedFd<'_>, family: XattrFamily) -> Result<bool, Errno> {
+    let mut left = false;
+    for name in names(index)? {
+        let object = Object::Entry(index, &name);
+        let stat = object.stat()?;
+        let alone = stat.st_mode & libc::S_IFMT != libc::S_IFDIR && stat.st_nlink == 1;
+        let nameless = alone
+            && xattr::get(object, family.nlink())
+                .ok()
+                .is_none_or(|value| value.ends_with(b"-1") || value.starts_with(b"U-"));
+        if nameless {
+            fs::unlinkat(index, &name)?;
+        } else {
+            left = true;
+        }
+    }
+    Ok(left)
+}
+
+/// Also finds out whether the upper stores the family's attributes at all.
+fn mark_dialect(root: BorrowedFd<'_>, family: XattrFamily) -> Result<(), Errno> {
+    let object = Object::Open(root);
+    match xattr::get(object, family.dialect()) {
+        Ok(_) => Ok(()),
+        Err(Errno::ENODATA) => xattr::set(object, family.dialect(), b"overlay", 0),
+        Err(errno) => Err(errno),
+    }
+}

@@ -1,0 +1,294 @@
+//! Removing names: unlink, rmdir, and what becomes of the objects.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::copyup::Content;
+use super::error::{Context, Result};
+use super::lookup::{InUpper, check_name};
+use super::node::{DirState, Node, Orphan};
+use super::redirect::Wanted;
+use super::types::NodeId;
+use super::union::Union;
+use super::upper::{Temp, Upper, remove_tree};
+use crate::sys::fs::{self, Object};
+use crate::sys::xattr;
+
+impl Union {
+    /// Removes a name of something that is no directory.
+    pub fn unlink(&self, parent: NodeId, name: &OsStr) -> Result<()> {
+        check_name(name)?;
+        let parent = self.node(parent)?;
+        let directory = Self::directory(&parent)?;
+        self.upper()?;
+        let (seen, _) = self.child(&parent, name, false)?;
+        if seen.directory.is_some() {
+            return Err(Errno::EISDIR.into());
+        }
+        drop(seen);
+        self.copy_up(&parent, Content::All)?;
+        let mut state = directory.state.write();
+        let node = self
+            .child_locked(&parent, &mut state, name)?
+            .ok_or(Errno::ENOENT)?;
+        if node.directory.is_some() {
+            return Err(Errno::EISDIR.into());
+        }
+        let dir = self.dir_fd(&parent)?;
+        let in_upper = self.has_upper_entry(&parent, &state, name, &node)?;
+        let covered = self.lower_has(&parent, name)?;
+        let orphan = self.orphan_before_unlink(&node, dir.as_fd(), name, in_upper)?;
+        match (in_upper, covered) {
+            (true, false) => fs::unlinkat(dir.as_fd(), name)?,
+            (_, true) => self.put_whiteout(dir.as_fd(), name)?,
+            (false, false) => {}
+        }
+        self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)
+    }
+
+    /// Removes a directory in which nothing is visible.
+    pub fn rmdir(&self, parent: NodeId, name: &OsStr) -> Result<()> {
+        check_name(name)?;
+        let parent = self.node(parent)?;
+        let directory = Self::directory(&parent)?;
+        self.upper()?;
+        let (seen, _) = self.child(&parent, name, false)?;
+        if seen.directory.is_none() {
+            return Err(Errno::ENOTDIR.into());
+        }
+        drop(seen);
+        self.copy_up(&parent, Content::All)?;
+        let mut state = directory.state.write();
+        let node = self
+            .child_locked(&parent, &mut state, name)?
+            .ok_or(Errno::ENOENT)?;
+        let mut inner = Self::directory(&node)?.state.write();
+        self.check_empty(&node, &inner)?;
+        let dir = self.dir_fd(&parent)?;
+        let in_upper = node.place.read().upper.is_some();
+        let covered = self.lower_has(&parent, name)?;
+        let orphan = if in_upper {
+            Some(self.keep_open(dir.as_fd(), name)?)
+        } else {
+            None
+        };
+        self.remove_directory(dir.as_fd(), name, in_upper, covered)?;
+        inner.removed = true;
+        drop(inner);
+        self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)
+    }
+
+    /// ENOTEMPTY if anything is visible in a directory that the caller has locked.
+    pub(super) fn check_empty(&self, node: &Arc<Node>, state: &DirState) -> Result<()> {
+        if self.merge(node, state)?.is_empty() {
+            Ok(())
+        } else {
+            Err(Errno::ENOTEMPTY.into())
+        }
+    }
+
+    /// Takes an empty directory, which may hold whiteouts, out of the upper, and leaves a whiteout if
+    /// its name would show something else.
+    pub(super) fn remove_directory(
+        &self,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+        in_upper: bool,
+        covered: bool,
+    ) -> Result<()> {
+        let upper = self.upper()?;
+        match (in_upper, covered) {
+            (false, _) => self.put_whiteout(dir, name),
+            (true, false) => match fs::rmdirat(dir, name) {
+                Err(Errno::ENOTEMPTY) => self.move_to_work(upper, dir, name),
+                result => Ok(result?),
+            },
+            (true, true) => {
+                let temp = Temp::new(upper);
+                self.make_whiteout(upper.work(), &temp.name)?;
+                match temp.install(dir, name, libc::RENAME_EXCHANGE) {
+                    Ok(()) => Ok(()),
+                    Err((_, Errno::ENOSYS | Errno::EINVAL)) => {
+                        self.move_to_work(upper, dir, name)?;
+                        self.put_whiteout(dir, name)
+                    }
+                    Err((_, errno)) => Err(errno.into()),
+                }
+            }
+        }
+    }
+
+    fn move_to_work(&self, upper: &Upper, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+        let away = upper.temp_name();
+        fs::renameat2(dir, name, upper.work(), &away, 0)?;
+        remove_tree(upper.work(), &away);
+        Ok(())
+    }
+
+    /// Whether a lower layer would show something under a name if the upper said nothing.
+    pub(super) fn lower_has(&self, parent: &Arc<Node>, name: &OsStr) -> Result<bool> {
+        let lowers = Arc::clone(&parent.place.read().lowers);
+        if lowers.is_empty() {
+            return Ok(false);
+        }
+        let found = self.find_lowers(&lowers, name, None, Wanted::Anything)?;
+        Ok(!found.is_empty())
+    }
+
+    /// Whether this very name of a node is in the upper: another name of a copied-up file may not be.
+    pub(super) fn has_upper_entry(
+        &self,
+        parent: &Arc<Node>,
+        state: &DirState,
+        name: &OsStr,
+        node: &Node,
+    ) -> Result<bool> {
+        let (in_upper, several) = {
+            let place = node.place.read();
+            (
+                place.upper.is_some(),
+                place.index.is_some() || place.names.len() > 1,
+            )
+        };
+        if !in_upper || !several {
+            return Ok(in_upper);
+        }
+        Ok(matches!(
+            self.in_upper(parent, state, name)?,
+            InUpper::Object(_)
+        ))
+    }
+
+    /// Writes a whiteout in place of what the upper has under a name, if anything (no directory).
+    pub(super) fn put_whiteout(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+        let upper = self.upper()?;
+        if upper.device_whiteouts.load(Ordering::Relaxed) {
+            match fs::mknodat(dir, name, libc::S_IFCHR, 0) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EEXIST | Errno::EPERM) => {}
+                Err(errno) => return Err(errno).context("writing a whiteout"),
+            }
+        }
+        let temp = Temp::new(upper);
+        self.make_whiteout(upper.work(), &temp.name)?;
+        if !upper.device_whiteouts.load(Ordering::Relaxed) {
+            self.allow_xattr_whiteouts(dir)?;
+        }
+        temp.install(dir, name, 0).map_err(|(_, errno)| errno)?;
+        Ok(())
+    }
+
+    /// Makes a whiteout under a free name: a device 0:0, or, where the kernel does not let us (without
+    /// CAP_MKNOD before Linux 5.8), overlayfs's form as an attribute.
+    pub(super) fn make_whiteout(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+        let upper = self.upper()?;
+        if upper.device_whiteouts.load(Ordering::Relaxed) {
+            match fs::mknodat(dir, name, libc::S_IFCHR, 0) {
+                Err(Errno::EPERM) => upper.device_whiteouts.store(false, Ordering::Relaxed),
+                result => return result.context("writing a whiteout"),
+            }
+        }
+        let fd = fs::openat(dir, name, libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY, 0)?;
+        xattr::set(Object::Open(fd.as_fd()), self.family.whiteout(), b"y", 0)
+            .context("writing a whiteout")
+    }
+
+    fn allow_xattr_whiteouts(&self, dir: BorrowedFd<'_>) -> Result<()> {
+        if Self::mark(Object::Open(dir), self.family.opaque())?.is_none() {
+            xattr::set(Object::Open(dir), self.family.opaque(), b"x", 0)
+                .context("marking a directory as holding whiteouts")?;
+        }
+        Ok(())
+    }
+
+    fn keep_open(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd> {
+        Ok(fs::openat(dir, name, libc::O_PATH, 0)?)
+    }
+
+    /// What keeps a file reachable of which the last known name is about to go. Beyond the budget of
+    /// descriptors it gets a name in the work directory.
+    pub(super) fn orphan_before_unlink(
+        &self,
+        node: &Node,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+        in_upper: bool,
+    ) -> Result<Option<OwnedFd>> {
+        let last = {
+            let place = node.place.read();
+            place.names.len() == 1 && place.orphan.is_none()
+        };
+        if !last || !in_upper {
+            return Ok(None);
+        }
+        Ok(Some(self.keep_open(dir, name)?))
+    }
+
+    /// Settles the books after a name has gone.
+    pub(super) fn name_gone(
+        &self,
+        parent: &Arc<Node>,
+        state: &mut DirState,
+        name: &OsStr,
+        node: &Arc<Node>,
+        was_in_upper: bool,
+        orphan: Option<OwnedFd>,
+    ) -> Result<()> {
+        let upper = self.upper()?;
+        state.children.remove(name);
+        state.changed(name);
+        let mut place = node.place.write();
+        place
+            .names
+            .retain(|known| !(Arc::ptr_eq(&known.parent, parent) && &*known.name == name));
+        if !was_in_upper {
+            place.link_offset -= 1;
+        }
+        if let Some(fd) = orphan {
+            let held = upper.orphan_fds.fetch_add(1, Ordering::Relaxed);
+            place.orphan = Some(
+                if held < upper.orphan_fd_limit || node.directory.is_some() {
+                    Orphan::Fd(Arc::new(fd))
+                } else {
+                    upper.orphan_fds.fetch_sub(1, Ordering::Relaxed);
+                    let away = upper.temp_name();
+                    fs::link_fd(fd.as_fd(), upper.work(), &away)
+                        .context("keeping a removed file that is in use")?;
+                    place.link_offset -= 1;
+                    Orphan::Work(away.as_os_str().into())
+                },
+            );
+        }
+        if let Some(index) = place.index.clone() {
+            let object = Object::Entry(upper.index(), &index);
+            let links = i64::try_from(object.stat()?.st_nlink).unwrap_or(i64::MAX);
+            if links + place.link_offset <= 0 {
+                fs::unlinkat(upper.index(), &index)?;
+                place.link_offset += 1;
+                place.index = None;
+            } else if !was_in_upper {
+                self.store_links(object, place.link_offset)?;
+            }
+        }
+        drop(place);
+        if let Some(directory) = &node.directory {
+            directory.fd.clear();
+        }
+        self.note_lower_unlink(node, was_in_upper);
+        Ok(())
+    }
+
+    fn note_lower_unlink(&self, node: &Arc<Node>, was_in_upper: bool) {
+        if !was_in_upper && node.place.read().names.is_empty() {
+            // Readers may go on through the lower object itself; nothing is to be kept.
+            tracing::trace!(
+                id = node.id.0,
+                "a lower object has lost its last known name"
+            );
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! Renaming. What moves is in the upper by then; a directory that merges with lower ones takes a
+//! redirect along, and its old name gets a whiteout in the same step of the host where the host can.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use parking_lot::RwLockWriteGuard;
+
+use super::copyup::Content;
+use super::error::{Context, Result};
+use super::lookup::{InUpper, check_name};
+use super::node::{DirState, Name, Node};
+use super::types::{FileKind, NodeId, RenameMode};
+use super::union::Union;
+use super::upper::Temp;
+use crate::sys::fs::{self, Object};
+use crate::sys::xattr;
+
+/// One end of a rename.
+struct End<'a> {
+    parent: &'a Arc<Node>,
+    name: &'a OsStr,
+    dir: BorrowedFd<'a>,
+    /// A lower layer would show something under the name.
+    covered: bool,
+}
+
+/// Both directories locked; `second` is `None` when they are one.
+struct Locked<'a> {
+    first: RwLockWriteGuard<'a, DirState>,
+    second: Option<RwLockWriteGuard<'a, DirState>>,
+}
+
+impl Locked<'_> {
+    fn source(&mut self) -> &mut DirState {
+        &mut self.first
+    }
+
+    fn target(&mut self) -> &mut DirState {
+        self.second.as_deref_mut().unwrap_or(&mut self.first)
+    }
+}
+
+impl Union {
+    /// Moves a name.
+    pub fn rename(
+        &self,
+        parent: NodeId,
+        name: &OsStr,
+        new_parent: NodeId,
+        new_name: &OsStr,
+        mode: RenameMode,
+    ) -> Result<()> {
+        check_name(name)?;
+        check_name(new_name)?;
+        self.upper()?;
+        let parent = self.node(parent)?;
+        let new_parent = self.node(new_parent)?;
+        Self::directory(&parent)?;
+        Self::directory(&new_parent)?;
+        loop {
+            let (node, _) = self.child(&parent, name, false)?;
+            let other = match self.child(&new_parent, new_name, false) {
+                Ok((other, _)) => Some(other),
+                Err(error) if error.is(Errno::ENOENT) => None,
+                Err(error) => return Err(error),
+            };
+            // Asked before anything is copied up, and again when all is locked.
+            if !Self::check_kinds(&node, other.as_ref(), mode)? {
+                return Ok(());
+            }
+            self.bring_up(&node, &parent, name)?;
+            self.copy_up(&new_parent, Content::All)?;
+            if let (RenameMode::Exchange, Some(other)) = (mode, &other) {
+                self.bring_up(other, &new_parent, new_name)?;
+            }
+            if self.rename_locked(&node, &parent, name, &new_parent, new_name, mode)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether there is anything to do.
+    fn check_kinds(node: &Arc<Node>, other: Option<&Arc<Node>>, mode: RenameMode) -> Result<bool> {
+        match (mode, other) {
+            (RenameMode::NoReplace, Some(_)) => Err(Errno::EEXIST.into()),
+            (RenameMode::Exchange, None) => Err(Errno::ENOENT.into()),
+            (_, None) => Ok(true),
+            // Two names of one file: POSIX leaves both.
+            (_, Some(other)) if Arc::ptr_eq(node, other) => Ok(false),
+            (RenameMode::Replace, Some(other)) => {
+                match (node.directory.is_some(), other.directory.is_some()) {
+                    (true, false) => Err(Errno::ENOTDIR.into()),
+                    (false, true) => Err(Errno::EISDIR.into()),
+                    _ => Ok(true),
+                }
+            }
+            (RenameMode::Exchange, Some(_)) => Ok(true),
+        }
+    }
+
+    /// Copies a node up and sees to it that this very name of it is in the upper.
+    fn bring_up(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &OsStr) -> Result<()> {
+        self.copy_up(node, Content::All)?;
+        self.copy_up(parent, Content::All)?;
+        if node.directory.is_some() || node.place.read().index.is_none() {
+            return Ok(());
+        }
+        let source = self.with_upper(node, |object| object.open(libc::O_PATH))?;
+        let state = Self::directory(parent)?.state.write();
+        if state.children.get(name) != Some(&node.id)
+            || !matches!(self.in_upper(parent, &state, name)?, InUpper::Nothing)
+        {
+            return Ok(());
+        }
+        let dir = self.dir_fd(parent)?;
+        self.mark_impure(&state, dir.as_fd())?;
+        let before = fs::fstat(dir.as_fd())?;
+        let mut place = node.place.write();
+        self.store_links(Object::Path(source.as_fd()), place.link_offset - 1)?;
+        fs::link_fd(source.as_fd(), dir.as_fd(), name)?;
+        place.link_offset -= 1;
+        super::copyup::restore_times(dir.as_fd(), &before)
+    }
+
+    fn lock_two<'a>(&self, parent: &'a Arc<Node>, new_parent: &'a Arc<Node>) -> Result<Locked<'a>> {
+        let first = &Self::directory(parent)?.state;
+        let second = &Self::directory(new_parent)?.state;
+        if Arc::ptr_eq(parent, new_parent) {
+            return Ok(Locked {
+                first: first.write(),
+                second: None,
+            });
+        }
+        let parent_first = is_above(parent, new_parent)
+            || (!is_above(new_parent, parent) && parent.id < new_parent.id);
+        let (first, second) = if parent_first {
+            let first = first.write();
+            (first, second.write())
+        } else {
+            let second = second.write();
+            (first.write(), second)
+        };
+        Ok(Locked {
+            first,
+            second: Some(second),
+        })
+    }
+
+    /// The rename itself; false when something changed before the locks were had.
+    fn rename_locked(
+        &self,
+        node: &Arc<Node>,
+        parent: &Arc<Node>,
+        name: &OsStr,
+        new_parent: &Arc<Node>,
+        new_name: &OsStr,
+        mode: RenameMode,
+    ) -> Result<bool> {
+        let _order = (!Arc::ptr_eq(parent, new_parent)).then(|| self.rename_lock.lock());
+        if node.directory.is_some() && (Arc::ptr_eq(node, new_parent) || is_above(node, new_parent))
+        {
+            return Err(Errno::EINVAL.into());
+        }
+        let mut locked = self.lock_two(parent, new_parent)?;
+        let still = self.child_locked(parent, locked.source(), name)?;
+        if !still.is_some_and(|still| Arc::ptr_eq(&still, node)) {
+            return Ok(false);
+        }
+        let other = self.child_locked(new_parent, locked.target(), new_name)?;
+        if !Self::check_kinds(node, other.as_ref(), mode)? {
+            return Ok(true);
+        }
+        if mode == RenameMode::Exchange && other.as_ref().is_some_and(|other| !other.in_upper()) {
+            return Ok(false);
+        }
+        if let Some(other) = &other
+            && other.directory.is_some()
+            && (Arc::ptr_eq(other, parent) || is_above(other, parent))
+        {
+            return Err(match mode {
+                RenameMode::Exchange => Errno::EINVAL,
+                _ => Errno::ENOTEMPTY,
+            }
+            .into());
+        }
+        let dir = self.dir_fd(parent)?;
+        let new_dir = self.dir_fd(new_parent)?;
+        let from = End {
+            parent,
+            name,
+            dir: dir.as_fd(),
+            covered: self.lower_has(parent, name)?,
+        };
+        let to = End {
+            parent: new_parent,
+            name: new_name,
+            dir: new_dir.as_fd(),
+            covered: self.lower_has(new_parent, new_name)?,
+        };
+        self.prepare_move(node, &from, &to, locked.target())?;
+        match (mode, other) {
+            (RenameMode::Exchange, Some(other)) => {
+                self.prepare_move(&other, &to, &from, locked.source())?;
+                fs::renameat2(from.dir, name, to.dir, new_name, libc::RENAME_EXCHANGE)?;
+                moved(node, &from, &to);
+                moved(&other, &to, &from);
+                locked.source().changed(name);
+                locked.target().changed(new_name);
+                locked.source().children.insert(name.into(), other.id);
+                locked.target().children.insert(new_name.into(), node.id);
+            }
+            (_, other) => self.replace(node, &from, &to, other, &mut locked)?,
+        }
+        Ok(true)
+    }
+
+    /// Marks what is about to move so that it stays what it is under the new name.
+    fn prepare_move(
+        &self,
+        node: &Arc<Node>,
+        from: &End<'_>,
+        to: &End<'_>,
+        target: &DirState,
+    ) -> Result<()> {
+        self.carry_impure(node, target, to.dir)?;
+        if node.kind != FileKind::Directory {
+            return Ok(());
+        }
+        let object = Object::Entry(from.dir, from.name);
+        if !node.place.read().lowers.is_empty() {
+            let path = self.lower_path(node)?;
+            xattr::set(object, self.family.redirect(), path.as_bytes(), 0)
+                .context("noting where a renamed directory continues")?;
+        } else if to.covered {
+            xattr::set(object, self.family.opaque(), b"y", 0)
+                .context("marking a renamed directory as opaque")?;
+        }
+        Ok(())
+    }
+
+    /// The path under which a merged directory is found in the layers below: its union path, with what
+    /// the upper's redirects say in place of names (`ovl_get_redirect` in fs/overlayfs/dir.c).
+    fn lower_path(&self, node: &Arc<Node>) -> Result<OsString> {
+        let mut names: Vec<OsString> = Vec::new();
+        let mut at = Arc::clone(node);
+        while at.id != NodeId::ROOT {
+            let name = at.name().ok_or(Errno::ENOENT)?;
+            let mut step = name.name.to_os_string();
+            if at.in_upper() {
+                let fd = self.dir_fd(&at)?;
+                if let Some(redirect) = self.redirect_mark(Object::Open(fd.as_fd()))? {
+                    step = redirect.into_os_string();
+                }
+            }
+            let absolute = step.as_bytes().starts_with(b"/");
+            names.push(step);
+            if absolute {
+                break;
+            }
+            at = name.parent;
+        }
+        let mut path = OsString::new();
+        for name in names.iter().rev() {
+            if !name.as_bytes().starts_with(b"/") {
+                path.push("/");
+            }
+            path.push(name);
+        }
+        Ok(path)
+    }
+
+    fn replace(
+        &self,
+        node: &Arc<Node>,
+        from: &End<'_>,
+        to: &End<'_>,
+        other: Option<Arc<Node>>,
+        locked: &mut Locked<'_>,
+    ) -> Result<()> {
+        let mut in_upper = false;
+        let mut orphan = None;
+        let mut inner = None;
+        if let Some(other) = &other {
+            if let Some(directory) = &other.directory {
+                let state = directory.state.write();
+                self.check_empty(other, &state)?;
+                inner = Some(state);
+            }
+            in_upper = self.has_upper_entry(to.parent, locked.target(), to.name, other)?;
+            orphan = self.orphan_before_unlink(other, to.dir, to.name, in_upper)?;
+        }
+        let whiteout = other.is_none() || !in_upper;
+        let whiteout = whiteout
+            && matches!(
+                self.in_upper(to.parent, locked.target(), to.name)?,
+                InUpper::Whiteout
+            );
+        if node.kind == FileKind::Directory && (in_upper || whiteout) {
+            self.rename_over(from, to)?;
+        } else {
+            self.rename_away(from, to)?;
+        }
+        if let Some(mut state) = inner {
+            state.removed = true;
+        }
+        if let Some(other) = &other {
+            self.name_gone(to.parent, locked.target(), to.name, other, in_upper, orphan)?;
+        }
+        moved(node, from, to);
+        let source = locked.source();
+        source.children.remove(from.name);
+        source.changed(from.name);
+        let target = locked.target();
+        target.changed(to.name);
+        target.children.insert(to.name.into(), node.id);
+        Ok(())
+    }
+
+    /// Moves to a name that is free in the upper, or a file over a file or whiteout.
+    fn rename_away(&self, from: &End<'_>, to: &End<'_>) -> Result<()> {
+        if from.covered {
+            match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_WHITEOUT) {
+                Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM) => {}
+                result => return Ok(result?),
+            }
+        }
+        fs::renameat2(from.dir, from.name, to.dir, to.name, 0)?;
+        if from.covered {
+            self.put_whiteout(from.dir, from.name)?;
+        }
+        Ok(())
+    }
+
+    /// Moves a directory over what the host would not let a directory replace: a whiteout, or a directory
+    /// that holds whiteouts.
+    fn rename_over(&self, from: &End<'_>, to: &End<'_>) -> Result<()> {
+        let upper = self.upper()?;
+        match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_EXCHANGE) {
+            Ok(()) => {}
+            Err(Errno::EINVAL | Errno::ENOSYS) => {
+                let away = Temp::new(upper);
+                fs::renameat2(to.dir, to.name, upper.work(), &away.name, 0)?;
+                return self.rename_away(from, to);
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+        let left = fs::fstatat(from.dir, from.name)?;
+        let directory = left.st_mode & libc::S_IFMT == libc::S_IFDIR;
+        match (directory, from.covered) {
+            // The whiteout has come to where one is needed.
+            (false, true) => Ok(()),
+            (false, false) => Ok(fs::unlinkat(from.dir, from.name)?),
+            (true, covered) => self.remove_directory(from.dir, from.name, true, covered),
+        }
+    }
+}
+
+/// Whether `above` is an ancestor of `node`. Holds only as long as no directory moves between others.
+fn is_above(above: &Arc<Node>, node: &Arc<Node>) -> bool {
+    let mut at = node.name();
+    while let Some(name) = at {
+        if Arc::ptr_eq(&name.parent, above) {
+            return true;
+        }
+        at = name.parent.name();
+    }
+    false
+}
+
+fn moved(node: &Node, from: &End<'_>, to: &End<'_>) {
+    let mut place = node.place.write();
+    place
+        .names
+        .retain(|known| !(Arc::ptr_eq(&known.parent, from.parent) && &*known.name == from.name));
+    place.names.push(Name {
+        parent: Arc::clone(to.parent),
+        name: to.name.into(),
+    });
+}

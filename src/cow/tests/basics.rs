@@ -1,0 +1,318 @@
+//! Reading, writing, making, removing and moving, one rule at a time.
+
+use super::*;
+
+#[test]
+fn the_topmost_layer_wins_and_directories_merge() {
+    let fixture = Fixture::new(3, |lowers| {
+        put(lowers[0].join("d/a"), "top");
+        put(lowers[1].join("d/a"), "middle");
+        put(lowers[1].join("d/b"), "middle");
+        put(lowers[2].join("d/c"), "bottom");
+    });
+    assert_eq!(fixture.list("d"), ["a", "b", "c"]);
+    assert_eq!(fixture.read("d/a"), "top");
+    assert_eq!(fixture.read("d/c"), "bottom");
+    assert_eq!(errno(fixture.find("d/x")), libc::ENOENT);
+    assert_eq!(errno(fixture.find("d/a/x")), libc::ENOTDIR);
+}
+
+#[test]
+fn a_write_copies_up_and_leaves_the_lower_alone() {
+    let mut fixture = Fixture::new(1, |lowers| put(lowers[0].join("d/e/f"), "old"));
+    let before = fixture.find("d/e/f").unwrap();
+    fixture.write("d/e/f", "new!").unwrap();
+    let after = fixture.find("d/e/f").unwrap();
+    assert_eq!(after.node, before.node);
+    assert_eq!(fixture.read("d/e/f"), "new!");
+    assert_eq!(
+        std::fs::read(fixture.lowers[0].join("d/e/f")).unwrap(),
+        b"old"
+    );
+    assert_eq!(fixture.list("d/e"), ["f"]);
+    fixture.check_remount();
+}
+
+#[test]
+fn removed_lower_names_leave_whiteouts_and_upper_ones_nothing() {
+    let mut fixture = Fixture::new(2, |lowers| {
+        put(lowers[0].join("d/a"), "0");
+        put(lowers[1].join("d/a"), "1");
+        put(lowers[1].join("d/sub/x"), "1");
+    });
+    fixture.unlink("d/a").unwrap();
+    assert!(is_whiteout(fixture.upper().join("d/a")));
+    assert_eq!(errno(fixture.rmdir("d/sub")), libc::ENOTEMPTY);
+    fixture.unlink("d/sub/x").unwrap();
+    fixture.rmdir("d/sub").unwrap();
+    assert!(is_whiteout(fixture.upper().join("d/sub")));
+    assert!(fixture.list("d").is_empty());
+    fixture.write("d/new", "").unwrap();
+    fixture.unlink("d/new").unwrap();
+    assert!(!fixture.upper().join("d/new").exists());
+    fixture.check_remount();
+    fixture.write("d/a", "again").unwrap();
+    fixture.mkdir("d/sub").unwrap();
+    assert!(fixture.list("d/sub").is_empty());
+    fixture.check_remount();
+    fixture.rmdir("d/sub").unwrap();
+    fixture.unlink("d/a").unwrap();
+    fixture.rmdir("d").unwrap();
+    assert!(is_whiteout(fixture.upper().join("d")));
+    assert!(fixture.list("").is_empty());
+    fixture.check_remount();
+}
+
+#[test]
+fn a_renamed_lower_directory_keeps_its_children() {
+    let mut fixture = Fixture::new(2, |lowers| {
+        put(lowers[0].join("a/b/c"), "c0");
+        put(lowers[1].join("a/b/d"), "d1");
+        put(lowers[1].join("t/keep"), "t");
+    });
+    let number = fixture.node("a/b");
+    fixture.mv("a/b", "t/moved");
+    assert_eq!(fixture.node("t/moved"), number);
+    assert_eq!(fixture.list("t/moved"), ["c", "d"]);
+    fixture.check_remount();
+    fixture.mv("t", "u");
+    fixture.mv("u/moved", "back");
+    assert_eq!(fixture.list("back"), ["c", "d"]);
+    assert!(fixture.list("a").is_empty());
+    fixture.check_remount();
+    fixture.mkdir("a/b").unwrap();
+    assert!(fixture.list("a/b").is_empty());
+    fixture.check_remount();
+}
+
+#[test]
+fn a_directory_over_an_emptied_one_hides_what_is_below() {
+    let mut fixture = Fixture::new(1, |lowers| {
+        put(lowers[0].join("old/x"), "x");
+        put(lowers[0].join("other/y"), "y");
+    });
+    fixture.unlink("old/x").unwrap();
+    fixture.mkdir("new").unwrap();
+    fixture.write("new/z", "z").unwrap();
+    fixture.mv("new", "old");
+    assert_eq!(fixture.list("old"), ["z"]);
+    fixture.check_remount();
+    fixture
+        .rename("old", "other", RenameMode::Exchange)
+        .unwrap();
+    assert_eq!(fixture.list("old"), ["y"]);
+    assert_eq!(fixture.list("other"), ["z"]);
+    fixture.check_remount();
+    assert_eq!(
+        errno(fixture.rename("old", "old/in", RenameMode::Replace)),
+        libc::EINVAL
+    );
+    assert_eq!(
+        errno(fixture.rename("old", "other", RenameMode::Replace)),
+        libc::ENOTEMPTY
+    );
+    assert_eq!(
+        errno(fixture.rename("old", "other", RenameMode::NoReplace)),
+        libc::EEXIST
+    );
+}
+
+#[test]
+fn all_names_of_a_lower_file_stay_one_file() {
+    let mut fixture = Fixture::new(1, |lowers| {
+        put(lowers[0].join("a"), "text");
+        std::fs::hard_link(lowers[0].join("a"), lowers[0].join("b")).unwrap();
+        std::fs::hard_link(lowers[0].join("a"), lowers[0].join("c")).unwrap();
+    });
+    assert_eq!(fixture.node("a"), fixture.node("b"));
+    fixture.write("a", "changed").unwrap();
+    assert_eq!(fixture.read("b"), "changed");
+    assert_eq!(fixture.find("c").unwrap().attr.nlink, 3);
+    fixture.check_remount();
+    assert_eq!(fixture.read("c"), "changed");
+    fixture.link("b", "d").unwrap();
+    assert_eq!(fixture.find("d").unwrap().attr.nlink, 4);
+    fixture.check_remount();
+    fixture.unlink("b").unwrap();
+    fixture.mv("c", "e");
+    assert_eq!(fixture.find("e").unwrap().attr.nlink, 3);
+    fixture.check_remount();
+    for name in ["a", "d"] {
+        fixture.unlink(name).unwrap();
+    }
+    fixture.check_remount();
+    assert_eq!(fixture.find("e").unwrap().attr.nlink, 1);
+    fixture.unlink("e").unwrap();
+    fixture.check_remount();
+    fixture.write("b", "fresh").unwrap();
+    assert_eq!(fixture.find("b").unwrap().attr.nlink, 1);
+    fixture.check_remount();
+}
+
+#[test]
+fn a_removed_file_lives_until_it_is_forgotten() {
+    let fixture = Fixture::new(1, |lowers| put(lowers[0].join("low"), "low"));
+    fixture.write("up", "up").unwrap();
+    for (name, text) in [("low", "low"), ("up", "up")] {
+        let entry = fixture.find(name).unwrap();
+        fixture.unlink(name).unwrap();
+        assert_eq!(fixture.read_node(entry.node).unwrap(), text);
+        assert_eq!(fixture.union().getattr(entry.node, None).unwrap().nlink, 0);
+        fixture
+            .union()
+            .write(entry.node, None, 0, b"X", false)
+            .unwrap();
+        assert_eq!(&fixture.read_node(entry.node).unwrap()[..1], "X");
+        assert_eq!(fixture.union().getattr(entry.node, None).unwrap().nlink, 0);
+    }
+    assert!(fixture.list("").is_empty());
+}
+
+#[test]
+fn forgotten_nodes_leave_the_table() {
+    let fixture = Fixture::new(1, |lowers| put(lowers[0].join("d/e/f"), "f"));
+    let union = fixture.union();
+    for _ in 0..3 {
+        let d = union.lookup(NodeId::ROOT, OsStr::new("d")).unwrap().node;
+        let e = union.lookup(d, OsStr::new("e")).unwrap().node;
+        let f = union.lookup(e, OsStr::new("f")).unwrap().node;
+        assert_eq!(union.table.all().len(), 4);
+        union.forget(d, 1);
+        union.forget(e, 1);
+        assert_eq!(union.table.all().len(), 4);
+        union.forget(f, 1);
+        assert_eq!(union.table.all().len(), 1);
+    }
+}
+
+#[test]
+fn marks_cannot_be_forged() {
+    let mut fixture = Fixture::new(1, |lowers| put(lowers[0].join("d/a"), "a"));
+    let d = fixture.node("d");
+    let name = OsStr::new("trusted.overlay.opaque");
+    fixture
+        .union()
+        .setxattr(d, name, b"y", SetXattrMode::Any)
+        .unwrap();
+    fixture.check_remount();
+    assert_eq!(fixture.list("d"), ["a"]);
+    let d = fixture.node("d");
+    assert_eq!(fixture.union().getxattr(d, name).unwrap(), b"y");
+    assert_eq!(fixture.union().listxattr(d).unwrap(), [name]);
+    let made = fixture
+        .union()
+        .mknod(d, OsStr::new("w"), libc::S_IFCHR, 0, &Caller::ROOT);
+    assert_eq!(errno(made), libc::EPERM);
+    for name in [".wh.a", ".wh..wh..opq"] {
+        fixture.write(&format!("d/{name}"), "plain").unwrap();
+    }
+    fixture.check_remount();
+    assert_eq!(fixture.list("d"), [".wh..wh..opq", ".wh.a", "a"]);
+}
+
+#[test]
+fn every_dialect_of_whiteout_is_read_in_a_lower() {
+    let mut fixture = Fixture::new(2, |lowers| {
+        for name in ["a", "b", "o/x", "f/x", "r/x"] {
+            put(lowers[1].join(name), "below");
+        }
+        put(lowers[0].join(".wh.a"), "");
+        nix::sys::stat::mknod(
+            &lowers[0].join("b"),
+            nix::sys::stat::SFlag::S_IFCHR,
+            nix::sys::stat::Mode::empty(),
+            0,
+        )
+        .unwrap();
+        put(lowers[0].join("o/.wh..wh..opq"), "");
+        put(lowers[0].join("f/own"), "");
+        put(lowers[0].join("r/own"), "");
+        put(lowers[0].join(".wh.r"), "");
+        let dir = crate::sys::fs::open_path(&lowers[0].join("f"), libc::O_RDONLY).unwrap();
+        let object = crate::sys::fs::Object::Open(std::os::fd::AsFd::as_fd(&dir));
+        crate::sys::xattr::set(object, OsStr::new("user.fuseoverlayfs.opaque"), b"y", 0).unwrap();
+    });
+    assert_eq!(fixture.list(""), ["f", "o", "r"]);
+    assert!(fixture.list("o").is_empty());
+    assert_eq!(fixture.list("f"), ["own"]);
+    assert_eq!(fixture.list("r"), ["own"]);
+    assert_eq!(errno(fixture.find("a")), libc::ENOENT);
+    assert_eq!(errno(fixture.find(".wh.a")), libc::ENOENT);
+    fixture.check_remount();
+}
+
+#[test]
+fn without_an_upper_every_change_is_erofs() {
+    let fixture = Fixture::new(1, |lowers| put(lowers[0].join("f"), "f"));
+    let union = Union::open(UnionConfig {
+        upper: None,
+        ..fixture.config()
+    })
+    .unwrap();
+    let f = union.lookup(NodeId::ROOT, OsStr::new("f")).unwrap().node;
+    assert!(union.is_read_only());
+    assert_eq!(
+        errno(union.unlink(NodeId::ROOT, OsStr::new("f"))),
+        libc::EROFS
+    );
+    assert_eq!(
+        errno(union.open_file(f, libc::O_WRONLY, &Caller::ROOT)),
+        libc::EROFS
+    );
+    assert_eq!(
+        errno(union.mkdir(NodeId::ROOT, OsStr::new("d"), 0o755, &Caller::ROOT)),
+        libc::EROFS
+    );
+    assert_eq!(
+        errno(union.setattr(f, None, &SetAttr::default(), &Caller::ROOT)),
+        libc::EROFS
+    );
+    assert!(union.statfs().unwrap().blocks > 0);
+}
+
+#[test]
+fn directories_that_do_not_fit_get_an_error_of_their_own() {
+    let fixture = Fixture::new(1, |_| {});
+    let open = |config: UnionConfig| Union::open(config).err();
+    let base = fixture.config();
+    assert!(matches!(
+        open(base.clone()),
+        Some(OpenError::WorkInUse { .. })
+    ));
+    assert!(matches!(
+        open(UnionConfig::default()),
+        Some(OpenError::NoLayer)
+    ));
+    let lower = |path: PathBuf| UnionConfig {
+        lowers: vec![path],
+        upper: None,
+        ..base.clone()
+    };
+    assert!(matches!(
+        open(lower("/nonexistent".into())),
+        Some(OpenError::Lower { .. })
+    ));
+    put(fixture.base.path().join("file"), "");
+    assert!(matches!(
+        open(lower(fixture.base.path().join("file"))),
+        Some(OpenError::LowerNotDirectory { .. })
+    ));
+    let upper = |dir: PathBuf, work: PathBuf| UnionConfig {
+        upper: Some(UpperConfig { dir, work }),
+        ..base.clone()
+    };
+    let inside = fixture.upper().join("inside");
+    std::fs::create_dir(&inside).unwrap();
+    assert!(matches!(
+        open(upper(fixture.upper(), inside)),
+        Some(OpenError::Overlap { .. })
+    ));
+    assert!(matches!(
+        open(upper(fixture.upper(), fixture.upper())),
+        Some(OpenError::Overlap { .. })
+    ));
+    assert!(matches!(
+        open(upper(fixture.upper(), "/dev/shm".into())),
+        Some(OpenError::DifferentFileSystems { .. })
+    ));
+}

@@ -1,0 +1,282 @@
+//! The writable layer: its directories on the host, and how an object in it is reached.
+//!
+//! The work directory is laid out as kernel overlayfs has it: `work/` for objects that are being made,
+//! `index/` for hard links to copied-up files that have more names in a lower layer.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use nix::errno::Errno;
+
+use super::error::{Context, Result};
+use super::file::Backing;
+use super::node::{Node, Orphan};
+use super::types::{FileKind, NodeId};
+use super::union::Union;
+use crate::sys::fs::{self, Object};
+use crate::sys::{dirents, xattr};
+
+/// The upper's descriptors.
+pub(super) struct Upper {
+    /// Top of the layer.
+    pub(super) root: Arc<OwnedFd>,
+    /// Device of the file system of upper and work.
+    pub(super) dev: u64,
+    /// `work/`: objects on their way into the upper, and those that have lost their last name.
+    pub(super) work: Arc<OwnedFd>,
+    /// `index/`.
+    pub(super) index: Arc<OwnedFd>,
+    /// Whether the index has any entry.
+    pub(super) indexed: AtomicBool,
+    /// The work directory that the configuration names, locked.
+    pub(super) _lock: OwnedFd,
+    pub(super) next_name: AtomicU64,
+    /// Orphans that are held by a descriptor.
+    pub(super) orphan_fds: AtomicU64,
+    /// How many may be.
+    pub(super) orphan_fd_limit: u64,
+    /// Whiteouts are made as character devices; otherwise in xattr form.
+    pub(super) device_whiteouts: AtomicBool,
+}
+
+impl Upper {
+    /// A name for something new in the work directory.
+    pub(super) fn temp_name(&self) -> OsString {
+        format!("#{:x}", self.next_name.fetch_add(1, Ordering::Relaxed)).into()
+    }
+
+    pub(super) fn work(&self) -> BorrowedFd<'_> {
+        self.work.as_fd()
+    }
+
+    pub(super) fn index(&self) -> BorrowedFd<'_> {
+        self.index.as_fd()
+    }
+}
+
+/// A name in the work directory that is removed again unless the object has left it.
+pub(super) struct Temp<'a> {
+    upper: &'a Upper,
+    pub(super) name: OsString,
+    kept: bool,
+}
+
+impl<'a> Temp<'a> {
+    /// A free name; nothing is made.
+    pub(super) fn new(upper: &'a Upper) -> Self {
+        Self {
+            upper,
+            name: upper.temp_name(),
+            kept: false,
+        }
+    }
+
+    pub(super) fn object(&self) -> Object<'_> {
+        Object::Entry(self.upper.work(), &self.name)
+    }
+
+    /// Moves the object to its place; `flags` are renameat2's. With an exchange, what was there is
+    /// removed from the work directory afterwards.
+    pub(super) fn install(
+        mut self,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+        flags: u32,
+    ) -> Result<(), (Self, Errno)> {
+        match fs::renameat2(self.upper.work(), &self.name, dir, name, flags) {
+            Ok(()) => {
+                self.kept = flags & libc::RENAME_EXCHANGE == 0;
+                Ok(())
+            }
+            Err(errno) => Err((self, errno)),
+        }
+    }
+}
+
+impl Drop for Temp<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            remove_tree(self.upper.work(), &self.name);
+        }
+    }
+}
+
+/// Removes an object of the work directory, a directory with what is in it. Failing leaves something
+/// behind that the next mount clears away.
+pub(super) fn remove_tree(dir: BorrowedFd<'_>, name: &OsStr) {
+    match fs::unlinkat(dir, name) {
+        Err(Errno::EISDIR | Errno::EPERM) => {}
+        Ok(()) | Err(_) => return,
+    }
+    if fs::rmdirat(dir, name).is_ok() {
+        return;
+    }
+    if let Ok(inner) = fs::openat(dir, name, libc::O_RDONLY | libc::O_DIRECTORY, 0) {
+        let mut names = Vec::new();
+        let listed = dirents::read_all(inner.as_fd(), &mut |entry| {
+            names.push(entry.name.to_owned());
+        });
+        if let Err(errno) = listed {
+            tracing::warn!(%errno, "cannot list a leftover in the work directory");
+        }
+        for name in names {
+            remove_tree(inner.as_fd(), &name);
+        }
+    }
+    if let Err(errno) = fs::rmdirat(dir, name) {
+        tracing::warn!(%errno, ?name, "cannot remove a leftover in the work directory");
+    }
+}
+
+/// How an upper object is reached, kept alive.
+pub(super) enum Reach {
+    Path(Arc<OwnedFd>),
+    Entry(Arc<OwnedFd>, Arc<OsStr>),
+    Io(Arc<Backing>),
+}
+
+impl Reach {
+    fn object(&self) -> Option<Object<'_>> {
+        match self {
+            Self::Path(fd) => Some(Object::Path(fd.as_fd())),
+            Self::Entry(dir, name) => Some(Object::Entry(dir.as_fd(), name)),
+            Self::Io(backing) => backing.upper_fd().map(Object::Open),
+        }
+    }
+}
+
+impl Union {
+    /// The upper, or EROFS.
+    pub(super) fn upper(&self) -> Result<&Upper> {
+        self.upper.as_ref().ok_or(Errno::EROFS.into())
+    }
+
+    /// A descriptor of the upper directory of `node`, opened for reading (a removed one may be
+    /// `O_PATH`).
+    pub(super) fn dir_fd(&self, node: &Arc<Node>) -> Result<Arc<OwnedFd>> {
+        /// A rename may move an ancestor while we walk down to the node.
+        const TRIES: u32 = 16;
+        let mut tries = 0;
+        loop {
+            match self.try_dir_fd(node) {
+                Err(error)
+                    if tries < TRIES
+                        && (error.is(Errno::ENOENT)
+                            || error.is(Errno::ESTALE)
+                            || error.is(Errno::ENOTDIR)) =>
+                {
+                    tries += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn try_dir_fd(&self, node: &Arc<Node>) -> Result<Arc<OwnedFd>> {
+        let upper = self.upper()?;
+        let mut missing: Vec<(Arc<Node>, Arc<OsStr>)> = Vec::new();
+        let mut at = Arc::clone(node);
+        let mut fd = loop {
+            if at.id == NodeId::ROOT {
+                break Arc::clone(&upper.root);
+            }
+            let directory = at.directory.as_ref().ok_or(Errno::ENOTDIR)?;
+            if let Some(fd) = directory.fd.get() {
+                break fd;
+            }
+            let (name, orphan) = {
+                let place = at.place.read();
+                (place.names.first().cloned(), place.orphan.clone())
+            };
+            match (name, orphan) {
+                (_, Some(Orphan::Fd(fd))) => break fd,
+                (_, Some(Orphan::Work(name))) => {
+                    missing.push((at, name));
+                    break Arc::clone(&upper.work);
+                }
+                (Some(name), None) => {
+                    missing.push((at, name.name));
+                    at = name.parent;
+                }
+                (None, None) => return Err(Errno::ENOENT.into()),
+            }
+        };
+        for (node, name) in missing.into_iter().rev() {
+            let opened = fs::openat(fd.as_fd(), &name, libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
+            let stat = fs::fstat(opened.as_fd())?;
+            let expected = node.place.read().upper;
+            if stat.st_dev != upper.dev || Some(stat.st_ino) != expected {
+                return Err(Errno::ESTALE).context("an upper directory was replaced");
+            }
+            fd = Arc::new(opened);
+            if let Some(directory) = &node.directory {
+                directory.fd.set(&self.budget, Arc::clone(&fd));
+            }
+        }
+        Ok(fd)
+    }
+
+    /// Runs `body` on the upper object of `node`. Must not be called with a directory locked: where the
+    /// object is reached by its name, its directory is locked meanwhile so that it keeps it.
+    pub(super) fn with_upper<T>(
+        &self,
+        node: &Arc<Node>,
+        body: impl FnOnce(Object<'_>) -> Result<T, Errno>,
+    ) -> Result<T> {
+        let upper = self.upper()?;
+        if node.kind == FileKind::Directory {
+            let fd = self.dir_fd(node)?;
+            let removed = matches!(node.place.read().orphan, Some(Orphan::Fd(_)));
+            let object = if removed {
+                Object::Path(fd.as_fd())
+            } else {
+                Object::Open(fd.as_fd())
+            };
+            return Ok(body(object)?);
+        }
+        let reach = loop {
+            if let Some(backing) = node.io.get()
+                && backing.upper_fd().is_some()
+            {
+                break Reach::Io(backing);
+            }
+            let name = {
+                let place = node.place.read();
+                match (&place.orphan, &place.index) {
+                    (Some(Orphan::Fd(fd)), _) => break Reach::Path(Arc::clone(fd)),
+                    (Some(Orphan::Work(name)), _) => {
+                        break Reach::Entry(Arc::clone(&upper.work), Arc::clone(name));
+                    }
+                    (None, Some(name)) => {
+                        break Reach::Entry(Arc::clone(&upper.index), Arc::clone(name));
+                    }
+                    (None, None) => place.names.first().cloned().ok_or(Errno::ESTALE)?,
+                }
+            };
+            let directory = name.parent.directory.as_ref().ok_or(Errno::ENOTDIR)?;
+            let _unmoved = directory.state.read();
+            let still = node
+                .name()
+                .is_some_and(|now| Arc::ptr_eq(&now.parent, &name.parent) && now.name == name.name);
+            if still {
+                let fd = self.dir_fd(&name.parent)?;
+                return Ok(body(Object::Entry(fd.as_fd(), &name.name))?);
+            }
+        };
+        match reach.object() {
+            Some(object) => Ok(body(object)?),
+            None => Err(Errno::ESTALE.into()),
+        }
+    }
+
+    /// The value of a mark on an upper object, if it is there.
+    pub(super) fn mark(object: Object<'_>, name: &OsStr) -> Result<Option<Vec<u8>>> {
+        match xattr::get(object, name) {
+            Ok(value) => Ok(Some(value)),
+            Err(Errno::ENODATA | Errno::EOPNOTSUPP) => Ok(None),
+            Err(errno) => Err(errno).context("reading a mark of the upper layer"),
+        }
+    }
+}

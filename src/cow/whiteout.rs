@@ -1,0 +1,118 @@
+//! The marks by which a layer says more than a plain directory can: the names of the private
+//! extended attributes, and the dialects of "this name is gone".
+//!
+//! Read in a lower layer: character devices 0:0 and the `overlay.*` attributes of the mount's family
+//! as kernel overlayfs writes them (`Documentation/filesystems/overlayfs.rst`), files `.wh.NAME` and
+//! `.wh..wh..opq` as AUFS and OCI layers have them, `user.fuseoverlayfs.opaque` of fuse-overlayfs.
+//! Written: overlayfs's forms alone.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use super::types::{Attr, FileKind, XattrFamily};
+
+/// Prefix of AUFS's and OCI's whiteout files.
+pub(super) const WH_PREFIX: &[u8] = b".wh.";
+/// AUFS's and OCI's mark of an opaque directory.
+pub(super) const WH_OPAQUE: &[u8] = b".wh..wh..opq";
+/// fuse-overlayfs's mark of an opaque directory.
+pub(super) const FUSE_OVERLAYFS_OPAQUE: &str = "user.fuseoverlayfs.opaque";
+
+/// Whether an object is overlayfs's whiteout: a character device 0:0.
+pub(super) fn is_whiteout(attr: &Attr) -> bool {
+    attr.kind == FileKind::CharDevice && attr.rdev == 0
+}
+
+macro_rules! marks {
+    ($($(#[$doc:meta])* $method:ident = $name:literal;)*) => {
+        impl XattrFamily {
+            $($(#[$doc])*
+            pub(super) fn $method(self) -> &'static OsStr {
+                OsStr::new(match self {
+                    Self::Trusted => concat!("trusted.overlay.", $name),
+                    Self::User => concat!("user.overlay.", $name),
+                })
+            })*
+        }
+    };
+}
+
+marks! {
+    /// On a directory: nothing below shows through (`y`); or it holds whiteouts in xattr form (`x`).
+    opaque = "opaque";
+    /// On a directory: where in the layers below it continues.
+    redirect = "redirect";
+    /// The lower object that an upper one was copied from, as a file handle.
+    origin = "origin";
+    /// On an upper directory: entries in it may carry an origin.
+    impure = "impure";
+    /// On a file: the data is in the layers below.
+    metacopy = "metacopy";
+    /// On an upper file with an index entry: how its link count in the union relates to the host's.
+    nlink = "nlink";
+    /// On an empty regular file in a directory with opaque `x`: a whiteout.
+    whiteout = "whiteout";
+    /// Plywood's own, on the root of an upper: layers made by it hold only overlayfs's dialect, so
+    /// that `.wh.` names in it are plain files also when it has become a lower.
+    dialect = "plywood.dialect";
+    /// Plywood's own, where file handles cannot be opened: file system index and inode number of
+    /// the origin.
+    origin_number = "plywood.origin";
+}
+
+impl XattrFamily {
+    /// The prefix of all marks.
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Self::Trusted => "trusted.overlay.",
+            Self::User => "user.overlay.",
+        }
+    }
+
+    /// The name under which an attribute that a user names is stored: one that looks like a mark is
+    /// escaped, as the kernel does since 6.8.
+    pub(super) fn stored_name(self, name: &OsStr) -> OsString {
+        match name.as_bytes().strip_prefix(self.prefix().as_bytes()) {
+            Some(rest) => {
+                OsString::from_vec([self.prefix().as_bytes(), b"overlay.", rest].concat())
+            }
+            None => name.to_owned(),
+        }
+    }
+
+    /// What a stored name is shown as; nothing for a mark.
+    pub(super) fn shown_name(self, stored: OsString) -> Option<OsString> {
+        match stored.as_bytes().strip_prefix(self.prefix().as_bytes()) {
+            Some(rest) => rest
+                .strip_prefix(b"overlay.")
+                .map(|rest| OsString::from_vec([self.prefix().as_bytes(), rest].concat())),
+            None => Some(stored),
+        }
+    }
+
+    /// Whether a stored name is one of the union's marks.
+    pub(super) fn is_mark(self, stored: &OsStr) -> bool {
+        stored
+            .as_bytes()
+            .strip_prefix(self.prefix().as_bytes())
+            .is_some_and(|rest| !rest.starts_with(b"overlay."))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_named_by_a_user_is_escaped_and_shown_as_named() {
+        let family = XattrFamily::Trusted;
+        for name in ["trusted.overlay.opaque", "trusted.overlay.overlay.opaque"] {
+            let stored = family.stored_name(OsStr::new(name));
+            assert!(!family.is_mark(&stored));
+            assert_eq!(family.shown_name(stored), Some(OsString::from(name)));
+        }
+        let other = OsStr::new("user.overlay.opaque");
+        assert_eq!(family.stored_name(other), other);
+        assert_eq!(family.shown_name("trusted.overlay.opaque".into()), None);
+    }
+}

@@ -1,0 +1,125 @@
+//! Extended attributes. The union's own marks are neither shown nor reachable: what a user gives one of
+//! their names is stored escaped.
+
+use std::ffi::{OsStr, OsString};
+
+use nix::errno::Errno;
+
+use super::acl;
+use super::copyup::Content;
+use super::error::Result;
+use super::types::{NodeId, SetXattrMode};
+use super::union::Union;
+use crate::sys::xattr;
+
+impl Union {
+    fn check_acl(&self, name: &OsStr) -> Result<()> {
+        if self.no_acl && (name == acl::ACCESS || name == acl::DEFAULT) {
+            Err(Errno::EOPNOTSUPP.into())
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The value; ENODATA if there is none.
+    pub fn getxattr(&self, node: NodeId, name: &OsStr) -> Result<Vec<u8>> {
+        self.check_acl(name)?;
+        let node = self.node(node)?;
+        let stored = self.family.stored_name(name);
+        let lower = {
+            let place = node.place.read();
+            match place.upper {
+                Some(_) => None,
+                None => place.lowers.first().cloned(),
+            }
+        };
+        match lower {
+            Some(lower) => lower.object.xattr(&stored),
+            None => self.with_upper(&node, |object| xattr::get(object, &stored)),
+        }
+    }
+
+    /// All names.
+    pub fn listxattr(&self, node: NodeId) -> Result<Vec<OsString>> {
+        let node = self.node(node)?;
+        let lower = {
+            let place = node.place.read();
+            match place.upper {
+                Some(_) => None,
+                None => place.lowers.first().cloned(),
+            }
+        };
+        let stored = match lower {
+            Some(lower) => lower.object.xattr_names()?,
+            None => self.with_upper(&node, xattr::list)?,
+        };
+        Ok(stored
+            .into_iter()
+            .filter_map(|stored| self.family.shown_name(stored))
+            .filter(|name| self.check_acl(name).is_ok())
+            .collect())
+    }
+
+    /// Sets a value.
+    pub fn setxattr(
+        &self,
+        node: NodeId,
+        name: &OsStr,
+        value: &[u8],
+        mode: SetXattrMode,
+    ) -> Result<()> {
+        self.check_acl(name)?;
+        self.upper()?;
+        let node = self.node(node)?;
+        let stored = self.family.stored_name(name);
+        let flags = match mode {
+            SetXattrMode::Any => 0,
+            SetXattrMode::Create => libc::XATTR_CREATE,
+            SetXattrMode::Replace => libc::XATTR_REPLACE,
+        };
+        self.copy_up(&node, Content::All)?;
+        self.with_upper(&node, |object| xattr::set(object, &stored, value, flags))?;
+        self.default_acl_changed(&node, name);
+        Ok(())
+    }
+
+    /// Removes a value; ENODATA if there is none.
+    pub fn removexattr(&self, node: NodeId, name: &OsStr) -> Result<()> {
+        self.upper()?;
+        // Asked first, so that a failure copies nothing up.
+        self.getxattr(node, name)?;
+        let node = self.node(node)?;
+        let stored = self.family.stored_name(name);
+        self.copy_up(&node, Content::All)?;
+        self.with_upper(&node, |object| xattr::remove(object, &stored))?;
+        self.default_acl_changed(&node, name);
+        Ok(())
+    }
+
+    fn default_acl_changed(&self, node: &super::node::Node, name: &OsStr) {
+        if name == acl::DEFAULT
+            && let Some(directory) = &node.directory
+        {
+            directory.state.write().default_acl = super::node::Flag::default();
+        }
+    }
+
+    /// Target of a symbolic link.
+    pub fn readlink(&self, node: NodeId) -> Result<OsString> {
+        let node = self.node(node)?;
+        if node.kind != super::types::FileKind::Symlink {
+            return Err(Errno::EINVAL.into());
+        }
+        let lower = {
+            let place = node.place.read();
+            match place.upper {
+                Some(_) => None,
+                None => place.lowers.first().cloned(),
+            }
+        };
+        match lower {
+            Some(lower) => lower.object.readlink(),
+            None => self.with_upper(&node, |object| object.readlink()),
+        }
+    }
+}
