@@ -91,7 +91,7 @@ impl Flusher {
                 }
                 return Err(UnionError {
                     errno: error.raw_os_error().unwrap_or(libc::EIO),
-                    context: format!("flushing the dirty pages of node {}", node.0),
+                    context: format!("flushing the dirty pages of node {}", node.0).into(),
                 });
             }
         }
