@@ -1,0 +1,271 @@
+//! Containers from `create` to `rm`, and the exit codes of `run` and `exec`.
+
+use std::fs;
+
+use crate::common::{BUSYBOX, Plyd, mounts_below, until};
+
+fn plyd() -> Plyd {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    plyd
+}
+
+#[test]
+fn exit_codes_are_docker_s() {
+    let plyd = plyd();
+    for (args, code) in [
+        (&["run", "--rm", BUSYBOX, "true"][..], 0),
+        (&["run", "--rm", BUSYBOX, "sh", "-c", "exit 42"], 42),
+        (&["run", "--rm", BUSYBOX, "sh", "-c", "kill -9 $$"], 137),
+        (&["run", "--rm", BUSYBOX, "/no/such/program"], 127),
+        (&["run", "--rm", BUSYBOX, "no-such-program"], 127),
+        (&["run", "--rm", BUSYBOX, "/etc/passwd"], 126),
+        (&["run", "--rm", BUSYBOX, "/etc"], 126),
+        (&["run", "--rm", "no-such-image"], 125),
+        (&["run", "--rm", "-u", "nobody-here", BUSYBOX, "true"], 125),
+        (&["exec", "no-such-container", "true"], 125),
+    ] {
+        let done = plyd.snapctl(args);
+        assert_eq!(
+            (done.code, done.stdout.as_str()),
+            (code, ""),
+            "{args:?}: {}",
+            done.stderr
+        );
+        let failed = matches!(code, 125..=127);
+        assert_eq!(done.stderr.is_empty(), !failed, "{args:?}: {}", done.stderr);
+        assert!(done.stderr.lines().count() <= 1, "{}", done.stderr);
+    }
+    // --rm took all of them away.
+    assert_eq!(plyd.ok(["ps", "-aq"]), "");
+    assert_eq!(mounts_below(plyd.dir()), Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn a_container_is_what_its_options_say() {
+    let plyd = plyd();
+    let volume = plyd.dir().join("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("file"), "from the host\n").unwrap();
+    let spec = format!("{}:/data:ro", volume.display());
+    let script = "id -u; id -g; pwd; echo $A; hostname; cat /data/file; \
+                  touch /data/x 2>/dev/null || echo read-only; touch /tmp/y || echo read-only";
+    let output = plyd.ok([
+        "run",
+        "--rm",
+        "--name",
+        "job",
+        "-e",
+        "A=b=c",
+        "-w",
+        "/tmp",
+        "-u",
+        "1000:1000",
+        "-v",
+        &spec,
+        "--hostname",
+        "plank",
+        BUSYBOX,
+        "sh",
+        "-c",
+        script,
+    ]);
+    assert_eq!(
+        output,
+        "1000\n1000\n/tmp\nb=c\nplank\nfrom the host\nread-only\n"
+    );
+
+    let read_only = plyd.ok([
+        "run",
+        "--rm",
+        "--read-only",
+        BUSYBOX,
+        "sh",
+        "-c",
+        "touch /x 2>/dev/null || echo no",
+    ]);
+    assert_eq!(read_only, "no\n");
+    let entrypoint = plyd.ok([
+        "run",
+        "--rm",
+        "--entrypoint",
+        "echo",
+        BUSYBOX,
+        "-n",
+        "hello",
+    ]);
+    assert_eq!(entrypoint, "hello");
+    let links = plyd.ok(["run", "--rm", BUSYBOX, "ls", "/sys/class/net"]);
+    assert_eq!(links, "lo\n");
+    let host = plyd.ok([
+        "run",
+        "--rm",
+        "--network",
+        "host",
+        BUSYBOX,
+        "ls",
+        "/sys/class/net",
+    ]);
+    let mut own: Vec<String> = fs::read_dir("/sys/class/net")
+        .unwrap()
+        .flatten()
+        .map(|e| e.file_name().into_string().unwrap())
+        .collect();
+    own.sort();
+    assert_eq!(host.lines().collect::<Vec<_>>(), own);
+}
+
+#[test]
+fn a_container_from_create_to_rm() {
+    let plyd = plyd();
+    let id = plyd.ok([
+        "create",
+        "--name",
+        "job",
+        BUSYBOX,
+        "sh",
+        "-c",
+        "echo out; echo err >&2; exec sleep 1000",
+    ]);
+    let id = id.trim_end();
+    assert!(
+        id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()),
+        "{id}"
+    );
+    assert_eq!(plyd.ok(["ps", "-q"]), "");
+    let created = plyd.json(["ps", "-a", "--json"]);
+    assert_eq!(created[0]["status"], "created");
+    let mut fields: Vec<&str> = created[0]
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    fields.sort_unstable();
+    let documented = [
+        "args",
+        "auto_remove",
+        "created",
+        "error",
+        "exit_code",
+        "finished",
+        "id",
+        "image",
+        "image_id",
+        "name",
+        "oom_killed",
+        "pid",
+        "snapshot",
+        "started",
+        "status",
+        "tty",
+    ];
+    assert_eq!(fields, documented);
+    let taken = plyd.snapctl(["create", "--name", "job", BUSYBOX]);
+    assert_eq!(taken.code, 1);
+    assert!(taken.stderr.contains("job"), "{}", taken.stderr);
+
+    assert_eq!(plyd.ok(["start", "job"]), "job\n");
+    let table = plyd.ok(["ps"]);
+    let row: Vec<&str> = table.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row[..3], [&id[..12], "job", BUSYBOX]);
+    assert!(table.contains("running"), "{table}");
+    let inspected = plyd.json(["inspect", "job"]);
+    assert_eq!(inspected[0]["status"], "running");
+    assert!(inspected[0]["pid"].as_u64() > Some(1));
+    assert_eq!(inspected[0]["spec"]["process"]["args"][0], "sh");
+
+    until("the output is logged", || {
+        plyd.ok(["logs", "job"]) == "out\n"
+    });
+    assert_eq!(plyd.snapctl(["logs", "job"]).stderr, "err\n");
+    assert_eq!(plyd.ok(["exec", "job", "echo", "hello"]), "hello\n");
+    assert_eq!(plyd.snapctl(["exec", "job", "sh", "-c", "exit 9"]).code, 9);
+    assert_eq!(plyd.snapctl(["exec", "job", "no-such-program"]).code, 127);
+    assert_eq!(
+        plyd.ok([
+            "exec",
+            "-e",
+            "A=1",
+            "-w",
+            "/etc",
+            "-u",
+            "1000",
+            "job",
+            "sh",
+            "-c",
+            "echo $A $(pwd) $(id -u)"
+        ]),
+        "1 /etc 1000\n"
+    );
+
+    let running = plyd.snapctl(["rm", "job"]);
+    assert_eq!(running.code, 1);
+    assert!(
+        running.stderr.contains("-f") || running.stderr.contains("stop"),
+        "{}",
+        running.stderr
+    );
+    assert_eq!(plyd.ok(["kill", "-s", "KILL", "job"]), "job\n");
+    assert_eq!(plyd.ok(["wait", "job"]), "137\n");
+    assert_eq!(plyd.json(["ps", "-a", "--json"])[0]["exit_code"], 137);
+    assert_eq!(plyd.ok(["stop", "job"]), "job\n");
+    assert_eq!(plyd.snapctl(["kill", "job"]).code, 1);
+    assert_eq!(plyd.ok(["rm", &id[..6]]), format!("{id}\n"));
+    assert_eq!(plyd.ok(["ps", "-aq"]), "");
+    let gone = plyd.snapctl(["inspect", "job"]);
+    assert_eq!((gone.code, gone.stdout.as_str()), (1, "[]\n"));
+}
+
+#[test]
+fn stop_asks_first_and_logs_follow() {
+    let plyd = plyd();
+    let script = "trap 'echo asked; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+    plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sh", "-c", script]);
+    let follow = plyd
+        .command()
+        .args(["logs", "-f", "job"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    until("it is ready", || plyd.ok(["logs", "job"]) == "ready\n");
+    plyd.ok(["stop", "job"]);
+    assert_eq!(plyd.ok(["wait", "job"]), "5\n");
+    let followed = follow.wait_with_output().unwrap();
+    assert_eq!(
+        String::from_utf8(followed.stdout).unwrap(),
+        "ready\nasked\n"
+    );
+    assert_eq!(plyd.ok(["logs", "--tail", "1", "job"]), "asked\n");
+    let stamped = plyd.ok(["logs", "-t", "job"]);
+    assert!(stamped.lines().all(|line| line.contains("Z ")), "{stamped}");
+    // A container can be started again; force ends what runs.
+    plyd.ok(["start", "job"]);
+    assert_eq!(plyd.ok(["ps", "-q"]).lines().count(), 1);
+    plyd.ok(["rm", "-f", "job"]);
+}
+
+#[test]
+fn writes_stay_in_their_own_container() {
+    let plyd = plyd();
+    plyd.ok([
+        "run",
+        "--name",
+        "one",
+        BUSYBOX,
+        "sh",
+        "-c",
+        "echo mine >/etc/motd; echo new >/new",
+    ]);
+    let seen = plyd.ok(["run", "--rm", BUSYBOX, "sh", "-c", "cat /etc/motd; ls /"]);
+    assert!(
+        seen.starts_with("This file belongs to the image.\n") && !seen.contains("new"),
+        "{seen}"
+    );
+    let id = plyd.ok(["ps", "-aq"]);
+    let diff = plyd.ok(["snapshot", "diff", "--owner", "container", id.trim_end()]);
+    assert!(
+        diff.contains("M /etc/motd\n") && diff.contains("A /new\n"),
+        "{diff}"
+    );
+}

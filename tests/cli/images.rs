@@ -1,0 +1,168 @@
+//! `snapctl image`.
+
+use std::fs;
+use std::process::Command;
+
+use crate::common::{BUSYBOX, Plyd, busybox_archive};
+
+/// Unpacks the archive to an OCI layout directory below `plyd`'s.
+fn layout(plyd: &Plyd) -> std::path::PathBuf {
+    let dir = plyd.dir().join("layout");
+    fs::create_dir(&dir).unwrap();
+    let mut tar = Command::new("tar");
+    tar.arg("-xf").arg(busybox_archive()).arg("-C").arg(&dir);
+    assert!(tar.status().unwrap().success());
+    dir
+}
+
+#[test]
+fn an_image_comes_from_a_file_a_directory_or_stdin() {
+    let plyd = Plyd::start();
+    let archive = busybox_archive().to_str().unwrap();
+    let from_file = plyd.snapctl([
+        "image",
+        "load",
+        "-i",
+        archive,
+        "--name",
+        "example.org/file:1",
+    ]);
+    assert_eq!(from_file.code, 0, "{}", from_file.stderr);
+    assert!(
+        from_file.stdout.starts_with("loaded example.org/file:1 ("),
+        "{}",
+        from_file.stdout
+    );
+    // Not a terminal: progress is plain lines.
+    assert!(from_file.stderr.lines().count() > 0 && !from_file.stderr.contains('\x1b'));
+
+    let id = plyd.ok(["image", "ls", "-q"]);
+    let dir = layout(&plyd);
+    let from_dir = [
+        "image",
+        "load",
+        "-q",
+        "-i",
+        dir.to_str().unwrap(),
+        "--name",
+        "example.org/dir:1",
+    ];
+    assert_eq!(plyd.ok(from_dir), id);
+    let stdin = plyd.piped(["image", "load", "--json"], &fs::read(archive).unwrap());
+    assert_eq!(stdin.code, 0, "{}", stdin.stderr);
+    let loaded: serde_json::Value = serde_json::from_str(&stdin.stdout).unwrap();
+    assert_eq!(loaded[0]["id"], id.trim_end());
+    let names = loaded[0]["names"].as_array().unwrap();
+    assert!(names.iter().any(|name| name == BUSYBOX), "{loaded}");
+    assert_eq!(names.len(), 3, "{loaded}");
+}
+
+#[test]
+fn images_are_listed_inspected_and_removed() {
+    let plyd = Plyd::start();
+    assert_eq!(plyd.ok(["image", "ls", "-q"]), "");
+    plyd.load_busybox();
+    let list = plyd.json(["image", "ls", "--json"]);
+    let image = &list[0];
+    let mut fields: Vec<&str> = image
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    fields.sort_unstable();
+    let documented = [
+        "architecture",
+        "chain_id",
+        "created",
+        "diff_ids",
+        "id",
+        "manifest_digest",
+        "names",
+        "os",
+        "size",
+    ];
+    assert_eq!(fields, documented);
+    assert_eq!(image["diff_ids"].as_array().unwrap().len(), 2);
+    assert_eq!(image["os"], "linux");
+    assert!(image["size"].as_u64() > Some(500_000), "{image}");
+    let id = image["id"].as_str().unwrap();
+    assert_eq!(id.len(), 64);
+
+    let table = plyd.ok(["image", "ls"]);
+    let lines: Vec<Vec<&str>> = table
+        .lines()
+        .map(|l| l.split_whitespace().collect())
+        .collect();
+    assert_eq!(lines[0], ["NAME", "ID", "LAYERS", "CREATED", "SIZE"]);
+    assert_eq!(lines[1][..3], [BUSYBOX, &id[..12], "2"]);
+
+    let inspected = plyd.json(["image", "inspect", BUSYBOX, &id[..12]]);
+    assert_eq!(inspected[0]["config"]["config"]["Cmd"][0], "/bin/sh");
+    assert_eq!(inspected[1]["manifest"]["schemaVersion"], 2);
+    assert_eq!(inspected[0]["id"], inspected[1]["id"]);
+
+    plyd.ok(["create", "--name", "user", BUSYBOX]);
+    let used = plyd.snapctl(["image", "rm", BUSYBOX]);
+    assert_eq!(
+        (used.code, used.stdout.as_str()),
+        (1, ""),
+        "{}",
+        used.stderr
+    );
+    plyd.ok(["rm", "user"]);
+    let removed = plyd.ok(["image", "rm", BUSYBOX]);
+    assert_eq!(removed, format!("untagged {BUSYBOX}\nremoved {id}\n"));
+    assert_eq!(plyd.ok(["image", "ls", "-q"]), "");
+    assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), "");
+}
+
+#[test]
+fn what_is_no_image_is_refused_and_leaves_nothing() {
+    let plyd = Plyd::start();
+    let dir = layout(&plyd);
+    let truncated = plyd.dir().join("truncated.tar");
+    let bytes = fs::read(busybox_archive()).unwrap();
+    fs::write(&truncated, &bytes[..bytes.len() / 2]).unwrap();
+    let no_layout = plyd.dir().join("no-layout");
+    fs::create_dir(&no_layout).unwrap();
+    // A blob that is not what its name says.
+    let blobs = dir.join("blobs/sha256");
+    let largest = fs::read_dir(&blobs)
+        .unwrap()
+        .flatten()
+        .max_by_key(|e| e.metadata().unwrap().len());
+    let largest = largest.unwrap().path();
+    let mut blob = fs::read(&largest).unwrap();
+    let middle = blob.len() / 2;
+    blob[middle] ^= 1;
+    fs::write(&largest, blob).unwrap();
+    let digest = largest.file_name().unwrap().to_str().unwrap();
+
+    for (path, code, words) in [
+        ("/no/such/archive", 1, "cannot open /no/such/archive"),
+        (no_layout.to_str().unwrap(), 2, "is not an OCI image layout"),
+        ("/dev/null", 1, ""),
+        (truncated.to_str().unwrap(), 1, ""),
+        (dir.to_str().unwrap(), 1, digest),
+    ] {
+        let done = plyd.snapctl(["image", "load", "-i", path]);
+        assert_eq!(
+            (done.code, done.stdout.as_str()),
+            (code, ""),
+            "{path}: {}",
+            done.stderr
+        );
+        let last = done.stderr.lines().last().unwrap();
+        assert!(
+            last.starts_with("snapctl: ") && last.contains(words),
+            "{path}: {last}"
+        );
+    }
+    let garbage = plyd.piped(["image", "load"], &[b'x'; 100_000]);
+    assert_eq!(garbage.code, 1, "{}", garbage.stderr);
+    assert_eq!(plyd.ok(["image", "ls", "-q"]), "");
+    assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), "");
+    let none = plyd.snapctl(["image", "inspect", "nope"]);
+    assert_eq!((none.code, none.stdout.as_str()), (1, "[]\n"));
+}

@@ -1,0 +1,10 @@
+//! snapctl against a real plyd: every command, what it prints, and what it exits with.
+
+#[path = "common.rs"]
+mod common;
+
+mod containers;
+mod images;
+mod snapshots;
+mod stdio;
+mod usage;

@@ -1,0 +1,247 @@
+//! `snapctl snapshot`, `mount` and `umount`.
+
+use std::fs;
+
+use crate::common::{BUSYBOX, Plyd, mounts_below};
+
+#[test]
+fn a_snapshot_from_prepare_to_removal() {
+    let plyd = Plyd::start();
+    assert_eq!(plyd.ok(["snapshot", "prepare", "work"]), "work\n");
+    let info = plyd.json(["snapshot", "info", "work", "--json"]);
+    assert_eq!(info["key"], "work");
+    assert_eq!(info["kind"], "active");
+    assert_eq!(info["owner"], "snapctl");
+    assert_eq!(info["parent"], serde_json::Value::Null);
+
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    let dir = mnt.to_str().unwrap();
+    plyd.ok(["mount", "work", dir]);
+    fs::create_dir(mnt.join("etc")).unwrap();
+    fs::write(mnt.join("etc/hosts"), "localhost\n").unwrap();
+    plyd.ok(["umount", dir]);
+    assert_eq!(fs::read_dir(&mnt).unwrap().count(), 0);
+
+    let committed = plyd.ok([
+        "snapshot",
+        "commit",
+        "work",
+        "base",
+        "--label",
+        "purpose=test",
+    ]);
+    assert_eq!(committed, "base\n");
+    let base = plyd.json(["snapshot", "info", "base", "--json"]);
+    assert_eq!(base["labels"]["purpose"], "test");
+    assert_eq!(plyd.snapctl(["snapshot", "info", "work"]).code, 1);
+
+    let prepared = plyd.json(["snapshot", "prepare", "next", "base", "--json"]);
+    assert_eq!(prepared["parent"], "base");
+    plyd.ok(["mount", "next", dir]);
+    assert_eq!(
+        fs::read_to_string(mnt.join("etc/hosts")).unwrap(),
+        "localhost\n"
+    );
+    fs::write(mnt.join("etc/hosts"), "changed\n").unwrap();
+    fs::write(mnt.join("new file"), "x").unwrap();
+    fs::create_dir(mnt.join("etc/gone")).unwrap();
+    fs::remove_dir(mnt.join("etc/gone")).unwrap();
+    let diff = plyd.ok(["snapshot", "diff", "next"]);
+    assert!(
+        diff.contains("M /etc/hosts\n") && diff.contains("A /new file\n"),
+        "{diff}"
+    );
+    let quiet = plyd.ok(["snapshot", "diff", "-q", "next"]);
+    assert!(quiet.lines().any(|line| line == "/new file"), "{quiet}");
+    let json = plyd.json(["snapshot", "diff", "--json", "next"]);
+    let added = serde_json::json!({"change": "added", "path": "/new file"});
+    assert!(json.as_array().unwrap().contains(&added), "{json}");
+    plyd.ok(["umount", dir]);
+
+    let usage = plyd.json(["snapshot", "usage", "--json", "next"]);
+    assert!(
+        usage["size"].as_u64() > Some(0) && usage["inodes"].as_u64() > Some(1),
+        "{usage}"
+    );
+
+    let busy = plyd.snapctl(["snapshot", "rm", "base"]);
+    assert_eq!(busy.code, 1);
+    assert!(busy.stderr.contains("base"), "{}", busy.stderr);
+    assert_eq!(plyd.ok(["snapshot", "rm", "next", "base"]), "next\nbase\n");
+    assert_eq!(
+        plyd.json(["snapshot", "ls", "--json"]),
+        serde_json::json!([])
+    );
+    assert_eq!(mounts_below(plyd.dir()), Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn lists_are_tables_names_or_json() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "one"]);
+    plyd.ok(["snapshot", "commit", "one", "base"]);
+    plyd.ok(["snapshot", "prepare", "two", "base"]);
+    plyd.ok(["snapshot", "view", "three", "base"]);
+
+    let table = plyd.ok(["snapshot", "ls"]);
+    let lines: Vec<Vec<&str>> = table
+        .lines()
+        .map(|l| l.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        lines[0],
+        ["KEY", "OWNER", "KIND", "PARENT", "CREATED", "MOUNTED"]
+    );
+    assert_eq!(lines.len(), 4);
+    assert!(
+        lines
+            .iter()
+            .any(|line| line[..4] == ["two", "snapctl", "active", "base"]),
+        "{table}"
+    );
+    assert!(!table.contains('|') && !table.lines().any(|line| line.ends_with(' ')));
+
+    let mut names: Vec<String> = plyd
+        .ok(["snapshot", "ls", "-q"])
+        .lines()
+        .map(Into::into)
+        .collect();
+    names.sort();
+    assert_eq!(names, ["base", "three", "two"]);
+
+    let json = plyd.json(["snapshot", "ls", "--json"]);
+    let view = json
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|s| s["key"] == "three")
+        .unwrap();
+    let mut fields: Vec<&str> = view
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    fields.sort_unstable();
+    let documented = [
+        "created",
+        "id",
+        "key",
+        "kind",
+        "labels",
+        "layer_dirs",
+        "mountpoint",
+        "owner",
+        "parent",
+        "plyfs_pid",
+        "updated",
+        "upper_dir",
+    ];
+    assert_eq!(fields, documented);
+    assert_eq!(view["kind"], "view");
+
+    assert_eq!(
+        plyd.ok(["snapshot", "tree"]),
+        "base (snapctl committed)\n|-- two (snapctl active)\n`-- three (snapctl view)\n"
+    );
+    let tree = plyd.json(["snapshot", "tree", "--json"]);
+    assert_eq!(tree[0]["children"][1]["key"], "three");
+    assert_eq!(
+        plyd.ok(["snapshot", "ls", "-q", "--owner", "containerd"]),
+        ""
+    );
+}
+
+#[test]
+fn mounts_says_what_to_mount() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    let mounts = plyd.json(["snapshot", "mounts", "--json", "work"]);
+    assert_eq!(mounts.as_array().unwrap().len(), 1);
+    assert_eq!(mounts[0]["type"], "bind");
+    let source = plyd.ok(["snapshot", "mounts", "-q", "work"]);
+    assert_eq!(mounts[0]["source"], source.trim_end());
+    let info = plyd.json(["snapshot", "info", "--json", "work"]);
+    assert_eq!(info["mountpoint"], mounts[0]["source"]);
+    assert!(info["plyfs_pid"].as_u64() > Some(1), "{info}");
+}
+
+#[test]
+fn a_view_is_mounted_read_only() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    plyd.ok(["snapshot", "view", "look", BUSYBOX]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    assert!(mnt.join("bin/busybox").is_file());
+    assert!(!mnt.join("etc/first-layer-only").exists());
+    let error = fs::write(mnt.join("x"), "x").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    plyd.ok(["umount", mnt.to_str().unwrap()]);
+}
+
+#[test]
+fn only_mounts_of_snapshots_are_unmounted() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    let source = plyd.ok(["snapshot", "mounts", "-q", "work"]);
+    let own = plyd.snapctl(["umount", source.trim_end()]);
+    assert_eq!(own.code, 2);
+    assert!(own.stderr.contains("plyd's own mount"), "{}", own.stderr);
+    let none = plyd.snapctl(["umount", plyd.dir().to_str().unwrap()]);
+    assert!(
+        none.stderr.contains("is not a mount point"),
+        "{}",
+        none.stderr
+    );
+    let foreign = plyd.snapctl(["umount", "/proc"]);
+    assert!(
+        foreign.stderr.contains("is not the mount of a snapshot"),
+        "{}",
+        foreign.stderr
+    );
+    let missing = plyd.snapctl(["mount", "work", "/no/such/dir"]);
+    assert_eq!(missing.code, 1);
+    assert!(
+        missing.stderr.contains("cannot mount at /no/such/dir"),
+        "{}",
+        missing.stderr
+    );
+}
+
+#[test]
+fn bad_requests_are_told_in_one_sentence() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    for (args, code) in [
+        (&["snapshot", "info", "nope"][..], 1),
+        (&["snapshot", "prepare", "work"], 1),
+        (&["snapshot", "prepare", "x", "no-parent"], 1),
+        (&["snapshot", "prepare", "x", "work"], 1),
+        (&["snapshot", "commit", "nope", "x"], 1),
+        (
+            &["snapshot", "commit", "work", "x", "--label", "novalue"],
+            2,
+        ),
+        (&["snapshot", "mounts", "nope"], 1),
+        (&["snapshot", "diff", "nope"], 1),
+        (&["snapshot", "usage", "nope"], 1),
+        (&["mount", "nope", "/mnt"], 1),
+    ] {
+        let done = plyd.snapctl(args);
+        assert_eq!(
+            (done.code, done.stdout.as_str()),
+            (code, ""),
+            "{args:?}: {}",
+            done.stderr
+        );
+        assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+        assert!(done.stderr.starts_with("snapctl: "), "{}", done.stderr);
+    }
+    // One bad target of several: the others are done.
+    plyd.ok(["snapshot", "prepare", "other"]);
+    let done = plyd.snapctl(["snapshot", "rm", "nope", "other"]);
+    assert_eq!((done.code, done.stdout.as_str()), (1, "other\n"));
+}
