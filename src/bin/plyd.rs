@@ -10,6 +10,7 @@ use std::sync::Arc;
 use clap::{Parser, ValueEnum};
 use plywood::grpc::server::{self, Backends};
 use plywood::image::ImageStore;
+use plywood::runtime::containers::{Containers, ContainersConfig, Roots};
 use plywood::snapshotter::{Snapshotter, SnapshotterConfig};
 use plywood::store::{self, index};
 use serde::Deserialize;
@@ -56,6 +57,12 @@ struct Settings {
     /// The plyfs program [default: beside plyd, then on PATH]
     #[arg(long, value_name = "FILE")]
     plyfs: Option<PathBuf>,
+    /// The plyshim program [default: beside plyd, then on PATH]
+    #[arg(long, value_name = "FILE")]
+    plyshim: Option<PathBuf>,
+    /// The OCI runtime [default: the first of runc and crun that works here]
+    #[arg(long, value_name = "FILE")]
+    oci_runtime: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
@@ -77,6 +84,8 @@ impl Settings {
             log_level: self.log_level.or(other.log_level),
             log_format: self.log_format.or(other.log_format),
             plyfs: self.plyfs.or(other.plyfs),
+            plyshim: self.plyshim.or(other.plyshim),
+            oci_runtime: self.oci_runtime.or(other.oci_runtime),
         }
     }
 }
@@ -151,12 +160,6 @@ fn run(settings: Settings) -> Result<(), Failure> {
         },
     )?);
     let images = Arc::new(ImageStore::open(&root, Arc::clone(&snapshotter))?);
-    let backends = Backends {
-        root: root.clone(),
-        state,
-        snapshotter: Arc::clone(&snapshotter),
-        images,
-    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
@@ -169,6 +172,23 @@ fn run(settings: Settings) -> Result<(), Failure> {
                 _ = terminate.recv() => {}
             }
             tracing::info!("ending; mounts and containers go on");
+        };
+        let containers = Containers::open(
+            &root,
+            &state,
+            Arc::clone(&snapshotter) as Arc<dyn Roots>,
+            ContainersConfig {
+                plyshim: settings.plyshim,
+                oci_runtime: settings.oci_runtime,
+            },
+        )
+        .await?;
+        let backends = Backends {
+            root: root.clone(),
+            state,
+            snapshotter: Arc::clone(&snapshotter),
+            images,
+            containers,
         };
         tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %root.display(), address, "serving");
         tell_systemd("READY=1");

@@ -14,12 +14,14 @@ use tonic::transport::Server;
 
 use super::pb::DESCRIPTORS;
 use super::pb::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use super::pb::plywood::containers_server::ContainersServer;
 use super::pb::plywood::images_server::ImagesServer;
 use super::pb::plywood::snapshot_admin_server::SnapshotAdminServer;
 use super::pb::plywood::system_server::SystemServer;
 use super::system::Place;
-use super::{images, snapshot_admin, snapshots, system};
+use super::{container, images, snapshot_admin, snapshots, system};
 use crate::image::ImageStore;
+use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
 
 /// containerd's limit, in both directions.
@@ -35,6 +37,8 @@ pub struct Backends {
     pub snapshotter: Arc<Snapshotter>,
     /// Images.
     pub images: Arc<ImageStore>,
+    /// Containers.
+    pub containers: Containers,
 }
 
 /// Why plyd cannot listen or serve.
@@ -120,6 +124,7 @@ pub async fn serve(
         state,
         snapshotter,
         images: image_store,
+        containers: all_containers,
     } = backends;
     let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
@@ -132,11 +137,23 @@ pub async fn serve(
         Arc::clone(&snapshotter),
     ))
     .max_decoding_message_size(LARGEST_MESSAGE);
+    let containers = ContainersServer::new(container::Service::new(
+        all_containers.clone(),
+        Arc::clone(&image_store),
+    ))
+    .max_decoding_message_size(LARGEST_MESSAGE)
+    .max_encoding_message_size(LARGEST_MESSAGE);
     let system = SystemServer::new(system::Service::new(
         Place { root, state },
         snapshotter,
         image_store,
+        all_containers.clone(),
     ));
+    // Streams that follow a container would keep the server from ending.
+    let end = async move {
+        end.await;
+        all_containers.close();
+    };
 
     let (health, health_service) = tonic_health::server::health_reporter();
     health
@@ -146,6 +163,9 @@ pub async fn serve(
         .set_serving::<SnapshotAdminServer<snapshot_admin::Service>>()
         .await;
     health.set_serving::<ImagesServer<images::Service>>().await;
+    health
+        .set_serving::<ContainersServer<container::Service>>()
+        .await;
     health.set_serving::<SystemServer<system::Service>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -160,6 +180,7 @@ pub async fn serve(
         .add_service(snapshots)
         .add_service(admin)
         .add_service(images)
+        .add_service(containers)
         .add_service(system)
         .serve_with_incoming_shutdown(incoming, end)
         .await?;

@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status};
 use super::pb::plywood as api;
 use super::status::blocking;
 use crate::image::ImageStore;
+use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
 
 /// Where this plyd keeps its things.
@@ -24,6 +25,7 @@ pub(super) struct Service {
     place: Place,
     snapshotter: Arc<Snapshotter>,
     images: Arc<ImageStore>,
+    containers: Containers,
 }
 
 impl Service {
@@ -31,11 +33,13 @@ impl Service {
         place: Place,
         snapshotter: Arc<Snapshotter>,
         images: Arc<ImageStore>,
+        containers: Containers,
     ) -> Self {
         Self {
             place,
             snapshotter,
             images,
+            containers,
         }
     }
 }
@@ -49,6 +53,19 @@ impl api::system_server::System for Service {
         let place = self.place.clone();
         let snapshotter = Arc::clone(&self.snapshotter);
         let images = Arc::clone(&self.images);
+        let oci_runtime = match self.containers.oci_runtime().await {
+            Ok(found) => api::OciRuntime {
+                path: found.path.to_string_lossy().into_owned(),
+                version: found.version.clone(),
+                problem: String::new(),
+            },
+            Err(error) => api::OciRuntime {
+                problem: error.to_string(),
+                ..api::OciRuntime::default()
+            },
+        };
+        let (containers, running) = self.containers.count();
+        let cgroups = self.containers.cgroups().as_str().to_owned();
         blocking(move || {
             let snapshots = snapshotter.list(None)?;
             let kernel = nix::sys::utsname::uname()
@@ -63,6 +80,10 @@ impl api::system_server::System for Service {
                 images: images.list()?.len() as u64,
                 snapshots: snapshots.len() as u64,
                 mounts: snapshots.iter().filter(|s| s.mount.is_some()).count() as u64,
+                oci_runtime: Some(oci_runtime),
+                containers: containers as u64,
+                containers_running: running as u64,
+                cgroups,
                 ..api::InfoSystemResponse::default()
             }))
         })
