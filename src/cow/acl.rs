@@ -30,7 +30,7 @@ const OTHER: u16 = 0x20;
 fn masked(default: &[u8], perm: u32) -> Option<(Vec<u8>, u32)> {
     let mut acl = default.to_vec();
     let version = u32::from_le_bytes(acl.get(..HEADER)?.try_into().ok()?);
-    if version != VERSION || (acl.len() - HEADER) % ENTRY != 0 {
+    if version != VERSION || !(acl.len() - HEADER).is_multiple_of(ENTRY) {
         return None;
     }
     let mut bits = perm & !0o777;

@@ -160,12 +160,11 @@ impl Union {
         if let (None, Some(atime)) = (place.upper, place.atime) {
             attr.atime = atime;
         }
-        if place.metacopy || (place.upper.is_none() && place.lowers.len() > 1) {
-            if node.kind == FileKind::Regular
-                && let Some(data) = place.lowers.last()
-            {
-                attr.blocks = data.object.attr().blocks;
-            }
+        if node.kind == FileKind::Regular
+            && (place.metacopy || place.lowers.len() > 1)
+            && let Some(data) = place.lowers.last()
+        {
+            attr.blocks = data.object.attr().blocks;
         }
         attr
     }

@@ -74,11 +74,10 @@ impl Union {
         let node = self.node(node)?;
         let directory = Self::directory(&node)?;
         let stream = Arc::new(Stream::default());
-        directory
-            .state
-            .write()
-            .streams
-            .push(Arc::downgrade(&stream));
+        let mut state = directory.state.write();
+        state.streams.retain(|stream| stream.strong_count() > 0);
+        state.streams.push(Arc::downgrade(&stream));
+        drop(state);
         Ok(Arc::new(DirHandle { stream }))
     }
 

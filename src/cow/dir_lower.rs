@@ -123,6 +123,8 @@ struct Directory {
     names: Box<[u32]>,
     /// Names that `.wh.` files hide.
     hidden: HashSet<Box<OsStr>>,
+    /// Names of those files.
+    marks_by_name: HashSet<Box<OsStr>>,
 }
 
 /// A file or directory of the layer.
@@ -146,6 +148,13 @@ impl Drop for DirObject {
             next = Arc::into_inner(parent).and_then(|mut parent| parent.parent.take());
         }
     }
+}
+
+/// Whether a file with the prefix is a mark: AUFS and OCI layers have empty regular files. Anything else is
+/// somebody's file of that name.
+fn is_wh_file(dir: BorrowedFd<'_>, name: &OsStr) -> bool {
+    fs::fstatat(dir, name)
+        .is_ok_and(|stat| stat.st_size == 0 && attr_of(&stat).kind == FileKind::Regular)
 }
 
 fn hash(name: &OsStr) -> u32 {
@@ -268,17 +277,21 @@ impl DirObject {
             opaque: self.replaces || opaque.as_deref() == Some(b"y"),
             redirect: redirect.map(|path| OsString::from_vec(path).into()),
         };
+        let dir = self.dir_fd()?;
         let mut names = Vec::new();
         let mut hidden = HashSet::new();
+        let mut marks_by_name = HashSet::new();
         self.read_host(&mut |name, _, _| {
             if self.layer.foreign
                 && let Some(rest) = name.as_bytes().strip_prefix(WH_PREFIX)
+                && is_wh_file(dir.as_fd(), name)
             {
                 if name.as_bytes() == WH_OPAQUE {
                     marks.opaque = true;
                 } else if !rest.starts_with(WH_PREFIX) {
                     hidden.insert(OsStr::from_bytes(rest).into());
                 }
+                marks_by_name.insert(name.into());
             } else {
                 names.push(hash(name));
             }
@@ -292,6 +305,7 @@ impl DirObject {
             xattr_whiteouts: opaque.as_deref() == Some(b"x"),
             names: names.into_boxed_slice(),
             hidden,
+            marks_by_name,
         })
     }
 
@@ -336,7 +350,7 @@ impl LowerObject for DirObject {
         let hidden = directory.hidden.contains(name);
         let absent = || Ok(hidden.then_some(LowerEntry::Whiteout));
         if directory.names.binary_search(&hash(name)).is_err()
-            || (self.layer.foreign && name.as_bytes().starts_with(WH_PREFIX))
+            || directory.marks_by_name.contains(name)
         {
             return absent();
         }
@@ -374,7 +388,7 @@ impl LowerObject for DirObject {
         let dir = self.dir_fd()?;
         let mut failed = None;
         self.read_host(&mut |name, kind, ino| {
-            if self.layer.foreign && name.as_bytes().starts_with(WH_PREFIX) {
+            if directory.marks_by_name.contains(name) {
                 return;
             }
             let known = kind_of_dirent(kind).filter(|kind| {

@@ -23,6 +23,15 @@ use super::upper::{Temp, Upper};
 use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
 
+/// Whether the union shows no link any more to an index entry with this record and host count.
+pub(super) fn is_dead(stored: Option<&[u8]>, links: u32) -> bool {
+    let offset = stored.and_then(|stored| decode_links(stored, links, links));
+    i64::from(links) + offset.unwrap_or(ONLY_INDEX) <= 0
+}
+
+/// Without a record: every link counts but the one in the index.
+const ONLY_INDEX: i64 = -1;
+
 /// Reads `overlay.nlink`: `U` or `L`, then the difference to the upper's or the lower's count.
 fn decode_links(stored: &[u8], upper: u32, lower: u32) -> Option<i64> {
     let text = std::str::from_utf8(stored).ok()?;
@@ -98,8 +107,7 @@ impl Union {
         let stored = Self::mark(object, self.family.nlink())?;
         Ok(stored
             .and_then(|stored| decode_links(&stored, links, lower))
-            // Without a record: every link but the one in the index.
-            .unwrap_or(-1))
+            .unwrap_or(ONLY_INDEX))
     }
 
     /// Puts a copy that is still in the work directory into the index. The caller accounts for the

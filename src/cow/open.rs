@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use parking_lot::Mutex;
 
+use super::attr::attr_of;
 use super::dir_lower::DirLower;
 use super::error::OpenError;
 use super::fdcache::Budget;
@@ -277,12 +278,9 @@ fn tidy_index(index: BorrowedFd<'_>, family: XattrFamily) -> Result<bool, Errno>
     for name in names(index)? {
         let object = Object::Entry(index, &name);
         let stat = object.stat()?;
-        let alone = stat.st_mode & libc::S_IFMT != libc::S_IFDIR && stat.st_nlink == 1;
-        let nameless = alone
-            && xattr::get(object, family.nlink())
-                .ok()
-                .is_none_or(|value| value.ends_with(b"-1") || value.starts_with(b"U-"));
-        if nameless {
+        let file = stat.st_mode & libc::S_IFMT != libc::S_IFDIR;
+        let stored = xattr::get(object, family.nlink()).ok();
+        if file && super::index::is_dead(stored.as_deref(), attr_of(&stat).nlink) {
             fs::unlinkat(index, &name)?;
         } else {
             left = true;

@@ -217,6 +217,7 @@ fn every_dialect_of_whiteout_is_read_in_a_lower() {
             put(lowers[1].join(name), "below");
         }
         put(lowers[0].join(".wh.a"), "");
+        put(lowers[0].join(".wh.file"), "somebody's");
         nix::sys::stat::mknod(
             &lowers[0].join("b"),
             nix::sys::stat::SFlag::S_IFCHR,
@@ -232,7 +233,7 @@ fn every_dialect_of_whiteout_is_read_in_a_lower() {
         let object = crate::sys::fs::Object::Open(std::os::fd::AsFd::as_fd(&dir));
         crate::sys::xattr::set(object, OsStr::new("user.fuseoverlayfs.opaque"), b"y", 0).unwrap();
     });
-    assert_eq!(fixture.list(""), ["f", "o", "r"]);
+    assert_eq!(fixture.list(""), [".wh.file", "f", "o", "r"]);
     assert!(fixture.list("o").is_empty());
     assert_eq!(fixture.list("f"), ["own"]);
     assert_eq!(fixture.list("r"), ["own"]);
