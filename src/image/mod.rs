@@ -39,6 +39,6 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) ->
 fn printable(name: &[u8]) -> String {
     const LONGEST: usize = 200;
     let text = String::from_utf8_lossy(&name[..name.len().min(LONGEST)]);
-    let more = if name.len() > LONGEST { "…" } else { "" };
+    let more = if name.len() > LONGEST { "..." } else { "" };
     format!("\"{}{more}\"", text.escape_debug())
 }

@@ -232,7 +232,7 @@ mod tests {
             "a@sha256:00",
             "ex ample.com/a",
             "a.b:x/c",
-            "é",
+            "\u{e9}",
             long.as_str(),
         ] {
             assert!(

@@ -246,7 +246,7 @@ mod tests {
         ];
         let chain = chain_ids(diff_ids.into_iter());
         assert_eq!(chain[0], diff_ids[0]);
-        // printf 'sha256:c6f9… sha256:5f70…' | sha256sum
+        // printf 'sha256:c6f988... sha256:5f70bf...' | sha256sum
         assert_eq!(
             chain[1],
             "sha256:c3191d32a37d7159b2e30830937d2e30268ad6c375a773a8994911a3aba9b93f"

@@ -64,7 +64,7 @@ pub fn images(spool: &Spool, name: Option<&str>) -> Result<Vec<ArchivedImage>> {
     } else {
         return Err(refuse(
             "the archive",
-            "it has neither index.json nor manifest.json; make one with `skopeo copy … oci-archive:FILE` or `docker save`",
+            "it has neither index.json nor manifest.json; make one with `skopeo copy SOURCE oci-archive:FILE` or `docker save`",
         ));
     };
     if let Some(name) = name {

@@ -1,0 +1,22 @@
+//! Image archives, from the stream to the tree of a layer chain. Needs root, umoci, skopeo, mmdebstrap,
+//! busybox-static and containerd.
+//!
+//! - `good`: what is accepted, and what comes of it;
+//! - `hostile`: what is refused, and that nothing of it stays;
+//! - `real`: images made by other programs, compared with what those and containerd unpack;
+//! - `service`: the Images service of a running plyd, also killed in the middle.
+
+#[path = "image/archive.rs"]
+mod archive;
+#[path = "image/good.rs"]
+mod good;
+#[path = "image/hostile.rs"]
+mod hostile;
+#[path = "image/real.rs"]
+mod real;
+#[path = "image/service.rs"]
+mod service;
+#[path = "image/store.rs"]
+mod store;
+#[path = "image/tree.rs"]
+mod tree;
