@@ -114,6 +114,14 @@ fn timespec_to_set(time: Option<SetTime>) -> libc::timespec {
     }
 }
 
+impl SetAttr {
+    fn is_empty(&self) -> bool {
+        let owner = self.uid.is_some() || self.gid.is_some();
+        let times = self.atime.is_some() || self.mtime.is_some();
+        !(owner || times || self.perm.is_some() || self.size.is_some())
+    }
+}
+
 impl Union {
     /// Attributes of a node.
     pub fn getattr(&self, node: NodeId, _handle: Option<&FileHandle>) -> Result<Attr> {
@@ -179,6 +187,9 @@ impl Union {
     ) -> Result<Attr> {
         let node = self.node(node)?;
         self.upper()?;
+        if set.is_empty() {
+            return self.attr_of_node(&node);
+        }
         if node.kind == FileKind::Symlink && set.perm.is_some() {
             return Err(Errno::EOPNOTSUPP.into());
         }

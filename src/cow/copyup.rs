@@ -209,7 +209,7 @@ impl Union {
         place.atime = None;
         place.metacopy = false;
         if node.kind != FileKind::Directory {
-            place.lowers = Arc::from([]);
+            place.lowers = Arc::default();
         }
         node.in_upper.store(true, Ordering::Release);
         // Whoever reads through the lower's descriptor finds that it is not the upper's.

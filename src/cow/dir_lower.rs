@@ -118,6 +118,8 @@ struct Directory {
     marks: DirMarks,
     /// Empty files with the whiteout attribute are whiteouts here.
     xattr_whiteouts: bool,
+    /// Entries may have been copied up, some without their data (`metacopy`).
+    impure: bool,
     /// Hashes of all names, sorted: most lookups in a stack of layers are of names that a layer does
     /// not have, and are answered without asking the host.
     names: Box<[u32]>,
@@ -266,13 +268,27 @@ impl DirObject {
         if let Some(known) = self.directory.get() {
             return Ok(known);
         }
-        let loaded = self.load_directory()?;
+        let loaded = self.load_directory(&mut |_, _, _| {})?;
         Ok(self.directory.get_or_init(|| Box::new(loaded)))
     }
 
-    fn load_directory(&self) -> Result<Directory> {
-        let opaque = self.get_xattr(self.layer.family.opaque())?;
-        let redirect = self.get_xattr(self.layer.family.redirect())?;
+    /// Reads the directory; `sink` gets every host entry as well.
+    fn load_directory(&self, sink: &mut dyn FnMut(&OsStr, u8, u64)) -> Result<Directory> {
+        // Few directories have attributes: one call tells that there are no marks.
+        let present = match self.with_object(xattr::list) {
+            Err(error) if error.is(Errno::EOPNOTSUPP) => Vec::new(),
+            result => result?,
+        };
+        let has = |name: &OsStr| present.iter().any(|known| known == name);
+        let value = |name: &OsStr| {
+            if has(name) {
+                self.get_xattr(name)
+            } else {
+                Ok(None)
+            }
+        };
+        let opaque = value(self.layer.family.opaque())?;
+        let redirect = value(self.layer.family.redirect())?;
         let mut marks = DirMarks {
             opaque: self.replaces || opaque.as_deref() == Some(b"y"),
             redirect: redirect.map(|path| OsString::from_vec(path).into()),
@@ -281,7 +297,8 @@ impl DirObject {
         let mut names = Vec::new();
         let mut hidden = HashSet::new();
         let mut marks_by_name = HashSet::new();
-        self.read_host(&mut |name, _, _| {
+        self.read_host(&mut |name, kind, ino| {
+            sink(name, kind, ino);
             if self.layer.foreign
                 && let Some(rest) = name.as_bytes().strip_prefix(WH_PREFIX)
                 && is_wh_file(dir.as_fd(), name)
@@ -297,12 +314,13 @@ impl DirObject {
             }
         })?;
         names.sort_unstable();
-        if self.layer.foreign && self.get_xattr(OsStr::new(FUSE_OVERLAYFS_OPAQUE))?.is_some() {
+        if self.layer.foreign && has(OsStr::new(FUSE_OVERLAYFS_OPAQUE)) {
             marks.opaque = true;
         }
         Ok(Directory {
             marks,
             xattr_whiteouts: opaque.as_deref() == Some(b"x"),
+            impure: has(self.layer.family.impure()),
             names: names.into_boxed_slice(),
             hidden,
             marks_by_name,
@@ -384,12 +402,22 @@ impl LowerObject for DirObject {
     }
 
     fn list(&self, sink: &mut dyn FnMut(&OsStr, ListedKind, u64)) -> Result<()> {
-        let directory = self.directory()?;
+        let mut entries: Vec<(Box<OsStr>, u8, u64)> = Vec::new();
+        let mut keep = |name: &OsStr, kind: u8, ino: u64| entries.push((name.into(), kind, ino));
+        let directory = match self.directory.get() {
+            Some(known) => {
+                self.read_host(&mut keep)?;
+                known
+            }
+            None => {
+                let loaded = self.load_directory(&mut keep)?;
+                self.directory.get_or_init(|| Box::new(loaded))
+            }
+        };
         let dir = self.dir_fd()?;
-        let mut failed = None;
-        self.read_host(&mut |name, kind, ino| {
-            if directory.marks_by_name.contains(name) {
-                return;
+        for (name, kind, ino) in entries {
+            if directory.marks_by_name.contains(&name) {
+                continue;
             }
             let known = kind_of_dirent(kind).filter(|kind| {
                 *kind != FileKind::CharDevice
@@ -397,24 +425,17 @@ impl LowerObject for DirObject {
             });
             let listed = match known {
                 Some(kind) => ListedKind::Object(kind),
-                None => match fs::fstatat(dir.as_fd(), name).map(|stat| attr_of(&stat)) {
-                    Ok(attr) if is_whiteout(&attr) => ListedKind::Whiteout,
-                    Ok(attr) => match self.is_xattr_whiteout(directory, name, &attr) {
-                        Ok(true) => ListedKind::Whiteout,
-                        Ok(false) => ListedKind::Object(attr.kind),
-                        Err(error) => {
-                            failed.get_or_insert(error);
-                            return;
-                        }
-                    },
-                    Err(errno) => {
-                        failed.get_or_insert(errno.into());
-                        return;
+                None => {
+                    let attr = attr_of(&fs::fstatat(dir.as_fd(), &name)?);
+                    if is_whiteout(&attr) || self.is_xattr_whiteout(directory, &name, &attr)? {
+                        ListedKind::Whiteout
+                    } else {
+                        ListedKind::Object(attr.kind)
                     }
-                },
+                }
             };
-            sink(name, listed, ino);
-        })?;
+            sink(&name, listed, ino);
+        }
         for name in &directory.hidden {
             let beside = directory.names.binary_search(&hash(name)).is_ok()
                 && fs::fstatat(dir.as_fd(), name).is_ok();
@@ -422,7 +443,7 @@ impl LowerObject for DirObject {
                 sink(name, ListedKind::Whiteout, 0);
             }
         }
-        failed.map_or(Ok(()), Err)
+        Ok(())
     }
 
     fn marks(&self) -> Result<DirMarks> {
@@ -430,6 +451,13 @@ impl LowerObject for DirObject {
     }
 
     fn metacopy(&self) -> Result<Option<DirMarks>> {
+        let impure = match &self.parent {
+            Some(parent) => parent.directory()?.impure,
+            None => false,
+        };
+        if !impure {
+            return Ok(None);
+        }
         if self.get_xattr(self.layer.family.metacopy())?.is_none() {
             return Ok(None);
         }

@@ -138,7 +138,8 @@ impl Union {
             match lower {
                 Some(lower) => Backing::Lower(lower.object.open()?),
                 // Copied up since we looked.
-                None => return self.io(node, write),
+                None if node.in_upper() => return self.io(node, write),
+                None => return Err(Errno::EIO.into()),
             }
         });
         node.io.set(&self.budget, Arc::clone(&backing));

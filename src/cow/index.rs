@@ -79,7 +79,7 @@ impl Union {
         found.link_offset = self.link_offset(upper, &name, attr.nlink, lower.attr().nlink)?;
         found.upper = Some(attr);
         found.index = Some(name.into());
-        found.lowers = Arc::from([]);
+        found.lowers = Arc::default();
         Ok(())
     }
 

@@ -39,7 +39,7 @@ impl Found {
             id,
             kind: attr.kind,
             upper: Some(attr),
-            lowers: Arc::from([]),
+            lowers: Arc::default(),
             index: None,
             link_offset: 0,
             metacopy: false,
@@ -130,6 +130,13 @@ impl Union {
                 self.settle(id, 0);
             }
         }
+    }
+
+    /// Drops a node that an operation has looked up for itself, unless somebody else refers to it.
+    pub(super) fn let_go(&self, node: Arc<Node>) {
+        let id = node.id;
+        drop(node);
+        self.settle(id, 0);
     }
 
     fn settle(&self, node: NodeId, lookups: u64) {
@@ -441,10 +448,18 @@ impl Union {
             }
             let dir = self.dir_fd(parent)?;
             let object = Object::Entry(dir.as_fd(), name);
-            if Self::mark(object, self.family.opaque())?.as_deref() == Some(b"y") {
+            let marks = Self::marks(object)?;
+            let marked = |name: &OsStr| marks.iter().any(|mark| mark == name);
+            if marked(self.family.opaque())
+                && Self::mark(object, self.family.opaque())?.as_deref() == Some(b"y")
+            {
                 return Ok(found);
             }
-            let redirect = self.redirect_mark(object)?;
+            let redirect = if marked(self.family.redirect()) {
+                self.redirect_mark(object)?
+            } else {
+                None
+            };
             let lowers = self.find_lowers(
                 parent_lowers,
                 name,
@@ -462,10 +477,14 @@ impl Union {
         if impure {
             let dir = self.dir_fd(parent)?;
             let object = Object::Entry(dir.as_fd(), name);
-            self.resolve_copied(&mut found, object, attr)?;
-            if attr.kind == FileKind::Regular
-                && Self::mark(object, self.family.metacopy())?.is_some()
-            {
+            let marks = Self::marks(object)?;
+            let marked = |name: &OsStr| marks.iter().any(|mark| mark == name);
+            if marked(self.family.origin()) {
+                self.resolve_copied(&mut found, object, attr)?;
+            } else if marked(self.family.origin_number()) {
+                self.resolve_by_number(&mut found, object)?;
+            }
+            if attr.kind == FileKind::Regular && marked(self.family.metacopy()) {
                 let redirect = self.redirect_mark(object)?;
                 let lowers =
                     self.find_lowers(parent_lowers, name, redirect.as_deref(), Wanted::Data)?;
@@ -488,10 +507,8 @@ impl Union {
 
     /// The identity of an upper file that may have been copied up.
     fn resolve_copied(&self, found: &mut Found, object: Object<'_>, attr: Attr) -> Result<()> {
-        let Some(stored) = Self::mark(object, self.family.origin())? else {
-            return self.resolve_by_number(found, object);
-        };
-        let Some(origin) = Origin::decode(&stored) else {
+        let stored = Self::mark(object, self.family.origin())?;
+        let Some(origin) = stored.as_deref().and_then(Origin::decode) else {
             return Ok(());
         };
         if attr.nlink > 1 {

@@ -134,7 +134,7 @@ impl Default for Place {
         Self {
             names: Vec::new(),
             upper: None,
-            lowers: Arc::from([]),
+            lowers: Arc::default(),
             orphan: None,
             index: None,
             link_offset: 0,

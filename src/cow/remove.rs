@@ -29,6 +29,7 @@ impl Union {
         if seen.directory.is_some() {
             return Err(Errno::EISDIR.into());
         }
+        self.count_links_in_upper(&seen)?;
         drop(seen);
         self.copy_up(&parent, Content::All)?;
         let mut state = directory.state.write();
@@ -47,7 +48,24 @@ impl Union {
             (_, true) => self.put_whiteout(dir.as_fd(), name)?,
             (false, false) => {}
         }
-        self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)
+        self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)?;
+        drop(state);
+        self.let_go(node);
+        Ok(())
+    }
+
+    /// Before a lower file with several names loses one, it is copied up: the copy's record of links is
+    /// what tells after a remount how many are left. Kernel overlayfs does the same
+    /// (`ovl_nlink_start`).
+    pub(super) fn count_links_in_upper(&self, node: &Arc<Node>) -> Result<()> {
+        let links = match node.place.read().lowers.first() {
+            Some(lower) if node.directory.is_none() => lower.object.attr().nlink,
+            _ => return Ok(()),
+        };
+        if links > 1 {
+            self.copy_up(node, Content::All)?;
+        }
+        Ok(())
     }
 
     /// Removes a directory in which nothing is visible.
@@ -79,7 +97,10 @@ impl Union {
         self.remove_directory(dir.as_fd(), name, in_upper, covered)?;
         inner.removed = true;
         drop(inner);
-        self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)
+        self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)?;
+        drop(state);
+        self.let_go(node);
+        Ok(())
     }
 
     /// ENOTEMPTY if anything is visible in a directory that the caller has locked.
@@ -278,17 +299,6 @@ impl Union {
         if let Some(directory) = &node.directory {
             directory.fd.clear();
         }
-        self.note_lower_unlink(node, was_in_upper);
         Ok(())
-    }
-
-    fn note_lower_unlink(&self, node: &Arc<Node>, was_in_upper: bool) {
-        if !was_in_upper && node.place.read().names.is_empty() {
-            // Readers may go on through the lower object itself; nothing is to be kept.
-            tracing::trace!(
-                id = node.id.0,
-                "a lower object has lost its last known name"
-            );
-        }
     }
 }

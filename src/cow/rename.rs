@@ -74,10 +74,19 @@ impl Union {
             }
             self.bring_up(&node, &parent, name)?;
             self.copy_up(&new_parent, Content::All)?;
-            if let (RenameMode::Exchange, Some(other)) = (mode, &other) {
-                self.bring_up(other, &new_parent, new_name)?;
+            match (mode, &other) {
+                (RenameMode::Exchange, Some(other)) => {
+                    self.bring_up(other, &new_parent, new_name)?;
+                }
+                (_, Some(other)) => self.count_links_in_upper(other)?,
+                (_, None) => {}
             }
-            if self.rename_locked(&node, &parent, name, &new_parent, new_name, mode)? {
+            let done = self.rename_locked(&node, &parent, name, &new_parent, new_name, mode)?;
+            self.let_go(node);
+            if let Some(other) = other {
+                self.let_go(other);
+            }
+            if done {
                 return Ok(());
             }
         }

@@ -271,6 +271,15 @@ impl Union {
         }
     }
 
+    /// Names of all attributes of an upper object: one call tells of many marks that they are not there.
+    pub(super) fn marks(object: Object<'_>) -> Result<Vec<OsString>> {
+        match xattr::list(object) {
+            Ok(names) => Ok(names),
+            Err(Errno::EOPNOTSUPP) => Ok(Vec::new()),
+            Err(errno) => Err(errno).context("listing the marks of the upper layer"),
+        }
+    }
+
     /// The value of a mark on an upper object, if it is there.
     pub(super) fn mark(object: Object<'_>, name: &OsStr) -> Result<Option<Vec<u8>>> {
         match xattr::get(object, name) {
