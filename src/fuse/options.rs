@@ -93,7 +93,7 @@ pub enum OptionError {
         expected: &'static str,
     },
     /// No layer at all.
-    #[error("no lower directory: give `lowerdir=A:B:C` or `lowerdir_file=PATH`")]
+    #[error("no directory to show: give `lowerdir=A:B:C` or `lowerdir_file=PATH`")]
     NoLower,
     /// `lowerdir=A::B`.
     #[error(
@@ -263,7 +263,9 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], privileged: bool) -> Result<Optio
             return Err(OptionError::UpperWithoutWork);
         }
     }
-    if options.lowers.is_empty() && options.lowerdir_file.is_none() {
+    // A snapshot without a parent is an upper alone.
+    let lowers = !options.lowers.is_empty() || options.lowerdir_file.is_some();
+    if !lowers && options.upper.is_none() {
         return Err(OptionError::NoLower);
     }
     Ok(options)
