@@ -1,0 +1,277 @@
+//! plyd and a containerd that uses it, in directories of their own; gone with everything they started when dropped.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// Runs a program and answers its standard output; anything but success is a panic with what it said.
+pub fn sh(program: &str, args: &[&str]) -> String {
+    try_sh(program, args).unwrap_or_else(|e| panic!("{e}"))
+}
+
+pub fn try_sh(program: &str, args: &[&str]) -> Result<String, String> {
+    let out = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| format!("{program}: {e}; `make test` installs what the tests need"))?;
+    let stdout = String::from_utf8_lossy(&out.stdout).into_owned();
+    if out.status.success() {
+        return Ok(stdout);
+    }
+    Err(format!(
+        "{program} {args:?}: {}\n{stdout}\n{}",
+        out.status,
+        String::from_utf8_lossy(&out.stderr)
+    ))
+}
+
+pub struct Host {
+    pub dir: PathBuf,
+    plyd: Option<Child>,
+    containerd: Option<Child>,
+    _temp: TempDir,
+}
+
+impl Host {
+    pub fn start() -> Self {
+        // Short, since paths of Unix sockets are limited to 107 bytes.
+        let temp = tempfile::Builder::new()
+            .prefix("ply-ctrd-")
+            .tempdir_in("/tmp")
+            .unwrap();
+        let mut host = Self {
+            dir: temp.path().to_path_buf(),
+            plyd: None,
+            containerd: None,
+            _temp: temp,
+        };
+        host.restart_plyd();
+        host.start_containerd();
+        host
+    }
+
+    fn log(&self, name: &str) -> File {
+        File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join(name))
+            .unwrap()
+    }
+
+    fn plyd_socket(&self) -> PathBuf {
+        self.dir.join("plyd.sock")
+    }
+
+    fn containerd_socket(&self) -> PathBuf {
+        self.dir.join("containerd.sock")
+    }
+
+    pub fn restart_plyd(&mut self) {
+        let address = format!("unix://{}", self.plyd_socket().display());
+        let child = Command::new(env!("CARGO_BIN_EXE_plyd"))
+            .arg("--root")
+            .arg(self.dir.join("ply"))
+            .arg("--state")
+            .arg(self.dir.join("ply-state"))
+            .args(["--address", &address])
+            .stdin(Stdio::null())
+            .stdout(self.log("plyd.log"))
+            .stderr(self.log("plyd.log"))
+            .spawn()
+            .unwrap();
+        self.plyd = Some(child);
+        self.until("plyd answers", || {
+            self.try_snapctl(&["system", "info"]).is_ok()
+        });
+    }
+
+    /// kill -9.
+    pub fn kill_plyd(&mut self) {
+        let mut child = self.plyd.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// The configuration that is shipped, with the paths of this host.
+    fn start_containerd(&mut self) {
+        let shipped = fs::read_to_string(
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/containerd/config.toml"),
+        )
+        .unwrap();
+        let dir = self.dir.display();
+        let config = shipped
+            .replace(
+                "/run/plywood/plyd.sock",
+                self.plyd_socket().to_str().unwrap(),
+            )
+            .replace(
+                "version = 2\n",
+                &format!(
+                    "version = 2\nroot = \"{dir}/containerd\"\nstate = \"{dir}/containerd-state\"\n"
+                ),
+            )
+            + &format!(
+                "\n[grpc]\n  address = \"{}\"\n[ttrpc]\n  address = \"{dir}/ttrpc.sock\"\n",
+                self.containerd_socket().display()
+            );
+        let path = self.dir.join("containerd.toml");
+        fs::write(&path, config).unwrap();
+        let child = Command::new("containerd")
+            .arg("--config")
+            .arg(&path)
+            .stdin(Stdio::null())
+            .stdout(self.log("containerd.log"))
+            .stderr(self.log("containerd.log"))
+            .spawn()
+            .expect("containerd; `make test` installs it");
+        self.containerd = Some(child);
+        self.until("containerd answers", || self.try_ctr(&["version"]).is_ok());
+    }
+
+    pub fn try_ctr(&self, args: &[&str]) -> Result<String, String> {
+        let socket = self.containerd_socket();
+        try_sh(
+            "ctr",
+            &[&["--address", socket.to_str().unwrap()][..], args].concat(),
+        )
+        .map_err(|e| format!("{e}\nplyd said:\n{}", self.tail("plyd.log")))
+    }
+
+    pub fn ctr(&self, args: &[&str]) -> String {
+        self.try_ctr(args).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub fn try_snapctl(&self, args: &[&str]) -> Result<String, String> {
+        let address = format!("unix://{}", self.plyd_socket().display());
+        try_sh(
+            env!("CARGO_BIN_EXE_snapctl"),
+            &[&["--address", &address][..], args].concat(),
+        )
+        .map_err(|e| format!("{e}\nplyd said:\n{}", self.tail("plyd.log")))
+    }
+
+    pub fn snapctl(&self, args: &[&str]) -> String {
+        self.try_snapctl(args).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn tail(&self, log: &str) -> String {
+        let text = fs::read_to_string(self.dir.join(log)).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+
+    /// Waits for something that happens in the background.
+    pub fn until(&self, what: &str, mut ready: impl FnMut() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !ready() {
+            assert!(
+                Instant::now() < deadline,
+                "waited for a minute, but not: {what}\nplyd said:\n{}",
+                self.tail("plyd.log")
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Keys of the snapshots that containerd sees.
+    pub fn snapshots(&self, snapshotter: &str) -> Vec<String> {
+        let out = self.ctr(&["snapshots", "--snapshotter", snapshotter, "ls"]);
+        out.lines()
+            .skip(1)
+            .filter_map(|l| l.split_whitespace().next())
+            .map(Into::into)
+            .collect()
+    }
+
+    /// Chain id of an image's topmost layer.
+    pub fn chain_id(&self, image: &str) -> String {
+        let config = super::image::config_of(
+            &self.ctr(&["images", "ls", &format!("name=={image}")]),
+            |digest| self.ctr(&["content", "get", digest]),
+        );
+        super::image::chain_id(&config)
+    }
+
+    /// Mounts a view of a committed snapshot and answers where.
+    pub fn view(&self, snapshotter: &str, parent: &str) -> PathBuf {
+        let target = self.dir.join(format!("view-{snapshotter}"));
+        fs::create_dir_all(&target).unwrap();
+        let script = self.ctr(&[
+            "snapshots",
+            "--snapshotter",
+            snapshotter,
+            "view",
+            "--target",
+            target.to_str().unwrap(),
+            "view",
+            parent,
+        ]);
+        sh("sh", &["-ec", &script]);
+        target
+    }
+
+    pub fn drop_view(&self, snapshotter: &str, target: &Path) {
+        sh("umount", &[target.to_str().unwrap()]);
+        self.ctr(&["snapshots", "--snapshotter", snapshotter, "rm", "view"]);
+    }
+
+    fn mounts(&self) -> Vec<String> {
+        let prefix = format!("{}/", self.dir.display());
+        let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        text.lines()
+            .filter_map(|l| l.split_whitespace().nth(4))
+            .filter(|m| m.starts_with(&prefix))
+            .map(Into::into)
+            .collect()
+    }
+
+    /// Mounts that plyd keeps.
+    pub fn plyd_mounts(&self) -> Vec<String> {
+        let state = format!("{}/", self.dir.join("ply-state").display());
+        self.mounts()
+            .into_iter()
+            .filter(|m| m.starts_with(&state))
+            .collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for log in ["plyd.log", "containerd.log"] {
+                eprintln!("--- {log}\n{}", self.tail(log));
+            }
+        }
+        for child in [&mut self.containerd, &mut self.plyd].into_iter().flatten() {
+            let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let _ = child.wait();
+        }
+        // Shims, their containers and plyfs processes name this directory on their command lines.
+        let needle = self.dir.to_string_lossy().into_owned();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<i32>().ok())
+            else {
+                continue;
+            };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            if pid != std::process::id() as i32 && String::from_utf8_lossy(&line).contains(&needle)
+            {
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
+        }
+        for mount in self.mounts().into_iter().rev() {
+            let _ = nix::mount::umount2(mount.as_str(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+}
