@@ -10,6 +10,7 @@
 
 mod memory;
 mod rows;
+mod start;
 mod systems;
 
 use std::collections::BTreeMap;
@@ -156,6 +157,9 @@ fn run() -> Result<(), String> {
     }
     if "memory".contains(&options.rows) {
         memory::run(&systems, &image)?;
+    }
+    if "container start".contains(&options.rows) {
+        start::run(options.rounds.max(10))?;
     }
     Ok(())
 }
