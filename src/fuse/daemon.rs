@@ -255,7 +255,7 @@ fn serve(
         nix::unistd::setsid().map_err(|errno| DaemonError::Background(errno.into()))?;
     }
     umask(Mode::empty());
-    let signals = block_signals().map_err(|error| DaemonError::Session(error))?;
+    let signals = block_signals().map_err(DaemonError::Session)?;
     protect();
 
     let union = Arc::new(Union::open(config)?);
