@@ -6,6 +6,7 @@
 //! serves the control socket. Either way it ends when the mount is gone, and a signal makes it
 //! write everything down, take its mount away and end.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
@@ -160,19 +161,24 @@ fn pipe() -> io::Result<(File, File)> {
 fn background(
     invocation: &Invocation,
     config: UnionConfig,
-    mut report: File,
+    report: File,
 ) -> Result<(), DaemonError> {
-    let mut second = report.try_clone().map_err(DaemonError::Background)?;
-    let result = serve(invocation, config, move || {
+    // Closed as soon as it is used: the caller reads to its end.
+    let report = Cell::new(Some(report));
+    let tell = |text: &str| match report.take() {
+        Some(mut report) => report.write_all(text.as_bytes()),
+        None => Ok(()),
+    };
+    let result = serve(invocation, config, || {
         let null = File::options().read(true).write(true).open("/dev/null")?;
         nix::unistd::dup2_stdin(&null)?;
         nix::unistd::dup2_stdout(&null)?;
         nix::unistd::dup2_stderr(&null)?;
-        report.write_all(READY.as_bytes())
+        tell(READY)
     });
     if let Err(error) = &result {
         // After READY nobody reads any more, and the error is in the log.
-        let _ = second.write_all(error.to_string().as_bytes());
+        let _ = tell(&error.to_string());
     }
     result
 }
