@@ -1,8 +1,19 @@
-//! Containers on a real OCI runtime. Needs root, an OCI runtime (runc or crun) and busybox-static.
+//! Containers on a real OCI runtime. Needs root, /dev/fuse, an OCI runtime (runc or crun) and
+//! busybox-static.
 //!
 //! - `shim`: one plyshim by itself, on a root directory made by hand.
+//! - `isolation`: what a process finds in a container.
+//! - `crash`: plyd, plyshim and plyfs are killed.
 
 #[path = "runtime/bench.rs"]
 mod bench;
+#[path = "cli/common.rs"]
+mod common;
+#[path = "runtime/crash.rs"]
+mod crash;
+#[path = "runtime/image.rs"]
+mod image;
+#[path = "runtime/isolation.rs"]
+mod isolation;
 #[path = "runtime/shim.rs"]
 mod shim;

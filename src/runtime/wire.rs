@@ -39,7 +39,7 @@ pub enum Request {
         /// [`VERSION`].
         version: u32,
     },
-    /// Answered with `State`.
+    /// Answered with `State`; while the container is being started, when that is decided.
     State,
     /// Creates and starts the container's process. Answered with `State` or `Refused`.
     Start {

@@ -1,7 +1,5 @@
 //! One container in plyd's memory.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use tokio::sync::{Mutex, watch};
 
 use super::{ContainerRecord, Roots};
@@ -28,15 +26,17 @@ pub struct Entry {
     /// Held by start, by the cleaning up after its end, and by removal.
     pub(super) lock: Mutex<()>,
     pub(super) seen: watch::Sender<Seen>,
-    starts: AtomicU64,
 }
 
 /// What can be seen of a container at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct Seen {
     pub(super) state: RunState,
-    /// How often it has been started by this plyd.
+    /// How often it has been started, and has ended, under this plyd.
     pub(super) starts: u64,
+    pub(super) ends: u64,
+    /// How it was when it ended last.
+    pub(super) ended: Option<RunState>,
     /// Nothing is left to clean up after its last end.
     pub(super) settled: bool,
     pub(super) removed: bool,
@@ -49,12 +49,13 @@ impl Entry {
             record,
             lock: Mutex::new(()),
             seen: watch::Sender::new(Seen {
+                ended: end_of(&state),
                 state,
                 starts: 0,
+                ends: 0,
                 settled: true,
                 removed: false,
             }),
-            starts: AtomicU64::new(0),
         }
     }
 
@@ -72,18 +73,23 @@ impl Entry {
 
     /// Tells everybody of a new state.
     pub(super) fn publish(&self, state: RunState) {
-        self.seen.send_modify(|seen| seen.state = state);
+        self.seen.send_modify(|seen| {
+            if let Some(end) = end_of(&state) {
+                seen.ended = Some(end);
+                seen.ends += 1;
+            }
+            seen.state = state;
+        });
     }
 
     /// Tells everybody that it runs; answers which start this was.
     pub(super) fn publish_start(&self, state: RunState) -> u64 {
-        let start = self.starts.fetch_add(1, Ordering::Relaxed) + 1;
         self.seen.send_modify(|seen| {
             seen.state = state;
-            seen.starts = start;
+            seen.starts += 1;
             seen.settled = false;
         });
-        start
+        self.current_start()
     }
 
     pub(super) fn current_start(&self) -> u64 {
@@ -115,4 +121,8 @@ impl Entry {
             state,
         }
     }
+}
+
+fn end_of(state: &RunState) -> Option<RunState> {
+    (state.status == Status::Stopped).then(|| state.clone())
 }

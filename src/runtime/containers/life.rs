@@ -22,7 +22,7 @@ use crate::store::record::RecordDir;
 use crate::sys::child;
 
 /// How long the OCI runtime may take to start a container.
-const START_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long a process may take to end after SIGKILL, and its shim to clean up.
 const END_LIMIT: Duration = Duration::from_secs(30);
 /// How long `stop` waits before SIGKILL if nothing else is asked for.
@@ -240,21 +240,20 @@ impl Containers {
     /// by then.
     pub async fn wait(&self, reference: &str) -> Result<RunState> {
         let entry = self.find(reference)?;
-        let start = entry.current_start();
         let mut seen = entry.seen.subscribe();
-        let over = |seen: &Seen| {
-            seen.removed || seen.starts > start.max(1) || seen.state.status == Status::Stopped
-        };
+        let ends = seen.borrow().ends;
+        let over =
+            |seen: &Seen| seen.removed || seen.ends > ends || seen.state.status == Status::Stopped;
         let ended = async {
             let Ok(seen) = seen.wait_for(over).await else {
                 return Err(Error::Internal);
             };
-            if seen.state.status == Status::Created {
+            let Some(ended) = &seen.ended else {
                 return Err(Error::Removed {
                     name: entry.record.name.clone(),
                 });
-            }
-            Ok(seen.state.clone())
+            };
+            Ok(ended.clone())
         };
         let state = tokio::select! {
             state = ended => state?,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::error::io_error;
+use super::life::START_LIMIT;
 use super::{Containers, Entry, Result, blocking};
 use crate::runtime::client::{self, ShimClient};
 use crate::runtime::state::{RunState, Status};
@@ -93,7 +94,7 @@ impl Containers {
     async fn ask_shim(&self, entry: &Entry) -> client::Result<(RunState, ShimClient)> {
         let run_dir = self.run_dir(&entry.id);
         let mut watcher = ShimClient::connect(&run_dir).await?;
-        let state = match watcher.ask(&Request::State).await? {
+        let state = match watcher.ask_within(START_LIMIT, &Request::State).await? {
             Reply::State(state) => state,
             other => return Err(client::Error::Unexpected(format!("{other:?}"))),
         };

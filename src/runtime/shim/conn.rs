@@ -19,6 +19,8 @@ pub enum Role {
     Idle,
     /// A request is under way; the next one waits.
     Busy,
+    /// Has asked for the state while the container starts; answered when that is decided.
+    Asking,
     /// Waits for the container's end.
     Waiting,
     /// Streams the log from an offset, with or without input to the container.
@@ -48,7 +50,8 @@ pub struct Conn {
     pub hung_up: bool,
     decoder: Decoder,
     out: Vec<u8>,
-    ended: bool,
+    /// Its client sends no more; it may still read.
+    input_ended: bool,
 }
 
 impl Conn {
@@ -62,7 +65,7 @@ impl Conn {
             hung_up: false,
             decoder: Decoder::default(),
             out: Vec::new(),
-            ended: false,
+            input_ended: false,
         })
     }
 
@@ -76,7 +79,7 @@ impl Conn {
         let mut bytes = [0; 32 << 10];
         match self.stream.read(&mut bytes) {
             Ok(0) => {
-                self.ended = true;
+                self.input_ended = true;
                 Ok(false)
             }
             Ok(length) => {
@@ -97,6 +100,11 @@ impl Conn {
     /// Queues a log record.
     pub fn send_record(&mut self, record: &[u8]) -> io::Result<()> {
         wire::encode_data(&mut self.out, record)
+    }
+
+    /// It may still be read from.
+    pub fn reads(&self) -> bool {
+        !self.input_ended
     }
 
     /// Something waits to be sent.
@@ -126,7 +134,7 @@ impl Conn {
 
     /// Nothing is left to do with it.
     pub fn finished(&self) -> bool {
-        self.ended || (self.closing && self.out.is_empty())
+        (self.input_ended && self.hung_up) || (self.closing && self.out.is_empty())
     }
 }
 

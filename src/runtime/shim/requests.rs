@@ -16,7 +16,7 @@ impl Shim {
             let Some(conn) = self.conns.get_mut(&id) else {
                 return Ok(());
             };
-            if matches!(conn.role, Role::Busy | Role::Waiting) || conn.closing {
+            if matches!(conn.role, Role::Busy | Role::Asking | Role::Waiting) || conn.closing {
                 return Ok(());
             }
             let Some(frame) = conn.next_frame()? else {
@@ -81,10 +81,7 @@ impl Shim {
                     "it opened with {other:?}, this is version {VERSION}"
                 )));
             }
-            (_, Request::State) => {
-                let state = Reply::State(self.state.clone());
-                self.answer(id, &state, Role::Idle);
-            }
+            (_, Request::State) => self.set_role(id, Role::Asking),
             (_, Request::Start { window }) => self.start(id, window),
             (_, Request::Signal { signal }) => {
                 let result = match self.phase {

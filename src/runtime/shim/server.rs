@@ -213,9 +213,10 @@ impl Shim {
         }
         for (&id, conn) in &self.conns {
             let mut flags = PollFlags::empty();
-            if self.wants_input(conn) {
+            if conn.reads() && self.wants_input(conn) {
                 flags |= PollFlags::POLLIN;
             } else if conn.hung_up {
+                // What it sent before is read when there is room for it.
                 continue;
             }
             if conn.pending() {
@@ -278,7 +279,10 @@ impl Shim {
         } else {
             Ok(())
         };
-        if wanted && ready.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+        if wanted
+            && conn.reads()
+            && ready.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR)
+        {
             result = result.and_then(|()| conn.fill().map(drop));
         }
         if let Err(error) = result.and_then(|()| self.serve_frames(id)) {
@@ -412,6 +416,10 @@ fn feed(
     state: &RunState,
     main: &Process,
 ) -> io::Result<()> {
+    if conn.role == Role::Asking && phase != Phase::Starting {
+        conn.send(&Reply::State(state.clone()))?;
+        conn.role = Role::Idle;
+    }
     let ended = matches!(phase, Phase::Ended | Phase::Gone) && main.streams.outputs_closed();
     if let Role::Follower { offset, stdin } = conn.role {
         let mut offset = offset;

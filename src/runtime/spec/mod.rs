@@ -162,11 +162,14 @@ pub fn process(spec: &ProcessSpec<'_>) -> Value {
     let Identity {
         uid, gid, groups, ..
     } = spec.identity;
+    // The primary group among the others, so that leaving it (CVE-2022-36109) opens nothing.
+    let mut all_groups = vec![*gid];
+    all_groups.extend(groups.iter().filter(|group| *group != gid));
     // As execve drops them for a process that is not root.
     let effective: &[&str] = if *uid == 0 { &CAPABILITIES } else { &[] };
     json!({
         "terminal": spec.tty,
-        "user": {"uid": uid, "gid": gid, "additionalGids": groups},
+        "user": {"uid": uid, "gid": gid, "additionalGids": all_groups},
         "args": spec.args,
         "env": spec.env,
         "cwd": spec.working_dir,

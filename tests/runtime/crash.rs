@@ -1,0 +1,306 @@
+//! plyd and plyshim are killed at any moment; what runs goes on, what is lost is said, nothing stays.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::Stdio;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::common::{BUSYBOX, Plyd, mounts_below, until, wait_for};
+
+fn plyd() -> Plyd {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    plyd
+}
+
+/// Nothing of any container is left: no process, mount, cgroup, or state of the OCI runtime.
+fn assert_clean(plyd: &Plyd) {
+    assert_eq!(plyd.ok(["ps", "-aq"]), "");
+    assert_eq!(
+        plyd.ok(["snapshot", "ls", "-q", "--owner", "container"]),
+        ""
+    );
+    assert_eq!(mounts_below(plyd.dir()), Vec::<std::path::PathBuf>::new());
+    until("the shims have ended", || shims(plyd).is_empty());
+    for place in ["root/containers", "state/containers", "state/oci"] {
+        let names = names(&plyd.dir().join(place));
+        assert_eq!(names, Vec::<String>::new(), "{place}");
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap().flatten();
+    entries
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect()
+}
+
+/// Process ids of the shims below plyd's directory.
+fn shims(plyd: &Plyd) -> Vec<Pid> {
+    let here = plyd.dir().to_str().unwrap();
+    let pids = fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        line.contains("plyshim\0serve") && line.contains(here)
+    })
+    .map(Pid::from_raw)
+    .collect()
+}
+
+fn cgroups_of(id: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut dirs = vec![std::path::PathBuf::from("/sys/fs/cgroup")];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                if entry.file_name() == id {
+                    found.push(entry.path().display().to_string());
+                }
+                dirs.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn a_container_outlives_plyd() {
+    let mut plyd = plyd();
+    let script = "echo before; while ! test -e /go; do sleep 0.05; done; echo after; exit 6";
+    let id = plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sh", "-c", script]);
+    let id = id.trim_end().to_owned();
+    let pid = plyd.json(["inspect", "job"])[0]["pid"].clone();
+    plyd.signal(Signal::SIGKILL);
+    plyd.launch();
+    let found = plyd.json(["inspect", "job"]);
+    assert_eq!(
+        (&found[0]["status"], &found[0]["pid"]),
+        (&"running".into(), &pid)
+    );
+    assert_eq!(plyd.ok(["exec", "job", "echo", "hello"]), "hello\n");
+    let mut follow = plyd
+        .command()
+        .args(["logs", "-f", "job"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    plyd.ok(["exec", "job", "touch", "/go"]);
+    assert!(wait_for(&mut follow).unwrap().success());
+    let mut text = String::new();
+    follow
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    assert_eq!(text, "before\nafter\n");
+    assert_eq!(plyd.ok(["wait", "job"]), "6\n");
+    plyd.ok(["rm", "job"]);
+    assert_eq!(cgroups_of(&id), Vec::<String>::new());
+    assert_clean(&plyd);
+}
+
+#[test]
+fn an_end_that_nobody_watched_is_reported() {
+    let mut plyd = plyd();
+    let script = "while test -e /stay; do sleep 0.05; done; echo bye; exit 8";
+    plyd.ok(["run", "--name", "first", BUSYBOX, "true"]);
+    plyd.ok([
+        "create",
+        "--name",
+        "job",
+        BUSYBOX,
+        "sh",
+        "-c",
+        &format!("touch /stay; {script}"),
+    ]);
+    plyd.ok([
+        "run", "-d", "--rm", "--name", "brief", BUSYBOX, "sleep", "1000",
+    ]);
+    plyd.ok(["start", "job"]);
+    let inspected = plyd.json(["inspect", "job", "brief"]);
+    let pids: Vec<_> = (0..2)
+        .map(|n| inspected[n]["pid"].as_i64().unwrap())
+        .map(|pid| Pid::from_raw(pid.try_into().unwrap()))
+        .collect();
+    plyd.signal(Signal::SIGKILL);
+    fs::remove_file(format!("/proc/{}/root/stay", pids[0])).unwrap();
+    kill(pids[1], Signal::SIGKILL).unwrap();
+    until("both have ended", || shims(&plyd).is_empty());
+    plyd.launch();
+    let job = &plyd.json(["inspect", "job"])[0];
+    assert_eq!(
+        (&job["status"], &job["exit_code"]),
+        (&"stopped".into(), &8.into())
+    );
+    assert_eq!(plyd.ok(["logs", "job"]), "bye\n");
+    // The one that removes itself has been removed by the successor.
+    assert_eq!(plyd.ok(["ps", "-aq"]).lines().count(), 2);
+    plyd.ok(["rm", "job", "first"]);
+    assert_clean(&plyd);
+}
+
+#[test]
+fn a_shim_that_is_killed_takes_its_container_along_and_says_so() {
+    let plyd = plyd();
+    let id = plyd.ok([
+        "run",
+        "-d",
+        "--name",
+        "job",
+        BUSYBOX,
+        "sh",
+        "-c",
+        "echo here; exec sleep 1000",
+    ]);
+    let id = id.trim_end();
+    until("it has written", || plyd.ok(["logs", "job"]) == "here\n");
+    let pid = plyd.json(["inspect", "job"])[0]["pid"].as_i64().unwrap();
+    for shim in shims(&plyd) {
+        kill(shim, Signal::SIGKILL).unwrap();
+    }
+    assert_eq!(plyd.ok(["wait", "job"]), "137\n");
+    let job = &plyd.json(["inspect", "job"])[0];
+    assert!(job["error"].as_str().unwrap().contains("plyshim"), "{job}");
+    until("its process is gone", || {
+        !Path::new(&format!("/proc/{pid}")).exists()
+    });
+    assert_eq!(plyd.ok(["logs", "job"]), "here\n");
+    // It can be started again.
+    plyd.ok(["start", "job"]);
+    assert_eq!(plyd.ok(["exec", "job", "echo", "again"]), "again\n");
+    plyd.ok(["rm", "-f", "job"]);
+    assert_eq!(cgroups_of(id), Vec::<String>::new());
+    assert_clean(&plyd);
+}
+
+#[test]
+fn both_killed_together_leave_nothing_that_runs() {
+    let mut plyd = plyd();
+    plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sleep", "1000"]);
+    let pid = plyd.json(["inspect", "job"])[0]["pid"].as_i64().unwrap();
+    plyd.signal(Signal::SIGKILL);
+    for shim in shims(&plyd) {
+        kill(shim, Signal::SIGKILL).unwrap();
+    }
+    plyd.launch();
+    // Killed by now; its parent of the moment may take a while to bury it.
+    until("its process is gone", || {
+        !Path::new(&format!("/proc/{pid}")).exists()
+    });
+    assert_eq!(plyd.json(["inspect", "job"])[0]["exit_code"], 137);
+    plyd.ok(["rm", "job"]);
+    assert_clean(&plyd);
+}
+
+#[test]
+fn plyd_is_killed_in_the_middle_of_everything() {
+    let mut plyd = plyd();
+    plyd.ok(["run", "-d", "--name", "steady", BUSYBOX, "sleep", "1000"]);
+    for round in 0..6 {
+        let name = format!("job-{round}");
+        let mut children = Vec::new();
+        for args in [
+            vec![
+                "run",
+                "--name",
+                &name,
+                BUSYBOX,
+                "sh",
+                "-c",
+                "head -c 100000 /dev/zero",
+            ],
+            vec!["run", "--rm", BUSYBOX, "true"],
+            vec!["exec", "steady", "sh", "-c", "head -c 100000 /dev/zero"],
+            vec!["rm", "-f", "job-0", "job-1", "job-2", "job-3", "job-4"],
+        ] {
+            let mut command = plyd.command();
+            command
+                .args(args)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            children.push(command.spawn().unwrap());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20 + 40 * round));
+        plyd.signal(Signal::SIGKILL);
+        for child in &mut children {
+            assert!(wait_for(child).is_some(), "snapctl hangs");
+        }
+        plyd.launch();
+        assert_eq!(plyd.ok(["exec", "steady", "echo", "here"]), "here\n");
+        // Whatever was under way can be done again.
+        assert_eq!(plyd.ok(["run", "--rm", BUSYBOX, "echo", "fine"]), "fine\n");
+    }
+    for id in plyd.ok(["ps", "-aq"]).lines() {
+        plyd.ok(["rm", "-f", id]);
+    }
+    assert_clean(&plyd);
+}
+
+#[test]
+fn plyd_s_end_leaves_containers_alone_and_ends_its_streams() {
+    let mut plyd = plyd();
+    plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sleep", "1000"]);
+    let mut follow = plyd
+        .command()
+        .args(["logs", "-f", "job"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = plyd.signal(Signal::SIGTERM);
+    assert!(status.success(), "{status}");
+    assert!(!wait_for(&mut follow).unwrap().success());
+    plyd.launch();
+    assert_eq!(plyd.ok(["exec", "job", "echo", "hello"]), "hello\n");
+    plyd.ok(["rm", "-f", "job"]);
+    assert_clean(&plyd);
+}
+
+#[test]
+fn a_root_that_fails_is_said_and_can_be_removed() {
+    let plyd = plyd();
+    let id = plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sleep", "1000"]);
+    let snapshot = plyd.json([
+        "snapshot",
+        "info",
+        "--json",
+        "--owner",
+        "container",
+        id.trim_end(),
+    ]);
+    let pid = snapshot["plyfs_pid"].as_i64().unwrap();
+    kill(Pid::from_raw(pid.try_into().unwrap()), Signal::SIGKILL).unwrap();
+    until("it is said", || {
+        let job = &plyd.json(["inspect", "job"])[0];
+        job["error"]
+            .as_str()
+            .is_some_and(|error| error.contains("plyfs"))
+    });
+    assert_ne!(plyd.snapctl(["exec", "job", "ls", "/"]).code, 0);
+    plyd.ok(["rm", "-f", "job"]);
+    assert_clean(&plyd);
+}
+
+#[test]
+fn many_at_once() {
+    let plyd = plyd();
+    let children: Vec<_> = (0..20)
+        .map(|n| {
+            let script = format!("echo {n}; exit {n}");
+            let mut command = plyd.command();
+            command.args(["run", "--rm", BUSYBOX, "sh", "-c", &script]);
+            command.stdout(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for (n, child) in children.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{n}\n"));
+        assert_eq!(output.status.code(), Some(n.try_into().unwrap()));
+    }
+    assert_clean(&plyd);
+}
