@@ -7,7 +7,7 @@
 //! snapshots/records/ID.record   what is known of a snapshot; it exists if and only if this does
 //! snapshots/data/ID/upper       what an active snapshot changes
 //! snapshots/data/ID/work        the union's scratch directory for it
-//! snapshots/data/ID/empty       the only lower of a view on nothing
+//! snapshots/data/ID/empty       the only lower of a snapshot on nothing
 //! snapshots/data/ID/mounted     the active snapshot is mounted, or was when its plyfs died
 //! layers/LAYER                  the content of a committed snapshot
 //! index/                        names to ids; can be deleted while plyd is not running
@@ -188,20 +188,19 @@ impl Snapshotter {
 
     fn make_directories(&self, dir: &Path, kind: Kind, parent: Option<&Found>) -> Result<()> {
         fs::create_dir(dir).map_err(io_error("make", dir))?;
-        let top = parent.and_then(|parent| parent.record.layer.as_ref());
-        match (kind, top) {
-            (Kind::Active, top) => {
-                let upper = dir.join("upper");
-                upper::make(&upper, top.map(|top| self.layers.lower_of(top)).as_deref())
-                    .map_err(io_error("make", &upper))?;
-                let work = dir.join("work");
-                fs::create_dir(&work).map_err(io_error("make", &work))?;
-            }
-            (_, None) => {
+        let below = match parent.and_then(|parent| parent.record.layer.as_ref()) {
+            Some(top) => self.layers.lower_of(top),
+            None => {
                 let empty = dir.join("empty");
                 upper::make(&empty, None).map_err(io_error("make", &empty))?;
+                empty
             }
-            (_, Some(_)) => {}
+        };
+        if kind == Kind::Active {
+            let upper = dir.join("upper");
+            upper::make(&upper, Some(&below)).map_err(io_error("make", &upper))?;
+            let work = dir.join("work");
+            fs::create_dir(&work).map_err(io_error("make", &work))?;
         }
         sync_dir(dir)
             .and_then(|()| sync_dir(&self.data))
@@ -226,7 +225,7 @@ impl Snapshotter {
             }
             let dir = self.data.join(&found.id);
             let upper = dir.join("upper");
-            self.end_mount(&found)?;
+            self.end_mount(&found, Mounts::seal)?;
             upper::sync(&upper).map_err(io_error("make durable", &upper))?;
             let usage = usage_of(&upper)?;
             let layer = LayerId(found.id.clone());
@@ -378,7 +377,11 @@ impl Snapshotter {
 
     /// Flushes and unmounts. Fails if the last plyfs died: the kernel has acknowledged writes to the
     /// mount's users that it never got.
-    fn end_mount(&self, found: &Found) -> Result<()> {
+    fn end_mount(
+        &self,
+        found: &Found,
+        end: impl FnOnce(&Mounts, &str) -> Result<()>,
+    ) -> Result<()> {
         let mark = self.mounted_mark(found);
         let flushed = self
             .mounts
@@ -389,7 +392,7 @@ impl Snapshotter {
                 key: found.record.key.clone(),
             });
         }
-        self.mounts.unmount(&found.id)?;
+        end(&self.mounts, &found.id)?;
         match fs::remove_file(&mark) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(io_error("remove", &mark)(error))
@@ -405,7 +408,7 @@ impl Snapshotter {
     /// Flushes and ends the mount, if there is one. Whatever still uses it gets errors.
     pub fn unmount(&self, owner: Owner, key: &str) -> Result<()> {
         self.locked(owner, key, |found| {
-            let ended = self.end_mount(&found);
+            let ended = self.end_mount(&found, Mounts::unmount);
             if ended.is_err() {
                 self.mounts.unmount(&found.id)?;
             }
@@ -429,7 +432,7 @@ impl Snapshotter {
             }),
             _ => None,
         };
-        if lowers.is_empty() && upper.is_none() {
+        if lowers.is_empty() {
             lowers.push(dir.join("empty"));
         }
         Ok(UnionConfig {

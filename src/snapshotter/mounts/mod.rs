@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::mount::MntFlags;
+use nix::mount::{MntFlags, MsFlags};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -76,6 +76,8 @@ struct Live {
     connection: u64,
     /// Its process, if this plyd started it: to be reaped.
     child: Option<Child>,
+    /// Its snapshot is committed; only copies that others made of the mount are left.
+    left: bool,
 }
 
 impl std::fmt::Debug for Live {
@@ -186,6 +188,7 @@ impl Mounts {
             fuse,
             connection,
             child,
+            left: false,
         })
     }
 
@@ -262,33 +265,81 @@ impl Mounts {
     }
 
     /// Ends the mount, if there is one, and its process, and with them every copy of the mount that
-    /// someone still holds: when this returns, nobody writes to the upper any more.
+    /// someone still holds: whoever uses one gets errors.
     pub(super) fn unmount(&self, id: &str) -> Result<()> {
         let Some(live) = self.shared.live.lock().remove(id) else {
             return self.clear(id);
         };
         self.shared.wake_up();
+        self.take_away(&live)?;
+        self.end(id, live)?;
+        self.clear(id)
+    }
+
+    /// Ends the mount, if there is one. Copies that someone still holds go on, read-only; when this
+    /// returns, nobody writes to the upper any more.
+    pub(super) fn seal(&self, id: &str) -> Result<()> {
+        let Some(live) = self.shared.live.lock().remove(id) else {
+            return self.clear(id);
+        };
+        self.shared.wake_up();
+        // Of the whole file system, not of this mount alone. Refused while a file is open for writing.
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        let none: Option<&str> = None;
+        let sealed = nix::mount::mount(none, &live.point.path, none, flags, none);
+        self.take_away(&live)?;
+        match sealed {
+            Ok(()) if self.has_copies(&live)? => {
+                tracing::debug!(
+                    id,
+                    "a committed snapshot is still mounted somewhere, read-only"
+                );
+                // Goes on being watched, to be reaped.
+                let left = format!("{id} (left)");
+                self.shared
+                    .live
+                    .lock()
+                    .insert(left, Live { left: true, ..live });
+                self.shared.wake_up();
+            }
+            Ok(()) => self.end(id, live)?,
+            Err(errno) => {
+                tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
+                self.end(id, live)?;
+            }
+        }
+        self.clear(id)
+    }
+
+    fn take_away(&self, live: &Live) -> Result<()> {
         let path = &live.point.path;
         match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-            Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path))?,
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+            Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path)),
         }
-        // The process ends by itself once the last copy is gone.
+    }
+
+    fn has_copies(&self, live: &Live) -> Result<bool> {
+        let table = mountinfo::read().map_err(io_error("look for copies of", &live.point.path))?;
+        let is_copy = |entry: &MountEntry| connection(entry) == Some(live.connection);
+        Ok(table.iter().any(is_copy))
+    }
+
+    /// Ends the process of a mount that was taken away.
+    fn end(&self, id: &str, live: Live) -> Result<()> {
+        // Without copies the mount is gone, and the process ends by itself.
         let asked = live.control.stop(ANSWER);
-        let copies = mountinfo::read()
-            .map_err(io_error("look for copies of", path))?
-            .iter()
-            .any(|entry| connection(entry) == Some(live.connection));
-        if copies || asked.is_err() || !has_ended(&live.control, ANSWER) {
+        let ended = asked.is_ok() && !self.has_copies(&live)? && has_ended(&live.control, ANSWER);
+        if !ended {
             tracing::warn!(id, "ending a mount that is still in use or does not answer");
-            abort(live.connection);
-            if !has_ended(&live.control, ANSWER) {
+            let aborted = abort(live.connection) && has_ended(&live.control, ANSWER);
+            if !aborted {
                 kill(live.point.pid);
                 has_ended(&live.control, ANSWER);
             }
         }
         live.reap();
-        self.clear(id)
+        Ok(())
     }
 
     /// Takes away whatever is at the place of a mount that nobody serves.
@@ -359,6 +410,10 @@ impl Shared {
             return; // It was ended on purpose.
         }
         let Some(live) = all.remove(id) else { return };
+        if live.left {
+            live.reap();
+            return;
+        }
         let (path, pid) = (live.point.path.clone(), live.point.pid);
         abort(live.connection);
         if let Err(error) = fuse_mount::unmount_lazily(&path) {
@@ -414,15 +469,17 @@ fn has_ended(control: &ControlClient, patience: Duration) -> bool {
     }
 }
 
-/// Ends a FUSE connection: every call on it fails from now on, also those that wait.
-fn abort(connection: u64) {
+/// Ends a FUSE connection: every call on it fails from now on, also those that wait. Answers whether
+/// it could; where fusectl is not mounted, only the end of the process does the same.
+fn abort(connection: u64) -> bool {
     let path = format!("/sys/fs/fuse/connections/{connection}/abort");
     match fs::write(&path, "1") {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => {
             tracing::warn!(path, %error, "cannot abort a FUSE connection");
+            false
         }
-        // Gone already, or fusectl is not mounted: then it ends with the last descriptor.
-        _ => {}
     }
 }
 
