@@ -7,6 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::stat::{Mode, umask};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -26,6 +27,8 @@ use crate::snapshotter::Snapshotter;
 
 /// containerd's limit, in both directions.
 const LARGEST_MESSAGE: usize = 16 << 20;
+/// How long the requests at hand may take when plyd ends.
+const LAST_REQUESTS: Duration = Duration::from_secs(5);
 
 /// What the services work with.
 pub struct Backends {
@@ -104,7 +107,8 @@ pub fn listen(path: &Path) -> Result<UnixListener, Error> {
     Ok(listener)
 }
 
-/// Serves until `end` is ready and the requests at hand are answered.
+/// Serves until `end` is ready and the requests at hand are answered, or cut off when that takes long:
+/// a stream may go on for ever.
 pub async fn serve(
     backends: Backends,
     listener: UnixListener,
@@ -129,7 +133,9 @@ pub async fn serve(
     let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
-    let admin = SnapshotAdminServer::new(snapshot_admin::Service::new(Arc::clone(&snapshotter)))
+    let admin_service =
+        snapshot_admin::Service::new(Arc::clone(&snapshotter), Arc::clone(&image_store));
+    let admin = SnapshotAdminServer::new(admin_service)
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
     let images = ImagesServer::new(images::Service::new(
@@ -173,7 +179,20 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
 
-    Server::builder()
+    let (ending, ended) = tokio::sync::oneshot::channel();
+    let end = async move {
+        end.await;
+        // Nobody listens when serving has failed meanwhile.
+        let _ = ending.send(());
+    };
+    let patience = async {
+        if ended.await.is_ok() {
+            tokio::time::sleep(LAST_REQUESTS).await;
+        } else {
+            std::future::pending().await
+        }
+    };
+    let serving = Server::builder()
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
@@ -182,7 +201,10 @@ pub async fn serve(
         .add_service(images)
         .add_service(containers)
         .add_service(system)
-        .serve_with_incoming_shutdown(incoming, end)
-        .await?;
+        .serve_with_incoming_shutdown(incoming, end);
+    tokio::select! {
+        served = serving => served?,
+        () = patience => tracing::info!("cutting off the streams that are still open"),
+    }
     Ok(())
 }

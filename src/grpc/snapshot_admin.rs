@@ -1,12 +1,16 @@
 //! `plywood.v1.SnapshotAdmin`: the administrator's view of the snapshots of all owners.
 
+use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::pb::plywood as api;
 use super::status::blocking;
-use crate::snapshotter::{Kind, Mount, Owner, ParentRef, SnapshotInfo, Snapshotter};
+use crate::image::ImageStore;
+use crate::snapshotter::{
+    Change, ChangeKind, Kind, Mount, Owner, ParentRef, SnapshotInfo, Snapshotter,
+};
 
 /// Whom the snapshots made here belong to.
 const OWNER: Owner = Owner::Snapctl;
@@ -14,11 +18,15 @@ const OWNER: Owner = Owner::Snapctl;
 /// The service.
 pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
+    images: Arc<ImageStore>,
 }
 
 impl Service {
-    pub(super) fn new(snapshotter: Arc<Snapshotter>) -> Self {
-        Self { snapshotter }
+    pub(super) fn new(snapshotter: Arc<Snapshotter>, images: Arc<ImageStore>) -> Self {
+        Self {
+            snapshotter,
+            images,
+        }
     }
 
     async fn with<T: Send + 'static>(
@@ -34,10 +42,11 @@ impl Service {
         request: api::PrepareRequest,
         kind: Kind,
     ) -> Result<Response<api::PrepareResponse>, Status> {
+        let images = Arc::clone(&self.images);
         self.with(move |snapshotter| {
             let parent = match request.parent.as_str() {
                 "" => None,
-                key => Some(find_parent(snapshotter, key)?),
+                key => find_parent(snapshotter, &images, key)?,
             };
             let labels = request.labels.into_iter().collect();
             let (key, parent) = (&request.key, parent.as_ref());
@@ -178,9 +187,28 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
 
     async fn diff(
         &self,
-        _request: Request<api::DiffRequest>,
+        request: Request<api::DiffRequest>,
     ) -> Result<Response<Self::DiffStream>, Status> {
-        Err(Status::unimplemented("follows"))
+        let request = request.into_inner();
+        self.with(move |snapshotter| {
+            let found = find(snapshotter, &request.key, &request.owner)?;
+            let changes = snapshotter.diff(found.owner, &found.key)?;
+            let entries: Vec<_> = changes.into_iter().map(|c| Ok(entry(c))).collect();
+            Ok(tokio_stream::iter(entries))
+        })
+        .await
+    }
+}
+
+fn entry(change: Change) -> api::DiffEntry {
+    let kind = match change.kind {
+        ChangeKind::Added => api::diff_entry::Change::Added,
+        ChangeKind::Modified => api::diff_entry::Change::Modified,
+        ChangeKind::Deleted => api::diff_entry::Change::Deleted,
+    };
+    api::DiffEntry {
+        change: kind.into(),
+        path: change.path.into_os_string().into_vec(),
     }
 }
 
@@ -212,18 +240,34 @@ fn find(snapshotter: &Snapshotter, key: &str, owner: &str) -> Result<SnapshotInf
     }
 }
 
-fn find_parent(snapshotter: &Snapshotter, key: &str) -> Result<ParentRef, Status> {
-    let parent = find(snapshotter, key, "")?;
+/// A committed snapshot by its key, or the top of an image by its name; an image without layers is as
+/// good as no parent.
+fn find_parent(
+    snapshotter: &Snapshotter,
+    images: &ImageStore,
+    name: &str,
+) -> Result<Option<ParentRef>, Status> {
+    let parent = match find(snapshotter, name, "") {
+        Err(status) if status.code() == Code::NotFound => match images.inspect(name) {
+            Ok(details) => return Ok(details.image.parent()),
+            Err(_) => {
+                return Err(Status::not_found(format!(
+                    "there is no snapshot and no image {name:?} to be the parent; `snapctl snapshot ls` and `snapctl image ls` name those that exist"
+                )));
+            }
+        },
+        found => found?,
+    };
     if parent.kind != Kind::Committed {
         return Err(Status::failed_precondition(format!(
-            "the snapshot {key:?} cannot be a parent, for it is {}; commit it first",
+            "the snapshot {name:?} cannot be a parent, for it is {}; commit it first",
             parent.kind
         )));
     }
-    Ok(ParentRef {
+    Ok(Some(ParentRef {
         owner: parent.owner,
         key: parent.key,
-    })
+    }))
 }
 
 fn owner_named(name: &str) -> Result<Option<Owner>, Status> {

@@ -65,7 +65,8 @@ impl From<snapshotter::Error> for Status {
             | Error::WritesLost { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
             Error::Record(error) => record_code(error),
-            Error::Index(_) => Code::Internal,
+            Error::Index(_) | Error::OpenUnion(_) => Code::Internal,
+            Error::Union { source } => io_code(&io::Error::from_raw_os_error(source.errno)),
             Error::Io { source, .. } => io_code(source),
             Error::PlyfsFailed { .. } => Code::Internal,
         };

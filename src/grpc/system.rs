@@ -7,6 +7,7 @@ use tonic::{Request, Response, Status};
 
 use super::pb::plywood as api;
 use super::status::blocking;
+use crate::fuse::probe;
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
@@ -67,6 +68,12 @@ impl api::system_server::System for Service {
         let (containers, running) = self.containers.count();
         let cgroups = self.containers.cgroups().as_str().to_owned();
         blocking(move || {
+            let features = probe::features().into_iter().map(|feature| api::Feature {
+                name: feature.name.to_owned(),
+                supported: feature.supported,
+                in_use: feature.in_use,
+                reason: feature.reason.unwrap_or_default(),
+            });
             let snapshots = snapshotter.list(None)?;
             let kernel = nix::sys::utsname::uname()
                 .map(|name| name.release().to_string_lossy().into_owned())
@@ -77,6 +84,7 @@ impl api::system_server::System for Service {
                 root: place.root.to_string_lossy().into_owned(),
                 state: place.state.to_string_lossy().into_owned(),
                 pid: std::process::id(),
+                features: features.collect(),
                 images: images.list()?.len() as u64,
                 snapshots: snapshots.len() as u64,
                 mounts: snapshots.iter().filter(|s| s.mount.is_some()).count() as u64,

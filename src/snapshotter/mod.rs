@@ -36,6 +36,7 @@
 //! A record that cannot be read keeps its id taken: none of its trees is an orphan.
 
 mod catalog;
+mod diff;
 mod locks;
 mod mounts;
 mod recovery;
@@ -44,12 +45,13 @@ mod tests;
 pub mod types;
 mod upper;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use catalog::{Catalog, Found, SnapshotRecord};
+pub use diff::{Change, ChangeKind};
 use locks::Locks;
 use mounts::Mounts;
 use types::io_error;
@@ -282,16 +284,28 @@ impl Snapshotter {
     /// is left out, and said so in the log.
     pub fn list(&self, owner: Option<Owner>) -> Result<Vec<SnapshotInfo>> {
         let all = self.catalog.all()?;
+        let by_id: HashMap<&str, &Found> =
+            all.iter().map(|found| (found.id.as_str(), found)).collect();
+        let wanted = |found: &&Found| owner.is_none_or(|owner| owner == found.record.owner);
         let mut infos = Vec::with_capacity(all.len());
-        for found in all {
-            if owner.is_some_and(|owner| owner != found.record.owner) {
+        for found in all.iter().filter(wanted) {
+            // Parents are older than their children, so the steps are fewer than the snapshots.
+            let next = |found: &&Found| {
+                let parent = found.record.parent.as_deref()?;
+                by_id.get(parent).copied()
+            };
+            let ancestors: Vec<&Found> = std::iter::successors(next(&found), next)
+                .take(all.len())
+                .collect();
+            let root = ancestors.last().copied().unwrap_or(found);
+            if root.record.parent.is_some() {
+                tracing::error!(
+                    snapshot = found.record.key,
+                    "left out of a listing: the record of a snapshot that it builds on cannot be used"
+                );
                 continue;
             }
-            let key = found.record.key.clone();
-            match self.describe(found) {
-                Ok(info) => infos.push(info),
-                Err(error) => tracing::error!(snapshot = key, %error, "left out of a listing"),
-            }
+            infos.push(self.info(found.clone(), &ancestors));
         }
         Ok(infos)
     }
@@ -416,6 +430,25 @@ impl Snapshotter {
         })
     }
 
+    /// Every path that the snapshot changes against its parent, in byte order.
+    pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
+        self.locked(owner, key, |found| {
+            let mut layers = self.lowers_of(&found)?;
+            let own = match found.record.kind {
+                Kind::View => return Ok(Vec::new()),
+                Kind::Committed => layers.remove(0),
+                Kind::Active => {
+                    let upper = self.data.join(&found.id).join("upper");
+                    self.mounts
+                        .flush(&found.id)
+                        .map_err(io_error("flush the mount of", &upper))?;
+                    upper
+                }
+            };
+            diff::diff(&own, layers)
+        })
+    }
+
     /// How to open the snapshot's union in this process, for work on an active snapshot that is not
     /// mounted (unpacking a layer). The caller closes it before `mount`, `commit` or `remove`.
     pub fn union_config(&self, owner: Owner, key: &str) -> Result<UnionConfig> {
@@ -445,12 +478,13 @@ impl Snapshotter {
     /// Its own layer, if it is committed, and those below, the topmost first.
     fn lowers_of(&self, found: &Found) -> Result<Vec<PathBuf>> {
         let ancestors = self.catalog.ancestors(&found.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
         Ok(self.lowers_in(found, &ancestors))
     }
 
-    fn lowers_in(&self, found: &Found, ancestors: &[Found]) -> Vec<PathBuf> {
+    fn lowers_in(&self, found: &Found, ancestors: &[&Found]) -> Vec<PathBuf> {
         std::iter::once(found)
-            .chain(ancestors)
+            .chain(ancestors.iter().copied())
             .filter_map(|found| found.record.layer.as_ref())
             .map(|layer| self.layers.lower_of(layer))
             .collect()
@@ -458,18 +492,23 @@ impl Snapshotter {
 
     fn describe(&self, found: Found) -> Result<SnapshotInfo> {
         let ancestors = self.catalog.ancestors(&found.record)?;
-        let layer_dirs = self.lowers_in(&found, &ancestors);
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        Ok(self.info(found, &ancestors))
+    }
+
+    fn info(&self, found: Found, ancestors: &[&Found]) -> SnapshotInfo {
+        let layer_dirs = self.lowers_in(&found, ancestors);
         let upper_dir =
             (found.record.kind == Kind::Active).then(|| self.data.join(&found.id).join("upper"));
         let mount = self.mounts.point(&found.id);
         let Found { id, record } = found;
-        Ok(SnapshotInfo {
+        SnapshotInfo {
             id,
             owner: record.owner,
             key: record.key,
-            parent: ancestors.into_iter().next().map(|parent| ParentRef {
+            parent: ancestors.first().map(|parent| ParentRef {
                 owner: parent.record.owner,
-                key: parent.record.key,
+                key: parent.record.key.clone(),
             }),
             kind: record.kind,
             labels: record.labels,
@@ -478,7 +517,7 @@ impl Snapshotter {
             mount,
             upper_dir,
             layer_dirs,
-        })
+        }
     }
 
     /// Runs `work` on the snapshot while nobody else changes it.

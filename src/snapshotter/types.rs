@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use crate::cow;
 use crate::store::{index, record};
 use crate::sys::fuse_mount;
 
@@ -238,6 +239,15 @@ pub enum Error {
         path: PathBuf,
         /// What the host said.
         source: io::Error,
+    },
+    /// The union of its layers cannot be opened.
+    #[error(transparent)]
+    OpenUnion(#[from] cow::OpenError),
+    /// The union of its layers cannot be read.
+    #[error("cannot read the layers: {source}; see the log for the layer and path")]
+    Union {
+        /// What failed.
+        source: cow::Error,
     },
     /// mount(2) or what it needs.
     #[error(transparent)]

@@ -1,0 +1,249 @@
+//! Deaths of plyfs and plyd at any moment, and damage of what lies on disk.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tonic::Code;
+
+use super::client::{Snapshots, source};
+use super::common::{Plyd, mounts_below, until};
+
+/// The plyfs processes whose command lines name `dir`.
+fn plyfs_of(dir: &Path) -> Vec<i32> {
+    let needle = dir.to_str().unwrap();
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &i32| {
+            let file = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            file("comm").starts_with(b"plyfs")
+                && String::from_utf8_lossy(&file("cmdline")).contains(needle)
+        })
+        .collect()
+}
+
+fn kill_9(pid: i32) {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+fn count(dir: PathBuf) -> usize {
+    fs::read_dir(dir).unwrap().count()
+}
+
+/// Exactly what the snapshots need is on disk, mounted and running.
+fn assert_tidy(plyd: &Plyd, snapshots: &Snapshots, mounted: usize) {
+    snapshots.cleanup().unwrap();
+    let (committed, _) = snapshots.list(&["kind==committed"]).unwrap();
+    let (others, _) = snapshots.list(&["kind!=committed"]).unwrap();
+    let root = plyd.root();
+    assert_eq!(count(root.join("layers")), committed.len());
+    assert_eq!(count(root.join("snapshots/data")), others.len());
+    assert_eq!(
+        count(root.join("snapshots/records")),
+        committed.len() + others.len()
+    );
+    assert_eq!(count(root.join("trash")), 0);
+    assert_eq!(count(plyd.state().join("mounts")), mounted);
+    assert_eq!(mounts_below(plyd.dir()).len(), mounted);
+    until("no plyfs is left over", || {
+        plyfs_of(plyd.dir()).len() == mounted
+    });
+}
+
+#[test]
+fn a_dead_plyfs_means_errors_at_once_and_a_new_mount_on_request() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let mounts = snapshots.prepare("a", "").unwrap();
+    let root = source(&mounts);
+    fs::write(root.join("file"), "1").unwrap();
+    let reader = fs::File::open(root.join("file")).unwrap();
+    fs::File::open(&root).unwrap().sync_all().unwrap();
+    let [pid] = plyfs_of(plyd.dir())[..] else {
+        panic!("not one plyfs");
+    };
+    kill_9(pid);
+    until("the death is noticed", || plyd.log().contains("plyfs died"));
+    // Not a hang: an error.
+    assert!(reader.metadata().is_err());
+    assert_eq!(mounts_below(plyd.dir()).len(), 0);
+
+    // What the kernel had taken and plyfs had not may be lost, so this is no layer.
+    let status = snapshots.commit("base", "a").unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("may be lost"), "{status}");
+
+    assert_eq!(snapshots.mounts("a").unwrap(), mounts);
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
+    snapshots.commit("base", "a").unwrap();
+    assert_tidy(&plyd, &snapshots, 0);
+}
+
+#[test]
+fn mounts_outlive_plyd_and_are_found_again() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    let before = plyfs_of(plyd.dir());
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        plyd.signal(signal);
+        fs::write(root.join(signal.as_str()), "1").unwrap();
+        plyd.launch();
+    }
+    let snapshots = Snapshots::of(&plyd);
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(plyfs_of(plyd.dir()), before);
+    assert_tidy(&plyd, &snapshots, 1);
+    snapshots.commit("base", "a").unwrap();
+    let view = source(&snapshots.view("v", "base").unwrap());
+    assert!(view.join("SIGKILL").exists() && view.join("SIGTERM").exists());
+}
+
+#[test]
+fn dead_mounts_are_cleared_by_the_next_plyd() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    snapshots.layer("base", "", |root| {
+        fs::write(root.join("file"), "1").unwrap()
+    });
+    let root = source(&snapshots.prepare("a", "base").unwrap());
+    plyd.signal(Signal::SIGKILL);
+    for pid in plyfs_of(plyd.dir()) {
+        kill_9(pid);
+    }
+    plyd.launch();
+    let snapshots = Snapshots::of(&plyd);
+    assert_tidy(&plyd, &snapshots, 0);
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
+}
+
+/// Prepares, writes, commits and removes without end until plyd is gone, and answers the names whose
+/// commit and whose removal were acknowledged.
+fn churn(snapshots: &Snapshots, round: usize) -> (BTreeSet<String>, BTreeSet<String>) {
+    let (mut committed, mut removed) = (BTreeSet::new(), BTreeSet::new());
+    let mut parent = String::new();
+    for number in 0.. {
+        let name = format!("layer {round} {number}");
+        let key = format!("extract {round} {number}");
+        let Ok(mounts) = snapshots.prepare(&key, &parent) else {
+            break;
+        };
+        if fs::write(source(&mounts).join(&name), &name).is_err() {
+            break;
+        }
+        if snapshots.commit(&name, &key).is_err() {
+            break;
+        }
+        committed.insert(name.clone());
+        if number % 3 == 2 {
+            if snapshots.remove(&name).is_err() {
+                break;
+            }
+            removed.insert(name);
+        } else {
+            parent = name;
+        }
+    }
+    (committed, removed)
+}
+
+#[test]
+fn plyd_can_be_killed_in_the_middle_of_anything() {
+    let mut plyd = Plyd::start();
+    let (mut committed, mut removed) = (BTreeSet::new(), BTreeSet::new());
+    for round in 0..8 {
+        let snapshots = Snapshots::of(&plyd);
+        let pid = i32::try_from(plyd.pid()).unwrap();
+        let worker = std::thread::spawn(move || churn(&snapshots, round));
+        // Anywhere in the first few cycles; which one does not matter, that they differ does.
+        std::thread::sleep(std::time::Duration::from_millis(150 + 173 * round as u64));
+        kill_9(pid);
+        let (more, gone) = worker.join().unwrap();
+        committed.extend(more);
+        removed.extend(gone);
+        plyd.signal(Signal::SIGKILL);
+        plyd.launch();
+
+        let snapshots = Snapshots::of(&plyd);
+        let names: BTreeSet<String> = snapshots.names().into_iter().collect();
+        for name in committed.difference(&removed) {
+            // A removal that was under way may have been done or not.
+            if !names.contains(name) {
+                assert!(
+                    name.starts_with(&format!("layer {round} ")),
+                    "{name} is lost"
+                );
+                continue;
+            }
+            let view = source(&snapshots.view("look", name).unwrap());
+            assert_eq!(fs::read(view.join(name)).unwrap(), name.as_bytes());
+            snapshots.remove("look").unwrap();
+        }
+        assert!(names.is_disjoint(&removed));
+        committed.retain(|name| names.contains(name));
+        // What was under way can be repeated, or removed.
+        for key in names.iter().filter(|name| name.starts_with("extract")) {
+            snapshots.remove(key).unwrap();
+        }
+        assert_tidy(&plyd, &snapshots, 0);
+    }
+    assert!(!plyd.log().contains("panicked"));
+}
+
+#[test]
+fn a_corrupt_record_is_named_and_costs_nothing_else() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    snapshots.layer("one", "", |_| {});
+    snapshots.layer("two", "", |root| fs::write(root.join("file"), "1").unwrap());
+    plyd.signal(Signal::SIGTERM);
+    let records = plyd.root().join("snapshots/records");
+    let of_one = fs::read_dir(&records)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| fs::read_to_string(path).unwrap().contains("\"one\""))
+        .unwrap();
+    let good = fs::read(&of_one).unwrap();
+    fs::write(&of_one, &good[..good.len() - 70]).unwrap();
+
+    plyd.launch();
+    let name = of_one.file_name().unwrap().to_str().unwrap();
+    assert!(plyd.log().contains(name), "{}", plyd.log());
+    let snapshots = Snapshots::of(&plyd);
+    assert_eq!(snapshots.names(), ["two"]);
+    let view = source(&snapshots.view("v", "two").unwrap());
+    assert_eq!(fs::read(view.join("file")).unwrap(), b"1");
+    assert_eq!(count(plyd.root().join("layers")), 2);
+
+    fs::write(&of_one, &good).unwrap();
+    plyd.signal(Signal::SIGTERM);
+    plyd.launch();
+    assert_eq!(Snapshots::of(&plyd).names(), ["one", "two", "v"]);
+}
+
+#[test]
+fn the_index_can_be_damaged_or_missing() {
+    let mut plyd = Plyd::start();
+    Snapshots::of(&plyd).layer("base", "", |_| {});
+    let index = plyd.root().join("index");
+    let damages: [fn(&Path); 4] = [
+        |index| fs::remove_dir_all(index).unwrap(),
+        |index| fs::write(index.join("sled/db"), []).unwrap(),
+        |index| fs::write(index.join("sled/db"), [0xff; 300_000]).unwrap(),
+        |index| fs::write(index.join("sled/conf"), "garbage").unwrap(),
+    ];
+    for damage in damages {
+        plyd.signal(Signal::SIGTERM);
+        damage(&index);
+        plyd.launch();
+        let snapshots = Snapshots::of(&plyd);
+        assert_eq!(snapshots.stat("base").unwrap().name, "base");
+        snapshots.prepare("a", "base").unwrap();
+        snapshots.remove("a").unwrap();
+    }
+}

@@ -1,0 +1,119 @@
+//! plyd as a program.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use nix::sys::signal::Signal;
+
+use super::common::Plyd;
+
+fn plyd(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_plyd"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+/// Runs what must end by itself, and answers its exit code and what it complains of.
+fn refused(args: &[&str]) -> (i32, String) {
+    let output = plyd(args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code().unwrap(), stderr)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn a_wrong_configuration_is_refused_by_name() {
+    let tmp = tempfile::tempdir().unwrap();
+    let config = tmp.path().join("config.toml");
+    for (content, word) in [
+        ("rooot = \"/x\"", "rooot"),
+        ("root = 7", "root"),
+        ("log_format = \"xml\"", "xml"),
+        ("address = \"tcp://1.2.3.4\"", "tcp://1.2.3.4"),
+        ("log_level = \"a=b=c\"", "a=b=c"),
+    ] {
+        fs::write(&config, content).unwrap();
+        let root = tmp.path().join("root");
+        let (code, stderr) = refused(&[
+            "--config",
+            text(&config),
+            "--state",
+            text(&root),
+            "--root",
+            text(&root),
+        ]);
+        // The flags above win over the file, but a value of the wrong type is no value.
+        assert_ne!(code, 0, "{content}");
+        assert!(stderr.contains(word), "{content}: {stderr}");
+        assert!(!root.exists(), "{content}");
+    }
+    let missing = tmp.path().join("missing.toml");
+    let (code, stderr) = refused(&["--config", text(&missing)]);
+    assert_eq!(code, 2);
+    assert!(stderr.contains("missing.toml"), "{stderr}");
+}
+
+#[test]
+fn one_plyd_for_each_root_and_each_socket() {
+    let first = Plyd::start();
+    let other = first.dir().join("other");
+    let address = first.address();
+    let elsewhere = format!("unix://{}", other.join("s").display());
+    let state = first.state();
+    let (code, stderr) = refused(&[
+        "--root",
+        text(&first.root()),
+        "--state",
+        text(&state),
+        "--address",
+        &elsewhere,
+    ]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains(&first.pid().to_string()), "{stderr}");
+    assert!(stderr.contains("in use"), "{stderr}");
+    let (code, stderr) = refused(&[
+        "--root",
+        text(&other),
+        "--state",
+        text(&other),
+        "--address",
+        &address,
+    ]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("served by another process"), "{stderr}");
+    first.ok(["system", "info"]);
+}
+
+#[test]
+fn the_socket_is_private_and_a_stale_one_is_replaced() {
+    let mut plyd = Plyd::start();
+    let socket = plyd.address().replace("unix://", "");
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(Path::new(&socket)), 0o600);
+    assert_eq!(mode(&plyd.root()), 0o700);
+    assert_eq!(mode(&plyd.state()), 0o700);
+    plyd.signal(Signal::SIGKILL);
+    assert!(Path::new(&socket).exists());
+    plyd.launch();
+    assert!(plyd.signal(Signal::SIGTERM).success());
+    assert!(!Path::new(&socket).exists());
+
+    fs::write(&socket, "precious").unwrap();
+    let (code, stderr) = refused(&[
+        "--root",
+        text(&plyd.root()),
+        "--state",
+        text(&plyd.state()),
+        "--address",
+        &plyd.address(),
+    ]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("not a socket"), "{stderr}");
+    assert_eq!(fs::read(&socket).unwrap(), b"precious");
+}

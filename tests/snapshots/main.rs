@@ -1,0 +1,12 @@
+//! Snapshots on real mounts, through a real plyd. Needs root and /dev/fuse.
+//!
+//! - `service`: containerd's service, and what the owners of snapshots cannot do to each other.
+//! - `crash`: deaths of plyfs and plyd, and damage of what lies on disk.
+//! - `daemon`: plyd as a program: command line, configuration, socket, signals.
+
+mod client;
+#[path = "../cli/common.rs"]
+mod common;
+mod crash;
+mod daemon;
+mod service;
