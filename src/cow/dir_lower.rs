@@ -341,6 +341,11 @@ impl DirObject {
         .with_context(|| format!("listing {}", self.host_path().display()))
     }
 
+    /// What was honoured as a mark of another dialect is not shown, and so not copied up either.
+    fn is_foreign_mark(&self, name: &OsStr) -> bool {
+        self.layer.foreign && self.attr.kind == FileKind::Directory && name == FUSE_OVERLAYFS_OPAQUE
+    }
+
     fn is_xattr_whiteout(&self, directory: &Directory, name: &OsStr, attr: &Attr) -> Result<bool> {
         if !directory.xattr_whiteouts || attr.kind != FileKind::Regular || attr.size != 0 {
             return Ok(false);
@@ -473,11 +478,16 @@ impl LowerObject for DirObject {
     }
 
     fn xattr(&self, stored: &OsStr) -> Result<Vec<u8>> {
+        if self.is_foreign_mark(stored) {
+            return Err(Errno::ENODATA.into());
+        }
         self.with_object(|object| xattr::get(object, stored))
     }
 
     fn xattr_names(&self) -> Result<Vec<OsString>> {
-        self.with_object(xattr::list)
+        let mut names = self.with_object(xattr::list)?;
+        names.retain(|name| !self.is_foreign_mark(name));
+        Ok(names)
     }
 
     fn open(&self) -> Result<Arc<dyn LowerFile>> {

@@ -55,6 +55,7 @@ pub(super) enum Orphan {
 }
 
 /// Where an object lies at the moment.
+#[derive(Default)]
 pub(super) struct Place {
     /// Its names as far as they were looked up: one for a directory, none once it is removed.
     pub(super) names: Vec<Name>,
@@ -127,21 +128,6 @@ pub(super) struct DirState {
     pub(super) default_acl: Flag,
     /// Listings that are being read.
     pub(super) streams: Vec<Weak<Stream>>,
-}
-
-impl Default for Place {
-    fn default() -> Self {
-        Self {
-            names: Vec::new(),
-            upper: None,
-            lowers: Arc::default(),
-            orphan: None,
-            index: None,
-            link_offset: 0,
-            atime: None,
-            metacopy: false,
-        }
-    }
 }
 
 impl DirState {

@@ -48,12 +48,17 @@ impl Given {
 impl Union {
     /// Checks the directories, locks the work directory and opens the layers.
     pub fn open(config: UnionConfig) -> Result<Self, OpenError> {
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+        // The rest is for descriptors that operations hold while they run, and for the program.
+        Self::open_with_limit(config, limit.min(32_768) / 2)
+    }
+
+    /// As `open`, keeping at most `limit` descriptors open, and half as many again of removed files.
+    pub(super) fn open_with_limit(config: UnionConfig, limit: u64) -> Result<Self, OpenError> {
         if config.lowers.is_empty() && config.upper.is_none() {
             return Err(OpenError::NoLayer);
         }
-        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
-        // The rest is for descriptors that operations hold while they run, and for the program.
-        let budget = Budget::new(usize::try_from(limit / 2).unwrap_or(usize::MAX).min(16_384));
+        let budget = Budget::new(usize::try_from(limit).unwrap_or(usize::MAX));
         let family = config.xattr_family;
         let mut lowers: Vec<Box<dyn Lower>> = Vec::new();
         for path in &config.lowers {
@@ -216,7 +221,7 @@ fn open_upper(
         _lock: base,
         next_name: AtomicU64::new(0),
         orphan_fds: AtomicU64::new(0),
-        orphan_fd_limit: limit / 4,
+        orphan_fd_limit: limit / 2,
         device_whiteouts: AtomicBool::new(true),
     })
 }

@@ -1,7 +1,7 @@
 //! Removing names: unlink, rmdir, and what becomes of the objects.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -226,8 +226,10 @@ impl Union {
         Ok(())
     }
 
-    fn keep_open(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd> {
-        Ok(fs::openat(dir, name, libc::O_PATH, 0)?)
+    fn keep_open(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<Orphan> {
+        let fd = fs::openat(dir, name, libc::O_PATH, 0)?;
+        self.upper()?.orphan_fds.fetch_add(1, Ordering::Relaxed);
+        Ok(Orphan::Fd(Arc::new(fd)))
     }
 
     /// What keeps a file reachable of which the last known name is about to go. Beyond the budget of
@@ -238,15 +240,23 @@ impl Union {
         dir: BorrowedFd<'_>,
         name: &OsStr,
         in_upper: bool,
-    ) -> Result<Option<OwnedFd>> {
-        let last = {
+    ) -> Result<Option<Orphan>> {
+        let reachable = {
             let place = node.place.read();
-            place.names.len() == 1 && place.orphan.is_none()
+            place.names.len() > 1 || place.orphan.is_some() || place.index.is_some()
         };
-        if !last || !in_upper {
+        if reachable || !in_upper {
             return Ok(None);
         }
-        Ok(Some(self.keep_open(dir, name)?))
+        let upper = self.upper()?;
+        if upper.orphan_fds.load(Ordering::Relaxed) < upper.orphan_fd_limit {
+            return self.keep_open(dir, name).map(Some);
+        }
+        let away = upper.temp_name();
+        fs::linkat(dir, name, upper.work(), &away)
+            .context("keeping a file reachable that is about to be removed")?;
+        node.place.write().link_offset -= 1;
+        Ok(Some(Orphan::Work(away.as_os_str().into())))
     }
 
     /// Settles the books after a name has gone.
@@ -257,7 +267,7 @@ impl Union {
         name: &OsStr,
         node: &Arc<Node>,
         was_in_upper: bool,
-        orphan: Option<OwnedFd>,
+        orphan: Option<Orphan>,
     ) -> Result<()> {
         let upper = self.upper()?;
         state.children.remove(name);
@@ -269,25 +279,14 @@ impl Union {
         if !was_in_upper {
             place.link_offset -= 1;
         }
-        if let Some(fd) = orphan {
-            let held = upper.orphan_fds.fetch_add(1, Ordering::Relaxed);
-            place.orphan = Some(
-                if held < upper.orphan_fd_limit || node.directory.is_some() {
-                    Orphan::Fd(Arc::new(fd))
-                } else {
-                    upper.orphan_fds.fetch_sub(1, Ordering::Relaxed);
-                    let away = upper.temp_name();
-                    fs::link_fd(fd.as_fd(), upper.work(), &away)
-                        .context("keeping a removed file that is in use")?;
-                    place.link_offset -= 1;
-                    Orphan::Work(away.as_os_str().into())
-                },
-            );
+        if orphan.is_some() {
+            place.orphan = orphan;
         }
         if let Some(index) = place.index.clone() {
             let object = Object::Entry(upper.index(), &index);
             let links = i64::try_from(object.stat()?.st_nlink).unwrap_or(i64::MAX);
             if links + place.link_offset <= 0 {
+                place.orphan = Some(self.keep_open(upper.index(), &index)?);
                 fs::unlinkat(upper.index(), &index)?;
                 place.link_offset += 1;
                 place.index = None;

@@ -236,6 +236,8 @@ fn every_dialect_of_whiteout_is_read_in_a_lower() {
     assert_eq!(fixture.list(""), [".wh.file", "f", "o", "r"]);
     assert!(fixture.list("o").is_empty());
     assert_eq!(fixture.list("f"), ["own"]);
+    let shown = fixture.union().listxattr(fixture.node("f")).unwrap();
+    assert!(shown.is_empty(), "{shown:?}");
     assert_eq!(fixture.list("r"), ["own"]);
     assert_eq!(errno(fixture.find("a")), libc::ENOENT);
     assert_eq!(errno(fixture.find(".wh.a")), libc::ENOENT);

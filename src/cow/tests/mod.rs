@@ -2,6 +2,8 @@
 
 mod basics;
 mod concurrency;
+mod kernel;
+mod limits;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};

@@ -1,0 +1,153 @@
+//! Uppers that kernel overlayfs has made are read as it reads them itself. Mounts overlayfs.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::*;
+
+/// A mount of kernel overlayfs over a fixture's directories.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(fixture: &Fixture) -> Self {
+        let at = fixture.base.path().join("mnt");
+        std::fs::create_dir_all(&at).unwrap();
+        let lowers: Vec<_> = fixture
+            .lowers
+            .iter()
+            .map(|path| path.to_str().unwrap())
+            .collect();
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={},redirect_dir=on,index=on,metacopy=on",
+            lowers.join(":"),
+            fixture.upper().display(),
+            fixture.base.path().join("work").display()
+        );
+        mount(
+            Some("overlay"),
+            &at,
+            Some("overlay"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .unwrap();
+        Self(at)
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.0.join(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).ok();
+    }
+}
+
+/// Path to what a program sees there.
+type Seen = BTreeMap<String, String>;
+
+fn seen_by_host(dir: &Path, prefix: &str, out: &mut Seen) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let entry = entry.unwrap();
+        let path = format!("{prefix}{}", entry.file_name().to_str().unwrap());
+        let stat = entry.metadata().unwrap();
+        let content = if stat.is_file() {
+            std::fs::read_to_string(entry.path()).unwrap()
+        } else {
+            String::new()
+        };
+        let links = if stat.is_dir() { 1 } else { stat.nlink() };
+        out.insert(
+            path.clone(),
+            format!("{:o} {links} {content}", stat.mode() & 0o7777),
+        );
+        if stat.is_dir() {
+            seen_by_host(&entry.path(), &format!("{path}/"), out);
+        }
+    }
+}
+
+fn seen_by_us(fixture: &Fixture, dir: &str, out: &mut Seen) {
+    for name in fixture.list(dir) {
+        let path = if dir.is_empty() {
+            name
+        } else {
+            format!("{dir}/{name}")
+        };
+        let attr = fixture.find(&path).unwrap().attr;
+        let content = if attr.kind == FileKind::Regular {
+            fixture.read(&path)
+        } else {
+            String::new()
+        };
+        out.insert(
+            path.clone(),
+            format!("{:o} {} {content}", attr.perm, attr.nlink),
+        );
+        if attr.kind == FileKind::Directory {
+            seen_by_us(fixture, &path, out);
+        }
+    }
+}
+
+#[test]
+fn an_upper_made_by_the_kernel_is_read_as_the_kernel_reads_it() {
+    let mut fixture = Fixture::new(2, |lowers| {
+        for (n, lower) in lowers.iter().enumerate() {
+            for path in [
+                "a/b/c/f",
+                "a/b/g",
+                "d/e/h",
+                "data",
+                "moved-data",
+                "gone/x",
+                "d/own",
+            ] {
+                put(lower.join(path), &format!("{path} of {n}\n"));
+            }
+            put(lower.join(format!("a/b/only{n}")), "here");
+        }
+        for name in ["h2", "d/h3"] {
+            std::fs::hard_link(lowers[1].join("data"), lowers[1].join(name)).unwrap();
+        }
+    });
+    fixture.union = None;
+    let mut expected = Seen::new();
+    {
+        let mounted = Mounted::new(&fixture);
+        let at = |path: &str| mounted.path(path);
+        let mode = |path: &str, mode| {
+            std::fs::set_permissions(at(path), std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        // Metadata alone is copied up; then the file moves away from its data.
+        mode("data", 0o600);
+        mode("moved-data", 0o640);
+        std::fs::rename(at("moved-data"), at("d/elsewhere")).unwrap();
+        mode("h2", 0o604);
+        std::fs::rename(at("a/b"), at("d/b2")).unwrap();
+        std::fs::rename(at("d/b2/c"), at("d/b2/c2")).unwrap();
+        std::fs::rename(at("d"), at("dd")).unwrap();
+        std::fs::remove_file(at("gone/x")).unwrap();
+        std::fs::remove_dir(at("gone")).unwrap();
+        std::fs::create_dir(at("gone")).unwrap();
+        std::fs::write(at("gone/new"), "new").unwrap();
+        std::fs::remove_file(at("dd/b2/g")).unwrap();
+        std::fs::hard_link(at("dd/own"), at("dd/own2")).unwrap();
+        seen_by_host(&mounted.0, "", &mut expected);
+    }
+    fixture.reopen();
+    let mut found = Seen::new();
+    seen_by_us(&fixture, "", &mut found);
+    assert_eq!(found, expected);
+    // What has only metadata in the upper gets its data there at the first write.
+    for path in ["dd/elsewhere", "data", "h2"] {
+        let text = fixture.read(path);
+        let node = fixture.node(path);
+        fixture.union().write(node, None, 0, b"W", false).unwrap();
+        assert_eq!(fixture.read(path), format!("W{}", &text[1..]));
+    }
+    fixture.check_remount();
+}
