@@ -1,0 +1,88 @@
+//! The union against a reference model.
+//!
+//! Random layers are written to disk and merged in memory; the same random operations then run on
+//! the model and on a union of those layers, and every answer and every tree has to agree. Kernel
+//! overlayfs is a subject like the others: it keeps the model honest.
+//!
+//! `PLYWOOD_MODEL_CASES` sets the number of cases of each property, `PLYWOOD_MODEL_OPS` the number of
+//! operations of a case. A failing sequence is shrunk, printed as code, and belongs into `regressions`.
+
+mod differences;
+mod direct;
+mod jail;
+mod layers;
+mod model;
+#[path = "../common/mounts.rs"]
+mod mounts;
+mod ops;
+mod regressions;
+mod replay;
+mod stress;
+mod tree;
+
+use proptest::prelude::*;
+use proptest::test_runner::{TestCaseError, TestError, TestRunner};
+
+use crate::replay::{Which, replay};
+
+fn from_env(name: &str, default: u32) -> u32 {
+    std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
+}
+
+/// Runs `cases` random stacks and sequences on `which`.
+fn agrees_with_the_model(which: Which, foreign: bool, cases: u32) {
+    let config = ProptestConfig {
+        cases: from_env("PLYWOOD_MODEL_CASES", cases),
+        failure_persistence: None,
+        max_shrink_iters: 4000,
+        ..ProptestConfig::default()
+    };
+    let most = from_env("PLYWOOD_MODEL_OPS", 40) as usize;
+    let input = (
+        layers::stack(foreign),
+        prop::collection::vec(ops::op(), 1..most),
+    );
+    TestRunner::new(config)
+        .run(&input, |(stack, ops)| {
+            replay(which, &stack, &ops).map_err(TestCaseError::fail)
+        })
+        .unwrap_or_else(|error| match error {
+            TestError::Fail(why, (stack, ops)) => {
+                panic!("{which:?}: {why}\nlayers: {stack:?}\noperations: {ops:?}")
+            }
+            TestError::Abort(why) => panic!("{which:?}: {why}"),
+        });
+}
+
+#[test]
+fn kernel_overlayfs_agrees_with_the_model() {
+    agrees_with_the_model(Which::Kernel, false, 100);
+}
+
+#[test]
+fn the_union_agrees_with_the_model() {
+    agrees_with_the_model(Which::Direct, false, 300);
+}
+
+#[test]
+fn the_union_reads_every_dialect_of_whiteouts() {
+    agrees_with_the_model(Which::Direct, true, 100);
+}
+
+#[test]
+fn a_mount_agrees_with_the_model() {
+    agrees_with_the_model(Which::Plyfs(""), false, 100);
+}
+
+/// No OPEN requests, and writes gathered in the kernel: copy-up happens late, sizes and times are the
+/// kernel's.
+#[test]
+fn a_mount_without_open_requests_agrees_with_the_model() {
+    agrees_with_the_model(Which::Plyfs(",no_open,writeback"), false, 60);
+}
+
+/// What an old kernel does.
+#[test]
+fn a_mount_without_kernel_features_agrees_with_the_model() {
+    agrees_with_the_model(Which::Plyfs(",kernel_features=-all"), false, 60);
+}

@@ -1,0 +1,262 @@
+//! One run: the same operations on the model and on a subject, compared after each and at the end.
+
+use std::fmt::Write as _;
+use std::path::{Path as HostPath, PathBuf};
+
+use crate::differences;
+use crate::direct::Direct;
+use crate::jail::{Jail, Oddity};
+use crate::layers::{self, Layer, Meta};
+use crate::model::Model;
+use crate::mounts::{Dirs, Mount};
+use crate::ops::{Op, Outcome};
+use crate::tree::{InodeMap, Snapshot, compare, data_differs};
+
+/// Whatever claims to be a union.
+pub trait Subject {
+    fn perform(&mut self, op: &Op) -> Outcome;
+    fn snapshot(&mut self) -> (Snapshot, Vec<Oddity>);
+    /// Closes every open file, unmounts, and mounts again.
+    fn remount(&mut self);
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Kernel overlayfs.
+    Kernel,
+    /// A plyfs mount, with these options beside the directories.
+    Plyfs(&'static str),
+    /// The union without a mount.
+    Direct,
+}
+
+impl Which {
+    fn start(self, dirs: &Dirs) -> Box<dyn Subject> {
+        match self {
+            Self::Kernel => Box::new(Mounted::new(dirs, Mount::kernel)),
+            Self::Plyfs(profile) => {
+                let dirs = Dirs {
+                    profile,
+                    ..dirs.clone()
+                };
+                Box::new(Mounted::new(&dirs, Mount::plyfs))
+            }
+            Self::Direct => Box::new(Direct::new(dirs)),
+        }
+    }
+}
+
+/// A union that is reached by system calls.
+struct Mounted {
+    dirs: Dirs,
+    how: fn(&Dirs) -> Mount,
+    // In this order, because the jail has to be left before the mount can end.
+    live: Option<(Jail, Mount)>,
+}
+
+impl Mounted {
+    fn new(dirs: &Dirs, how: fn(&Dirs) -> Mount) -> Self {
+        let mut new = Self {
+            dirs: dirs.clone(),
+            how,
+            live: None,
+        };
+        new.mount();
+        new
+    }
+
+    fn mount(&mut self) {
+        let mount = (self.how)(&self.dirs);
+        self.live = Some((Jail::enter(mount.root()), mount));
+    }
+
+    fn unmount(&mut self) {
+        if let Some((jail, mount)) = self.live.take() {
+            drop(jail);
+            mount.unmount();
+        }
+    }
+
+    fn jail(&self) -> &Jail {
+        &self.live.as_ref().expect("is mounted").0
+    }
+}
+
+impl Subject for Mounted {
+    fn perform(&mut self, op: &Op) -> Outcome {
+        self.jail().perform(op)
+    }
+
+    fn snapshot(&mut self) -> (Snapshot, Vec<Oddity>) {
+        self.jail().snapshot()
+    }
+
+    fn remount(&mut self) {
+        self.unmount();
+        self.mount();
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.unmount();
+        }
+    }
+}
+
+/// Runs `ops` on a union of `stack` (the topmost first) and tells the first thing that is not as in the model.
+pub fn replay(which: Which, stack: &[Layer], ops: &[Op]) -> Result<(), String> {
+    let base = tempfile::Builder::new()
+        .prefix("plywood-model")
+        .tempdir()
+        .unwrap();
+    let lowers: Vec<PathBuf> = (0..stack.len())
+        .map(|at| base.path().join(format!("l{at}")))
+        .collect();
+    for (layer, dir) in stack.iter().zip(&lowers) {
+        std::fs::create_dir(dir).unwrap();
+        layer.write(dir);
+    }
+    let before: Vec<_> = lowers.iter().map(|dir| layers::fingerprint(dir)).collect();
+    let root = Meta::plain(0o755);
+    let mut run = Run {
+        which,
+        model: layers::merge(stack, &root),
+        inodes: InodeMap::default(),
+        began: now(),
+        done: String::new(),
+        without_root: false,
+    };
+    let dirs = Dirs::make(base.path(), &lowers);
+    layers::set_mtime(&dirs.upper, root.mtime);
+    run.ops(&dirs, ops)?;
+    // What Plywood wrote, kernel overlayfs reads, and the other way round.
+    let is_foreign = stack.iter().any(Layer::is_foreign_to_kernel);
+    match which {
+        Which::Kernel => run.look_again(Which::Direct, &dirs, "the same upper under Plywood")?,
+        _ if is_foreign => {}
+        _ => run.look_again(
+            Which::Kernel,
+            &dirs,
+            "the same upper under kernel overlayfs",
+        )?,
+    }
+    let has_links = stack.iter().any(Layer::has_links);
+    if !has_links && !differences::upper_has_marks(&run.model.snapshot()) {
+        run.look_from_above(base.path(), &dirs)?;
+    }
+    for (dir, before) in lowers.iter().zip(&before) {
+        let after = layers::fingerprint(dir);
+        if after != *before {
+            let changed: Vec<_> = after.iter().filter(|line| !before.contains(line)).collect();
+            return Err(format!("a lower layer has changed: {changed:#?}"));
+        }
+    }
+    Ok(())
+}
+
+struct Run {
+    which: Which,
+    model: Model,
+    inodes: InodeMap,
+    began: i64,
+    done: String,
+    without_root: bool,
+}
+
+impl Run {
+    fn ops(&mut self, dirs: &Dirs, ops: &[Op]) -> Result<(), String> {
+        let mut subject = self.which.start(dirs);
+        self.look(subject.as_mut(), "right after mounting")?;
+        for op in ops {
+            let want = self.model.run(op);
+            if want == Outcome::Skip {
+                continue;
+            }
+            let _ = writeln!(self.done, "  {op:?}");
+            if *op == Op::Remount {
+                self.look(subject.as_mut(), "before a remount")?;
+                subject.remount();
+                self.look(subject.as_mut(), "after a remount")?;
+                continue;
+            }
+            if self.which == Which::Kernel {
+                differences::blur_for_kernel(&mut self.model, op, &want);
+            }
+            let got = subject.perform(op);
+            let Some(why) = self.disagree(&want, &got) else {
+                continue;
+            };
+            if self.which != Which::Kernel || differences::of_kernel(op, &want, &got).is_none() {
+                return Err(format!("after\n{}{why}", self.done));
+            }
+            // From here on the two open files are no longer the same.
+            if let Op::ChmodOpen { slot, .. } = op {
+                self.model.run(&Op::Close { slot: *slot });
+                subject.perform(&Op::Close { slot: *slot });
+            }
+        }
+        self.look(subject.as_mut(), "at the end")?;
+        self.model.run(&Op::Remount);
+        subject.remount();
+        self.look(subject.as_mut(), "after the last remount")
+    }
+
+    fn disagree(&self, want: &Outcome, got: &Outcome) -> Option<String> {
+        match (want, got) {
+            (Outcome::Facts(want), Outcome::Facts(got)) => want.differs(got, self.began),
+            _ if want == got => None,
+            (Outcome::Data(want), Outcome::Data(got)) => Some(data_differs(want, got)),
+            _ => Some(format!("expected {want:?}, seen {got:?}")),
+        }
+    }
+
+    fn look(&mut self, subject: &mut dyn Subject, when: &str) -> Result<(), String> {
+        let mut want = self.model.snapshot();
+        let (mut seen, odd) = subject.snapshot();
+        if self.without_root {
+            want.remove(&Vec::new());
+            seen.remove(&Vec::new());
+        }
+        let mut why = compare(&want, &seen, self.began);
+        self.inodes.check(&want, &seen, &mut why);
+        for oddity in odd {
+            if self.which != Which::Kernel || differences::oddity_of_kernel(&oddity).is_none() {
+                let _ = writeln!(why, "  {oddity:?}");
+            }
+        }
+        if why.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("after\n{}{when}:\n{why}", self.done))
+        }
+    }
+
+    /// The same directories, mounted by someone else. Inode numbers are then others'.
+    fn look_again(&mut self, by: Which, dirs: &Dirs, what: &str) -> Result<(), String> {
+        self.inodes = InodeMap::default();
+        let mut subject = by.start(dirs);
+        let which = std::mem::replace(&mut self.which, by);
+        let result = self.look(subject.as_mut(), what);
+        self.which = which;
+        result
+    }
+
+    /// The upper as the topmost lower below a fresh one, as when a snapshot is committed.
+    fn look_from_above(&mut self, base: &HostPath, dirs: &Dirs) -> Result<(), String> {
+        let mut lowers = vec![dirs.upper.clone()];
+        lowers.extend(dirs.lowers.iter().cloned());
+        let above = Dirs::make(&base.join("above"), &lowers);
+        // The root shows the new upper's attributes, which nobody copies from the old one.
+        self.without_root = true;
+        self.look_again(self.which, &above, "the upper as a lower")
+    }
+}
+
+fn now() -> i64 {
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    i64::try_from(since.as_secs()).unwrap()
+}
