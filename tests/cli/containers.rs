@@ -16,7 +16,17 @@ fn exit_codes_are_docker_s() {
     for (args, code) in [
         (&["run", "--rm", BUSYBOX, "true"][..], 0),
         (&["run", "--rm", BUSYBOX, "sh", "-c", "exit 42"], 42),
-        (&["run", "--rm", BUSYBOX, "sh", "-c", "kill -9 $$"], 137),
+        (
+            &[
+                "run",
+                "--rm",
+                BUSYBOX,
+                "sh",
+                "-c",
+                "sleep 1000 & kill -9 $!; wait $!",
+            ],
+            137,
+        ),
         (&["run", "--rm", BUSYBOX, "/no/such/program"], 127),
         (&["run", "--rm", BUSYBOX, "no-such-program"], 127),
         (&["run", "--rm", BUSYBOX, "/etc/passwd"], 126),

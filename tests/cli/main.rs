@@ -1,6 +1,5 @@
 //! snapctl against a real plyd: every command, what it prints, and what it exits with.
 
-#[path = "common.rs"]
 mod common;
 
 mod containers;

@@ -143,7 +143,7 @@ fn lists_are_tables_names_or_json() {
 
     assert_eq!(
         plyd.ok(["snapshot", "tree"]),
-        "base (snapctl committed)\n|-- two (snapctl active)\n`-- three (snapctl view)\n"
+        "base (snapctl committed)\n|-- two (snapctl active, mounted)\n`-- three (snapctl view, mounted)\n"
     );
     let tree = plyd.json(["snapshot", "tree", "--json"]);
     assert_eq!(tree[0]["children"][1]["key"], "three");

@@ -241,7 +241,8 @@ fn a_terminal_is_the_process_s_and_is_given_back() {
     }
     assert!(resized);
     // Ctrl-C is the shell's, not ours.
-    term.type_in("sleep 1000\r");
+    term.type_in("echo go; sleep 1000\r");
+    term.expect("go\r\n");
     term.type_in("\x03");
     term.type_in("echo still; echo here\r");
     term.expect("still\r\nhere");
