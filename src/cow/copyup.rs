@@ -63,7 +63,9 @@ impl Union {
         }
         let mut chain = vec![Arc::clone(node)];
         let mut at = node.name().map(|name| name.parent);
+        let mut directories = Vec::new();
         while let Some(parent) = at {
+            directories.push(parent.id);
             if parent.in_upper() {
                 break;
             }
@@ -78,6 +80,9 @@ impl Union {
             };
             self.copy_up_one(&next, content)
                 .with_context(|| format!("copying up {:?}", next.name().map(|name| name.name)))?;
+        }
+        if let Some(tell) = self.on_side_effect.get() {
+            directories.into_iter().for_each(tell);
         }
         Ok(())
     }

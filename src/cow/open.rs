@@ -98,6 +98,7 @@ impl Union {
             rename_lock: Mutex::new(()),
             busy: Mutex::default(),
             busy_count: std::sync::atomic::AtomicUsize::new(0),
+            on_side_effect: std::sync::OnceLock::new(),
             lowers,
             upper,
         };

@@ -1,7 +1,7 @@
 //! The union itself: what its operations share.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -35,11 +35,23 @@ pub struct Union {
     /// Nodes that were forgotten while an operation held them.
     pub(super) busy: Mutex<Vec<NodeId>>,
     pub(super) busy_count: AtomicUsize,
+    pub(super) on_side_effect: OnceLock<SideEffect>,
 }
+
+/// Told of a directory whose attributes changed without a request for them.
+pub(super) type SideEffect = Box<dyn Fn(NodeId) + Send + Sync>;
 
 impl Union {
     /// Whether there is no upper.
     pub fn is_read_only(&self) -> bool {
         self.upper.is_none()
+    }
+
+    /// Has `tell` called with every directory whose change time moved because something in it was
+    /// copied up: nobody asked for that, so whoever keeps attributes has to be told. It is called
+    /// with no lock held, before the operation at hand answers. Only the first call counts.
+    pub fn on_side_effect(&self, tell: impl Fn(NodeId) + Send + Sync + 'static) {
+        // As documented, a second one is not taken.
+        let _ = self.on_side_effect.set(Box::new(tell));
     }
 }

@@ -145,7 +145,8 @@ pub fn run(mut invocation: Invocation) -> Result<(), DaemonError> {
         }
         None => {
             drop(outcome);
-            background(&invocation, config, report)
+            background(&invocation, config, report);
+            Ok(())
         }
     }
 }
@@ -158,11 +159,7 @@ fn pipe() -> io::Result<(File, File)> {
     Ok((read.into(), write.into()))
 }
 
-fn background(
-    invocation: &Invocation,
-    config: UnionConfig,
-    report: File,
-) -> Result<(), DaemonError> {
+fn background(invocation: &Invocation, config: UnionConfig, report: File) {
     // Closed as soon as it is used: the caller reads to its end.
     let report = Cell::new(Some(report));
     let tell = |text: &str| match report.take() {
@@ -176,11 +173,11 @@ fn background(
         nix::unistd::dup2_stderr(&null)?;
         tell(READY)
     });
-    if let Err(error) = &result {
-        // After READY nobody reads any more, and the error is in the log.
+    if let Err(error) = result {
+        tracing::error!(%error, "ended by an error");
+        // The caller's process prints it; after READY it is gone and the log has the error.
         let _ = tell(&error.to_string());
     }
-    result
 }
 
 /// Makes every path absolute, reads `lowerdir_file`, and refuses a mount inside its own layers.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
-use fuser::{Config, Notifier, Session, SessionACL};
+use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 
 use super::options::SessionOptions;
 use super::policy::Policy;
@@ -52,6 +52,13 @@ impl Server {
         let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
         let notifier = session.notifier();
         seeker.start(union.clone(), notifier.clone())?;
+        let teller = notifier.clone();
+        union.on_side_effect(move |directory| {
+            // Attributes alone: that never waits for a request, so a worker may say it.
+            if let Err(error) = teller.inval_inode(INodeNo(directory.0), -1, 0) {
+                tracing::debug!(%error, node = directory.0, "old attributes could not be dropped");
+            }
+        });
         Ok(Self {
             session,
             policy,

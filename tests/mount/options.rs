@@ -41,7 +41,7 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
     ] {
         refused(&format!("{lower},{more}"), &target, 2, message);
     }
-    refused("", &target, 2, "no lower directory");
+    refused("", &target, 2, "no directory to show");
     refused("lowerdir=/a::/b", &target, 2, "empty name");
     let nothing: [&str; 0] = [];
     assert_eq!(plyfs(&nothing).status.code(), Some(2));
