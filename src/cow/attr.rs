@@ -156,8 +156,11 @@ impl Union {
         }
         if node.kind == FileKind::Directory {
             // Counting the subdirectories of a merged directory would cost a listing; 1 says "not counted".
+            // One of the upper alone is counted by the host.
             attr.nlink = if place.names.is_empty() && node.id != NodeId::ROOT {
                 0
+            } else if place.upper.is_some() && place.lowers.is_empty() {
+                host.nlink
             } else {
                 1
             };

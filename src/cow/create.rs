@@ -245,6 +245,8 @@ impl Union {
         } else {
             temp.install(dir, name, 0).map_err(|(_, errno)| errno)?;
         }
+        // Moving it to its place was a change of it.
+        attr.ctime = attr_of(&fs::fstatat(dir, name)?).ctime;
         attr.nlink = attr.nlink.max(1);
         Ok((fd, attr))
     }
