@@ -276,10 +276,18 @@ impl Union {
             return Ok(());
         }
         let from = source.open()?;
+        let upper = self.upper()?;
         if let Some(host) = from.host_fd()
-            && fs::clone_content(host, to).is_ok()
+            && upper.clones.load(Ordering::Relaxed)
         {
-            return Ok(());
+            match fs::clone_content(host, to) {
+                Ok(()) => return Ok(()),
+                // The file system has no such thing. Other failures are of this file alone.
+                Err(Errno::EOPNOTSUPP | Errno::ENOTTY) => {
+                    upper.clones.store(false, Ordering::Relaxed);
+                }
+                Err(_) => {}
+            }
         }
         copy_extents(&*from, to, wanted)?;
         fs::ftruncate(to, wanted)?;

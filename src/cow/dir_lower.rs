@@ -498,7 +498,10 @@ impl LowerObject for DirObject {
         let fd = Self::open_quietly(dir.as_fd(), &self.name, libc::O_RDONLY | libc::O_NONBLOCK)
             .with_context(|| format!("opening {}", self.host_path().display()))?;
         self.verify(fd.as_fd())?;
-        Ok(Arc::new(HostFile(fd)))
+        Ok(Arc::new(HostFile {
+            fd,
+            size: self.attr.size,
+        }))
     }
 
     fn origin(&self) -> Option<Origin> {
@@ -511,18 +514,24 @@ impl LowerObject for DirObject {
 }
 
 /// An open file of the host.
-struct HostFile(OwnedFd);
+struct HostFile {
+    fd: OwnedFd,
+    /// It never changes, so the end of the file needs no second read to be known.
+    size: u64,
+}
 
 impl LowerFile for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        Ok(fs::pread_full(self.0.as_fd(), buf, offset)?)
+        let rest = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let len = buf.len().min(rest);
+        Ok(fs::pread_full(self.fd.as_fd(), &mut buf[..len], offset)?)
     }
 
     fn seek(&self, offset: i64, whence: i32) -> Result<i64> {
-        Ok(fs::lseek(self.0.as_fd(), offset, whence)?)
+        Ok(fs::lseek(self.fd.as_fd(), offset, whence)?)
     }
 
     fn host_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.as_fd())
+        Some(self.fd.as_fd())
     }
 }

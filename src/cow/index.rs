@@ -6,7 +6,9 @@
 //! host's count. Both are kernel overlayfs's own forms (fs/overlayfs/namei.c, `ovl_get_index_name`, and
 //! util.c, `ovl_set_nlink_upper`).
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -18,10 +20,11 @@ use super::lookup::Found;
 use super::lower::LowerObject;
 use super::node::Node;
 use super::origin::Origin;
+use super::types::{FileKind, NodeId};
 use super::union::Union;
 use super::upper::{Temp, Upper};
 use crate::sys::fs::{self, Object};
-use crate::sys::xattr;
+use crate::sys::{dirents, xattr};
 
 /// Whether the union shows no link any more to an index entry with this record and host count.
 pub(super) fn is_dead(stored: Option<&[u8]>, links: u32) -> bool {
@@ -44,6 +47,66 @@ fn decode_links(stored: &[u8], upper: u32, lower: u32) -> Option<i64> {
 }
 
 impl Union {
+    /// Gives every visible name of a file in the index a link of its own in the upper, so that the upper
+    /// says all by itself: for a caller who is about to use it without its work directory. No data is
+    /// copied and no time changes; nothing is done when no file with several names was copied up.
+    pub fn settle_links(&self) -> Result<()> {
+        let wanted = self.indexed_nodes()?;
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let mut pending = vec![self.node(NodeId::ROOT)?];
+        while let Some(dir) = pending.pop() {
+            let items = {
+                let state = Self::directory(&dir)?.state.read();
+                self.merge(&dir, &state)?
+            };
+            for item in items {
+                let is_directory = item.kind == FileKind::Directory;
+                if !is_directory && !item.ino.is_some_and(|id| wanted.contains(&id)) {
+                    continue;
+                }
+                let (node, _) = self.child(&dir, &item.name, false)?;
+                if is_directory {
+                    pending.push(node);
+                } else {
+                    if node.in_upper() {
+                        self.bring_up(&node, &dir, &item.name)?;
+                    }
+                    self.let_go(node);
+                }
+            }
+            self.let_go(dir);
+        }
+        Ok(())
+    }
+
+    /// The numbers of the files in the index.
+    fn indexed_nodes(&self) -> Result<HashSet<NodeId>> {
+        let mut nodes = HashSet::new();
+        let Some(upper) = self.upper_of() else {
+            return Ok(nodes);
+        };
+        if !upper.indexed.load(Ordering::Acquire) {
+            return Ok(nodes);
+        }
+        let mut names = Vec::new();
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let listing = fs::openat(upper.index(), OsStr::new("."), flags, 0)?;
+        dirents::read_all(listing.as_fd(), &mut |entry| {
+            names.push(entry.name.to_owned())
+        })
+        .context("listing the index")?;
+        for name in names {
+            let object = Object::Entry(upper.index(), &name);
+            let attr = attr_of(&object.stat()?);
+            let mut found = Found::new_upper(self.own_number(attr.ino), attr);
+            self.resolve_origin(&mut found, object, attr)?;
+            nodes.insert(found.id);
+        }
+        Ok(nodes)
+    }
+
     fn index_name(&self, object: &dyn LowerObject) -> Option<OsString> {
         match object.origin().and_then(|origin| origin.index_name()) {
             Some(name) => Some(name),

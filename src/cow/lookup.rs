@@ -477,14 +477,9 @@ impl Union {
         if impure {
             let dir = self.dir_fd(parent)?;
             let object = Object::Entry(dir.as_fd(), name);
-            let marks = Self::marks(object)?;
-            let marked = |name: &OsStr| marks.iter().any(|mark| mark == name);
-            if marked(self.family.origin()) {
-                self.resolve_copied(&mut found, object, attr)?;
-            } else if marked(self.family.origin_number()) {
-                self.resolve_by_number(&mut found, object)?;
-            }
-            if attr.kind == FileKind::Regular && marked(self.family.metacopy()) {
+            let marks = self.resolve_origin(&mut found, object, attr)?;
+            let metacopy = marks.iter().any(|mark| mark == self.family.metacopy());
+            if attr.kind == FileKind::Regular && metacopy {
                 let redirect = self.redirect_mark(object)?;
                 let lowers =
                     self.find_lowers(parent_lowers, name, redirect.as_deref(), Wanted::Data)?;
@@ -505,7 +500,24 @@ impl Union {
         Ok(value.map(|path| std::ffi::OsString::from_vec(path).into()))
     }
 
-    /// The identity of an upper file that may have been copied up.
+    /// The identity of an upper object that may have been copied up. Answers the names of its attributes.
+    pub(super) fn resolve_origin(
+        &self,
+        found: &mut Found,
+        object: Object<'_>,
+        attr: Attr,
+    ) -> Result<Vec<std::ffi::OsString>> {
+        let marks = Self::marks(object)?;
+        let marked = |name: &OsStr| marks.iter().any(|mark| mark == name);
+        if marked(self.family.origin()) {
+            self.resolve_copied(found, object, attr)?;
+        } else if marked(self.family.origin_number()) {
+            self.resolve_by_number(found, object)?;
+        }
+        Ok(marks)
+    }
+
+    /// As above for one that carries a file handle.
     fn resolve_copied(&self, found: &mut Found, object: Object<'_>, attr: Attr) -> Result<()> {
         let stored = Self::mark(object, self.family.origin())?;
         let Some(origin) = stored.as_deref().and_then(Origin::decode) else {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
@@ -188,7 +189,7 @@ fn open_upper(
             work: work.clone(),
         });
     }
-    fs::try_lock(base.as_fd()).map_err(|errno| match errno {
+    lock(base.as_fd()).map_err(|errno| match errno {
         Errno::EWOULDBLOCK => OpenError::WorkInUse { path: work.clone() },
         errno => work_failed(errno),
     })?;
@@ -223,8 +224,23 @@ fn open_upper(
         next_name: AtomicU64::new(0),
         orphan_fds: AtomicU64::new(0),
         orphan_fd_limit: limit / 2,
+        clones: AtomicBool::new(true),
         device_whiteouts: AtomicBool::new(true),
     })
+}
+
+/// Locks the work directory. The server of a mount that has just been unmounted may need a moment to end.
+fn lock(work: BorrowedFd<'_>) -> Result<(), Errno> {
+    const PATIENCE: Duration = Duration::from_secs(3);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match fs::try_lock(work) {
+            Err(Errno::EWOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
 }
 
 fn check_overlaps(given: &UpperConfig, lowers: &[PathBuf]) -> Result<(), OpenError> {

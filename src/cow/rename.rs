@@ -112,7 +112,12 @@ impl Union {
     }
 
     /// Copies a node up and sees to it that this very name of it is in the upper.
-    fn bring_up(&self, node: &Arc<Node>, parent: &Arc<Node>, name: &OsStr) -> Result<()> {
+    pub(super) fn bring_up(
+        &self,
+        node: &Arc<Node>,
+        parent: &Arc<Node>,
+        name: &OsStr,
+    ) -> Result<()> {
         self.copy_up(node, Content::All)?;
         self.copy_up(parent, Content::All)?;
         if node.directory.is_some() || node.place.read().index.is_none() {

@@ -37,6 +37,8 @@ pub(super) struct Upper {
     pub(super) orphan_fds: AtomicU64,
     /// How many may be.
     pub(super) orphan_fd_limit: u64,
+    /// Content can be shared with a lower file (reflinks); until a try has failed.
+    pub(super) clones: AtomicBool,
     /// Whiteouts are made as character devices; otherwise in xattr form.
     pub(super) device_whiteouts: AtomicBool,
 }

@@ -150,6 +150,48 @@ fn all_names_of_a_lower_file_stay_one_file() {
 }
 
 #[test]
+fn an_upper_with_settled_links_stands_without_its_work_directory() {
+    let mut fixture = Fixture::new(1, |lowers| {
+        put(lowers[0].join("x/a"), "text");
+        std::fs::create_dir(lowers[0].join("y")).unwrap();
+        for name in ["x/b", "y/c", "y/gone"] {
+            std::fs::hard_link(lowers[0].join("x/a"), lowers[0].join(name)).unwrap();
+        }
+    });
+    fixture.link("x/b", "d").unwrap();
+    fixture.unlink("y/gone").unwrap();
+    let time = fixture.find("y").unwrap().attr.mtime;
+    fixture.union().settle_links().unwrap();
+    assert_eq!(fixture.find("y").unwrap().attr.mtime, time);
+    let before = fixture.tree();
+    fixture.union = None;
+    // The upper becomes the topmost lower, below an empty one.
+    std::fs::remove_dir_all(fixture.base.path().join("work")).unwrap();
+    std::fs::create_dir(fixture.base.path().join("work")).unwrap();
+    let committed = fixture.base.path().join("committed");
+    std::fs::rename(fixture.upper(), &committed).unwrap();
+    std::fs::create_dir(fixture.upper()).unwrap();
+    fixture.lowers.insert(0, committed);
+    fixture.reopen();
+    assert_eq!(fixture.find("d").unwrap().attr.nlink, 4);
+    let numberless = |tree: BTreeMap<String, String>| -> Vec<(String, Vec<String>)> {
+        let words = |text: String| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        tree.into_iter()
+            .map(|(path, text)| (path, words(text)))
+            .map(|(path, mut words)| {
+                words.remove(1);
+                (path, words)
+            })
+            .collect()
+    };
+    assert_eq!(numberless(fixture.tree()), numberless(before));
+    let node = fixture.node("d");
+    for name in ["x/a", "x/b", "y/c"] {
+        assert_eq!(fixture.node(name), node);
+    }
+}
+
+#[test]
 fn a_removed_file_lives_until_it_is_forgotten() {
     let fixture = Fixture::new(1, |lowers| put(lowers[0].join("low"), "low"));
     fixture.write("up", "up").unwrap();
