@@ -28,9 +28,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::mount::{MntFlags, MsFlags};
+use nix::mount::MsFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 
@@ -271,8 +272,8 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
-        self.take_away(&live)?;
-        self.end(id, live)?;
+        let held = self.take_away(&live)?;
+        self.end(id, live, held)?;
         self.clear(id)
     }
 
@@ -287,7 +288,7 @@ impl Mounts {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         let none: Option<&str> = None;
         let sealed = nix::mount::mount(none, &live.point.path, none, flags, none);
-        self.take_away(&live)?;
+        let held = self.take_away(&live)?;
         match sealed {
             Ok(()) if self.has_copies(&live)? => {
                 tracing::debug!(
@@ -302,21 +303,28 @@ impl Mounts {
                     .insert(left, Live { left: true, ..live });
                 self.shared.wake_up();
             }
-            Ok(()) => self.end(id, live)?,
+            Ok(()) => self.end(id, live, held)?,
             Err(errno) => {
                 tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
-                self.end(id, live)?;
+                self.end(id, live, held)?;
             }
         }
         self.clear(id)
     }
 
-    fn take_away(&self, live: &Live) -> Result<()> {
+    /// Takes the mount away, and keeps hold of its file system if it was still there: only while the
+    /// answer lives is the connection's number its own. The kernel gives a free number to the next mount.
+    fn take_away(&self, live: &Live) -> Result<Option<OwnedFd>> {
         let path = &live.point.path;
-        match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
-            Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path)),
+        let there = mountinfo::at(path).map_err(io_error("look for mounts at", path))?;
+        if there.as_ref().and_then(connection) != Some(live.connection) {
+            return Ok(None);
         }
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let held = nix::fcntl::open(path, flags, Mode::empty())
+            .map_err(|errno| io_error("hold", path)(errno.into()))?;
+        fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path))?;
+        Ok(Some(held))
     }
 
     fn has_copies(&self, live: &Live) -> Result<bool> {
@@ -325,18 +333,20 @@ impl Mounts {
         Ok(table.iter().any(is_copy))
     }
 
-    /// Ends the process of a mount that was taken away.
-    fn end(&self, id: &str, live: Live) -> Result<()> {
-        // Without copies the mount is gone, and the process ends by itself.
+    /// Ends the process of a mount that was taken away; `held` is what that answered.
+    fn end(&self, id: &str, live: Live, held: Option<OwnedFd>) -> Result<()> {
         let asked = live.control.stop(ANSWER);
-        let ended = asked.is_ok() && !self.has_copies(&live)? && has_ended(&live.control, ANSWER);
-        if !ended {
+        if held.is_some() && (asked.is_err() || self.has_copies(&live)?) {
             tracing::warn!(id, "ending a mount that is still in use or does not answer");
-            let aborted = abort(live.connection) && has_ended(&live.control, ANSWER);
-            if !aborted {
-                kill(live.point.pid);
-                has_ended(&live.control, ANSWER);
-            }
+            abort(live.connection);
+        }
+        // Without copies the mount is gone with this, and the process ends by itself.
+        drop(held);
+        if asked.is_err() || !has_ended(&live.control, ANSWER) {
+            // The connection ends with its last descriptor: the process's and ours.
+            tracing::warn!(id, "killing a plyfs that does not end");
+            kill(live.point.pid);
+            has_ended(&live.control, ANSWER);
         }
         live.reap();
         Ok(())
@@ -469,17 +479,14 @@ fn has_ended(control: &ControlClient, patience: Duration) -> bool {
     }
 }
 
-/// Ends a FUSE connection: every call on it fails from now on, also those that wait. Answers whether
-/// it could; where fusectl is not mounted, only the end of the process does the same.
-fn abort(connection: u64) -> bool {
+/// Ends a FUSE connection: every call on it fails from now on, also those that wait. Where fusectl is
+/// not mounted, only the end of the process does the same.
+fn abort(connection: u64) {
     let path = format!("/sys/fs/fuse/connections/{connection}/abort");
     match fs::write(&path, "1") {
-        Ok(()) => true,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-        Err(error) => {
-            tracing::warn!(path, %error, "cannot abort a FUSE connection");
-            false
-        }
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(path, %error, "cannot abort a FUSE connection"),
     }
 }
 
