@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::{Containers, Entry, Result, blocking};
+use super::{Containers, Entry, Error, Result, blocking};
 use crate::runtime::client::ShimClient;
 use crate::runtime::state::{RunState, STATE_RECORD, Status};
 use crate::runtime::wire::Reply;
+use crate::snapshotter;
 use crate::store::record::RecordDir;
 
 /// The exit code of a container whose shim was killed: that of SIGKILL, which it then gets, too.
@@ -92,6 +93,19 @@ impl Containers {
             return self.remove_locked(entry).await;
         }
         let (roots, id) = (Arc::clone(&self.0.roots), entry.id.clone());
-        blocking(move || Ok(roots.unmount(&id)?)).await
+        match blocking(move || Ok(roots.unmount(&id)?)).await {
+            Err(Error::Root(snapshotter::Error::WritesLost { .. })) => {
+                let state = RunState {
+                    error: "the plyfs that served its root died: what it wrote last may be lost; \
+                            start it again to go on with what there is"
+                        .to_owned(),
+                    ..entry.state()
+                };
+                self.save_state(&entry.id, &state).await?;
+                entry.publish(state);
+                Ok(())
+            }
+            result => result,
+        }
     }
 }
