@@ -50,7 +50,7 @@ struct Arguments {
 fn main() -> ExitCode {
     let mut arguments = Arguments::parse();
     if arguments.probe {
-        print!("{}", probe::table(&probe::features()));
+        print!("{}", probe::table(&probe::probe().features));
         return ExitCode::SUCCESS;
     }
     let privileged = nix::unistd::geteuid().is_root();

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use fuser::{Config, Filesystem, KernelConfig, Request, Session, SessionACL};
+use fuser::{Config, Filesystem, KernelConfig, Request, Session, SessionACL, Version};
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
 
@@ -29,20 +29,36 @@ pub struct Feature {
 }
 
 /// Only the handshake matters: no request is ever served.
-struct Handshake(Arc<OnceLock<Policy>>);
+struct Handshake(Arc<OnceLock<(Version, Policy)>>);
 
 impl Filesystem for Handshake {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         let policy = Policy::negotiate(config, &SessionOptions::default(), false);
         // The kernel says INIT once.
-        let _ = self.0.set(policy);
+        let _ = self.0.set((config.kernel_abi(), policy));
         Ok(())
     }
 }
 
-/// Every optional feature. When nothing can be mounted, none is supported and each says why.
-pub fn features() -> Vec<Feature> {
-    let policy = handshake();
+/// What FUSE is on this host.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// The protocol that the kernel speaks, such as `7.45`; `None` when nothing can be mounted.
+    pub abi: Option<String>,
+    /// Every optional feature. When nothing can be mounted, none is supported and each says why.
+    pub features: Vec<Feature>,
+}
+
+/// Asks the kernel.
+pub fn probe() -> Probe {
+    let answer = handshake();
+    Probe {
+        abi: answer.as_ref().ok().map(|(abi, _)| abi.to_string()),
+        features: features(&answer.map(|(_, policy)| policy)),
+    }
+}
+
+fn features(policy: &Result<Policy, String>) -> Vec<Feature> {
     features::ALL
         .iter()
         .map(|description| {
@@ -52,7 +68,7 @@ pub fn features() -> Vec<Feature> {
             let in_use = policy
                 .as_ref()
                 .is_ok_and(|policy| policy.in_use.contains(description.feature));
-            let reason = match (&policy, supported, in_use, description.unused) {
+            let reason = match (policy, supported, in_use, description.unused) {
                 (_, _, true, _) => None,
                 (Err(error), ..) => Some(error.clone()),
                 (_, false, ..) => Some("this kernel does not offer it".to_owned()),
@@ -72,10 +88,10 @@ pub fn features() -> Vec<Feature> {
         .collect()
 }
 
-fn handshake() -> Result<Policy, String> {
+fn handshake() -> Result<(Version, Policy), String> {
     let probe = thread::Builder::new()
         .name("fuse-probe".into())
-        .spawn(|| -> Result<Policy, String> {
+        .spawn(|| -> Result<(Version, Policy), String> {
             // Of this thread alone, so nobody else ever sees the mount, and it goes with the thread.
             nix::sched::unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
                 .map_err(|errno| format!("a private mount name space is needed: {errno}"))?;
@@ -89,16 +105,16 @@ fn handshake() -> Result<Policy, String> {
             .map_err(|errno| format!("a private mount name space is needed: {errno}"))?;
             let device = fuse_mount::mount(Path::new("/"), &MountOptions::default())
                 .map_err(|error| error.to_string())?;
-            let policy = Arc::new(OnceLock::new());
+            let answer = Arc::new(OnceLock::new());
             let session = Session::from_fd(
-                Handshake(policy.clone()),
+                Handshake(answer.clone()),
                 device,
                 SessionACL::All,
                 Config::default(),
             )
             .map_err(|error| error.to_string())?;
             drop(session);
-            policy
+            answer
                 .get()
                 .copied()
                 .ok_or_else(|| "the kernel sent no INIT".to_owned())

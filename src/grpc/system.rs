@@ -68,7 +68,8 @@ impl api::system_server::System for Service {
         let (containers, running) = self.containers.count();
         let cgroups = self.containers.cgroups().as_str().to_owned();
         blocking(move || {
-            let features = probe::features().into_iter().map(|feature| api::Feature {
+            let fuse = probe::probe();
+            let features = fuse.features.into_iter().map(|feature| api::Feature {
                 name: feature.name.to_owned(),
                 supported: feature.supported,
                 in_use: feature.in_use,
@@ -84,6 +85,7 @@ impl api::system_server::System for Service {
                 root: place.root.to_string_lossy().into_owned(),
                 state: place.state.to_string_lossy().into_owned(),
                 pid: std::process::id(),
+                fuse_abi: fuse.abi.unwrap_or_default(),
                 features: features.collect(),
                 images: images.list()?.len() as u64,
                 snapshots: snapshots.len() as u64,
@@ -92,7 +94,6 @@ impl api::system_server::System for Service {
                 containers: containers as u64,
                 containers_running: running as u64,
                 cgroups,
-                ..api::InfoSystemResponse::default()
             }))
         })
         .await

@@ -122,12 +122,12 @@ pub fn command(program: &Path, root: &Path, log: &Path) -> Command {
 
 /// What a runtime's failure means: the exit code that `run` owes its caller, and a sentence.
 pub fn failure(log: &str, stderr: &str) -> (i32, String) {
-    let from_log = log.lines().filter_map(|line| {
+    let mut from_log = log.lines().filter_map(|line| {
         let entry: serde_json::Value = serde_json::from_str(line).ok()?;
         (entry["level"] == "error").then(|| entry["msg"].as_str().map(str::to_owned))?
     });
     let message = from_log
-        .last()
+        .next_back()
         .or_else(|| {
             let line = stderr.lines().map(str::trim).rfind(|line| !line.is_empty());
             line.map(str::to_owned)

@@ -23,7 +23,7 @@ fn exit_codes_are_docker_s() {
                 BUSYBOX,
                 "sh",
                 "-c",
-                "sleep 1000 & kill -9 $!; wait $!",
+                "exec 2>/dev/null; sleep 1000 & kill -9 $!; wait $!",
             ],
             137,
         ),
