@@ -57,7 +57,7 @@ use mounts::Mounts;
 use types::io_error;
 pub use types::*;
 
-use crate::cow::{UnionConfig, UpperConfig};
+use crate::cow::{Union, UnionConfig, UpperConfig};
 use crate::store::layer::{LayerId, LayerStore};
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
@@ -228,6 +228,7 @@ impl Snapshotter {
             let dir = self.data.join(&found.id);
             let upper = dir.join("upper");
             self.end_mount(&found, Mounts::seal)?;
+            self.settle_links(&found)?;
             upper::sync(&upper).map_err(io_error("make durable", &upper))?;
             let usage = usage_of(&upper)?;
             let layer = LayerId(found.id.clone());
@@ -413,6 +414,23 @@ impl Snapshotter {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Hard links of lower files that were copied up hang together by the work directory's index, which
+    /// a layer does not have.
+    fn settle_links(&self, found: &Found) -> Result<()> {
+        let index = self.data.join(&found.id).join("work/index");
+        match fs::read_dir(&index).map(|mut entries| entries.next()) {
+            Ok(Some(_)) => {}
+            Ok(None) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(io_error("read", &index)(error)),
+        }
+        let failed = |error: &dyn std::fmt::Display| {
+            io_error("settle the hard links of", &index)(io::Error::other(error.to_string()))
+        };
+        let union = Union::open(self.union_of(found)?).map_err(|error| failed(&error))?;
+        union.settle_links().map_err(|error| failed(&error))
     }
 
     fn mounted_mark(&self, found: &Found) -> PathBuf {

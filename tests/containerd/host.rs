@@ -134,11 +134,16 @@ impl Host {
 
     pub fn try_ctr(&self, args: &[&str]) -> Result<String, String> {
         let socket = self.containerd_socket();
-        try_sh(
-            "ctr",
-            &[&["--address", socket.to_str().unwrap()][..], args].concat(),
-        )
-        .map_err(|e| format!("{e}\nplyd said:\n{}", self.tail("plyd.log")))
+        // The shim's and runc's state lie below /run by the name of the namespace.
+        let namespace = self.dir.file_name().unwrap().to_str().unwrap();
+        let own = [
+            "--address",
+            socket.to_str().unwrap(),
+            "--namespace",
+            namespace,
+        ];
+        try_sh("ctr", &[&own[..], args].concat())
+            .map_err(|e| format!("{e}\nplyd said:\n{}", self.tail("plyd.log")))
     }
 
     pub fn ctr(&self, args: &[&str]) -> String {
@@ -273,5 +278,8 @@ impl Drop for Host {
         for mount in self.mounts().into_iter().rev() {
             let _ = nix::mount::umount2(mount.as_str(), nix::mount::MntFlags::MNT_DETACH);
         }
+        // What runc and the shim leave when they are killed.
+        let runc = Path::new("/run/containerd/runc").join(self.dir.file_name().unwrap_or_default());
+        let _ = fs::remove_dir_all(runc);
     }
 }

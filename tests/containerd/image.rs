@@ -1,5 +1,6 @@
 //! Images of several layers, made from Debian's packages.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -22,8 +23,9 @@ pub fn busybox(dir: &Path) -> PathBuf {
     out
 }
 
-/// An archive of a small Debian and of layers above it that hold what layers can hold.
-pub fn debian(dir: &Path) -> PathBuf {
+/// An archive of a small Debian and of layers above it that hold what layers can hold, and the time that the last
+/// header of each directory gives it.
+pub fn debian(dir: &Path) -> (PathBuf, BTreeMap<Vec<u8>, i64>) {
     let base = debian_base();
     let layers = [
         fs::read(base).unwrap(),
@@ -46,7 +48,20 @@ pub fn debian(dir: &Path) -> PathBuf {
         ],
     );
     fs::remove_file(made).unwrap();
-    out
+    let mut headers = BTreeMap::new();
+    for layer in &layers {
+        let mut tar = tar::Archive::new(GzDecoder::new(&layer[..]));
+        for entry in tar.entries().unwrap() {
+            let entry = entry.unwrap();
+            if entry.header().entry_type().is_dir() {
+                let path = entry.path_bytes();
+                let path = path.strip_prefix(b"./").unwrap_or(&path);
+                let path = path.strip_suffix(b"/").unwrap_or(path);
+                headers.insert(path.to_vec(), entry.header().mtime().unwrap() as i64);
+            }
+        }
+    }
+    (out, headers)
 }
 
 /// The base layer, made once for a build directory.

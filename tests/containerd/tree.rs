@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 /// One entry: what it is, in words that make a difference readable.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     mode: u32,
     owner: (u32, u32),
@@ -89,15 +89,36 @@ fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
         .collect()
 }
 
-pub fn differences(want: &Tree, got: &Tree) -> Vec<String> {
+/// What `got` has that is not as in `want`.
+///
+/// One thing of the native snapshotter is no oracle: it makes a snapshot by copying the parent's tree, which leaves
+/// on every directory that no later layer names the time of the copy (later than `began`). For such a directory
+/// `headers` says what the layers say of it; it may also have been changed by a later layer, during the unpacking.
+pub fn differences(
+    want: &Tree,
+    got: &Tree,
+    began: i64,
+    headers: &BTreeMap<Vec<u8>, i64>,
+) -> Vec<String> {
     let mut found = Vec::new();
+    let same = |path: &[u8], a: &Entry, b: &Entry| {
+        if a.size.is_some() || a.mtime.0 < began {
+            return a == b;
+        }
+        let time = b.mtime.0 >= began || headers.get(path) == Some(&b.mtime.0);
+        time && *b
+            == Entry {
+                mtime: b.mtime,
+                ..a.clone()
+            }
+    };
     for path in want
         .keys()
         .chain(got.keys().filter(|k| !want.contains_key(*k)))
     {
         let shown = String::from_utf8_lossy(path);
         match (want.get(path), got.get(path)) {
-            (Some(a), Some(b)) if a == b => {}
+            (Some(a), Some(b)) if same(path, a, b) => {}
             (Some(a), Some(b)) => found.push(format!("{shown}\n  want {a:?}\n  got  {b:?}")),
             (Some(_), None) => found.push(format!("{shown} is missing")),
             (None, _) => found.push(format!("{shown} should not be there")),
