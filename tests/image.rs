@@ -5,9 +5,17 @@
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
 //! - `service`: the Images service of a running plyd, also killed in the middle.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test's helper fails its test"
+)]
 
 #[path = "image/archive.rs"]
 mod archive;
+#[path = "cli/common.rs"]
+mod common;
 #[path = "image/good.rs"]
 mod good;
 #[path = "image/hostile.rs"]

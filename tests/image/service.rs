@@ -1,1 +1,142 @@
+//! The Images service of a real plyd whose clients and itself are killed in the middle.
 
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, Stdio};
+
+use nix::sys::signal::Signal;
+
+use super::archive::*;
+use super::common::{Plyd, until};
+use super::store::names;
+
+/// An image that takes long enough to unpack for a kill to fall into it.
+fn slow() -> Vec<u8> {
+    let layer = |prefix: &str| {
+        (0..4000).fold(Layer::new(), |layer, number| {
+            let content = noise(prefix.len() as u64 * 10_000 + number);
+            layer.file(
+                &format!("{prefix}/{}/{number}", number % 40),
+                0o644,
+                &content,
+            )
+        })
+    };
+    archive("slow", &[Blob::gzip(layer("a")), Blob::zstd(layer("bb"))])
+}
+
+/// What no compression makes smaller, always the same.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        // Knuth's MMIX generator; the upper bits are good.
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    (0..1000).map(|_| next()).collect()
+}
+
+fn load(plyd: &Plyd) -> Child {
+    plyd.command()
+        .args(["image", "load", "--quiet"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn spooled(root: &Path) -> bool {
+    let spools = root.join("images/spool");
+    names(&spools)
+        .iter()
+        .any(|spool| !names(&spools.join(spool)).is_empty())
+}
+
+fn is_empty(plyd: &Plyd) -> bool {
+    let root = plyd.root();
+    [
+        "images/spool",
+        "images/records",
+        "layers",
+        "snapshots/data",
+        "snapshots/records",
+        "trash",
+    ]
+    .iter()
+    .all(|dir| names(&root.join(dir)).is_empty())
+}
+
+fn still_loads(plyd: &Plyd, archive: &[u8]) {
+    let done = plyd.piped(["image", "load", "-q"], archive);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    plyd.ok(["image", "rm", "slow"]);
+    until("everything is removed", || is_empty(plyd));
+}
+
+#[test]
+fn a_client_that_goes_away_leaves_nothing() {
+    let plyd = Plyd::start();
+    let archive = slow();
+    // While it sends.
+    let mut client = load(&plyd);
+    let mut stdin = client.stdin.take().unwrap();
+    stdin.write_all(&archive[..archive.len() / 2]).unwrap();
+    until("something is spooled", || spooled(&plyd.root()));
+    client.kill().unwrap();
+    client.wait().unwrap();
+    until("the spool is gone", || is_empty(&plyd));
+    // While plyd unpacks.
+    let mut client = load(&plyd);
+    let mut stdin = client.stdin.take().unwrap();
+    stdin.write_all(&archive).unwrap();
+    drop(stdin);
+    until("something is unpacked", || {
+        !names(&plyd.root().join("snapshots/data")).is_empty()
+    });
+    client.kill().unwrap();
+    client.wait().unwrap();
+    until("the half-made layer is gone", || is_empty(&plyd));
+    still_loads(&plyd, &archive);
+}
+
+#[test]
+fn an_archive_that_breaks_off_is_refused() {
+    let plyd = Plyd::start();
+    let archive = slow();
+    let done = plyd.piped(["image", "load"], &archive[..archive.len() / 3]);
+    assert_eq!(done.code, 1);
+    assert!(done.stderr.contains("ends within"), "{}", done.stderr);
+    until("nothing is left", || is_empty(&plyd));
+    still_loads(&plyd, &archive);
+}
+
+#[test]
+fn plyd_killed_in_an_import_clears_up_and_can_repeat_it() {
+    let mut plyd = Plyd::start();
+    let archive = slow();
+    let kill = |plyd: &mut Plyd, when: &dyn Fn(&Path) -> bool, send: usize| {
+        let mut client = load(plyd);
+        let mut stdin = client.stdin.take().unwrap();
+        stdin.write_all(&archive[..send]).unwrap();
+        // Unpacking starts at the end of the stream.
+        let stdin = (send < archive.len()).then_some(stdin);
+        let root = plyd.root();
+        until("the import is under way", || when(&root));
+        plyd.signal(Signal::SIGKILL);
+        drop(stdin);
+        assert!(!client.wait().unwrap().success());
+        plyd.launch();
+        until("everything is cleared", || is_empty(plyd));
+        assert_eq!(plyd.ok(["image", "ls", "-q"]), "");
+    };
+    kill(&mut plyd, &spooled, archive.len() / 2);
+    let data = |root: &Path| names(&root.join("snapshots/data"));
+    kill(&mut plyd, &|root| !data(root).is_empty(), archive.len());
+    // Once the first layer is committed.
+    let layers = |root: &Path| !names(&root.join("layers")).is_empty();
+    kill(&mut plyd, &layers, archive.len());
+    still_loads(&plyd, &archive);
+}

@@ -111,17 +111,35 @@ impl<'u> Layer<'u> {
                 self.make(entry, &parent, name, reader)
             }
             Action::Remove { parent, name } => {
-                let parent = self.parent(entry, &parent)?;
+                let Some(parent) = self.parent_of_whiteout(entry, &parent)? else {
+                    return Ok(());
+                };
                 self.tree
                     .remove_all(parent.id(), OsStr::from_bytes(name))
                     .map_err(in_union)
             }
             Action::Clear { directory } => {
-                let directory = self.parent(entry, &directory)?;
+                let Some(directory) = self.parent_of_whiteout(entry, &directory)? else {
+                    return Ok(());
+                };
                 self.tree
                     .remove_unwritten(&directory, &self.written)
                     .map_err(in_union)
             }
+        }
+    }
+
+    /// Below a file there is nothing to remove. umoci writes such whiteouts for a directory that a
+    /// file has replaced.
+    fn parent_of_whiteout(
+        &mut self,
+        entry: &Entry,
+        path: &[u8],
+    ) -> Result<Option<Rc<Directory<'u>>>> {
+        match self.tree.make_directory(path) {
+            Ok(parent) => Ok(Some(parent)),
+            Err(error) if error.errno == libc::ENOTDIR => Ok(None),
+            Err(source) => Err(in_tree(&entry.path, source)),
         }
     }
 

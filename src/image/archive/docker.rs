@@ -81,7 +81,10 @@ fn digest(file: &File) -> Result<Digest> {
 }
 
 fn member<'a>(spool: &'a Spool, name: &str) -> Result<&'a File> {
-    spool
-        .by_name(name.trim_start_matches("./"))
-        .ok_or_else(|| refuse(name, "it is missing from the archive"))
+    spool.by_name(name.trim_start_matches("./")).ok_or_else(|| {
+        refuse(
+            format!("the member {name:?}"),
+            "it is missing from the archive",
+        )
+    })
 }
