@@ -26,6 +26,48 @@ pub fn set_oom_score_adj(score: i32) -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", score.to_string())
 }
 
+/// `linux/capability.h`: header and data of capget(2) in the third version of its format.
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapabilityData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+/// Bit of CAP_SYS_RESOURCE.
+const CAP_SYS_RESOURCE: u32 = 1 << 24;
+
+/// Gives CAP_SYS_RESOURCE away for good, for this thread and those that it starts later: whoever has
+/// it writes beyond quotas and into the blocks that a file system reserves.
+pub fn drop_sys_resource() -> io::Result<()> {
+    let header = CapabilityHeader {
+        version: CAPABILITY_VERSION_3,
+        pid: 0,
+    };
+    let mut data = [CapabilityData::default(); 2];
+    // SAFETY: version 3 has a header and two sets of data, laid out as the kernel's structures; both
+    // live through the call.
+    if unsafe { libc::syscall(libc::SYS_capget, &raw const header, data.as_mut_ptr()) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    data[0].effective &= !CAP_SYS_RESOURCE;
+    data[0].permitted &= !CAP_SYS_RESOURCE;
+    // SAFETY: as above; the kernel only reads.
+    if unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Takes a descriptor over that the parent left open under a number that it named.
 ///
 /// EBADF when there is none under that number, EINVAL for the three standard streams.

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -56,6 +55,21 @@ fn a_killed_server_gives_its_clients_an_error_at_once() {
     // Nothing that the dead one left stands in the way.
     let mount = Mount::new(&layers, "");
     assert_eq!(fs::read(mount.join("f")).unwrap(), b"x");
+}
+
+#[test]
+fn the_server_cannot_write_past_quotas_and_reserved_blocks() {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    let layers = Layers::new(1);
+    let mount = Mount::new(&layers, "");
+    for task in fs::read_dir(format!("/proc/{}/task", mount.pid())).unwrap() {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        for set in ["CapEff:", "CapPrm:"] {
+            let line = status.lines().find(|line| line.starts_with(set)).unwrap();
+            let bits = u64::from_str_radix(line[set.len()..].trim(), 16).unwrap();
+            assert_eq!(bits & CAP_SYS_RESOURCE, 0, "{status}");
+        }
+    }
 }
 
 #[test]
@@ -133,7 +147,8 @@ fn the_log_goes_where_it_is_sent() {
 fn an_aborted_connection_ends_the_server_and_its_mount() {
     let layers = Layers::new(1);
     let mount = Mount::new(&layers, "");
-    let device = fs::metadata(mount.join("")).map(|m| std::os::unix::fs::MetadataExt::dev(&m));
+    let m = fs::metadata(mount.join("")).unwrap();
+    let connection = nix::sys::stat::minor(std::os::unix::fs::MetadataExt::dev(&m));
     let connections = "/sys/fs/fuse/connections";
     if fs::read_dir(connections).unwrap().next().is_none() {
         Command::new("mount")
@@ -141,8 +156,7 @@ fn an_aborted_connection_ends_the_server_and_its_mount() {
             .status()
             .unwrap();
     }
-    fs::write(format!("{connections}/{}/abort", device.unwrap()), "1").unwrap();
+    fs::write(format!("{connections}/{connection}/abort"), "1").unwrap();
     assert!(mount.wait_for_end());
     assert!(wait_until(|| !is_mounted(&layers)));
-    std::thread::sleep(Duration::from_millis(1));
 }
