@@ -6,6 +6,12 @@
 //!
 //! `PLYWOOD_MODEL_CASES` sets the number of cases of each property, `PLYWOOD_MODEL_OPS` the number of
 //! operations of a case. A failing sequence is shrunk, printed as code, and belongs into `regressions`.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, in its helpers too"
+)]
 
 mod differences;
 mod direct;

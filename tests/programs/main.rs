@@ -2,6 +2,12 @@
 //! control, a database, a package manager, archivers, a build, watchers and locks.
 //!
 //! What each of them says of its own data is the check; the lower layer is compared afterwards.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, in its helpers too"
+)]
 
 #[path = "../common/mounts.rs"]
 mod mounts;
