@@ -153,6 +153,28 @@ impl Drop for Mount {
     }
 }
 
+/// A tmpfs, for layers on a second file system.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    pub fn mount(at: &Path) -> Self {
+        fs::create_dir(at).unwrap();
+        let options = Some("mode=755,size=64m");
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), options).unwrap();
+        Self(at.to_owned())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
 /// Ends the FUSE connection of the mount at `root`, so that whoever hangs in it gets an error.
 pub fn abort(root: &Path) {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

@@ -29,7 +29,7 @@ mod tree;
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestError, TestRunner};
 
-use crate::replay::{Which, replay};
+use crate::replay::{Hosts, Which, replay_on};
 
 fn from_env(name: &str, default: u32) -> u32 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
@@ -37,6 +37,10 @@ fn from_env(name: &str, default: u32) -> u32 {
 
 /// Runs `cases` random stacks and sequences on `which`.
 fn agrees_with_the_model(which: Which, foreign: bool, cases: u32) {
+    agrees_on(Hosts::One, which, foreign, cases);
+}
+
+fn agrees_on(hosts: Hosts, which: Which, foreign: bool, cases: u32) {
     let config = ProptestConfig {
         cases: from_env("PLYWOOD_MODEL_CASES", cases),
         failure_persistence: None,
@@ -50,7 +54,7 @@ fn agrees_with_the_model(which: Which, foreign: bool, cases: u32) {
     );
     TestRunner::new(config)
         .run(&input, |(stack, ops)| {
-            replay(which, &stack, &ops).map_err(TestCaseError::fail)
+            replay_on(hosts, which, &stack, &ops).map_err(TestCaseError::fail)
         })
         .unwrap_or_else(|error| match error {
             TestError::Fail(why, (stack, ops)) => {
@@ -91,4 +95,15 @@ fn a_mount_without_open_requests_agrees_with_the_model() {
 #[test]
 fn a_mount_without_kernel_features_agrees_with_the_model() {
     agrees_with_the_model(Which::Plyfs(",kernel_features=-all"), false, 60);
+}
+
+/// Inode numbers of two host file systems, whose own numbers collide.
+#[test]
+fn the_union_of_layers_on_two_file_systems_agrees_with_the_model() {
+    agrees_on(Hosts::Two, Which::Direct, false, 100);
+}
+
+#[test]
+fn a_mount_of_layers_on_two_file_systems_agrees_with_the_model() {
+    agrees_on(Hosts::Two, Which::Plyfs(""), false, 30);
 }

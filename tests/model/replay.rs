@@ -8,7 +8,7 @@ use crate::direct::Direct;
 use crate::jail::{Jail, Oddity};
 use crate::layers::{self, Layer, Meta};
 use crate::model::Model;
-use crate::mounts::{Dirs, Mount};
+use crate::mounts::{Dirs, Mount, Tmpfs};
 use crate::ops::{Op, Outcome};
 use crate::tree::{InodeMap, Snapshot, compare, data_differs};
 
@@ -107,12 +107,30 @@ impl Drop for Mounted {
 
 /// Runs `ops` on a union of `stack` (the topmost first) and tells the first thing that is not as in the model.
 pub fn replay(which: Which, stack: &[Layer], ops: &[Op]) -> Result<(), String> {
+    replay_on(Hosts::One, which, stack, ops)
+}
+
+/// Where the lowers lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Hosts {
+    /// All on the file system of the upper.
+    One,
+    /// Every other one on a tmpfs, so that inode numbers come from two spaces.
+    Two,
+}
+
+/// As [`replay`], with the lowers on one file system or on two.
+pub fn replay_on(hosts: Hosts, which: Which, stack: &[Layer], ops: &[Op]) -> Result<(), String> {
     let base = tempfile::Builder::new()
         .prefix("plywood-model")
         .tempdir()
         .unwrap();
+    let second = (hosts == Hosts::Two).then(|| Tmpfs::mount(&base.path().join("second")));
     let lowers: Vec<PathBuf> = (0..stack.len())
-        .map(|at| base.path().join(format!("l{at}")))
+        .map(|at| match &second {
+            Some(second) if at % 2 == 0 => second.path().join(format!("l{at}")),
+            _ => base.path().join(format!("l{at}")),
+        })
         .collect();
     for (layer, dir) in stack.iter().zip(&lowers) {
         std::fs::create_dir(dir).unwrap();
