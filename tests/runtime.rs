@@ -5,6 +5,13 @@
 //! - `isolation`: what a process finds in a container.
 //! - `crash`: plyd, plyshim and plyfs are killed.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking, in its helpers as well"
+)]
+
 #[path = "runtime/bench.rs"]
 mod bench;
 #[path = "cli/common.rs"]

@@ -76,7 +76,7 @@ mod tests {
             "-x",
             "a b",
             "a/b",
-            "ä",
+            "\u{e4}",
             &"x".repeat(129),
             &"a".repeat(64),
         ] {
