@@ -44,18 +44,37 @@ pub(super) struct DirLower {
 }
 
 impl DirLower {
-    /// Opens the layer at `path`, through a private read-only mount where that is allowed.
-    pub(super) fn open(
+    /// Opens the layers at `paths`, through private read-only mounts where that is allowed.
+    pub(super) fn open_all(
+        paths: &[PathBuf],
+        family: XattrFamily,
+        budget: &Arc<Budget>,
+    ) -> Vec<std::io::Result<Self>> {
+        let mounts = match private_mount::read_only(paths) {
+            Ok(mounts) => mounts.into_iter().map(std::io::Result::ok).collect(),
+            // Without the privilege the descriptors are opened with O_NOATIME instead.
+            Err(error) => {
+                tracing::debug!(%error, "lower directories are used without private mounts");
+                Vec::new()
+            }
+        };
+        let mut mounts = mounts.into_iter();
+        paths
+            .iter()
+            .map(|path| Self::open(path, mounts.next().flatten(), family, budget))
+            .collect()
+    }
+
+    fn open(
         path: &Path,
+        mount: Option<OwnedFd>,
         family: XattrFamily,
         budget: &Arc<Budget>,
     ) -> std::io::Result<Self> {
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-        let plain = fs::open_path(path, flags)?;
-        let root = match private_mount::read_only(path) {
-            Ok(mount) => fs::openat(mount.as_fd(), OsStr::new("."), flags, 0)?,
-            // Without the privilege the descriptors are opened with O_NOATIME instead.
-            Err(_) => plain,
+        let root = match mount {
+            Some(mount) => fs::openat(mount.as_fd(), OsStr::new("."), flags, 0)?,
+            None => fs::open_path(path, flags)?,
         };
         let stat = fs::fstat(root.as_fd())?;
         let decodes = handle::of(Object::Open(root.as_fd()))

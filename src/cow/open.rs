@@ -61,18 +61,20 @@ impl Union {
         }
         let budget = Budget::new(usize::try_from(limit).unwrap_or(usize::MAX));
         let family = config.xattr_family;
-        let mut lowers: Vec<Box<dyn Lower>> = Vec::new();
         for path in &config.lowers {
             check_directory(
                 path,
                 |path, source| OpenError::Lower { path, source },
                 |path| OpenError::LowerNotDirectory { path },
             )?;
-            let lower =
-                DirLower::open(path, family, &budget).map_err(|source| OpenError::Lower {
-                    path: path.clone(),
-                    source,
-                })?;
+        }
+        let mut lowers: Vec<Box<dyn Lower>> = Vec::new();
+        let opened = DirLower::open_all(&config.lowers, family, &budget);
+        for (path, opened) in config.lowers.iter().zip(opened) {
+            let lower = opened.map_err(|source| OpenError::Lower {
+                path: path.clone(),
+                source,
+            })?;
             lowers.push(Box::new(lower));
         }
         let upper = match &config.upper {

@@ -83,10 +83,11 @@ fn seen_by_us(fixture: &Fixture, dir: &str, out: &mut Seen) {
         } else {
             String::new()
         };
-        out.insert(
-            path.clone(),
-            format!("{:o} {} {content}", attr.perm, attr.nlink),
-        );
+        let links = match attr.kind {
+            FileKind::Directory => 1,
+            _ => attr.nlink,
+        };
+        out.insert(path.clone(), format!("{:o} {links} {content}", attr.perm));
         if attr.kind == FileKind::Directory {
             seen_by_us(fixture, &path, out);
         }
