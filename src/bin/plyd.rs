@@ -10,7 +10,7 @@ use std::sync::Arc;
 use clap::{Parser, ValueEnum};
 use plywood::grpc::server::{self, Backends};
 use plywood::image::ImageStore;
-use plywood::runtime::containers::{Containers, ContainersConfig, Roots};
+use plywood::runtime::containers::{Containers, ContainersConfig, ImageRoots};
 use plywood::snapshotter::{Snapshotter, SnapshotterConfig};
 use plywood::store::{self, index};
 use serde::Deserialize;
@@ -176,7 +176,10 @@ fn run(settings: Settings) -> Result<(), Failure> {
         let containers = Containers::open(
             &root,
             &state,
-            Arc::clone(&snapshotter) as Arc<dyn Roots>,
+            Arc::new(ImageRoots {
+                snapshotter: Arc::clone(&snapshotter),
+                images: Arc::clone(&images),
+            }),
             ContainersConfig {
                 plyshim: settings.plyshim,
                 oci_runtime: settings.oci_runtime,

@@ -310,6 +310,23 @@ impl Observer for Watch {
 }
 
 #[test]
+fn layers_of_an_image_removed_by_force_go_with_its_last_container() {
+    use plywood::runtime::containers::{ImageRoots, Roots};
+
+    let store = Store::new();
+    let image = store.load_one(&archive("x", &[Blob::plain(Layer::new().dir("d", 0o755))]));
+    let roots = ImageRoots {
+        snapshotter: store.snapshotter.clone(),
+        images: store.images.clone(),
+    };
+    roots.prepare("c1", image.parent().as_ref()).unwrap();
+    store.images.remove("x", true, &nobody).unwrap();
+    assert_eq!(store.snapshotter.list(None).unwrap().len(), 2);
+    roots.remove("c1").unwrap();
+    store.assert_empty();
+}
+
+#[test]
 fn names_ids_and_digests_find_an_image() {
     let store = Store::new();
     let image = store.load_one(&archive(

@@ -344,6 +344,59 @@ fn archives_that_are_none() {
     still_works(&store);
 }
 
+/// A file system of its own, with little room.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(dir: std::path::PathBuf) -> Self {
+        use nix::mount::{MsFlags, mount};
+        std::fs::create_dir(&dir).unwrap();
+        let options = Some("size=16m,mode=700");
+        mount(
+            Some("tmpfs"),
+            &dir,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            options,
+        )
+        .unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _gone = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_fails_the_import_and_gives_everything_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::mount(dir.path().join("disk"));
+    let store = Store::within(&disk.0);
+    let zeros = vec![0; 20 << 20];
+    let layer = || Layer::new().file("zeros", 0o644, &zeros);
+    // The blob fits and its content does not; neither fits.
+    for (blob, what) in [
+        (Blob::gzip(layer()), "zeros"),
+        (Blob::plain(layer()), "spool"),
+    ] {
+        let below = Blob::gzip(Layer::new().file("below", 0o644, b""));
+        let error = store.load(&archive("x", &[below, blob])).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains(what), "{message}");
+        let errno = match error {
+            Error::Io { source, .. } => source.raw_os_error(),
+            Error::Union { source, .. } => Some(source.errno),
+            _ => None,
+        };
+        assert_eq!(errno, Some(libc::ENOSPC), "{message}");
+        store.assert_empty();
+    }
+    still_works(&store);
+}
+
 #[test]
 fn what_a_crash_leaves_is_cleared_and_damaged_records_are_not() {
     use plywood::snapshotter::{Owner, ParentRef};

@@ -30,7 +30,15 @@ impl Store {
     }
 
     pub fn with(limits: Limits) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::open(tempfile::tempdir().unwrap(), limits)
+    }
+
+    /// On another disk than the system's.
+    pub fn within(dir: &Path) -> Self {
+        Self::open(tempfile::tempdir_in(dir).unwrap(), Limits::default())
+    }
+
+    fn open(dir: tempfile::TempDir, limits: Limits) -> Self {
         let (images, snapshotter) = open(dir.path(), limits);
         Self {
             images,

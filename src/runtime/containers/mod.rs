@@ -52,7 +52,7 @@ pub use entry::{Container, Entry};
 use error::io_error;
 pub use error::{Error, Result};
 pub use record::ContainerRecord;
-pub use roots::Roots;
+pub use roots::{ImageRoots, Roots};
 pub use streams::{ExecRequest, Input, LogStream, Output, OutputEvent};
 
 use super::oci::OciRuntime;

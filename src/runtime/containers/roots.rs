@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use crate::image::ImageStore;
 use crate::snapshotter::{self, Owner, ParentRef, Snapshotter};
 
 /// What the life cycle of containers needs of a snapshotter. Every method blocks.
@@ -49,5 +51,45 @@ impl Roots for Snapshotter {
 
     fn is_served(&self, id: &str) -> snapshotter::Result<bool> {
         Ok(self.stat(Owner::Container, id)?.mount.is_some())
+    }
+}
+
+/// Roots on the layers of images: those that only a removed container needed, because their image was
+/// removed by force before it, go with it.
+pub struct ImageRoots {
+    /// Keeps the roots.
+    pub snapshotter: Arc<Snapshotter>,
+    /// Keeps the layers.
+    pub images: Arc<ImageStore>,
+}
+
+impl Roots for ImageRoots {
+    fn prepare(&self, id: &str, parent: Option<&ParentRef>) -> snapshotter::Result<()> {
+        Roots::prepare(&*self.snapshotter, id, parent)
+    }
+
+    fn mount(&self, id: &str) -> snapshotter::Result<PathBuf> {
+        Roots::mount(&*self.snapshotter, id)
+    }
+
+    fn unmount(&self, id: &str) -> snapshotter::Result<()> {
+        Roots::unmount(&*self.snapshotter, id)
+    }
+
+    fn remove(&self, id: &str) -> snapshotter::Result<()> {
+        Roots::remove(&*self.snapshotter, id)?;
+        // The container is gone; layers that stay meanwhile go when plyd starts.
+        if let Err(error) = self.images.sweep() {
+            tracing::warn!(%error, container = id, "cannot look for layers that nothing needs any more");
+        }
+        Ok(())
+    }
+
+    fn list(&self) -> snapshotter::Result<Vec<String>> {
+        Roots::list(&*self.snapshotter)
+    }
+
+    fn is_served(&self, id: &str) -> snapshotter::Result<bool> {
+        Roots::is_served(&*self.snapshotter, id)
     }
 }
