@@ -180,6 +180,32 @@ fn a_shim_that_is_killed_takes_its_container_along_and_says_so() {
 }
 
 #[test]
+fn a_client_hears_of_the_end_of_a_container_whose_shim_is_killed() {
+    let plyd = plyd();
+    for remove in [&[][..], &["--rm"]] {
+        let mut command = plyd.command();
+        command.args(["run", "--name", "job"]).args(remove);
+        command.args([BUSYBOX, "sh", "-c", "echo here; exec sleep 1000"]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        until("it has written", || {
+            plyd.snapctl(["logs", "job"]).stdout == "here\n"
+        });
+        for shim in shims(&plyd) {
+            kill(shim, Signal::SIGKILL).unwrap();
+        }
+        assert_eq!(wait_for(&mut child).unwrap().code(), Some(137));
+        let mut text = String::new();
+        let mut stdout = child.stdout.take().unwrap();
+        stdout.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "here\n");
+        if remove.is_empty() {
+            plyd.ok(["rm", "job"]);
+        }
+    }
+    assert_clean(&plyd);
+}
+
+#[test]
 fn both_killed_together_leave_nothing_that_runs() {
     let mut plyd = plyd();
     plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sleep", "1000"]);

@@ -1,5 +1,8 @@
 //! One plyshim by itself.
 
+use std::os::unix::fs::symlink;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use plywood::runtime::client::Error;
 use plywood::runtime::state::Status;
 use plywood::runtime::wire::{Reply, Request, Window};
@@ -215,4 +218,59 @@ async fn a_slow_client_delays_nobody_and_loses_nothing() {
             (4_000_000, "done\n", Some(0))
         );
     }
+}
+
+/// A small file system that goes away with its guard.
+struct Small(std::path::PathBuf);
+
+impl Small {
+    fn mount(dir: std::path::PathBuf) -> Self {
+        std::fs::create_dir(&dir).unwrap();
+        let this = Self(dir);
+        this.resize("size=1m", MsFlags::empty());
+        this
+    }
+
+    fn resize(&self, size: &str, flags: MsFlags) {
+        mount(Some("tmpfs"), &self.0, Some("tmpfs"), flags, Some(size)).unwrap();
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _gone = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_makes_output_wait_and_loses_none() {
+    let bench = Bench::new(
+        &shell("head -c 3000000 /dev/zero; echo done >&2"),
+        false,
+        false,
+    );
+    let small = Small::mount(bench.config.dir.join("small"));
+    symlink("small/log", bench.log_path()).unwrap();
+    bench.launch().await;
+    let mut waiter = bench.connect().await;
+    waiter.send(&Request::Wait).await.unwrap();
+    bench.start().await.unwrap();
+    let complaints = bench.config.run_dir.join("shim.log");
+    while !std::fs::read_to_string(&complaints)
+        .unwrap()
+        .contains("the log waits")
+    {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    small.resize("size=16m", MsFlags::MS_REMOUNT);
+    assert!(matches!(
+        waiter.hear().await.unwrap(),
+        Reply::Exit { code: 0, .. }
+    ));
+    let log = bench.log();
+    assert_eq!(
+        (log.stdout.len(), log.stderr().as_str()),
+        (3_000_000, "done\n")
+    );
+    bench.gone().await;
 }
