@@ -227,7 +227,9 @@ impl Snapshotter {
             }
             let dir = self.data.join(&found.id);
             let upper = dir.join("upper");
-            self.end_mount(&found, Mounts::seal)?;
+            // Settling needs the work directory for itself: then no copy of the mount can go on.
+            let index = self.has_link_index(&found)?;
+            self.end_mount(&found, if index { Mounts::unmount } else { Mounts::seal })?;
             self.settle_links(&found)?;
             upper::sync(&upper).map_err(io_error("make durable", &upper))?;
             let usage = usage_of(&upper)?;
@@ -416,16 +418,22 @@ impl Snapshotter {
         }
     }
 
-    /// Hard links of lower files that were copied up hang together by the work directory's index, which
-    /// a layer does not have.
-    fn settle_links(&self, found: &Found) -> Result<()> {
+    /// Hard links of lower files that were copied up hang together by the work directory's index.
+    fn has_link_index(&self, found: &Found) -> Result<bool> {
         let index = self.data.join(&found.id).join("work/index");
         match fs::read_dir(&index).map(|mut entries| entries.next()) {
-            Ok(Some(_)) => {}
-            Ok(None) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(io_error("read", &index)(error)),
+            Ok(entry) => Ok(entry.is_some()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io_error("read", &index)(error)),
         }
+    }
+
+    /// Makes links of those names, for a layer has no index.
+    fn settle_links(&self, found: &Found) -> Result<()> {
+        if !self.has_link_index(found)? {
+            return Ok(());
+        }
+        let index = self.data.join(&found.id).join("work/index");
         let failed = |error: &dyn std::fmt::Display| {
             io_error("settle the hard links of", &index)(io::Error::other(error.to_string()))
         };

@@ -196,6 +196,64 @@ fn plyd_can_be_killed_in_the_middle_of_anything() {
 }
 
 #[test]
+fn plyfs_can_be_killed_in_the_middle_of_anything() {
+    const ENOUGH: usize = 10;
+
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    snapshots.layer("base", "", |_| {});
+    let worker = std::thread::spawn(move || {
+        let (mut committed, mut failed) = (Vec::new(), 0);
+        for number in 0..1000 {
+            if committed.len() >= ENOUGH && failed >= ENOUGH {
+                break;
+            }
+            let (name, key) = (format!("layer {number}"), format!("extract {number}"));
+            let done = snapshots.prepare(&key, "base").is_ok_and(|mounts| {
+                fs::write(source(&mounts).join(&name), &name).is_ok()
+                    && snapshots.commit(&name, &key).is_ok()
+            });
+            if done {
+                committed.push(name);
+                continue;
+            }
+            failed += 1;
+            match snapshots.remove(&key) {
+                Ok(()) => {}
+                // The failed prepare was undone already.
+                Err(status) => assert_eq!(status.code(), Code::NotFound, "{status}"),
+            }
+        }
+        (snapshots, committed, failed)
+    });
+    let mut turn = 0;
+    while !worker.is_finished() {
+        // At another point of the cycle each time.
+        std::thread::sleep(std::time::Duration::from_millis(11 + 37 * (turn % 9)));
+        turn += 1;
+        for pid in plyfs_of(plyd.dir()) {
+            // It may have ended by itself meanwhile.
+            let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+    let (snapshots, committed, failed) = worker.join().unwrap();
+    assert!(
+        committed.len() >= ENOUGH && failed >= ENOUGH,
+        "{} {failed}",
+        committed.len()
+    );
+    for name in &committed {
+        let view = source(&snapshots.view("look", name).unwrap());
+        assert_eq!(fs::read(view.join(name)).unwrap(), name.as_bytes());
+        snapshots.remove("look").unwrap();
+    }
+    let mut names = snapshots.names();
+    names.retain(|name| name != "base");
+    assert_eq!(names, committed);
+    assert_tidy(&plyd, &snapshots, 0);
+}
+
+#[test]
 fn a_corrupt_record_is_named_and_costs_nothing_else() {
     let mut plyd = Plyd::start();
     let snapshots = Snapshots::of(&plyd);

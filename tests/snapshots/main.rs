@@ -3,6 +3,12 @@
 //! - `service`: containerd's service, and what the owners of snapshots cannot do to each other.
 //! - `crash`: deaths of plyfs and plyd, and damage of what lies on disk.
 //! - `daemon`: plyd as a program: command line, configuration, socket, signals.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on ends"
+)]
 
 mod client;
 #[path = "../cli/common.rs"]

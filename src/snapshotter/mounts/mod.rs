@@ -4,8 +4,12 @@
 //! outlives neither: the process gets the descriptor, plyd keeps a duplicate for a successor to take
 //! over. As long as that duplicate is open the end of a plyfs leaves callers hanging; so the
 //! thread here watches the control connections, and at the end of one closes the duplicate, aborts the
-//! connection and takes the mount away. From then on every call on it fails at once, and the next
-//! [`Mounts::mount`] makes a new one at the same place.
+//! connection and takes the mount away, with its directory, so that nobody writes into what lay below.
+//! From then on every call on it fails at once, and the next [`Mounts::mount`] makes a new one at the
+//! same place.
+//!
+//! A connection is aborted by its number, and the kernel gives the number of a mount that is gone to the
+//! next one. So only a connection that the table shows at a place of ours is ever aborted.
 //!
 //! Nothing here looks up a path through a mount: what is known of it comes from the control socket
 //! and from the kernel's tables.
@@ -28,10 +32,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::mount::MsFlags;
+use nix::mount::{MntFlags, MsFlags};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
-use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 use parking_lot::Mutex;
 
@@ -44,6 +47,9 @@ use crate::sys::mountinfo::{self, MountEntry};
 
 /// How long a plyfs may take to answer a message that costs it nothing.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long a plyfs that another plyd started may take to answer: whoever does not is ended, and the
+/// roots of running containers with it. One that is dead refuses the connection at once.
+const ADOPTION: Duration = Duration::from_secs(60);
 /// How long a plyfs may take to bring everything to the disk.
 const FLUSH: Duration = Duration::from_secs(600);
 /// How long a plyfs may take to serve after its start.
@@ -160,11 +166,11 @@ impl Mounts {
     }
 
     fn connect(&self, id: &str) -> io::Result<Live> {
-        let (control, hello) = ControlClient::connect(&self.place(id).socket(), ANSWER)?;
+        let (control, hello) = ControlClient::connect(&self.place(id).socket(), ADOPTION)?;
         if !hello.serving {
             return Err(io::Error::other("it has not begun to serve"));
         }
-        let fuse = control.fuse_fd(ANSWER)?;
+        let fuse = control.fuse_fd(ADOPTION)?;
         self.assemble(id, control, &hello, fuse, None)
     }
 
@@ -272,8 +278,12 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
-        let held = self.take_away(&live)?;
-        self.end(id, live, held)?;
+        if self.copies(&live)? > 0 {
+            tracing::warn!(id, "ending a mount that is still in use");
+            live.abort();
+        }
+        self.take_away(&live)?;
+        live.end();
         self.clear(id)
     }
 
@@ -288,68 +298,44 @@ impl Mounts {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         let none: Option<&str> = None;
         let sealed = nix::mount::mount(none, &live.point.path, none, flags, none);
-        let held = self.take_away(&live)?;
-        match sealed {
-            Ok(()) if self.has_copies(&live)? => {
-                tracing::debug!(
-                    id,
-                    "a committed snapshot is still mounted somewhere, read-only"
-                );
-                // Goes on being watched, to be reaped.
-                let left = format!("{id} (left)");
-                self.shared
-                    .live
-                    .lock()
-                    .insert(left, Live { left: true, ..live });
-                self.shared.wake_up();
-            }
-            Ok(()) => self.end(id, live, held)?,
-            Err(errno) => {
-                tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
-                self.end(id, live, held)?;
-            }
+        if let Err(errno) = sealed {
+            tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
+            live.abort();
+        }
+        let copies = self.copies(&live)?;
+        self.take_away(&live)?;
+        if sealed.is_ok() && copies > 0 {
+            tracing::debug!(
+                id,
+                "a committed snapshot is still mounted elsewhere, read-only"
+            );
+            // Goes on being watched, to be reaped.
+            let left = format!("{id} (left)");
+            self.shared
+                .live
+                .lock()
+                .insert(left, Live { left: true, ..live });
+            self.shared.wake_up();
+        } else {
+            live.end();
         }
         self.clear(id)
     }
 
-    /// Takes the mount away, and keeps hold of its file system if it was still there: only while the
-    /// answer lives is the connection's number its own. The kernel gives a free number to the next mount.
-    fn take_away(&self, live: &Live) -> Result<Option<OwnedFd>> {
+    fn take_away(&self, live: &Live) -> Result<()> {
         let path = &live.point.path;
-        let there = mountinfo::at(path).map_err(io_error("look for mounts at", path))?;
-        if there.as_ref().and_then(connection) != Some(live.connection) {
-            return Ok(None);
+        match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+            Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path)),
         }
-        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let held = nix::fcntl::open(path, flags, Mode::empty())
-            .map_err(|errno| io_error("hold", path)(errno.into()))?;
-        fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path))?;
-        Ok(Some(held))
     }
 
-    fn has_copies(&self, live: &Live) -> Result<bool> {
-        let table = mountinfo::read().map_err(io_error("look for copies of", &live.point.path))?;
-        let is_copy = |entry: &MountEntry| connection(entry) == Some(live.connection);
-        Ok(table.iter().any(is_copy))
-    }
-
-    /// Ends the process of a mount that was taken away; `held` is what that answered.
-    fn end(&self, id: &str, live: Live, held: Option<OwnedFd>) -> Result<()> {
-        let asked = live.control.stop(ANSWER);
-        if held.is_some() && (asked.is_err() || self.has_copies(&live)?) {
-            tracing::warn!(id, "ending a mount that is still in use or does not answer");
-            abort(live.connection);
-        }
-        // Without copies the mount is gone with this, and the process ends by itself.
-        drop(held);
-        if asked.is_err() || !has_ended(&live.control, ANSWER) {
-            // The connection ends with its last descriptor: the process's and ours.
-            tracing::warn!(id, "killing a plyfs that does not end");
-            kill(live.point.pid);
-            has_ended(&live.control, ANSWER);
-        }
-        live.reap();
-        Ok(())
+    /// In how many other places a mount that is still at its own is to be seen.
+    fn copies(&self, live: &Live) -> Result<usize> {
+        let path = &live.point.path;
+        let table = mountinfo::read().map_err(io_error("look for copies of", path))?;
+        let is_it = |entry: &&MountEntry| connection(entry) == Some(live.connection);
+        Ok(table.iter().filter(is_it).count().saturating_sub(1))
     }
 
     /// Takes away whatever is at the place of a mount that nobody serves.
@@ -357,10 +343,8 @@ impl Mounts {
         let place = self.place(id);
         let root = place.root();
         let find = || mountinfo::at(&root).map_err(io_error("look for mounts at", &root));
-        while let Some(entry) = find()? {
-            if let Some(connection) = connection(&entry) {
-                abort(connection);
-            }
+        while find()?.is_some() {
+            abort_at(&root);
             fuse_mount::unmount_lazily(&root).map_err(io_error("unmount", &root))?;
         }
         place.remove()
@@ -425,9 +409,16 @@ impl Shared {
             return;
         }
         let (path, pid) = (live.point.path.clone(), live.point.pid);
-        abort(live.connection);
-        if let Err(error) = fuse_mount::unmount_lazily(&path) {
-            tracing::error!(id, %error, "cannot take a dead mount away");
+        abort_at(&path);
+        // EINVAL: asked to end by a signal, it has taken its mount away itself.
+        match fuse_mount::unmount_lazily(&path) {
+            Err(error) if error.raw_os_error() != Some(libc::EINVAL) => {
+                tracing::error!(id, %error, "cannot take a dead mount away");
+            }
+            _ => {}
+        }
+        if let Err(error) = fs::remove_dir(&path) {
+            tracing::warn!(id, %error, "the directory of a dead mount stays");
         }
         let status = live.reap();
         tracing::error!(
@@ -445,6 +436,27 @@ impl Shared {
 }
 
 impl Live {
+    /// Makes every call on the mount fail, at whatever place. To be done while it is at its own.
+    fn abort(&self) {
+        if !abort_at(&self.point.path) {
+            // The connection ends with the last descriptor: its, and then ours.
+            kill(self.point.pid);
+        }
+    }
+
+    /// Ends the process of a mount that was taken away, or aborted.
+    fn end(self) {
+        // Gone already is as good.
+        let _ = self.control.stop(ANSWER);
+        if !has_ended(&self.control, ANSWER) {
+            let pid = self.point.pid;
+            tracing::warn!(pid, "killing a plyfs that does not end with its mount");
+            kill(pid);
+            has_ended(&self.control, ANSWER);
+        }
+        self.reap();
+    }
+
     /// Lets go of everything, of the descriptor first, and says how the process ended.
     fn reap(self) -> String {
         drop(self.fuse);
@@ -479,14 +491,21 @@ fn has_ended(control: &ControlClient, patience: Duration) -> bool {
     }
 }
 
-/// Ends a FUSE connection: every call on it fails from now on, also those that wait. Where fusectl is
-/// not mounted, only the end of the process does the same.
-fn abort(connection: u64) {
-    let path = format!("/sys/fs/fuse/connections/{connection}/abort");
-    match fs::write(&path, "1") {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => tracing::warn!(path, %error, "cannot abort a FUSE connection"),
+/// Ends the FUSE connection of the mount at `path`: every call on it fails from now on, also those
+/// that wait. Answers whether it could: where fusectl is not mounted, only the end of the process does
+/// the same.
+fn abort_at(path: &Path) -> bool {
+    let Ok(Some(connection)) = mountinfo::at(path).map(|entry| connection(&entry?)) else {
+        return false;
+    };
+    let abort = format!("/sys/fs/fuse/connections/{connection}/abort");
+    match fs::write(&abort, "1") {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => {
+            tracing::warn!(path = abort, %error, "cannot abort a FUSE connection");
+            false
+        }
     }
 }
 

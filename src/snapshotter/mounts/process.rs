@@ -73,10 +73,17 @@ impl Place {
         for file in [self.socket(), self.lowers(), self.log()] {
             gone(fs::remove_file(&file)).map_err(io_error("remove", &file))?;
         }
-        for dir in [&self.root(), &self.dir] {
-            gone(fs::remove_dir(dir)).map_err(io_error("remove", dir))?;
-        }
-        Ok(())
+        let root = self.root();
+        let removed = match fs::remove_dir(&root) {
+            // Someone who did not notice the end of a mount wrote to the directory below it.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                tracing::warn!(path = %root.display(), "removing what was written where nothing is mounted");
+                fs::remove_dir_all(&root)
+            }
+            removed => removed,
+        };
+        gone(removed).map_err(io_error("remove", &root))?;
+        gone(fs::remove_dir(&self.dir)).map_err(io_error("remove", &self.dir))
     }
 
     /// The end of what the process said, as an addition to an error.
