@@ -273,7 +273,7 @@ impl Union {
         parent: &Arc<Node>,
         state: &mut DirState,
         name: &OsStr,
-        mut found: Found,
+        found: Found,
         count: bool,
     ) -> Arc<Node> {
         let name: Arc<OsStr> = name.into();
@@ -281,43 +281,39 @@ impl Union {
             parent: Arc::clone(parent),
             name: Arc::clone(&name),
         };
+        let own = found.upper.map(|attr| self.own_number(attr.ino));
+        let generation = self.table.next_generation();
+        let mut new = Node::new(
+            found.id,
+            generation,
+            found.kind,
+            found.place(Some(at.clone())),
+        );
         let node = loop {
-            let id = found.id;
-            let mut unused = Some((found, at.clone()));
-            let (node, made) = self.table.get_or_insert(id, || {
-                let (kind, place) = match unused.take() {
-                    Some((found, name)) => (found.kind, found.place(Some(name))),
-                    None => unreachable!("the closure runs once"),
-                };
-                Node::new(id, self.table.next_generation(), kind, place)
-            });
-            if made {
-                break node;
-            }
-            match unused.take() {
-                Some((again, _)) => found = again,
-                None => break node,
-            }
-            if Self::is_same_object(&node, &found) {
-                let mut place = node.place.write();
-                if !place
-                    .names
-                    .iter()
-                    .any(|known| Arc::ptr_eq(&known.parent, parent) && known.name == name)
-                {
-                    place.names.push(at);
+            match self.table.insert(new) {
+                Ok(node) => break node,
+                Err((known, again)) if Self::is_same_object(&known, &again) => {
+                    let mut place = known.place.write();
+                    if !place
+                        .names
+                        .iter()
+                        .any(|known| Arc::ptr_eq(&known.parent, parent) && known.name == name)
+                    {
+                        place.names.push(at);
+                    }
+                    drop(place);
+                    break known;
                 }
-                drop(place);
-                break node;
-            }
-            // Two objects that claim one number: layers that were copied, or links that an upper has
-            // broken. The later one gets a number of its own.
-            found.id = match (found.upper, found.kind) {
-                (Some(attr), _) if self.own_number(attr.ino) != found.id => {
-                    self.own_number(attr.ino)
+                // Two objects that claim one number: layers that were copied, or links that an upper has
+                // broken. The later one gets a number of its own.
+                Err((_, mut other)) => {
+                    other.id = match own {
+                        Some(own) if own != other.id => own,
+                        _ => self.numbers.fresh(),
+                    };
+                    new = *other;
                 }
-                _ => self.numbers.fresh(),
-            };
+            }
         };
         if count {
             // The node cannot have left the table: its name is not in the directory yet, but we hold it.
@@ -327,13 +323,13 @@ impl Union {
         node
     }
 
-    fn is_same_object(node: &Node, found: &Found) -> bool {
-        if node.kind != found.kind || node.kind == FileKind::Directory {
+    fn is_same_object(known: &Node, found: &Node) -> bool {
+        if known.kind != found.kind || known.kind == FileKind::Directory {
             return false;
         }
-        let place = node.place.read();
-        match (place.upper, found.upper) {
-            (Some(one), Some(other)) => one == other.ino,
+        let found = found.place.read().upper;
+        match (known.place.read().upper, found) {
+            (Some(one), Some(other)) => one == other,
             (None, Some(_)) => false,
             // Another name of a lower file, which was copied up by its first name or not at all.
             (_, None) => true,

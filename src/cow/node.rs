@@ -13,7 +13,7 @@
 //!
 //! No lock of 3 to 5 is held while file content is copied.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -166,8 +166,8 @@ pub(super) struct Node {
 }
 
 impl Node {
-    pub(super) fn new(id: NodeId, generation: u64, kind: FileKind, place: Place) -> Arc<Self> {
-        Arc::new(Self {
+    pub(super) fn new(id: NodeId, generation: u64, kind: FileKind, place: Place) -> Self {
+        Self {
             id,
             generation,
             kind,
@@ -178,7 +178,7 @@ impl Node {
             io: Slot::default(),
             handles: AtomicU64::new(0),
             directory: (kind == FileKind::Directory).then(Box::default),
-        })
+        }
     }
 
     /// Whether data and metadata are in the upper.
@@ -253,22 +253,22 @@ impl Table {
         Some(Arc::clone(&entry.node))
     }
 
-    /// The node with this id, made by `make` if there is none. No lookup is counted.
-    pub(super) fn get_or_insert(
-        &self,
-        id: NodeId,
-        make: impl FnOnce() -> Arc<Node>,
-    ) -> (Arc<Node>, bool) {
-        let mut shard = self.shard(id).lock();
-        let mut made = false;
-        let entry = shard.entry(id).or_insert_with(|| {
-            made = true;
-            Entry {
-                node: make(),
-                lookups: 0,
+    /// Adds a node, unless there is one with its id: then both are given back. No lookup is counted.
+    pub(super) fn insert(&self, node: Node) -> Result<Arc<Node>, (Arc<Node>, Box<Node>)> {
+        let mut shard = self.shard(node.id).lock();
+        match shard.entry(node.id) {
+            hash_map::Entry::Occupied(known) => {
+                Err((Arc::clone(&known.get().node), Box::new(node)))
             }
-        });
-        (Arc::clone(&entry.node), made)
+            hash_map::Entry::Vacant(free) => {
+                let node = Arc::new(node);
+                free.insert(Entry {
+                    node: Arc::clone(&node),
+                    lookups: 0,
+                });
+                Ok(node)
+            }
+        }
     }
 
     /// Takes back lookups and drops the node if nothing refers to it any more: no lookup, no handle,

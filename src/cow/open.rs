@@ -136,9 +136,9 @@ impl Union {
         }
         place.lowers = stack.into();
         let generation = self.table.next_generation();
-        self.table.get_or_insert(NodeId::ROOT, || {
-            Node::new(NodeId::ROOT, generation, FileKind::Directory, place)
-        });
+        let root = Node::new(NodeId::ROOT, generation, FileKind::Directory, place);
+        let added = self.table.insert(root);
+        debug_assert!(added.is_ok(), "the table is empty before the root");
         Ok(())
     }
 }
