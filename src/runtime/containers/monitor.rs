@@ -7,7 +7,6 @@ use super::{Containers, Entry, Error, Result, blocking};
 use crate::runtime::client::ShimClient;
 use crate::runtime::state::{RunState, STATE_RECORD, Status};
 use crate::runtime::wire::Reply;
-use crate::snapshotter;
 use crate::store::record::RecordDir;
 
 /// The exit code of a container whose shim was killed: that of SIGKILL, which it then gets, too.
@@ -94,10 +93,12 @@ impl Containers {
         }
         let (roots, id) = (Arc::clone(&self.0.roots), entry.id.clone());
         match blocking(move || Ok(roots.unmount(&id)?)).await {
-            Err(Error::Root(snapshotter::Error::WritesLost { .. })) => {
+            // The mount is gone all the same; what matters is what the container's user should know.
+            Err(Error::Root(error)) => {
+                tracing::error!(container = entry.id, %error, "its root failed");
                 let state = RunState {
-                    error: "the plyfs that served its root died: what it wrote last may be lost; \
-                            start it again to go on with what there is"
+                    error: "the plyfs that served its root died or did not answer: what it wrote \
+                            last may be lost; start it again to go on with what there is"
                         .to_owned(),
                     ..entry.state()
                 };
