@@ -26,7 +26,7 @@ pub enum Command {
     #[command(after_help = "Examples:
   snapctl image load -i busybox.tar
   snapctl image load -i ./layout --name example.org/app:1
-  skopeo copy docker://alpine oci-archive:/dev/stdout | snapctl image load")]
+  podman save --format oci-archive alpine | snapctl image load")]
     Load(LoadArgs),
     /// List images
     #[command(
