@@ -198,6 +198,8 @@ impl Union {
                         None => ends = true,
                         Some(Where::Path(path)) => {
                             below = Some(path.into_os_string().into_vec());
+                            // A path from the top leads out of the opaque directory above.
+                            ends = false;
                         }
                         Some(Where::Name(to)) => {
                             let mut path = below.take().unwrap_or_else(|| join(&way[..depth]));
@@ -221,7 +223,7 @@ impl Union {
                 Step::Found { object, goes_on } => Step::Found {
                     object,
                     goes_on: match goes_on {
-                        _ if ends => None,
+                        Some(Where::Name(_)) if ends => None,
                         Some(Where::Name(name)) => Some(in_parent(&name)),
                         other => other,
                     },

@@ -3,7 +3,7 @@
 use crate::jail::Oddity;
 use crate::model::Model;
 use crate::ops::{Op, Outcome};
-use crate::tree::{Kind, Snapshot};
+use crate::tree::Kind;
 
 /// One known difference: which comparison it excuses, and why.
 pub struct Difference {
@@ -58,10 +58,4 @@ pub fn blur_for_kernel(model: &mut Model, op: &Op, want: &Outcome) {
         model.blur_parent_time(from);
         model.blur_parent_time(to);
     }
-}
-
-/// Whether the tree has names that are marks once the upper is a lower.
-pub fn upper_has_marks(tree: &Snapshot) -> bool {
-    tree.keys()
-        .any(|path| path.last().is_some_and(|name| name.starts_with(".wh.")))
 }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::layers::Meta;
 use crate::ops::{Access, Fill, How, MtimeChange, Op, OpenFlags, Outcome, SLOTS, XattrHow};
 use crate::tree::{Facts, Item, Kind, Path, Snapshot, Time};
 
@@ -715,6 +716,14 @@ impl Model {
             found.insert(path, item);
         }
         found
+    }
+
+    /// Gives the root the attributes of another upper.
+    pub fn set_root(&mut self, meta: &Meta) {
+        let root = self.inode_mut(ROOT);
+        (root.mode, root.uid, root.gid) = (meta.mode, meta.uid, meta.gid);
+        root.mtime = Time::At(meta.mtime.0, meta.mtime.1);
+        root.xattrs.clear();
     }
 
     /// Forgets when the directory was changed in which `path` lies.

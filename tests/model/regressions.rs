@@ -121,6 +121,27 @@ fn the_opaque_mark_of_fuse_overlayfs_is_not_shown() {
     everywhere(&[top, bottom], &[chmod, Op::Remount]);
 }
 
+/// `/c` came up empty: the search for what continues it stopped at `/a`, which is opaque, although the
+/// directory that was moved below `/a` says itself where it continues. Kernel overlayfs forgets the stop at
+/// an absolute redirect too.
+#[test]
+fn a_redirected_directory_below_an_opaque_one_keeps_its_content_when_moved_again() {
+    let top = Layer::default().with("/a/x", file(1)).with("/c", dir());
+    let bottom = Layer::default()
+        .with("/a/in/z", file(3))
+        .with("/b/q", file(4));
+    let ops = [
+        rename("/a", "/d"),
+        mkdir("/a"),
+        rename("/d", "/b/d"),
+        rename("/b", "/a/b"),
+        // The last third comes after a commit.
+        exchange("/a/b/d", "/c"),
+        Op::List { path: path("/c") },
+    ];
+    everywhere(&[top, bottom], &ops);
+}
+
 #[test]
 fn a_merged_directory_goes_through_a_chain_of_renames_and_remounts() {
     let top = Layer::default()
