@@ -1,6 +1,7 @@
 //! `plyfs`: mounts a union of directories, and serves it. See `docs/semantics.md`.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
