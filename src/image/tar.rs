@@ -303,10 +303,15 @@ impl<R: Read> Reader<R> {
     }
 
     fn skip_rest(&mut self) -> Result<(), Error> {
-        let rest = self.unread.checked_add(self.padding);
-        self.unread = 0;
-        self.padding = 0;
-        self.skip(rest)
+        let unread = std::mem::take(&mut self.unread);
+        let padding = std::mem::take(&mut self.padding);
+        self.skip(Some(unread))?;
+        // `umoci insert` ends its layers without the last padding and without a trailer. Go reads
+        // them, and nothing of the entry is missing.
+        let mut padding = self.stream.by_ref().take(padding);
+        io::copy(&mut padding, &mut io::sink())
+            .map(drop)
+            .map_err(Error::Read)
     }
 
     fn skip(&mut self, count: Option<u64>) -> Result<(), Error> {

@@ -494,6 +494,17 @@ fn docker_archives_compressed_archives_and_images_without_layers_are_taken() {
 }
 
 #[test]
+fn a_layer_may_end_without_padding_and_trailer() {
+    let store = Store::new();
+    let whole = Layer::new().file("f", 0o644, b"abc").tar();
+    for end in [512 + 3, 512 + 100, 1024, 1024 + 512] {
+        let tar = &whole[..end];
+        let image = store.load_one(&archive("x", &[Blob::new("+gzip", tar, gzip(tar))]));
+        assert_eq!(at(&store.tree(&image), "/f").content, sha256(b"abc"));
+    }
+}
+
+#[test]
 fn a_given_name_replaces_those_of_the_archive() {
     let store = Store::new();
     let one = archive("theirs", &[Blob::plain(Layer::new().file("x", 0o644, b""))]);
