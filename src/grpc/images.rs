@@ -12,7 +12,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::pb::plywood as api;
 use super::status::{blocking, io_code, record_code};
 use crate::image::{self, Image, ImageStore, Observer, Phase, Progress};
-use crate::snapshotter::{Owner, Snapshotter};
+use crate::runtime::containers::Containers;
 
 /// Messages of an archive that wait for the reader: what is sent faster is held back by HTTP/2.
 const MESSAGES_WAITING: usize = 8;
@@ -24,15 +24,12 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// The service.
 pub(super) struct Service {
     images: Arc<ImageStore>,
-    snapshotter: Arc<Snapshotter>,
+    containers: Containers,
 }
 
 impl Service {
-    pub(super) fn new(images: Arc<ImageStore>, snapshotter: Arc<Snapshotter>) -> Self {
-        Self {
-            images,
-            snapshotter,
-        }
+    pub(super) fn new(images: Arc<ImageStore>, containers: Containers) -> Self {
+        Self { images, containers }
     }
 }
 
@@ -91,16 +88,11 @@ impl api::images_server::Images for Service {
     ) -> Result<Response<api::RemoveImageResponse>, Status> {
         let api::RemoveImageRequest { r#ref, force } = request.into_inner();
         let store = Arc::clone(&self.images);
-        let snapshotter = Arc::clone(&self.snapshotter);
+        let containers = self.containers.clone();
         let removed = blocking(move || {
-            // Asked now, for the store asks while it holds its own lock.
-            let containers = snapshotter.list(Some(Owner::Container))?;
             let user_of = |image: &Image| {
-                let parent = image.parent()?;
-                let user = containers
-                    .iter()
-                    .find(|container| container.parent.as_ref() == Some(&parent))?;
-                Some(format!("the container {}", user.key))
+                let users = containers.users_of_image(&image.id);
+                Some(format!("the container {}", users.first()?))
             };
             store.remove(&r#ref, force, &user_of).map_err(Status::from)
         })

@@ -140,7 +140,7 @@ pub async fn serve(
         .max_encoding_message_size(LARGEST_MESSAGE);
     let images = ImagesServer::new(images::Service::new(
         Arc::clone(&image_store),
-        Arc::clone(&snapshotter),
+        all_containers.clone(),
     ))
     .max_decoding_message_size(LARGEST_MESSAGE);
     let containers = ContainersServer::new(container::Service::new(

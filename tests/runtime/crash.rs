@@ -40,13 +40,18 @@ fn names(dir: &Path) -> Vec<String> {
 
 /// Process ids of the shims below plyd's directory.
 fn shims(plyd: &Plyd) -> Vec<Pid> {
+    processes(plyd, "plyshim\0serve")
+}
+
+/// Processes that have `words` and plyd's directory on their command lines.
+fn processes(plyd: &Plyd, words: &str) -> Vec<Pid> {
     let here = plyd.dir().to_str().unwrap();
     let pids = fs::read_dir("/proc").unwrap().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     pids.filter(|pid| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).into_owned();
-        line.contains("plyshim\0serve") && line.contains(here)
+        line.contains(words) && line.contains(here)
     })
     .map(Pid::from_raw)
     .collect()
@@ -221,6 +226,55 @@ fn both_killed_together_leave_nothing_that_runs() {
     });
     assert_eq!(plyd.json(["inspect", "job"])[0]["exit_code"], 137);
     plyd.ok(["rm", "job"]);
+    assert_clean(&plyd);
+}
+
+/// plyd asked every shim how its container is, and served only when all had answered.
+#[test]
+fn a_shim_that_hangs_does_not_keep_plyd_from_serving() {
+    let mut plyd = plyd();
+    plyd.ok(["run", "-d", "--name", "stuck", BUSYBOX, "sleep", "1000"]);
+    let stopped = shims(&plyd);
+    for shim in &stopped {
+        kill(*shim, Signal::SIGSTOP).unwrap();
+    }
+    plyd.signal(Signal::SIGKILL);
+    plyd.launch();
+    assert_eq!(plyd.ok(["run", "--rm", BUSYBOX, "echo", "fine"]), "fine\n");
+    for shim in &stopped {
+        kill(*shim, Signal::SIGCONT).unwrap();
+    }
+    until("the container is found again", || {
+        plyd.json(["inspect", "stuck"])[0]["status"] == "running"
+    });
+    plyd.ok(["rm", "-f", "stuck"]);
+    assert_clean(&plyd);
+}
+
+#[test]
+fn a_removal_can_be_repeated_whoever_is_killed_in_the_middle() {
+    let plyd = plyd();
+    for round in 0..6 {
+        let name = format!("job-{round}");
+        plyd.ok(["run", "-d", "--name", &name, BUSYBOX, "sleep", "1000"]);
+        let victims = match round % 2 {
+            0 => shims(&plyd),
+            _ => processes(&plyd, "plyfs\0"),
+        };
+        assert!(!victims.is_empty());
+        let mut removal = plyd.command();
+        removal.args(["rm", "-f", &name]);
+        let mut removal = removal.stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(15 * round));
+        for victim in victims {
+            // It may have ended by itself.
+            let _ = kill(victim, Signal::SIGKILL);
+        }
+        assert!(wait_for(&mut removal).is_some(), "snapctl hangs");
+        if plyd.ok(["ps", "-aq"]) != "" {
+            plyd.ok(["rm", "-f", &name]);
+        }
+    }
     assert_clean(&plyd);
 }
 

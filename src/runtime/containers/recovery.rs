@@ -5,12 +5,17 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use tokio::time::{Duration, Instant, timeout_at};
+
 use super::error::io_error;
 use super::life::START_LIMIT;
 use super::{Containers, Entry, Result, blocking};
 use crate::runtime::client::{self, ShimClient};
 use crate::runtime::state::{RunState, Status};
 use crate::runtime::wire::{Reply, Request};
+
+/// How long plyd waits in all for the shims of its containers before it serves.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 impl Containers {
     /// Fills the table and mends what is broken. One container's trouble is logged and does not keep the
@@ -41,9 +46,15 @@ impl Containers {
                 }
             }));
         }
+        // A shim that hangs must not keep plyd from serving: whoever asks for its container waits for it.
+        let deadline = Instant::now() + PATIENCE;
         for task in tasks {
-            if let Err(error) = task.await {
-                tracing::error!(%error, "an operation on containers failed");
+            match timeout_at(deadline, task).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "an operation on containers failed");
+                }
+                Err(_) => tracing::warn!("a shim does not answer; waiting for it goes on"),
             }
         }
         let orphans = roots
