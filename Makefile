@@ -31,7 +31,8 @@ lint: ## formatting, clippy, and rules of our own
 
 bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
-	@cargo bench --locked --bench union
+	@cargo bench --locked --bench union --no-run
+	@$(SUDO) env PATH="$(PATH)" HOME="$(HOME)" cargo bench --locked --bench union
 
 release: ## build the four programs fully static
 	@contrib/install-packages $(BUILD_PACKAGES) file
