@@ -51,7 +51,9 @@ struct Arguments {
 fn main() -> ExitCode {
     let mut arguments = Arguments::parse();
     if arguments.probe {
-        print!("{}", probe::table(&probe::probe().features));
+        let table = probe::table(&probe::probe().features);
+        // Whoever reads it may leave early.
+        let _ = std::io::stdout().write_all(table.as_bytes());
         return ExitCode::SUCCESS;
     }
     let privileged = nix::unistd::geteuid().is_root();
