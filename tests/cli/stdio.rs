@@ -96,7 +96,7 @@ fn a_process_that_does_not_read_can_still_be_signalled() {
         .unwrap();
         status = child.try_wait().unwrap();
         status.is_some() || {
-            plyd.snapctl(["kill", "-s", "INT", &plyd.ok(["ps", "-q"]).trim()]);
+            plyd.snapctl(["kill", "-s", "INT", plyd.ok(["ps", "-q"]).trim()]);
             false
         }
     });
