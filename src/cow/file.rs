@@ -267,6 +267,7 @@ impl Union {
         _handle_out: Option<&FileHandle>,
         offset_out: u64,
         len: u64,
+        caller: &Caller,
     ) -> Result<usize> {
         /// What is copied by hand in one call; the caller asks again for the rest.
         const BY_HAND: usize = 1 << 20;
@@ -280,6 +281,9 @@ impl Union {
             && offset_out < offset_in.saturating_add(len);
         if overlap {
             return Err(Errno::EINVAL.into());
+        }
+        if caller.uid != 0 {
+            self.kill_suidgid(&to)?;
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         if let Some(input) = backing_in.host_fd() {

@@ -742,7 +742,7 @@ impl Filesystem for UnionFs {
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         ino_in: INodeNo,
         fh_in: Fh,
         offset_in: u64,
@@ -755,6 +755,7 @@ impl Filesystem for UnionFs {
     ) {
         guarded("copy_file_range", || {
             let (from, to) = (self.files.get(fh_in.0), self.files.get(fh_out.0));
+            let caller = self.caller(request, 0);
             // The answer has 32 bits; a caller that gets less goes on by itself.
             let len = len.min(1 << 30);
             let result = self.union.copy_file_range(
@@ -765,6 +766,7 @@ impl Filesystem for UnionFs {
                 to.as_deref(),
                 offset_out,
                 len,
+                &caller,
             );
             match result {
                 Ok(copied) => reply.written(copied as u32),

@@ -452,6 +452,7 @@ impl Direct {
                 output.handle.as_deref(),
                 to_offset + done,
                 len - done,
+                &CALLER,
             )?;
             if some == 0 {
                 break;

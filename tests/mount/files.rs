@@ -13,7 +13,7 @@ use std::path::Path;
 use nix::fcntl::{AT_FDCWD, FallocateFlags, fallocate};
 use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
 use nix::sys::time::TimeSpec;
-use nix::unistd::{Whence, lseek};
+use nix::unistd::{Gid, Uid, Whence, lseek, setfsgid, setfsuid};
 
 use crate::common::{Layers, Mount, errno};
 
@@ -413,6 +413,7 @@ fn offsets_and_seeks_beyond_the_end() {
 #[test]
 fn a_write_by_others_than_root_clears_setuid() {
     let mut layers = Layers::new(1);
+    fs::write(layers.lower(0).join("from"), "other").unwrap();
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     fs::set_permissions(
         layers.lower(0).join("f"),
@@ -434,9 +435,36 @@ fn a_write_by_others_than_root_clears_setuid() {
             .status()
             .unwrap();
         assert!(status.success());
-        let mode = fs::metadata(mount.join("f")).unwrap().mode() & 0o7777;
-        assert_eq!(mode, 0o777, "{options}");
-        fs::set_permissions(mount.join("f"), fs::Permissions::from_mode(0o6777)).unwrap();
+        let expect_cleared = |by: &str| {
+            let mode = fs::metadata(mount.join("f")).unwrap().mode() & 0o7777;
+            assert_eq!(mode, 0o777, "{by}, {options}");
+            fs::set_permissions(mount.join("f"), fs::Permissions::from_mode(0o6777)).unwrap();
+        };
+        expect_cleared("write");
+        as_nobody(|| {
+            let file = File::options().write(true).open(mount.join("f")).unwrap();
+            fallocate(file.as_fd(), FallocateFlags::empty(), 0, 4096).unwrap();
+        });
+        expect_cleared("fallocate");
+        as_nobody(|| {
+            let from = File::open(mount.join("from")).unwrap();
+            let to = File::options().write(true).open(mount.join("f")).unwrap();
+            let copied = rustix::fs::copy_file_range(&from, None, &to, None, 5).unwrap();
+            assert_eq!(copied, 5);
+        });
+        expect_cleared("copy_file_range");
         mount.unmount();
     }
+}
+
+/// Runs `body` in a thread that uses files as an ordinary user does, with none of root's rights.
+fn as_nobody(body: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            setfsgid(Gid::from_raw(65534));
+            setfsuid(Uid::from_raw(65534));
+            body();
+        });
+        thread.join().unwrap();
+    });
 }
