@@ -271,7 +271,7 @@ fn a_removal_can_be_repeated_whoever_is_killed_in_the_middle() {
             let _ = kill(victim, Signal::SIGKILL);
         }
         assert!(wait_for(&mut removal).is_some(), "snapctl hangs");
-        if plyd.ok(["ps", "-aq"]) != "" {
+        if !plyd.ok(["ps", "-aq"]).is_empty() {
             plyd.ok(["rm", "-f", &name]);
         }
     }
