@@ -62,6 +62,7 @@ impl From<snapshotter::Error> for Status {
             | Error::NotMountable { .. }
             | Error::HasChildren { .. }
             | Error::Mount(_)
+            | Error::ForeignMount { .. }
             | Error::WritesLost { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
             Error::Record(error) => record_code(error),

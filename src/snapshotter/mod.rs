@@ -21,6 +21,7 @@
 //! mounts/ID/ctl.sock   the control socket of the plyfs that serves it
 //! mounts/ID/lowers     the lower directories, for that plyfs
 //! mounts/ID/plyfs.log  what it has to say
+//! trash/               what was written below a mount that had died, on its way out
 //! ```
 //!
 //! What each change consists of, so that a crash at any point can be mended by the next `open`:

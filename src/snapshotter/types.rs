@@ -252,6 +252,16 @@ pub enum Error {
     /// mount(2) or what it needs.
     #[error(transparent)]
     Mount(#[from] fuse_mount::MountError),
+    /// Somebody mounted something below a mount that had died.
+    #[error(
+        "{mount} is mounted in {place}, where the mount of a snapshot was; unmount it, then repeat this"
+    )]
+    ForeignMount {
+        /// The directory of the snapshot's mount.
+        place: PathBuf,
+        /// What is mounted in it.
+        mount: PathBuf,
+    },
     /// There is no plyfs to mount with.
     #[error(
         "there is no plyfs beside {executable} nor on PATH; install it, or name it with `--plyfs`"

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::Code;
@@ -120,6 +121,48 @@ fn dead_mounts_are_cleared_by_the_next_plyd() {
     assert_tidy(&plyd, &snapshots, 0);
     assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
     assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
+}
+
+#[test]
+fn what_lies_below_a_dead_mount_goes_but_nothing_that_is_mounted_there() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    plyd.signal(Signal::SIGKILL);
+    for pid in plyfs_of(plyd.dir()) {
+        kill_9(pid);
+    }
+    until("the mount is gone", || umount(&root).is_err());
+    // As somebody does who missed its end: a mount of the very file system that it lies on.
+    let precious = plyd.dir().join("precious");
+    fs::create_dir(&precious).unwrap();
+    fs::write(precious.join("file"), "1").unwrap();
+    let inside = root.join("deep/er");
+    fs::create_dir_all(&inside).unwrap();
+    fs::write(root.join("deep/file"), "stray").unwrap();
+    let none: Option<&str> = None;
+    mount(Some(&precious), &inside, none, MsFlags::MS_BIND, none).unwrap();
+
+    plyd.launch();
+    let snapshots = Snapshots::of(&plyd);
+    for refused in [
+        snapshots.mounts("a").map(drop),
+        snapshots.remove("a").map(drop),
+    ] {
+        let status = refused.unwrap_err();
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert!(status.message().contains("deep/er"), "{status}");
+    }
+    assert_eq!(fs::read(precious.join("file")).unwrap(), b"1");
+    assert_eq!(fs::read(root.join("deep/file")).unwrap(), b"stray");
+
+    umount(&inside).unwrap();
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(count(root), 0);
+    snapshots.remove("a").unwrap();
+    assert_tidy(&plyd, &snapshots, 0);
+    let trash = plyd.state().join("trash");
+    until("what was written is deleted", || count(trash.clone()) == 0);
 }
 
 /// Prepares, writes, commits and removes without end until plyd is gone, and answers the names whose

@@ -11,6 +11,9 @@
 //! A connection is aborted by its number, and the kernel gives the number of a mount that is gone to the
 //! next one. So only a connection that the table shows at a place of ours is ever aborted.
 //!
+//! Whoever does not notice the end of a mount may write or mount below its place. What was written goes;
+//! a place that something foreign is mounted in stays, and says so, until that is gone.
+//!
 //! Nothing here looks up a path through a mount: what is known of it comes from the control socket
 //! and from the kernel's tables.
 //!
@@ -42,6 +45,7 @@ use super::types::*;
 use crate::cow::UnionConfig;
 use crate::fuse::control::{ControlClient, Hello};
 use crate::store::create_dir;
+use crate::store::trash::Trash;
 use crate::sys::fuse_mount::{self, MountOptions};
 use crate::sys::mountinfo::{self, MountEntry};
 
@@ -60,6 +64,8 @@ const START: Duration = Duration::from_secs(20);
 pub(super) struct Mounts {
     dir: PathBuf,
     plyfs: Option<PathBuf>,
+    /// For what was written below a dead mount.
+    trash: Trash,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -104,6 +110,8 @@ impl Mounts {
         create_dir(&dir, 0o700).map_err(io_error("make", &dir))?;
         // mount(2) resolves links and the kernel's table shows the result.
         let dir = fs::canonicalize(&dir).map_err(io_error("resolve", &dir))?;
+        let trash = state.join("trash");
+        let trash = Trash::open(&trash).map_err(io_error("open", &trash))?;
         warn_if_unseen();
         let (woken, wake) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
             .map_err(|errno| io_error("watch the mounts in", &dir)(errno.into()))?;
@@ -121,6 +129,7 @@ impl Mounts {
         Ok(Self {
             dir,
             plyfs,
+            trash,
             shared,
             thread: Mutex::new(Some(thread)),
         })
@@ -158,7 +167,9 @@ impl Mounts {
                 }
                 Err(error) => {
                     tracing::warn!(id, %error, "clearing a mount that nobody serves");
-                    self.clear(&id)?;
+                    if let Err(error) = self.clear(&id) {
+                        tracing::error!(id, %error, "the place of a dead mount stays");
+                    }
                 }
             }
         }
@@ -347,7 +358,7 @@ impl Mounts {
             abort_at(&root);
             fuse_mount::unmount_lazily(&root).map_err(io_error("unmount", &root))?;
         }
-        place.remove()
+        place.remove(&self.trash)
     }
 
     fn control(&self, id: &str) -> Option<Arc<ControlClient>> {

@@ -15,7 +15,8 @@ use super::{ANSWER, START};
 use crate::cow::UnionConfig;
 use crate::fuse::control::{ControlClient, Hello};
 use crate::store::create_dir;
-use crate::sys::spawn;
+use crate::store::trash::Trash;
+use crate::sys::{mountinfo, spawn};
 
 /// Under which number the child finds its /dev/fuse.
 const FUSE_FD: RawFd = 3;
@@ -64,8 +65,19 @@ impl Place {
         fs::write(&lowers, lines).map_err(io_error("write", &lowers))
     }
 
-    /// Removes it. Nothing may be mounted in it any more.
-    pub(super) fn remove(&self) -> Result<()> {
+    /// Removes it; what lies where nothing is mounted any more goes through `trash`. Refused as long as
+    /// something is mounted in it, which is not ours, for ours went with the mount at the root.
+    pub(super) fn remove(&self, trash: &Trash) -> Result<()> {
+        let table = mountinfo::read().map_err(io_error("look for mounts below", &self.dir))?;
+        if let Some(foreign) = table
+            .iter()
+            .find(|entry| entry.target.starts_with(&self.dir))
+        {
+            return Err(Error::ForeignMount {
+                place: self.dir.clone(),
+                mount: foreign.target.clone(),
+            });
+        }
         let gone = |result: io::Result<()>| match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
@@ -78,7 +90,7 @@ impl Place {
             // Someone who did not notice the end of a mount wrote to the directory below it.
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
                 tracing::warn!(path = %root.display(), "removing what was written where nothing is mounted");
-                fs::remove_dir_all(&root)
+                trash.put(&root)
             }
             removed => removed,
         };
