@@ -251,17 +251,29 @@ impl ControlClient {
     /// Connects to the socket at `path` and exchanges hellos within `timeout`. Paths longer than
     /// sockaddr_un allows are reached through a directory descriptor.
     pub fn connect(path: &Path, timeout: Duration) -> io::Result<(Self, Hello)> {
+        let client = Self::dial(path, timeout)?;
+        let hello = client.hello(timeout)?;
+        Ok((client, hello))
+    }
+
+    /// Only connects: succeeds also when the process there lives and does not answer.
+    pub fn dial(path: &Path, timeout: Duration) -> io::Result<Self> {
         let connection = new_socket()?;
         limit(&connection, timeout)?;
         with_address(path, |address| {
             Ok(socket::connect(connection.as_raw_fd(), address)?)
         })?;
-        let client = Self {
+        Ok(Self {
             connection,
             last_id: Mutex::new(0),
-        };
-        let hello = client.hello(timeout)?;
-        Ok((client, hello))
+        })
+    }
+
+    /// Who listens there, as the kernel says. The number is that process's while the connection is open
+    /// at its end.
+    pub fn peer_pid(&self) -> io::Result<u32> {
+        let peer = socket::getsockopt(&self.connection, sockopt::PeerCredentials)?;
+        Ok(peer.pid().unsigned_abs())
     }
 
     /// Asks once more who is there, and whether it serves by now.

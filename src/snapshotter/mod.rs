@@ -50,6 +50,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use catalog::{Catalog, Found, SnapshotRecord};
 pub use diff::{Change, ChangeKind};
@@ -72,7 +73,7 @@ pub struct Snapshotter {
     layers: LayerStore,
     trash: Trash,
     data: PathBuf,
-    mounts: Mounts,
+    mounts: Arc<Mounts>,
 }
 
 impl Snapshotter {
@@ -87,7 +88,7 @@ impl Snapshotter {
         let trash_dir = root.join("trash");
         let trash = Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?;
         let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
-        let mounts = Mounts::open(state, config.plyfs)?;
+        let mounts = Arc::new(Mounts::open(state, config.plyfs)?);
         mounts.adopt(|id| {
             all.iter()
                 .any(|found| found.id == id && found.record.kind != Kind::Committed)

@@ -105,6 +105,58 @@ fn mounts_outlive_plyd_and_are_found_again() {
 }
 
 #[test]
+fn a_plyfs_that_hangs_keeps_nobody_from_being_served() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let hung = source(&snapshots.prepare("hung", "").unwrap());
+    fs::write(hung.join("file"), "1").unwrap();
+    let [pid] = plyfs_of(plyd.dir())[..] else {
+        panic!("not one plyfs");
+    };
+    let other = source(&snapshots.prepare("other", "").unwrap());
+    let before = plyfs_of(plyd.dir());
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
+    plyd.signal(Signal::SIGKILL);
+    plyd.launch();
+    // Served while that one still hangs, and has not been given up.
+    let snapshots = Snapshots::of(&plyd);
+    assert_eq!(snapshots.names(), ["hung", "other"]);
+    assert_eq!(source(&snapshots.mounts("other").unwrap()), other);
+    fs::write(other.join("file"), "2").unwrap();
+    assert!(!plyd.log().contains("clearing a mount"), "{}", plyd.log());
+    assert_eq!(plyfs_of(plyd.dir()), before);
+
+    kill(Pid::from_raw(pid), Signal::SIGCONT).unwrap();
+    assert_eq!(source(&snapshots.mounts("hung").unwrap()), hung);
+    assert_eq!(fs::read(hung.join("file")).unwrap(), b"1");
+    assert_eq!(plyfs_of(plyd.dir()), before);
+    snapshots.commit("base", "hung").unwrap();
+    assert_tidy(&plyd, &snapshots, 1);
+}
+
+#[test]
+fn a_plyfs_that_dies_before_it_answers_the_next_plyd_is_replaced() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    fs::write(root.join("file"), "1").unwrap();
+    fs::File::open(&root).unwrap().sync_all().unwrap();
+    let [pid] = plyfs_of(plyd.dir())[..] else {
+        panic!("not one plyfs");
+    };
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
+    plyd.signal(Signal::SIGKILL);
+    plyd.launch();
+    let snapshots = Snapshots::of(&plyd);
+    kill_9(pid);
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
+    assert!(!plyfs_of(plyd.dir()).contains(&pid));
+    snapshots.remove("a").unwrap();
+    assert_tidy(&plyd, &snapshots, 0);
+}
+
+#[test]
 fn dead_mounts_are_cleared_by_the_next_plyd() {
     let mut plyd = Plyd::start();
     let snapshots = Snapshots::of(&plyd);

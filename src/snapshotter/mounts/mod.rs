@@ -39,7 +39,7 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::types::*;
 use crate::cow::UnionConfig;
@@ -54,6 +54,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// How long a plyfs that another plyd started may take to answer: whoever does not is ended, and the
 /// roots of running containers with it. One that is dead refuses the connection at once.
 const ADOPTION: Duration = Duration::from_secs(60);
+/// How long in all such answers are waited for before plyd serves.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a plyfs may take to bring everything to the disk.
 const FLUSH: Duration = Duration::from_secs(600);
 /// How long a plyfs may take to serve after its start.
@@ -67,6 +69,11 @@ pub(super) struct Mounts {
     /// For what was written below a dead mount.
     trash: Trash,
     shared: Arc<Shared>,
+    /// Mounts that an earlier plyd left and whose plyfs has not answered yet, by the snapshot's id.
+    /// Whoever wants to do something with one waits for that.
+    arriving: Mutex<HashMap<String, MountPoint>>,
+    /// Told when `arriving` shrinks.
+    arrived: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -131,6 +138,8 @@ impl Mounts {
             plyfs,
             trash,
             shared,
+            arriving: Mutex::default(),
+            arrived: Condvar::new(),
             thread: Mutex::new(Some(thread)),
         })
     }
@@ -146,38 +155,92 @@ impl Mounts {
     }
 
     /// Takes over what an earlier plyd left: live mounts of snapshots that `keep` knows go on,
-    /// everything else is cleared away.
-    pub(super) fn adopt(&self, keep: impl Fn(&str) -> bool) -> Result<()> {
+    /// everything else is cleared away. A plyfs that does not answer soon is waited for in the
+    /// background, so that it keeps nobody else from being served.
+    pub(super) fn adopt(self: &Arc<Self>, keep: impl Fn(&str) -> bool) -> Result<()> {
         for entry in fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))? {
             let entry = entry.map_err(io_error("list", &self.dir))?;
             let Ok(id) = entry.file_name().into_string() else {
                 continue;
             };
-            match self.connect(&id) {
-                Ok(live) => {
-                    let pid = live.point.pid;
-                    self.shared.live.lock().insert(id.clone(), live);
-                    self.shared.wake_up();
-                    if keep(&id) {
-                        tracing::info!(id, pid, "a mount goes on");
-                    } else {
-                        tracing::info!(id, pid, "ending the mount of a removed snapshot");
-                        self.unmount(&id)?;
-                    }
-                }
+            let place = self.place(&id);
+            let dialled = ControlClient::dial(&place.socket(), ANSWER)
+                .and_then(|control| Ok((control.peer_pid()?, control)));
+            let (pid, control) = match dialled {
+                Ok(dialled) => dialled,
                 Err(error) => {
-                    tracing::warn!(id, %error, "clearing a mount that nobody serves");
-                    if let Err(error) = self.clear(&id) {
-                        tracing::error!(id, %error, "the place of a dead mount stays");
-                    }
+                    self.clear_unserved(&id, &error);
+                    continue;
                 }
+            };
+            let path = place.root();
+            let point = MountPoint { path, pid };
+            self.arriving.lock().insert(id.clone(), point);
+            let (this, kept) = (Arc::clone(self), keep(&id));
+            std::thread::Builder::new()
+                .name("adoption".to_owned())
+                .spawn(move || {
+                    this.welcome(&id, pid, control, kept);
+                    this.arriving.lock().remove(&id);
+                    this.arrived.notify_all();
+                })
+                .map_err(io_error("take over the mounts in", &self.dir))?;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let mut arriving = self.arriving.lock();
+        while !arriving.is_empty() {
+            if self.arrived.wait_until(&mut arriving, deadline).timed_out() {
+                for (id, MountPoint { pid, .. }) in &*arriving {
+                    tracing::warn!(id, pid, "a plyfs does not answer; waiting for it goes on");
+                }
+                break;
             }
         }
         Ok(())
     }
 
-    fn connect(&self, id: &str) -> io::Result<Live> {
-        let (control, hello) = ControlClient::connect(&self.place(id).socket(), ADOPTION)?;
+    fn welcome(&self, id: &str, pid: u32, control: ControlClient, keep: bool) {
+        let control = Arc::new(control);
+        match self.connect(id, Arc::clone(&control)) {
+            Ok(live) => {
+                self.shared.live.lock().insert(id.to_owned(), live);
+                self.shared.wake_up();
+                if keep {
+                    tracing::info!(id, pid, "a mount goes on");
+                    return;
+                }
+                tracing::info!(id, pid, "ending the mount of a removed snapshot");
+                if let Err(error) = self.end(id) {
+                    tracing::error!(id, %error, "the mount of a removed snapshot stays");
+                }
+            }
+            Err(error) => {
+                // Should it wake up, it must not find the upper in the hands of a successor.
+                if !has_ended(&control, Duration::ZERO) {
+                    kill(pid);
+                }
+                self.clear_unserved(id, &error);
+            }
+        }
+    }
+
+    fn clear_unserved(&self, id: &str, reason: &io::Error) {
+        tracing::warn!(id, error = %reason, "clearing a mount that nobody serves");
+        if let Err(error) = self.clear(id) {
+            tracing::error!(id, %error, "the place of a dead mount stays");
+        }
+    }
+
+    /// Waits until it is known what becomes of a mount that an earlier plyd left.
+    fn wait_for_arrival(&self, id: &str) {
+        let mut arriving = self.arriving.lock();
+        while arriving.contains_key(id) {
+            self.arrived.wait(&mut arriving);
+        }
+    }
+
+    fn connect(&self, id: &str, control: Arc<ControlClient>) -> io::Result<Live> {
+        let hello = control.hello(ADOPTION)?;
         if !hello.serving {
             return Err(io::Error::other("it has not begun to serve"));
         }
@@ -188,7 +251,7 @@ impl Mounts {
     fn assemble(
         &self,
         id: &str,
-        control: ControlClient,
+        control: Arc<ControlClient>,
         hello: &Hello,
         fuse: OwnedFd,
         child: Option<Child>,
@@ -202,7 +265,7 @@ impl Mounts {
                 path,
                 pid: hello.pid,
             },
-            control: Arc::new(control),
+            control,
             fuse,
             connection,
             child,
@@ -212,16 +275,18 @@ impl Mounts {
 
     /// The live mount of a snapshot, if there is one.
     pub(super) fn point(&self, id: &str) -> Option<MountPoint> {
-        self.shared
-            .live
-            .lock()
-            .get(id)
-            .map(|live| live.point.clone())
+        // In this order: one that arrives is in both for a moment, and never in none.
+        if let Some(point) = self.arriving.lock().get(id) {
+            return Some(point.clone());
+        }
+        let live = self.shared.live.lock();
+        live.get(id).map(|live| live.point.clone())
     }
 
     /// Mounts the union for the snapshot `id` unless that is done. The caller sees to it that nobody
     /// else does the same.
     pub(super) fn mount(&self, id: &str, union: &UnionConfig) -> Result<MountPoint> {
+        self.wait_for_arrival(id);
         // Its death may be so young that the thread has not seen it.
         let control = self.control(id);
         if let Some(control) = control {
@@ -255,7 +320,7 @@ impl Mounts {
         let program = process::find(self.plyfs.as_deref())?;
         let mut child = process::start(&program, &place, union, &fuse)?;
         let served = process::wait_until_served(&mut child, &place)
-            .and_then(|(control, hello)| self.assemble(id, control, &hello, fuse, None));
+            .and_then(|(control, hello)| self.assemble(id, Arc::new(control), &hello, fuse, None));
         match served {
             Ok(live) => Ok(Live {
                 child: Some(child),
@@ -276,6 +341,7 @@ impl Mounts {
     /// Brings what was written through the mount to the upper, and that to the disk. Answers whether
     /// there is a mount.
     pub(super) fn flush(&self, id: &str) -> io::Result<bool> {
+        self.wait_for_arrival(id);
         match self.control(id) {
             Some(control) => control.flush(FLUSH).map(|()| true),
             None => Ok(false),
@@ -285,6 +351,11 @@ impl Mounts {
     /// Ends the mount, if there is one, and its process, and with them every copy of the mount that
     /// someone still holds: whoever uses one gets errors.
     pub(super) fn unmount(&self, id: &str) -> Result<()> {
+        self.wait_for_arrival(id);
+        self.end(id)
+    }
+
+    fn end(&self, id: &str) -> Result<()> {
         let Some(live) = self.shared.live.lock().remove(id) else {
             return self.clear(id);
         };
@@ -301,6 +372,7 @@ impl Mounts {
     /// Ends the mount, if there is one. Copies that someone still holds go on, read-only; when this
     /// returns, nobody writes to the upper any more.
     pub(super) fn seal(&self, id: &str) -> Result<()> {
+        self.wait_for_arrival(id);
         let Some(live) = self.shared.live.lock().remove(id) else {
             return self.clear(id);
         };
@@ -521,7 +593,10 @@ fn abort_at(path: &Path) -> bool {
 }
 
 fn kill(pid: u32) {
-    if let Ok(pid) = i32::try_from(pid) {
+    // 0, whom the kernel names for a process of another name space, would mean all of ours.
+    if let Ok(pid) = i32::try_from(pid)
+        && pid > 0
+    {
         // Gone is as good as killed. The number is still the process's: its connection is open.
         let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
