@@ -3,12 +3,14 @@
 //! Both sides are opened as unions of read-only layers: the one with the snapshot's own layer on top,
 //! the other without. Names come from the own layer; only below a directory that does not simply
 //! merge with the one below it (opaque, or redirected) are both sides listed in full.
+//!
+//! This reads the own layer as what the upper of an active snapshot always is, a directory in
+//! overlayfs format that its container may change meanwhile, and takes a committed one for the same.
+//! So it has to change when committed layers are packed.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
-use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -16,7 +18,8 @@ use nix::errno::Errno;
 
 use super::types::*;
 use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union, UnionConfig};
-use crate::sys::fs::Object;
+use crate::sys::fs::{Object, Stat};
+use crate::sys::tree::{self, Tree};
 use crate::sys::xattr;
 
 /// Marks of a directory that hides or leaves what lies at its place below.
@@ -42,111 +45,217 @@ pub struct Change {
     pub kind: ChangeKind,
 }
 
-/// Compares the layers `ancestors` with `own` on top of them, in byte order of the paths.
+/// Compares the layers `ancestors` with `own` on top of them, in byte order of the paths. Of a
+/// directory that vanishes from `own` meanwhile, nothing below it is told.
 pub(super) fn diff(own: &Path, ancestors: Vec<PathBuf>) -> Result<Vec<Change>> {
-    let open = |lowers: Vec<PathBuf>| {
-        Union::open(UnionConfig {
-            lowers,
-            ..UnionConfig::default()
-        })
-    };
-    let old = match ancestors.is_empty() {
-        true => None,
-        false => Some(open(ancestors.clone())?),
-    };
-    let new = open(std::iter::once(own.to_owned()).chain(ancestors).collect())?;
-    let mut walk = Walk {
-        new,
-        old,
-        changes: Vec::new(),
-    };
-    let old_root = walk.old.is_some().then_some(NodeId::ROOT);
-    walk.directory(Path::new("/"), NodeId::ROOT, old_root, Some(own))?;
+    let mut walk = Walk::new(own, ancestors)?;
+    while walk.step()? {}
     let key = |change: &Change| change.path.as_os_str().as_bytes().to_vec();
     walk.changes.sort_by_cached_key(key);
     Ok(walk.changes)
 }
 
+/// Not a recursion: a container decides how deep its directories are.
 struct Walk {
+    own: OwnLayer,
     new: Union,
     old: Option<Union>,
+    waiting: Vec<Directory>,
     changes: Vec<Change>,
 }
 
+/// A directory to compare; a lookup of its nodes is held.
+struct Directory {
+    /// Absolute, as seen in the snapshot.
+    path: PathBuf,
+    new: NodeId,
+    old: Option<NodeId>,
+    /// The snapshot's own layer has it, under the same path.
+    in_own: bool,
+}
+
 impl Walk {
-    /// `own` is the directory in the snapshot's own layer, if it has it.
-    fn directory(
-        &mut self,
-        path: &Path,
-        new: NodeId,
-        old: Option<NodeId>,
-        own: Option<&Path>,
-    ) -> Result<()> {
-        let merged = match own {
-            Some(own) => !is_marked(own)?,
-            None => false,
+    fn new(own: &Path, ancestors: Vec<PathBuf>) -> Result<Self> {
+        let open = |lowers: Vec<PathBuf>| {
+            Union::open(UnionConfig {
+                lowers,
+                ..UnionConfig::default()
+            })
         };
-        let names: BTreeSet<OsString> = match own {
-            Some(own) if merged => own_names(own)?,
+        let old = match ancestors.is_empty() {
+            true => None,
+            false => Some(open(ancestors.clone())?),
+        };
+        let new = open(std::iter::once(own.to_owned()).chain(ancestors).collect())?;
+        let root = Directory {
+            path: "/".into(),
+            new: NodeId::ROOT,
+            old: old.is_some().then_some(NodeId::ROOT),
+            in_own: true,
+        };
+        Ok(Self {
+            own: OwnLayer::open(own)?,
+            new,
+            old,
+            waiting: vec![root],
+            changes: Vec::new(),
+        })
+    }
+
+    /// Compares what is in one directory; false when there is none left.
+    fn step(&mut self) -> Result<bool> {
+        let Some(at) = self.waiting.pop() else {
+            return Ok(false);
+        };
+        self.directory(&at)?;
+        if at.new != NodeId::ROOT {
+            self.forget(Some(at.new), at.old);
+        }
+        Ok(true)
+    }
+
+    fn directory(&mut self, at: &Directory) -> Result<()> {
+        let own = match at.in_own {
+            true => match self.own.directory(&at.path)? {
+                Some(own) => Some(own),
+                None => return Ok(()),
+            },
+            false => None,
+        };
+        let names: BTreeSet<OsString> = match &own {
+            Some(own) if !own.is_marked()? => own.names()?,
             _ => {
-                let mut names = names_in(&self.new, new)?;
-                if let (Some(union), Some(old)) = (&self.old, old) {
+                let mut names = names_in(&self.new, at.new)?;
+                if let (Some(union), Some(old)) = (&self.old, at.old) {
                     names.extend(names_in(union, old)?);
                 }
                 names
             }
         };
         for name in names {
-            let found = lookup(&self.new, new, &name)?;
-            let before = match (&self.old, old) {
+            let new = lookup(&self.new, at.new, &name)?;
+            let old = match (&self.old, at.old) {
                 (Some(union), Some(old)) => lookup(union, old, &name)?,
                 _ => None,
             };
-            let own = own.map(|own| own.join(&name));
-            self.entry(&path.join(&name), found, before, own.as_deref())?;
-            if let Some(entry) = found {
-                self.new.forget(entry.node, 1);
-            }
-            if let (Some(union), Some(entry)) = (&self.old, before) {
-                union.forget(entry.node, 1);
-            }
+            let own = match &own {
+                Some(own) => own.stat(&name)?,
+                None => None,
+            };
+            self.entry(at.path.join(&name), new, old, own);
         }
         Ok(())
     }
 
-    fn entry(
-        &mut self,
-        path: &Path,
-        new: Option<Entry>,
-        old: Option<Entry>,
-        own: Option<&Path>,
-    ) -> Result<()> {
+    /// Notes what `path` is, and to look into it where more may have changed.
+    fn entry(&mut self, path: PathBuf, new: Option<Entry>, old: Option<Entry>, own: Option<Stat>) {
         let is_dir = |entry: &Entry| entry.attr.kind == FileKind::Directory;
-        let own_meta = own.and_then(|own| fs::symlink_metadata(own).ok());
         let kind = match (&new, &old) {
-            (None, None) => return Ok(()),
+            (None, None) => None,
             (None, Some(_)) => Some(ChangeKind::Deleted),
             (Some(_), None) => Some(ChangeKind::Added),
             (Some(new), Some(old)) if is_dir(new) && is_dir(old) => {
                 looks_different(&new.attr, &old.attr).then_some(ChangeKind::Modified)
             }
             // A file of the own layer was written to, or was made anew.
-            (Some(new), Some(old)) => (own_meta.is_some() || looks_different(&new.attr, &old.attr))
+            (Some(new), Some(old)) => (own.is_some() || looks_different(&new.attr, &old.attr))
                 .then_some(ChangeKind::Modified),
         };
         if let Some(kind) = kind {
-            let path = path.to_owned();
+            let path = path.clone();
             self.changes.push(Change { path, kind });
         }
-        let Some(new) = new.filter(is_dir) else {
-            return Ok(());
-        };
-        let own = own.filter(|_| own_meta.is_some_and(|meta| meta.is_dir()));
-        let old = old.filter(is_dir);
-        if own.is_none() && old.is_some() && kind.is_none() {
-            return Ok(()); // It is the parent's own directory.
+        let in_own = own.is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
+        let old_dir = old.filter(is_dir);
+        // Otherwise it is the parent's own directory.
+        let may_differ = in_own || old_dir.is_none() || kind.is_some();
+        let (new, old) = (
+            new.map(|new| (new.node, is_dir(&new))),
+            old.map(|old| old.node),
+        );
+        match new {
+            Some((new, true)) if may_differ => {
+                if old_dir.is_none() {
+                    self.forget(None, old);
+                }
+                self.waiting.push(Directory {
+                    path,
+                    new,
+                    old: old_dir.map(|old| old.node),
+                    in_own,
+                });
+            }
+            new => self.forget(new.map(|(new, _)| new), old),
         }
-        self.directory(path, new.node, old.map(|old| old.node), own)
+    }
+
+    /// Gives back a lookup of each.
+    fn forget(&self, new: Option<NodeId>, old: Option<NodeId>) {
+        if let Some(new) = new {
+            self.new.forget(new, 1);
+        }
+        if let (Some(union), Some(old)) = (&self.old, old) {
+            union.forget(old, 1);
+        }
+    }
+}
+
+/// What a snapshot has itself, as it lies on disk.
+struct OwnLayer {
+    dir: PathBuf,
+    tree: Tree,
+}
+
+impl OwnLayer {
+    fn open(dir: &Path) -> Result<Self> {
+        let tree = Tree::open(dir).map_err(|errno| io_error("open", dir)(errno.into()))?;
+        let dir = dir.to_owned();
+        Ok(Self { dir, tree })
+    }
+
+    /// The directory at `path`, which is absolute as seen in the snapshot, if it is (still) one.
+    fn directory(&self, path: &Path) -> Result<Option<OwnDirectory>> {
+        let path = path.strip_prefix("/").unwrap_or(path);
+        let on_disk = self.dir.join(path);
+        match self.tree.directory(path) {
+            Ok(fd) => Ok(fd.map(|fd| OwnDirectory { fd, on_disk })),
+            Err(errno) => Err(io_error("open", &on_disk)(errno.into())),
+        }
+    }
+}
+
+struct OwnDirectory {
+    fd: OwnedFd,
+    /// For messages.
+    on_disk: PathBuf,
+}
+
+impl OwnDirectory {
+    fn failed(&self, action: &'static str) -> impl FnOnce(Errno) -> Error + use<> {
+        let error = io_error(action, &self.on_disk);
+        |errno| error(errno.into())
+    }
+
+    /// What the layer itself names: a whiteout stands under the name that it hides.
+    fn names(&self) -> Result<BTreeSet<OsString>> {
+        let names = tree::names(self.fd.as_fd()).map_err(self.failed("list"))?;
+        Ok(names.into_iter().collect())
+    }
+
+    fn stat(&self, name: &OsStr) -> Result<Option<Stat>> {
+        tree::stat(self.fd.as_fd(), name).map_err(self.failed("look into"))
+    }
+
+    fn is_marked(&self) -> Result<bool> {
+        for name in NOT_MERGED {
+            match xattr::get(Object::Open(self.fd.as_fd()), OsStr::new(name)) {
+                // "x" marks a directory that holds whiteouts of another kind, which merges.
+                Ok(value) if value != b"x" => return Ok(true),
+                Ok(_) | Err(Errno::ENODATA | Errno::EOPNOTSUPP) => {}
+                Err(errno) => return Err(self.failed("look at")(errno)),
+            }
+        }
+        Ok(false)
     }
 }
 
@@ -179,30 +288,6 @@ fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>> {
     Ok(names)
 }
 
-/// What the layer itself names: a whiteout stands under the name that it hides.
-fn own_names(dir: &Path) -> Result<BTreeSet<OsString>> {
-    let list = || {
-        fs::read_dir(dir)?
-            .map(|entry| Ok(entry?.file_name()))
-            .collect::<io::Result<BTreeSet<_>>>()
-    };
-    list().map_err(io_error("list", dir))
-}
-
-fn is_marked(dir: &Path) -> Result<bool> {
-    let failed = |error: io::Error| io_error("look at", dir)(error);
-    let file = File::open(dir).map_err(failed)?;
-    for name in NOT_MERGED {
-        match xattr::get(Object::Open(file.as_fd()), OsStr::new(name)) {
-            // "x" marks a directory that holds whiteouts of another kind, which merges.
-            Ok(value) if value != b"x" => return Ok(true),
-            Ok(_) | Err(Errno::ENODATA | Errno::EOPNOTSUPP) => {}
-            Err(errno) => return Err(failed(errno.into())),
-        }
-    }
-    Ok(false)
-}
-
 impl From<cow::Error> for Error {
     fn from(source: cow::Error) -> Self {
         Self::Union { source }
@@ -211,6 +296,8 @@ impl From<cow::Error> for Error {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File};
+
     use super::*;
 
     fn changes(own: &Path, below: &Path) -> Vec<(String, ChangeKind)> {
@@ -275,5 +362,35 @@ mod tests {
         let all = diff(tmp.path(), Vec::new()).unwrap();
         assert!(all.iter().all(|change| change.kind == ChangeKind::Added));
         assert_eq!(all.len(), 2);
+    }
+
+    #[test]
+    fn a_directory_that_was_replaced_is_neither_waited_for_nor_followed() {
+        use nix::sys::stat::Mode;
+        use nix::unistd::mkfifo;
+
+        let tmp = tempfile::tempdir().unwrap();
+        let [below, own, outside] = ["below", "own", "outside"].map(|name| tmp.path().join(name));
+        for dir in [&below, &outside] {
+            fs::create_dir(dir).unwrap();
+            fs::write(dir.join("file"), "").unwrap();
+        }
+        for name in ["fifo", "link", "gone", "kept"] {
+            fs::create_dir_all(own.join(name)).unwrap();
+            fs::write(own.join(name).join("inside"), "").unwrap();
+        }
+        let mut walk = Walk::new(&own, vec![below]).unwrap();
+        walk.step().unwrap();
+        assert_eq!(walk.waiting.len(), 4);
+        for name in ["fifo", "link", "gone"] {
+            fs::remove_dir_all(own.join(name)).unwrap();
+        }
+        mkfifo(&own.join("fifo"), Mode::S_IRWXU).unwrap();
+        std::os::unix::fs::symlink(&outside, own.join("link")).unwrap();
+        while walk.step().unwrap() {}
+        let mut paths: Vec<_> = walk.changes.iter().map(|change| &*change.path).collect();
+        paths.sort();
+        let expected = ["/fifo", "/gone", "/kept", "/kept/inside", "/link"];
+        assert_eq!(paths, expected.map(Path::new));
     }
 }

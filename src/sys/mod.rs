@@ -16,4 +16,5 @@ pub mod private_mount;
 pub mod process;
 pub mod spawn;
 pub mod terminal;
+pub mod tree;
 pub mod xattr;
