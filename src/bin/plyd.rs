@@ -16,8 +16,10 @@ use plywood::store::{self, index};
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 const DEFAULT_CONFIG: &str = "/etc/plywood/config.toml";
+const DEFAULT_ADDRESS: &str = "unix:///run/plywood/plyd.sock";
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -75,6 +77,13 @@ enum LogFormat {
     Text,
 }
 
+/// Settings of which nothing is wrong in itself.
+struct Checked {
+    settings: Settings,
+    log_filter: EnvFilter,
+    socket: PathBuf,
+}
+
 impl Settings {
     fn or(self, other: Self) -> Self {
         Self {
@@ -96,14 +105,14 @@ fn main() -> ExitCode {
         return probe_index(words.next().map(PathBuf::from));
     }
     let args = Args::parse();
-    let settings = match settings(args) {
-        Ok(settings) => settings,
+    let started = match settings(args) {
+        Ok(settings) => run(settings),
         Err(problem) => {
             eprintln!("plyd: {problem}");
             return ExitCode::from(2);
         }
     };
-    match run(settings) {
+    match started {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("plyd: {error}");
@@ -120,7 +129,7 @@ fn probe_index(dir: Option<PathBuf>) -> ExitCode {
     }
 }
 
-fn settings(args: Args) -> Result<Settings, String> {
+fn settings(args: Args) -> Result<Checked, String> {
     let path = args.config.as_deref();
     let path_or_default = path.unwrap_or(Path::new(DEFAULT_CONFIG));
     let text = match std::fs::read_to_string(path_or_default) {
@@ -135,17 +144,24 @@ fn settings(args: Args) -> Result<Settings, String> {
     };
     let file: Settings = toml::from_str(&text)
         .map_err(|error| format!("{} is wrong:\n{error}", path_or_default.display()))?;
-    Ok(args.settings.or(file))
+    let settings = args.settings.or(file);
+    let address = settings.address.as_deref().unwrap_or(DEFAULT_ADDRESS);
+    Ok(Checked {
+        log_filter: log_filter(settings.log_level.as_deref().unwrap_or("info"))?,
+        socket: socket_path(address)?,
+        settings,
+    })
 }
 
-fn run(settings: Settings) -> Result<(), Failure> {
-    start_log(&settings)?;
+fn run(checked: Checked) -> Result<(), Failure> {
+    let Checked {
+        settings,
+        log_filter,
+        socket,
+    } = checked;
+    start_log(log_filter, settings.log_format.unwrap_or_default());
     let root = settings.root.unwrap_or("/var/lib/plywood".into());
     let state = settings.state.unwrap_or("/run/plywood".into());
-    let address = settings
-        .address
-        .unwrap_or("unix:///run/plywood/plyd.sock".to_owned());
-    let socket = socket_path(&address)?;
     let root = absolute(&root)?;
     let state = absolute(&state)?;
 
@@ -193,7 +209,7 @@ fn run(settings: Settings) -> Result<(), Failure> {
             images,
             containers,
         };
-        tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %root.display(), address, "serving");
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %root.display(), socket = %socket.display(), "serving");
         tell_systemd("READY=1");
         server::serve(backends, listener, end).await?;
         Ok::<(), Failure>(())
@@ -207,19 +223,30 @@ fn run(settings: Settings) -> Result<(), Failure> {
     Ok(())
 }
 
-fn start_log(settings: &Settings) -> Result<(), Failure> {
-    let level = settings.log_level.as_deref().unwrap_or("info");
-    let filter = EnvFilter::try_new(level)
-        .map_err(|error| format!("the log level {level:?} is wrong: {error}"))?;
+/// Reads `--log-level`.
+fn log_filter(level: &str) -> Result<EnvFilter, String> {
+    let wrong = |why: &dyn std::fmt::Display| format!("the log level {level:?} is wrong: {why}");
+    // EnvFilter takes a bare word for the name of a module and is then silent about all others.
+    let is_level = |word: &str| word.trim().parse::<LevelFilter>().is_ok();
+    if let Some(word) = level
+        .split(',')
+        .find(|word| !level.contains('[') && !word.contains('=') && !is_level(word))
+    {
+        let why = format!("{word:?} is none of error, warn, info, debug, trace and off");
+        return Err(wrong(&why));
+    }
+    EnvFilter::try_new(level).map_err(|error| wrong(&error))
+}
+
+fn start_log(filter: EnvFilter, format: LogFormat) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
-    match settings.log_format.unwrap_or_default() {
+    match format {
         LogFormat::Json => log.json().init(),
         LogFormat::Text => log.init(),
     }
-    Ok(())
 }
 
 fn socket_path(address: &str) -> Result<PathBuf, String> {

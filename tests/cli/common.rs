@@ -23,6 +23,9 @@ use tempfile::TempDir;
 /// How long anything may take before a test gives up; nothing is measured by it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The program under test.
+pub const PLYD: &str = env!("CARGO_BIN_EXE_plyd");
+
 /// The name that [`Plyd::load_busybox`] gives to its image.
 pub const BUSYBOX: &str = "localhost/busybox:latest";
 
@@ -35,10 +38,15 @@ pub struct Plyd {
 impl Plyd {
     /// Starts plyd on an empty root and waits until it answers.
     pub fn start() -> Self {
+        Self::start_with(Command::new(PLYD))
+    }
+
+    /// As `start`, with more arguments, or by a program that takes plyd's command line as arguments.
+    pub fn start_with(command: Command) -> Self {
         // Short: a socket's path has 107 bytes at most.
         let dir = tempfile::Builder::new().prefix("ply-").tempdir().unwrap();
         let mut plyd = Self { dir, child: None };
-        plyd.launch();
+        plyd.launch_with(command);
         plyd
     }
 
@@ -69,12 +77,16 @@ impl Plyd {
 
     /// Starts it (again) and waits until it answers.
     pub fn launch(&mut self) {
+        self.launch_with(Command::new(PLYD));
+    }
+
+    fn launch_with(&mut self, mut command: Command) {
         let log = fs::File::options()
             .create(true)
             .append(true)
             .open(self.dir().join("log"))
             .unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_plyd"))
+        let child = command
             .args(["--root".as_ref(), self.root().as_os_str()])
             .args(["--state".as_ref(), self.state().as_os_str()])
             .args(["--address", &self.address()])

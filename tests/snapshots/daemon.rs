@@ -7,13 +7,10 @@ use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
 
-use super::common::Plyd;
+use super::common::{PLYD, Plyd};
 
 fn plyd(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_plyd"))
-        .args(args)
-        .output()
-        .unwrap()
+    Command::new(PLYD).args(args).output().unwrap()
 }
 
 /// Runs what must end by itself, and answers its exit code and what it complains of.
@@ -49,9 +46,25 @@ fn a_wrong_configuration_is_refused_by_name() {
             text(&root),
         ]);
         // The flags above win over the file, but a value of the wrong type is no value.
-        assert_ne!(code, 0, "{content}");
+        assert_eq!(code, 2, "{content}");
         assert!(stderr.contains(word), "{content}: {stderr}");
         assert!(!root.exists(), "{content}");
+    }
+    fs::write(&config, "").unwrap();
+    let root = tmp.path().join("root");
+    for (flag, value) in [
+        ("--address", "unix://relative"),
+        ("--log-level", "a=b=c"),
+        ("--log-level", "loud"),
+        ("--log-level", "info,loud"),
+        ("--log-format", "xml"),
+    ] {
+        let dirs = ["--state", text(&root), "--root", text(&root)];
+        let (code, stderr) =
+            refused(&[&["--config", text(&config), flag, value][..], &dirs].concat());
+        assert_eq!(code, 2, "{flag} {value}");
+        assert!(stderr.contains(value), "{flag} {value}: {stderr}");
+        assert!(!root.exists(), "{flag} {value}");
     }
     let missing = tmp.path().join("missing.toml");
     let (code, stderr) = refused(&["--config", text(&missing)]);
