@@ -13,6 +13,7 @@ use plywood::image::ImageStore;
 use plywood::runtime::containers::{Containers, ContainersConfig, ImageRoots};
 use plywood::snapshotter::{Snapshotter, SnapshotterConfig};
 use plywood::store::{self, index};
+use plywood::sys::process;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -160,6 +161,9 @@ fn run(checked: Checked) -> Result<(), Failure> {
         socket,
     } = checked;
     start_log(log_filter, settings.log_format.unwrap_or_default());
+    if let Err(error) = process::raise_open_files() {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
     let root = settings.root.unwrap_or("/var/lib/plywood".into());
     let state = settings.state.unwrap_or("/run/plywood".into());
     let root = absolute(&root)?;

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::resource::{Resource, getrlimit};
 use parking_lot::Mutex;
 
 use super::attr::attr_of;
@@ -47,15 +46,16 @@ impl Given {
 }
 
 impl Union {
-    /// Checks the directories, locks the work directory and opens the layers.
+    /// Checks the directories, locks the work directory and opens the layers. Any number of unions
+    /// may be open in one process: each keeps few descriptors.
     pub fn open(config: UnionConfig) -> Result<Self, OpenError> {
-        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
-        // The rest is for descriptors that operations hold while they run, and for the program.
-        Self::open_with_limit(config, limit.min(32_768) / 2)
+        const FEW: u64 = 128;
+        Self::open_keeping(config, FEW)
     }
 
     /// As `open`, keeping at most `limit` descriptors open, and half as many again of removed files.
-    pub(super) fn open_with_limit(config: UnionConfig, limit: u64) -> Result<Self, OpenError> {
+    /// Those that operations hold while they run come on top.
+    pub fn open_keeping(config: UnionConfig, limit: u64) -> Result<Self, OpenError> {
         if config.lowers.is_empty() && config.upper.is_none() {
             return Err(OpenError::NoLayer);
         }

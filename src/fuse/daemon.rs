@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use crossbeam::channel;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{Mode, umask};
 
@@ -261,7 +261,7 @@ fn serve(
     let signals = block_signals().map_err(DaemonError::Session)?;
     protect();
 
-    let union = Arc::new(Union::open(config)?);
+    let union = Arc::new(Union::open_keeping(config, kept_descriptors())?);
     let control = match &invocation.control {
         None => None,
         Some(path) => Some(
@@ -418,11 +418,17 @@ fn protect() {
     log_refusal("the OOM score", process::set_oom_score_adj(-1000));
     // Memory reclaim may write to this mount, and must not wait for this process to do so.
     log_refusal("the I/O flusher mark", process::set_io_flusher());
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    log_refusal("the limit of open files", raised.map_err(io::Error::from));
+    log_refusal("the limit of open files", process::raise_open_files());
     // Needed for the lines above alone; with it, writes of clients would go past their quotas.
     log_refusal("the set of capabilities", process::drop_sys_resource());
+}
+
+/// How many descriptors the union may keep. The process is for this one alone; the rest is for those
+/// that requests hold while they run.
+fn kept_descriptors() -> u64 {
+    const MOST: u64 = 32_768;
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    limit.min(MOST) / 2
 }
 
 fn log_refusal(what: &str, result: io::Result<()>) {

@@ -1,10 +1,16 @@
-//! What a process says of itself to the kernel: name, memory, forks, inherited descriptors.
+//! What a process says of itself to the kernel: name, memory, limits, forks, inherited descriptors.
 
 use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
+use libc::rlim_t;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid};
+
+/// The soft and the hard limit of open files before `raise_open_files`.
+static FIRST_OPEN_FILES: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
 
 /// `PR_SET_IO_FLUSHER` of `linux/prctl.h`, Linux 5.6: memory is then reclaimed for this process
 /// without waiting for the file system that it serves.
@@ -24,6 +30,18 @@ pub fn set_io_flusher() -> io::Result<()> {
 /// Sets how readily the OOM killer takes this process, -1000 (never) to 1000.
 pub fn set_oom_score_adj(score: i32) -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", score.to_string())
+}
+
+/// Raises the soft limit of open files to the hard one, for this process and the programs that it starts.
+pub fn raise_open_files() -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let _of_an_earlier_call = FIRST_OPEN_FILES.set((soft, hard));
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
+}
+
+/// The soft and the hard limit of open files with which a process started that has raised it since.
+pub fn first_open_files() -> Option<(u64, u64)> {
+    FIRST_OPEN_FILES.get().copied()
 }
 
 /// `linux/capability.h`: header and data of capget(2) in the third version of its format.
@@ -105,6 +123,16 @@ mod tests {
     use std::os::fd::{AsRawFd, IntoRawFd};
 
     use super::*;
+
+    #[test]
+    fn the_limit_of_open_files_from_before_it_was_raised_is_kept() {
+        let first = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        raise_open_files().unwrap();
+        raise_open_files().unwrap();
+        let now = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        assert_eq!(now, (first.1, first.1));
+        assert_eq!(first_open_files(), Some(first));
+    }
 
     #[test]
     fn only_an_open_descriptor_can_be_adopted() {

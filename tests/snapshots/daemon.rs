@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
 
-use super::common::{PLYD, Plyd};
+use super::common::{BUSYBOX, PLYD, Plyd};
 
 fn plyd(args: &[&str]) -> Output {
     Command::new(PLYD).args(args).output().unwrap()
@@ -129,4 +129,29 @@ fn the_socket_is_private_and_a_stale_one_is_replaced() {
     assert_eq!(code, 1);
     assert!(stderr.contains("not a socket"), "{stderr}");
     assert_eq!(fs::read(&socket).unwrap(), b"precious");
+}
+
+/// The soft and the hard limit of open files of a process.
+fn open_files(pid: u32) -> (String, String) {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let mut words = line.unwrap().split_whitespace().skip(3);
+    let mut next = || words.next().unwrap().to_owned();
+    (next(), next())
+}
+
+#[test]
+fn plyd_raises_its_limit_of_open_files_and_not_that_of_containers() {
+    let mut command = Command::new("prlimit");
+    command.args(["--nofile=200:4096", PLYD]);
+    let plyd = Plyd::start_with(command);
+    assert_eq!(open_files(plyd.pid()), ("4096".into(), "4096".into()));
+    plyd.load_busybox();
+    let script = "ulimit -Sn; ulimit -Hn";
+    let run = ["run", "--rm", BUSYBOX, "sh", "-c", script];
+    assert_eq!(plyd.ok(run), "200\n4096\n");
+    plyd.ok(["run", "-d", "--name", "c", BUSYBOX, "sleep", "1000"]);
+    assert_eq!(plyd.ok(["exec", "c", "sh", "-c", script]), "200\n4096\n");
 }

@@ -23,7 +23,7 @@ fn deep(top: &Path) {
 fn trees_deeper_than_a_path_work_with_few_descriptors() {
     let mut fixture = Fixture::new(1, |lowers| deep(&lowers[0]));
     fixture.union = None;
-    let union = Union::open_with_limit(fixture.config(), 32).unwrap();
+    let union = Union::open_keeping(fixture.config(), 32).unwrap();
     fixture.union = Some(union);
     let union = fixture.union();
     let bottom = |start: &str| {
@@ -51,7 +51,7 @@ fn trees_deeper_than_a_path_work_with_few_descriptors() {
     assert_eq!(fixture.read_node(file).unwrap(), "deep");
     assert!(union.budget.held() <= 32);
     fixture.union = None;
-    fixture.union = Some(Union::open_with_limit(fixture.config(), 32).unwrap());
+    fixture.union = Some(Union::open_keeping(fixture.config(), 32).unwrap());
     let union = fixture.union();
     let mut at = union
         .lookup(NodeId::ROOT, OsStr::new("moved"))
@@ -73,7 +73,7 @@ fn many_open_and_many_removed_files_need_few_descriptors() {
         }
     });
     fixture.union = None;
-    fixture.union = Some(Union::open_with_limit(fixture.config(), 64).unwrap());
+    fixture.union = Some(Union::open_keeping(fixture.config(), 64).unwrap());
     let union = fixture.union();
     let mut open = Vec::new();
     for n in 0..FILES {
@@ -98,4 +98,24 @@ fn many_open_and_many_removed_files_need_few_descriptors() {
         .unwrap()
         .count();
     assert_eq!(left, 0);
+}
+
+#[test]
+fn a_union_keeps_few_descriptors_unless_more_are_granted() {
+    let fixture = Fixture::new(1, |lowers| {
+        for number in 0..400 {
+            let dir = lowers[0].join(number.to_string());
+            std::fs::create_dir(&dir).unwrap();
+            std::fs::write(dir.join("file"), "1").unwrap();
+        }
+    });
+    let union = fixture.union();
+    for number in 0..400 {
+        let name = number.to_string();
+        let dir = union.lookup(NodeId::ROOT, OsStr::new(&name)).unwrap().node;
+        let file = union.lookup(dir, OsStr::new("file")).unwrap().node;
+        assert_eq!(fixture.read_node(file).unwrap(), "1");
+        union.write(file, None, 0, b"2", false).unwrap();
+        assert!(union.budget.held() <= 128);
+    }
 }

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 pub use env::{DEFAULT_PATH, environment, merge_environment};
 
 use super::user::Identity;
+use crate::sys::process::first_open_files;
 
 /// Docker's default capabilities: 0x00000000a80425fb.
 const CAPABILITIES: [&str; 14] = [
@@ -180,7 +181,15 @@ pub fn process(spec: &ProcessSpec<'_>) -> Value {
         },
         "noNewPrivileges": false,
         "oomScoreAdj": oom_score_adj(),
+        "rlimits": limits(first_open_files()),
     })
+}
+
+/// Programs that close every number up to the soft limit of open files, or use select(2), must not get
+/// the one that this program raised for itself; and some releases of runc raise it for their own.
+fn limits(open_files: Option<(u64, u64)>) -> Vec<Value> {
+    let limit = |(soft, hard)| json!({"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard});
+    open_files.into_iter().map(limit).collect()
 }
 
 /// The whole `config.json`.
