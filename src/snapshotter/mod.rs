@@ -388,10 +388,21 @@ impl Snapshotter {
             });
         }
         if found.record.kind == Kind::Active {
-            let mark = self.mounted_mark(found);
-            fs::File::create(&mark).map_err(io_error("make", &mark))?;
+            self.mark_mounted(found)?;
         }
         self.mounts.mount(&found.id, &self.union_of(found)?)
+    }
+
+    /// The mark is on the disk before anybody can write: a power cut that took it, and acknowledged
+    /// writes with it, would let the rest pass for a whole layer.
+    fn mark_mounted(&self, found: &Found) -> Result<()> {
+        let mark = self.mounted_mark(found);
+        if self.mounts.point(&found.id).is_some() && mark.exists() {
+            return Ok(());
+        }
+        fs::File::create(&mark)
+            .and_then(|_| sync_dir(&self.data.join(&found.id)))
+            .map_err(io_error("make", &mark))
     }
 
     /// Flushes and unmounts. Fails if the last plyfs died: the kernel has acknowledged writes to the

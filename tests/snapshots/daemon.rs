@@ -7,7 +7,8 @@ use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
 
-use super::common::{BUSYBOX, PLYD, Plyd};
+use super::client::Snapshots;
+use super::common::{BUSYBOX, PLYD, Plyd, until};
 
 fn plyd(args: &[&str]) -> Output {
     Command::new(PLYD).args(args).output().unwrap()
@@ -154,4 +155,66 @@ fn plyd_raises_its_limit_of_open_files_and_not_that_of_containers() {
     assert_eq!(plyd.ok(run), "200\n4096\n");
     plyd.ok(["run", "-d", "--name", "c", BUSYBOX, "sleep", "1000"]);
     assert_eq!(plyd.ok(["exec", "c", "sh", "-c", script]), "200\n4096\n");
+}
+
+/// The system calls of a process from now until it is dropped, one a line, with the paths of descriptors.
+struct Trace {
+    strace: std::process::Child,
+    file: std::path::PathBuf,
+}
+
+impl Trace {
+    fn of(pid: u32, calls: &str, file: std::path::PathBuf) -> Self {
+        let strace = Command::new("strace")
+            .args(["-f", "-y", "-e", calls, "-p", &pid.to_string(), "-o"])
+            .arg(&file)
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("install strace");
+        let trace = Self { strace, file };
+        until("every thread is traced", || {
+            fs::read_dir(format!("/proc/{pid}/task"))
+                .unwrap()
+                .flatten()
+                .all(|task| {
+                    // It may end meanwhile.
+                    fs::read_to_string(task.path().join("status"))
+                        .is_ok_and(|status| !status.contains("TracerPid:\t0\n"))
+                })
+        });
+        trace
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        let _ = self.strace.kill();
+        let _ = self.strace.wait();
+    }
+}
+
+#[test]
+fn that_a_snapshot_is_mounted_is_on_the_disk_before_anybody_can_write() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let calls = "trace=fsync,openat,mount,execve";
+    let trace = Trace::of(plyd.pid(), calls, plyd.dir().join("trace"));
+    snapshots.prepare("a", "").unwrap();
+    let log = || fs::read_to_string(&trace.file).unwrap();
+    until("the start of plyfs is seen", || log().contains("execve("));
+    let log = log();
+    let data = fs::read_dir(plyd.root().join("snapshots/data")).unwrap();
+    let [dir] = &data.map(|entry| entry.unwrap().path()).collect::<Vec<_>>()[..] else {
+        panic!("not one snapshot");
+    };
+    let mark = format!("\"{}\"", dir.join("mounted").display());
+    let (_, after) = log.split_once(&mark).expect("the mark is made");
+    let (between, _) = after.split_once("execve(").expect("plyfs is started");
+    let synced = format!("<{}>", dir.display());
+    assert!(
+        between
+            .lines()
+            .any(|line| line.contains("fsync(") && line.contains(&synced)),
+        "{log}"
+    );
 }
