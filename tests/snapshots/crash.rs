@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
@@ -10,7 +13,7 @@ use nix::unistd::Pid;
 use tonic::Code;
 
 use super::client::{Snapshots, source};
-use super::common::{Plyd, mounts_below, until};
+use super::common::{PATIENCE, Plyd, mounts_below, until};
 
 /// The plyfs processes whose command lines name `dir`.
 fn plyfs_of(dir: &Path) -> Vec<i32> {
@@ -256,7 +259,7 @@ fn plyd_can_be_killed_in_the_middle_of_anything() {
         let pid = i32::try_from(plyd.pid()).unwrap();
         let worker = std::thread::spawn(move || churn(&snapshots, round));
         // Anywhere in the first few cycles; which one does not matter, that they differ does.
-        std::thread::sleep(std::time::Duration::from_millis(150 + 173 * round as u64));
+        std::thread::sleep(Duration::from_millis(150 + 173 * round as u64));
         kill_9(pid);
         let (more, gone) = worker.join().unwrap();
         committed.extend(more);
@@ -324,7 +327,7 @@ fn plyfs_can_be_killed_in_the_middle_of_anything() {
     let mut turn = 0;
     while !worker.is_finished() {
         // At another point of the cycle each time.
-        std::thread::sleep(std::time::Duration::from_millis(11 + 37 * (turn % 9)));
+        std::thread::sleep(Duration::from_millis(11 + 37 * (turn % 9)));
         turn += 1;
         for pid in plyfs_of(plyd.dir()) {
             // It may have ended by itself meanwhile.
@@ -346,6 +349,132 @@ fn plyfs_can_be_killed_in_the_middle_of_anything() {
     names.retain(|name| name != "base");
     assert_eq!(names, committed);
     assert_tidy(&plyd, &snapshots, 0);
+}
+
+/// Runs `work` on a thread of its own and waits for it as long as anything may take: a call that hangs
+/// fails the test, whose end lets it go.
+fn within_patience<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (answer, answered) = std::sync::mpsc::channel();
+    std::thread::spawn(move || answer.send(work()));
+    answered
+        .recv_timeout(PATIENCE)
+        .unwrap_or_else(|error| panic!("{what}: {error}"))
+}
+
+/// Kills whatever plyfs serves `plyd`'s snapshots, after a while that is another one each turn.
+fn kill_plyfs_after(plyd: &Plyd, delay: Duration) -> std::thread::JoinHandle<()> {
+    let pids = plyfs_of(plyd.dir());
+    std::thread::spawn(move || {
+        std::thread::sleep(delay);
+        for pid in pids {
+            // It may have ended by itself meanwhile.
+            let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    })
+}
+
+/// Enough to be in the middle of when plyfs dies a few milliseconds later.
+const DIRECTORIES: usize = 12;
+const FILES: usize = 24;
+
+/// What an importer does with a layer: directories, files with owners and modes, links, and a sync.
+fn unpack(root: &Path) -> std::io::Result<()> {
+    for dir in 0..DIRECTORIES {
+        let dir = root.join(format!("dir{dir}"));
+        fs::create_dir(&dir)?;
+        for number in 0..FILES {
+            let file = dir.join(format!("file{number}"));
+            fs::write(&file, vec![number as u8; 3000 * number])?;
+            std::os::unix::fs::chown(&file, Some(7), Some(8))?;
+            fs::hard_link(&file, dir.join(format!("link{number}")))?;
+        }
+        fs::File::open(&dir)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn assert_unpacked(root: &Path) {
+    for dir in 0..DIRECTORIES {
+        let dir = root.join(format!("dir{dir}"));
+        assert_eq!(count(dir.clone()), 2 * FILES);
+        for number in 0..FILES {
+            let content = fs::read(dir.join(format!("link{number}"))).unwrap();
+            assert_eq!(content, vec![number as u8; 3000 * number]);
+        }
+    }
+}
+
+#[test]
+fn an_import_whose_plyfs_is_killed_fails_and_can_be_repeated() {
+    const ROUNDS: u64 = 10;
+
+    let plyd = Plyd::start();
+    let snapshots = Arc::new(Snapshots::of(&plyd));
+    let mut cut_off = 0;
+    for round in 0..ROUNDS {
+        let name = format!("layer {round}");
+        let root = source(&snapshots.prepare("extract", "").unwrap());
+        let delay = Duration::from_millis(round * round * 2);
+        let killer = kill_plyfs_after(&plyd, delay);
+        let (calls, commit) = (Arc::clone(&snapshots), name.clone());
+        let (unpacked, committed) = within_patience("unpacking and commit", move || {
+            let unpacked = unpack(&root);
+            (unpacked, calls.commit(&commit, "extract"))
+        });
+        killer.join().unwrap();
+        if unpacked.is_err() {
+            cut_off += 1;
+            let status = committed.as_ref().unwrap_err();
+            assert_ne!(status.code(), Code::Unknown, "{status}");
+            assert_ne!(status.code(), Code::Internal, "{status}");
+        }
+        if committed.is_err() {
+            // What an importer does next: all over again, by the same names.
+            snapshots.remove("extract").unwrap();
+            let root = source(&snapshots.prepare("extract", "").unwrap());
+            unpack(&root).unwrap();
+            snapshots.commit(&name, "extract").unwrap();
+        }
+        let view = source(&snapshots.view("look", &name).unwrap());
+        assert_unpacked(&view);
+        snapshots.remove("look").unwrap();
+        assert_tidy(&plyd, &snapshots, 0);
+    }
+    assert!(cut_off > 0, "no unpacking was cut off");
+    assert_eq!(snapshots.names().len(), ROUNDS as usize);
+    assert!(!plyd.log().contains("panicked"));
+}
+
+#[test]
+fn a_removal_whose_plyfs_is_killed_is_done_or_can_be_repeated() {
+    const ROUNDS: u64 = 16;
+
+    let plyd = Plyd::start();
+    let snapshots = Arc::new(Snapshots::of(&plyd));
+    snapshots.layer("base", "", |root| unpack(root).unwrap());
+    for round in 0..ROUNDS {
+        let root = source(&snapshots.prepare("a", "base").unwrap());
+        // Something that plyfs still holds, and somebody who is still inside.
+        let mut inside = fs::File::create(root.join("file")).unwrap();
+        inside.write_all(&[7; 200_000]).unwrap();
+        let killer = kill_plyfs_after(&plyd, Duration::from_millis(round));
+        let calls = Arc::clone(&snapshots);
+        let removed = within_patience("removal", move || calls.remove("a"));
+        killer.join().unwrap();
+        if removed.is_err() {
+            match snapshots.remove("a") {
+                Ok(()) => {}
+                Err(status) => assert_eq!(status.code(), Code::NotFound, "{status}"),
+            }
+        }
+        let _an_error_and_no_hang =
+            within_patience("a call from inside", move || inside.sync_all());
+        assert_eq!(snapshots.names(), ["base"]);
+        assert_tidy(&plyd, &snapshots, 0);
+    }
+    let view = source(&snapshots.view("look", "base").unwrap());
+    assert_unpacked(&view);
+    assert!(!plyd.log().contains("panicked"));
 }
 
 #[test]

@@ -132,6 +132,36 @@ fn the_socket_is_private_and_a_stale_one_is_replaced() {
     assert_eq!(fs::read(&socket).unwrap(), b"precious");
 }
 
+#[test]
+fn the_json_log_is_one_object_a_line() {
+    let mut command = Command::new(PLYD);
+    let level = "info,plywood=debug";
+    command.args(["--log-format", "json", "--log-level", level]);
+    let mut plyd = Plyd::start_with(command);
+    let snapshots = Snapshots::of(&plyd);
+    // An error with a name that JSON has to escape.
+    snapshots.remove("no \"such\"\nsnapshot").unwrap_err();
+    snapshots.layer("base", "", |_| {});
+    plyd.signal(Signal::SIGTERM);
+    let log = plyd.log();
+    let lines: Vec<serde_json::Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect();
+    assert!(lines.len() >= 2, "{log}");
+    for line in &lines {
+        for key in ["timestamp", "level", "fields", "target"] {
+            assert!(line.get(key).is_some(), "no {key} in {line}");
+        }
+    }
+    assert!(
+        lines
+            .iter()
+            .any(|line| line["fields"]["message"] == "serving"),
+        "{log}"
+    );
+}
+
 /// The soft and the hard limit of open files of a process.
 fn open_files(pid: u32) -> (String, String) {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();

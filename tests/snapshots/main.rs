@@ -3,6 +3,8 @@
 //! - `service`: containerd's service, and what the owners of snapshots cannot do to each other.
 //! - `crash`: deaths of plyfs and plyd, and damage of what lies on disk.
 //! - `daemon`: plyd as a program: command line, configuration, socket, signals.
+//! - `contrib`: the configurations for containerd.
+//! - `standard`: what gRPC itself defines, health and reflection.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -13,6 +15,8 @@
 mod client;
 #[path = "../cli/common.rs"]
 mod common;
+mod contrib;
 mod crash;
 mod daemon;
 mod service;
+mod standard;

@@ -1,0 +1,81 @@
+//! The configurations for containerd that are shipped. Debian's containerd runs with the first form in
+//! tests/containerd.rs; here both are held against each other and against plyd.
+
+use std::fs;
+use std::path::Path;
+
+use toml::{Table, Value};
+
+use super::common::PLYD;
+
+const SNAPSHOTTER: &str = "plywood";
+
+fn read(name: &str) -> Table {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/containerd");
+    fs::read_to_string(dir.join(name)).unwrap().parse().unwrap()
+}
+
+/// What lies at a path of keys, which must all be there.
+fn at<'a>(table: &'a Table, keys: &[&str]) -> &'a Value {
+    let (first, rest) = keys.split_first().unwrap();
+    let found = table.get(*first);
+    let found = found.unwrap_or_else(|| panic!("no {first:?} in {table}"));
+    rest.iter().fold(found, |value, key| {
+        value
+            .get(key)
+            .unwrap_or_else(|| panic!("no {key:?} in {value}"))
+    })
+}
+
+fn keys(value: &Value) -> Vec<&str> {
+    let table = value.as_table().unwrap();
+    table.keys().map(String::as_str).collect()
+}
+
+fn text<'a>(table: &'a Table, path: &[&str]) -> &'a str {
+    at(table, path).as_str().unwrap()
+}
+
+/// A default from plyd's own `--help`.
+fn default_of(option: &str) -> String {
+    let help = std::process::Command::new(PLYD).arg("--help").output();
+    let help = String::from_utf8(help.unwrap().stdout).unwrap();
+    let (_, after) = help.split_once(option).expect("the option");
+    let (_, after) = after.split_once("[default: ").expect("its default");
+    after.split_once(']').unwrap().0.to_owned()
+}
+
+#[test]
+fn the_configurations_for_containerd_say_the_same() {
+    let one = read("config.toml");
+    let two = read("config-2.toml");
+    assert_eq!(at(&one, &["version"]).as_integer(), Some(2));
+    assert_eq!(at(&two, &["version"]).as_integer(), Some(3));
+    for config in [&one, &two] {
+        assert_eq!(keys(at(config, &["proxy_plugins"])), [SNAPSHOTTER]);
+        let plugin = |key| text(config, &["proxy_plugins", SNAPSHOTTER, key]);
+        assert_eq!(plugin("type"), "snapshot");
+        let address = format!("unix://{}", plugin("address"));
+        assert_eq!(address, default_of("--address"));
+    }
+    // The ids of containerd 1.6 and 1.7, and those that the 2.x releases gave to the same settings.
+    const CRI: &str = "io.containerd.grpc.v1.cri";
+    const IMAGES: &str = "io.containerd.cri.v1.images";
+    const TRANSFER: &str = "io.containerd.transfer.v1.local";
+    assert_eq!(keys(at(&one, &["plugins"])), [CRI]);
+    assert_eq!(keys(at(&two, &["plugins"])), [IMAGES, TRANSFER]);
+    let cri = ["plugins", CRI, "containerd", "snapshotter"];
+    assert_eq!(text(&one, &cri), SNAPSHOTTER);
+    let images = ["plugins", IMAGES, "snapshotter"];
+    assert_eq!(text(&two, &images), SNAPSHOTTER);
+    let unpack = at(&two, &["plugins", TRANSFER, "unpack_config"]);
+    let [unpack] = &unpack.as_array().unwrap()[..] else {
+        panic!("not one platform: {unpack}");
+    };
+    let unpack = unpack.as_table().unwrap();
+    assert_eq!(text(unpack, &["snapshotter"]), SNAPSHOTTER);
+    assert_eq!(text(unpack, &["differ"]), "walking");
+    assert_eq!(text(unpack, &["platform"]), "linux/amd64");
+    let exports = ["proxy_plugins", SNAPSHOTTER, "exports", "root"];
+    assert_eq!(text(&two, &exports), default_of("--root"));
+}
