@@ -73,7 +73,8 @@ struct Group<'a> {
 }
 
 /// Looks `wanted` (`user`, `uid`, `user:group` or any mix; empty for root) up in the files below
-/// `root`. A file that does not exist has no entries; one that is not a regular file is an error.
+/// `root`. A file that does not exist has no entries; one that is not a regular file, or is a link that
+/// leads out of the root, is an error.
 pub fn look_up(root: &Path, wanted: &str) -> Result<Identity, Error> {
     let read = |path: &str| match inroot::read_limited(root, Path::new(path), LIMIT) {
         Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),

@@ -48,6 +48,17 @@ pub enum Error {
         /// The path inside it, as it was asked for.
         path: PathBuf,
     },
+    /// A symbolic link on the way names something above the root, or by an absolute path something that
+    /// is not inside.
+    #[error(
+        "{path} is a symbolic link that leads out of the root {root}, and is not followed; put a regular file in its place"
+    )]
+    LeadsOut {
+        /// The tree.
+        root: PathBuf,
+        /// The path inside it, as it was asked for.
+        path: PathBuf,
+    },
     /// It has more bytes than the caller takes.
     #[error("{path} in the root {root} has more than {limit} bytes")]
     TooLarge {
@@ -100,14 +111,22 @@ pub fn open_path(root: &Path, path: &Path) -> Result<(OwnedFd, FileStat)> {
         .map_err(io_error(root, path))
 }
 
-/// Opens the regular file `path` inside `root` for reading.
+/// Opens the regular file `path` inside `root` for reading. Where a link that would lead out of the root
+/// leads to nothing inside, that is an error of its own.
 pub fn open_file(root: &Path, path: &Path) -> Result<File> {
     let not_regular = || Error::NotRegular {
         root: root.to_owned(),
         path: path.to_owned(),
     };
     let fail = |errno: Errno| io_error(root, path)(errno);
-    let walk = walk(root, path, None).map_err(fail)?;
+    let mut led_out = false;
+    let walk = walk_watched(root, path, None, &mut led_out).map_err(|errno| match errno {
+        Errno::ENOENT if led_out => Error::LeadsOut {
+            root: root.to_owned(),
+            path: path.to_owned(),
+        },
+        errno => fail(errno),
+    })?;
     let found = fstat(walk.last()).map_err(fail)?;
     if !is(&found, SFlag::S_IFREG) {
         return Err(not_regular());
@@ -199,6 +218,17 @@ impl Walk {
 }
 
 fn walk(root: &Path, path: &Path, create: Option<Mode>) -> nix::Result<Walk> {
+    walk_watched(root, path, create, &mut false)
+}
+
+/// `led_out` tells whether the component at which it failed is one of a link that would have led out of
+/// the root: an absolute one, or one with a `..` too many.
+fn walk_watched(
+    root: &Path,
+    path: &Path,
+    create: Option<Mode>,
+    led_out: &mut bool,
+) -> nix::Result<Walk> {
     let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let mut walk = Walk {
         root: nix::fcntl::open(root, directory, Mode::empty())?,
@@ -206,7 +236,11 @@ fn walk(root: &Path, path: &Path, create: Option<Mode>) -> nix::Result<Walk> {
     };
     let mut to_do: VecDeque<OsString> = split(path.as_os_str());
     let mut links = 0;
+    // How much was left to do when the path led to a link: what is in front of that is of the link.
+    let mut behind_link = usize::MAX;
     while let Some(name) = to_do.pop_front() {
+        let of_link = to_do.len() >= behind_link;
+        *led_out &= of_link;
         if walk.below.len() + to_do.len() >= MOST_COMPONENTS {
             return Err(Errno::ENAMETOOLONG);
         }
@@ -215,7 +249,7 @@ fn walk(root: &Path, path: &Path, create: Option<Mode>) -> nix::Result<Walk> {
             if !is(&fstat(walk.last())?, SFlag::S_IFDIR) {
                 return Err(Errno::ENOTDIR);
             }
-            walk.below.pop();
+            *led_out |= walk.below.pop().is_none() && of_link;
             continue;
         }
         if name == "." {
@@ -231,8 +265,12 @@ fn walk(root: &Path, path: &Path, create: Option<Mode>) -> nix::Result<Walk> {
                 return Err(Errno::ELOOP);
             }
             let target = readlinkat(&fd, "")?;
+            if !of_link {
+                behind_link = to_do.len();
+            }
             if target.as_bytes().first() == Some(&b'/') {
                 walk.below.clear();
+                *led_out = true;
             }
             for part in split(&target).into_iter().rev() {
                 to_do.push_front(part);
@@ -313,9 +351,18 @@ mod tests {
         symlink("../../../../secret", root.join("dots")).unwrap();
         symlink("/etc/passwd", root.join("usr/bin/inside")).unwrap();
         symlink("/", root.join("top")).unwrap();
+        for path in ["absolute", "dots"] {
+            let result = read_limited(&root, Path::new(path), 100);
+            assert!(matches!(result, Err(Error::LeadsOut { .. })), "{path}");
+        }
+        symlink("/bin/nothing", root.join("through-a-link")).unwrap();
+        let result = read_limited(&root, Path::new("through-a-link"), 100);
+        assert!(matches!(result, Err(Error::LeadsOut { .. })));
+        symlink("nothing", root.join("inside")).unwrap();
+        symlink("/etc", root.join("directory")).unwrap();
         for path in [
-            "absolute",
-            "dots",
+            "directory/nothing",
+            "inside",
             "../secret",
             "/../secret",
             "top/../secret",

@@ -117,13 +117,24 @@ fn users_come_from_the_image_and_hostile_files_are_named() {
         fifo.stderr
     );
 
-    // A link out of the root leads to what is inside it: nothing.
+    // Out of the root there is nothing for it, whoever is asked for.
+    for target in ["../../../../../../etc/hostname", "/etc/hostname"] {
+        fs::remove_file(&passwd).unwrap();
+        symlink(target, &passwd).unwrap();
+        image.load(&plyd, "link");
+        for user in ["ann", "root", "0"] {
+            let link = plyd.snapctl(["run", "--rm", "-u", user, "link", "true"]);
+            assert_eq!(link.code, 125, "{target} {user}");
+            let said = "/etc/passwd is a symbolic link that leads out of the root";
+            assert!(link.stderr.contains(said), "{}", link.stderr);
+        }
+    }
+    // Inside, a link is a link.
     fs::remove_file(&passwd).unwrap();
-    symlink("../../../../../../etc/hostname", &passwd).unwrap();
-    image.load(&plyd, "link");
-    let link = plyd.snapctl(["run", "--rm", "link", "true"]);
-    assert_eq!(link.code, 125);
-    assert!(link.stderr.contains("ann"), "{}", link.stderr);
+    fs::write(image.root().join("users"), "ann:x:4321:55::/:\n").unwrap();
+    symlink("/users", &passwd).unwrap();
+    image.load(&plyd, "inside");
+    assert_eq!(plyd.ok(["run", "--rm", "inside", "id", "-u"]), "4321\n");
     assert_eq!(plyd.ok(["ps", "-aq"]), "");
     assert_eq!(
         plyd.ok(["snapshot", "ls", "-q", "--owner", "container"]),
