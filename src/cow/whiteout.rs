@@ -71,7 +71,7 @@ impl XattrFamily {
 
     /// The name under which an attribute that a user names is stored: one that looks like a mark is
     /// escaped, as the kernel does since 6.8.
-    pub(super) fn stored_name(self, name: &OsStr) -> OsString {
+    pub fn stored_name(self, name: &OsStr) -> OsString {
         match name.as_bytes().strip_prefix(self.prefix().as_bytes()) {
             Some(rest) => {
                 OsString::from_vec([self.prefix().as_bytes(), b"overlay.", rest].concat())

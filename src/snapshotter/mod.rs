@@ -202,7 +202,8 @@ impl Snapshotter {
         };
         if kind == Kind::Active {
             let upper = dir.join("upper");
-            upper::make(&upper, Some(&below)).map_err(io_error("make", &upper))?;
+            let root = upper::Root::of(&below)?;
+            upper::make(&upper, Some(&root)).map_err(io_error("make", &upper))?;
             let work = dir.join("work");
             fs::create_dir(&work).map_err(io_error("make", &work))?;
         }

@@ -1,9 +1,15 @@
 //! The life cycle without mounts, and what `open` makes of crashes and damage.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::time::{Duration, SystemTime};
+
+use nix::errno::Errno;
 
 use super::*;
+use crate::sys::fs::Object;
+use crate::sys::xattr;
 
 struct Place {
     tmp: tempfile::TempDir,
@@ -197,15 +203,34 @@ fn the_root_directory_keeps_what_it_is() {
     assert_eq!(fs::metadata(&upper).unwrap().mode() & 0o7777, 0o755);
     fs::set_permissions(&upper, fs::Permissions::from_mode(0o1701)).unwrap();
     std::os::unix::fs::chown(&upper, Some(7), Some(8)).unwrap();
+    let dir = fs::File::open(&upper).unwrap();
+    dir.set_modified(SystemTime::UNIX_EPOCH + Duration::new(5, 6))
+        .unwrap();
+    // The last one is what a mount stores of a user's `trusted.overlay.opaque`.
+    let xattrs = ["user.note", "trusted.overlay.overlay.opaque"];
+    for name in xattrs {
+        xattr::set(Object::Open(dir.as_fd()), name.as_ref(), b"y", 0).unwrap();
+    }
+    let mark = "trusted.overlay.impure".as_ref();
+    xattr::set(Object::Open(dir.as_fd()), mark, b"y", 0).unwrap();
+    drop(dir);
     snapshots
         .commit(Owner::Containerd, "base", "a", BTreeMap::new())
         .unwrap();
     let info = prepare(&snapshots, "b", Some("base"));
-    let meta = fs::metadata(info.upper_dir.unwrap()).unwrap();
+    let dir = fs::File::open(info.upper_dir.unwrap()).unwrap();
+    let meta = dir.metadata().unwrap();
     assert_eq!(
         (meta.mode() & 0o7777, meta.uid(), meta.gid()),
         (0o1701, 7, 8)
     );
+    assert_eq!((meta.mtime(), meta.mtime_nsec()), (5, 6));
+    for name in xattrs {
+        let value = xattr::get(Object::Open(dir.as_fd()), name.as_ref());
+        assert_eq!(value.unwrap(), b"y");
+    }
+    let mark = xattr::get(Object::Open(dir.as_fd()), mark);
+    assert_eq!(mark, Err(Errno::ENODATA));
 }
 
 #[test]

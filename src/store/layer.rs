@@ -1,7 +1,8 @@
 //! The content of committed snapshots: immutable layers.
 //!
-//! Today a layer is a directory in overlayfs format, `DIR/ID`, and a union takes it as it is. Only
-//! this module and whoever opens a union know that: everyone else holds a [`LayerId`].
+//! Today a layer is a directory in overlayfs format, `DIR/ID`, and a union takes it as it is. This
+//! module and whoever opens a union know that, and the comparison of snapshots
+//! (`snapshotter::diff`), which has to change when layers are packed. Everyone else holds a [`LayerId`].
 
 use std::fs;
 use std::io;
