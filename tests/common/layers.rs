@@ -2,15 +2,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::snapshot::Snapshot;
 
 /// Fresh lower directories, an upper, a work directory and a mount point, all removed when dropped.
-/// The lowers are to be filled, then [`sealed`](Self::seal).
+/// The lowers are to be filled first: whoever asks for options is about to mount, and from then on no
+/// byte, time or attribute of a lower may change.
 pub struct Layers {
     dir: tempfile::TempDir,
     lowers: usize,
-    sealed: Vec<(PathBuf, Snapshot)>,
+    sealed: OnceLock<Vec<(PathBuf, Snapshot)>>,
 }
 
 impl Layers {
@@ -29,7 +31,7 @@ impl Layers {
         let layers = Self {
             dir,
             lowers,
-            sealed: Vec::new(),
+            sealed: OnceLock::new(),
         };
         for n in 0..lowers {
             fs::create_dir(layers.lower(n)).unwrap();
@@ -62,6 +64,7 @@ impl Layers {
 
     /// `lowerdir=...` alone.
     pub fn lower_options(&self) -> String {
+        self.seal();
         let lowers: Vec<String> = (0..self.lowers)
             .map(|n| self.lower(n).to_str().unwrap().to_owned())
             .collect();
@@ -79,19 +82,20 @@ impl Layers {
     }
 
     /// From here on no lower may change; [`check`](Self::check) and the drop look.
-    pub fn seal(&mut self) {
-        self.sealed = (0..self.lowers)
-            .map(|n| {
+    pub fn seal(&self) {
+        self.sealed.get_or_init(|| {
+            let lowers = (0..self.lowers).map(|n| {
                 let lower = self.lower(n);
                 super::snapshot::age_access_times(&lower);
                 (lower.clone(), Snapshot::of(&lower))
-            })
-            .collect();
+            });
+            lowers.collect()
+        });
     }
 
     /// Fails when a sealed lower is not what it was.
     pub fn check(&self) {
-        for (path, before) in &self.sealed {
+        for (path, before) in self.sealed.get().into_iter().flatten() {
             before.assert_same(path);
         }
     }

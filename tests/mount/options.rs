@@ -53,6 +53,7 @@ fn directories_that_cannot_be_used_are_exit_code_1() {
     let (target, lower) = (layers.mnt(), layers.lower(0));
     let file = layers.path("file");
     fs::write(&file, "").unwrap();
+    fs::create_dir(lower.join("inside")).unwrap();
     let lower_options = layers.lower_options();
     let text = |path: &Path| path.to_str().unwrap().to_owned();
     let missing = text(&layers.path("missing"));
@@ -62,7 +63,6 @@ fn directories_that_cannot_be_used_are_exit_code_1() {
     refused(&lower_options, &layers.path("missing"), 1, &missing);
     refused(&lower_options, &file, 1, "file");
     refused(&lower_options, &lower, 1, "contain itself");
-    fs::create_dir(lower.join("inside")).unwrap();
     refused(&lower_options, &lower.join("inside"), 1, "contain itself");
     refused(
         &format!("lowerdir_file={missing}"),
