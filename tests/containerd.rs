@@ -32,7 +32,7 @@ fn a_debian_image_is_what_the_native_snapshotter_makes_of_it_and_runs() {
         ]);
     }
     let top = host.chain_id(image::DEBIAN);
-    let [native, plywood] = ["native", "plywood"].map(|s| host.view(s, &top));
+    let [native, plywood] = ["native", "plywood"].map(|s| host.look_into(s, &top));
     let (want, got) = (tree::read(&native), tree::read(&plywood));
     assert!(
         want.len() > 3000,
@@ -72,8 +72,8 @@ fn a_debian_image_is_what_the_native_snapshotter_makes_of_it_and_runs() {
         differences.len(),
         differences[..differences.len().min(40)].join("\n")
     );
-    host.drop_view("native", &native);
-    host.drop_view("plywood", &plywood);
+    host.look_away("native", &native);
+    host.look_away("plywood", &plywood);
 
     installs_a_package(&host);
     two_containers_do_not_see_each_other(&host);

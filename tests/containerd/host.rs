@@ -201,27 +201,28 @@ impl Host {
         super::image::chain_id(&config)
     }
 
-    /// Mounts a view of a committed snapshot and answers where.
-    pub fn view(&self, snapshotter: &str, parent: &str) -> PathBuf {
-        let target = self.dir.join(format!("view-{snapshotter}"));
+    /// Mounts a snapshot on a committed one and answers where. Not a view: ctr protects only what it prepares from
+    /// containerd's collector.
+    pub fn look_into(&self, snapshotter: &str, parent: &str) -> PathBuf {
+        let target = self.dir.join(format!("look-{snapshotter}"));
         fs::create_dir_all(&target).unwrap();
         let script = self.ctr(&[
             "snapshots",
             "--snapshotter",
             snapshotter,
-            "view",
+            "prepare",
             "--target",
             target.to_str().unwrap(),
-            "view",
+            "look",
             parent,
         ]);
         sh("sh", &["-ec", &script]);
         target
     }
 
-    pub fn drop_view(&self, snapshotter: &str, target: &Path) {
+    pub fn look_away(&self, snapshotter: &str, target: &Path) {
         sh("umount", &[target.to_str().unwrap()]);
-        self.ctr(&["snapshots", "--snapshotter", snapshotter, "rm", "view"]);
+        self.ctr(&["snapshots", "--snapshotter", snapshotter, "rm", "look"]);
     }
 
     fn mounts(&self) -> Vec<String> {
