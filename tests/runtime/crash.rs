@@ -111,6 +111,58 @@ fn a_container_outlives_plyd() {
 }
 
 #[test]
+fn a_corrupt_record_of_one_container_is_named_and_costs_no_other() {
+    let mut plyd = plyd();
+    let create = |name: &str| {
+        let script = "echo said; exit 3";
+        let id = plyd.ok(["create", "--name", name, BUSYBOX, "sh", "-c", script]);
+        id.trim_end().to_owned()
+    };
+    let (damaged, stopped, _sound) = (create("damaged"), create("stopped"), create("sound"));
+    plyd.ok(["start", "stopped"]);
+    assert_eq!(plyd.ok(["wait", "stopped"]), "3\n");
+    let containers = plyd.root().join("containers");
+    let record = containers.join(format!("{damaged}.record"));
+    let state = containers.join(&stopped).join("state/state.record");
+    plyd.signal(Signal::SIGTERM);
+    until("the shims have ended", || shims(&plyd).is_empty());
+    let good = [&record, &state].map(|path| fs::read(path).unwrap());
+    for (path, good) in [&record, &state].into_iter().zip(&good) {
+        fs::write(path, &good[..good.len() - 70]).unwrap();
+    }
+    plyd.launch();
+    for path in [&record, &state] {
+        let log = plyd.log();
+        assert!(log.contains(path.to_str().unwrap()), "{log}");
+    }
+    assert_ne!(plyd.snapctl(["start", "damaged"]).code, 0);
+    let found = plyd.json(["inspect", "stopped"]);
+    assert_eq!(
+        (&found[0]["status"], &found[0]["exit_code"]),
+        (&"stopped".into(), &137.into())
+    );
+    let error = found[0]["error"].as_str().unwrap();
+    assert!(error.contains("state.record"), "{error}");
+    assert_eq!(plyd.ok(["logs", "stopped"]), "said\n");
+    let start = plyd.snapctl(["start", "stopped"]);
+    assert_ne!(start.code, 0);
+    assert!(start.stderr.contains("state.record"), "{}", start.stderr);
+    plyd.ok(["start", "sound"]);
+    assert_eq!(plyd.ok(["wait", "sound"]), "3\n");
+
+    // Nothing was lost: with the files back all is as before.
+    plyd.signal(Signal::SIGTERM);
+    fs::write(&record, &good[0]).unwrap();
+    fs::write(&state, &good[1]).unwrap();
+    plyd.launch();
+    assert_eq!(plyd.json(["inspect", "stopped"])[0]["exit_code"], 3);
+    plyd.ok(["start", "damaged"]);
+    assert_eq!(plyd.ok(["wait", "damaged"]), "3\n");
+    plyd.ok(["rm", "damaged", "stopped", "sound"]);
+    assert_clean(&plyd);
+}
+
+#[test]
 fn an_end_that_nobody_watched_is_reported() {
     let mut plyd = plyd();
     let script = "while test -e /stay; do sleep 0.05; done; echo bye; exit 8";

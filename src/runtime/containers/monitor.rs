@@ -7,7 +7,7 @@ use super::{Containers, Entry, Error, Result, blocking};
 use crate::runtime::client::ShimClient;
 use crate::runtime::state::{RunState, STATE_RECORD, Status};
 use crate::runtime::wire::Reply;
-use crate::store::record::RecordDir;
+use crate::store::record::{self, RecordDir};
 
 /// The exit code of a container whose shim was killed: that of SIGKILL, which it then gets, too.
 const LOST: i32 = 137;
@@ -65,11 +65,24 @@ impl Containers {
     /// that it runs; then it is killed, and that is written.
     pub(super) async fn after_shim(&self, id: &str) -> Result<RunState> {
         let dir = self.dir(id).join("state");
-        let mut state = blocking(move || {
+        let read = blocking(move || {
             let records = RecordDir::<RunState>::open(&dir)?;
             Ok(records.get(STATE_RECORD)?.unwrap_or_default())
-        })
-        .await?;
+        });
+        let mut state = match read.await {
+            // Whoever restores the file gets what it says; so nothing is written over it.
+            Err(Error::Record(record::Error::Damaged(damaged))) => {
+                tracing::error!(container = id, error = %damaged, "what became of it is not known");
+                self.kill_leftover(id).await?;
+                return Ok(RunState {
+                    status: Status::Stopped,
+                    exit_code: LOST,
+                    error: damaged.to_string(),
+                    ..RunState::default()
+                });
+            }
+            read => read?,
+        };
         self.kill_leftover(id).await?;
         if state.status == Status::Running {
             state = RunState {
