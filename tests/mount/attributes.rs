@@ -50,7 +50,7 @@ fn as_nobody(script: &str) -> bool {
 
 #[test]
 fn attributes_are_set_listed_and_removed() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     let lower = layers.lower(0).join("f");
     fs::write(&lower, "").unwrap();
     set(&lower, "user.old", b"lower").unwrap();
@@ -75,7 +75,7 @@ fn attributes_are_set_listed_and_removed() {
 
 #[test]
 fn lists_of_access_rights_are_kept_and_enforced() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     let lower = layers.lower(0).join("f");
     fs::write(&lower, "secret").unwrap();
     fs::set_permissions(&lower, fs::Permissions::from_mode(0o600)).unwrap();
@@ -98,7 +98,7 @@ fn lists_of_access_rights_are_kept_and_enforced() {
 
 #[test]
 fn without_lists_they_are_refused() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), "").unwrap();
     layers.seal();
     let mount = Mount::new(&layers, "noacl");
@@ -114,7 +114,7 @@ const CAPABILITY: [u8; 20] = [
 
 #[test]
 fn file_capabilities_survive_chmod_and_go_with_a_write_or_chown() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     for name in ["chmod", "write", "chown"] {
         let lower = layers.lower(0).join(name);
         fs::write(&lower, "x").unwrap();
@@ -145,7 +145,7 @@ fn file_capabilities_survive_chmod_and_go_with_a_write_or_chown() {
 
 #[test]
 fn the_unions_own_marks_cannot_be_forged() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     Layers::write(&layers.lower(0).join("d/f"), "visible");
     Layers::write(&layers.lower(0).join("other/g"), "elsewhere");
     layers.seal();
@@ -182,7 +182,7 @@ fn the_unions_own_marks_cannot_be_forged() {
 
 #[test]
 fn the_unions_own_marks_do_not_show() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     Layers::write(&layers.lower(0).join("d/f"), "x");
     layers.seal();
     let mount = Mount::new(&layers, "");

@@ -81,7 +81,7 @@ fn fuse_overlayfs() {
 
 #[test]
 fn what_is_written_is_overlayfs() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     Layers::write(&layers.lower(0).join("file"), "x");
     Layers::write(&layers.lower(0).join("dir/below"), "x");
     layers.seal();

@@ -27,7 +27,7 @@ fn exchange(a: &Path, b: &Path) -> nix::Result<()> {
 
 #[test]
 fn a_listing_is_the_merge_of_the_layers() {
-    let mut layers = Layers::new(3);
+    let layers = Layers::new(3);
     for (n, names) in [["a", "b"], ["b", "c"], ["c", "d"]].iter().enumerate() {
         for name in names {
             Layers::write(&layers.lower(n).join("dir").join(name), n.to_string());
@@ -44,7 +44,7 @@ fn a_listing_is_the_merge_of_the_layers() {
 
 #[test]
 fn numbers_in_listings_are_those_of_stat() {
-    let mut layers = Layers::new(2);
+    let layers = Layers::new(2);
     for n in 0..2 {
         for i in 0..20 {
             Layers::write(&layers.lower(n).join(format!("f{n}-{i}")), "");
@@ -68,7 +68,7 @@ fn numbers_in_listings_are_those_of_stat() {
 
 #[test]
 fn a_rewound_listing_shows_what_changed() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("old"), "").unwrap();
     layers.seal();
     let mount = Mount::new(&layers, "");
@@ -88,7 +88,7 @@ fn a_rewound_listing_shows_what_changed() {
 
 #[test]
 fn every_name_is_met_once_while_names_vanish() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     let count = 3000;
     for i in 0..count {
         fs::write(layers.lower(0).join(format!("name-{i}")), "").unwrap();
@@ -107,7 +107,7 @@ fn every_name_is_met_once_while_names_vanish() {
 
 #[test]
 fn a_lower_directory_is_renamed_for_good() {
-    let mut layers = Layers::new(2);
+    let layers = Layers::new(2);
     Layers::write(&layers.lower(0).join("d/sub/f"), "top");
     Layers::write(&layers.lower(1).join("d/g"), "bottom");
     layers.seal();
@@ -130,7 +130,7 @@ fn a_lower_directory_is_renamed_for_good() {
 
 #[test]
 fn renames_that_exchange_or_must_not_replace() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     Layers::write(&layers.lower(0).join("d/f"), "in d");
     Layers::write(&layers.lower(0).join("e/f"), "in e");
     Layers::write(&layers.lower(0).join("file"), "file");
@@ -167,7 +167,7 @@ fn renames_that_exchange_or_must_not_replace() {
 
 #[test]
 fn removal_needs_an_empty_directory() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     Layers::write(&layers.lower(0).join("d/f"), "");
     layers.seal();
     let mount = Mount::new(&layers, "");
@@ -185,7 +185,7 @@ fn removal_needs_an_empty_directory() {
 
 #[test]
 fn a_tree_of_a_lower_is_removed_as_a_whole() {
-    let mut layers = Layers::new(2);
+    let layers = Layers::new(2);
     for i in 0..200 {
         let n = i % 2;
         Layers::write(
@@ -201,7 +201,7 @@ fn a_tree_of_a_lower_is_removed_as_a_whole() {
 
 #[test]
 fn many_threads_work_in_one_tree() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     for i in 0..64 {
         Layers::write(&layers.lower(0).join(format!("d{}/f{i}", i % 4)), "lower");
     }
@@ -237,7 +237,7 @@ fn many_threads_work_in_one_tree() {
 
 #[test]
 fn of_many_that_create_exclusively_one_wins() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("name"), "").unwrap();
     layers.seal();
     let mount = Mount::new(&layers, "");

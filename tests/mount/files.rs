@@ -21,7 +21,7 @@ const MIB: u64 = 1 << 20;
 
 /// One lower with a file `f` of this content.
 fn with_file(content: &[u8]) -> (Layers, Mount) {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), content).unwrap();
     layers.seal();
     let mount = Mount::new(&layers, "");
@@ -129,7 +129,7 @@ fn owner_and_mode_change_and_the_data_does_not() {
 
 #[test]
 fn every_kind_of_object_is_made_and_found_in_a_lower() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     let make_all = |dir: &Path| {
         let mode = Mode::from_bits_truncate(0o640);
         for (name, kind, device) in [
@@ -170,7 +170,7 @@ fn every_kind_of_object_is_made_and_found_in_a_lower() {
 
 #[test]
 fn holes_are_kept_found_and_made() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     let lower = File::create(layers.lower(0).join("f")).unwrap();
     lower.set_len(8 * MIB).unwrap();
     lower.write_all_at(&[1; 4096], 4 * MIB).unwrap();
@@ -292,7 +292,7 @@ fn appends_of_two_descriptors_follow_each_other() {
 
 #[test]
 fn names_of_255_bytes_and_of_any_bytes() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     let odd: [&[u8]; 4] = [b"\xff\xfe", b"a\nb", b"-rf", b"\x01\x7f \\'\""];
     let longest = "n".repeat(255);
     for name in odd {
@@ -338,7 +338,7 @@ fn an_unlinked_file_lives_until_it_is_closed() {
 
 #[test]
 fn hard_links_of_a_lower_stay_one_file() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("a"), "one").unwrap();
     fs::hard_link(layers.lower(0).join("a"), layers.lower(0).join("b")).unwrap();
     layers.seal();
@@ -412,7 +412,7 @@ fn offsets_and_seeks_beyond_the_end() {
 
 #[test]
 fn a_write_by_others_than_root_clears_setuid() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("from"), "other").unwrap();
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     fs::set_permissions(

@@ -9,7 +9,7 @@ use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use crate::common::{Layers, Mount, errno, mapping};
 
 fn with_file(options: &str, content: &[u8]) -> (Layers, Mount) {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), content).unwrap();
     layers.seal();
     let mount = Mount::new(&layers, options);
@@ -103,7 +103,7 @@ fn record_locks_exclude_where_they_overlap() {
 
 #[test]
 fn a_program_runs_from_the_mount() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::copy("/bin/true", layers.lower(0).join("f")).unwrap();
     layers.seal();
     for options in ["", "no_open", "kernel_features=-all"] {

@@ -124,7 +124,7 @@ fn work(dir: &Path) {
 
 #[test]
 fn every_mode_does_what_a_plain_directory_does() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fill(&layers.lower(0));
     layers.seal();
     let plain = layers.path("plain");

@@ -137,7 +137,7 @@ fn a_work_directory_in_use_is_refused() {
 
 #[test]
 fn five_hundred_lowers_come_from_a_file() {
-    let mut layers = Layers::new(500);
+    let layers = Layers::new(500);
     for n in 0..500 {
         fs::write(layers.lower(n).join(format!("only-{n}")), "").unwrap();
         fs::write(layers.lower(n).join("shared"), n.to_string()).unwrap();
@@ -187,7 +187,7 @@ fn odd_names_of_layers_are_escaped() {
 
 #[test]
 fn relative_layers_are_found_and_the_callers_directory_stays_free() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     layers.seal();
     let status = Command::new(PLYFS)
@@ -203,7 +203,7 @@ fn relative_layers_are_found_and_the_callers_directory_stays_free() {
 
 #[test]
 fn a_mount_without_an_upper_is_read_only() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     layers.seal();
     for options in [
@@ -273,7 +273,7 @@ fn the_mount_table_shows_what_was_asked_for() {
 
 #[test]
 fn everything_belongs_to_root_when_squashed() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     chown(layers.lower(0).join("f"), Some(1000), Some(1001)).unwrap();
     layers.seal();
@@ -294,7 +294,7 @@ fn words_without_a_meaning_here_are_taken() {
 
 #[test]
 fn layers_behind_links_are_found() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     layers.seal();
     symlink(layers.lower(0), layers.path("link")).unwrap();

@@ -41,7 +41,7 @@ fn nothing_of_the_server_is_left_on_the_callers_streams() {
 
 #[test]
 fn a_killed_server_gives_its_clients_an_error_at_once() {
-    let mut layers = Layers::new(1);
+    let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     layers.seal();
     let mount = Mount::new(&layers, "");
