@@ -194,13 +194,19 @@ impl Union {
                 Err(errno) => return Err(errno).context("writing a whiteout"),
             }
         }
+        let whiteout = self.spare_whiteout(dir)?;
+        Ok(whiteout.install(dir, name, 0).map_err(|(_, errno)| errno)?)
+    }
+
+    /// Makes a whiteout for a name in `dir`, of which only the installation is left to be done.
+    pub(super) fn spare_whiteout(&self, dir: BorrowedFd<'_>) -> Result<Temp<'_>> {
+        let upper = self.upper()?;
         let temp = Temp::new(upper);
         self.make_whiteout(upper.work(), &temp.name)?;
         if !upper.device_whiteouts.load(Ordering::Relaxed) {
             self.allow_xattr_whiteouts(dir)?;
         }
-        temp.install(dir, name, 0).map_err(|(_, errno)| errno)?;
-        Ok(())
+        Ok(temp)
     }
 
     /// Makes a whiteout under a free name: a device 0:0, or, where the kernel does not let us (without

@@ -336,17 +336,18 @@ impl Union {
 
     /// Moves to a name that is free in the upper, or a file over a file or whiteout.
     fn rename_away(&self, from: &End<'_>, to: &End<'_>) -> Result<()> {
-        if from.covered {
-            match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_WHITEOUT) {
-                Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM) => {}
-                result => return Ok(result?),
-            }
+        if !from.covered {
+            return Ok(fs::renameat2(from.dir, from.name, to.dir, to.name, 0)?);
         }
+        match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_WHITEOUT) {
+            Err(Errno::EINVAL | Errno::ENOSYS | Errno::EPERM) => {}
+            result => return Ok(result?),
+        }
+        // What may need space is done before anything has moved.
+        let whiteout = self.spare_whiteout(from.dir)?;
         fs::renameat2(from.dir, from.name, to.dir, to.name, 0)?;
-        if from.covered {
-            self.put_whiteout(from.dir, from.name)?;
-        }
-        Ok(())
+        let installed = whiteout.install(from.dir, from.name, 0);
+        Ok(installed.map_err(|(_, errno)| errno)?)
     }
 
     /// Moves a directory over what the host would not let a directory replace: a whiteout, or a directory
