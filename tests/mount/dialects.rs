@@ -27,7 +27,7 @@ fn two_layers() -> Layers {
     layers
 }
 
-fn check(mut layers: Layers) {
+fn check(layers: Layers) {
     layers.seal();
     let mount = Mount::new(&layers, "");
     assert!(!mount.join("gone").exists());
