@@ -5,6 +5,7 @@
 TARGET := $(shell uname -m)-unknown-linux-gnu
 RELEASE := target/$(TARGET)/release
 STATIC := RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(TARGET)
+BENCH := RUSTFLAGS="-C target-feature=+crt-static" cargo bench --locked --target $(TARGET) --bench union
 PROGRAMS := plyd plyfs plyshim snapctl
 # Root is needed to mount and to run containers.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -31,8 +32,8 @@ lint: ## formatting, clippy, and rules of our own
 
 bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
-	@cargo bench --locked --bench union --no-run
-	@$(SUDO) env PATH="$(PATH)" HOME="$(HOME)" cargo bench --locked --bench union
+	@$(BENCH) --no-run
+	@$(SUDO) env PATH="$(PATH)" HOME="$(HOME)" $(BENCH)
 
 release: ## build the four programs fully static
 	@contrib/install-packages $(BUILD_PACKAGES) file
