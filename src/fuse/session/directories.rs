@@ -1,0 +1,112 @@
+//! Open directories and their listings.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fuser::{
+    FileAttr, FileHandle as Fh, FopenFlags, Generation, INodeNo, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyOpen,
+};
+use parking_lot::Mutex;
+
+use super::{UnionFs, answer};
+use crate::cow::union::{DirHandle, Error};
+use crate::cow::{DirEntry, Entry, NodeId};
+use crate::fuse::convert::{self, FOREVER};
+
+/// An open directory: the kernel may cache its listing.
+const DIR_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_CACHE_DIR);
+
+/// An open directory: its listing, taken again when the reader rewinds.
+pub(super) struct OpenDir {
+    listing: Mutex<Arc<DirHandle>>,
+    read: AtomicBool,
+}
+
+impl UnionFs {
+    pub(super) fn open_directory(&self, node: NodeId, reply: ReplyOpen) {
+        match self.union.open_dir(node) {
+            Ok(listing) => {
+                let fh = self.dirs.insert(Arc::new(OpenDir {
+                    listing: Mutex::new(listing),
+                    read: AtomicBool::new(false),
+                }));
+                reply.opened(Fh(fh), DIR_FLAGS);
+            }
+            Err(error) => reply.error(answer::errno(&error)),
+        }
+    }
+
+    pub(super) fn list(&self, node: NodeId, fh: Fh, offset: u64, mut reply: ReplyDirectory) {
+        let result = self.listing(node, fh, offset).and_then(|listing| {
+            self.union.read_dir(node, &listing, offset, &mut |entry| {
+                let kind = convert::file_type(entry.kind);
+                !reply.add(INodeNo(entry.ino), entry.next_offset, kind, entry.name)
+            })
+        });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(answer::errno(&error)),
+        }
+    }
+
+    /// With attributes, which counts as a lookup of every name in the answer.
+    pub(super) fn list_plus(
+        &self,
+        node: NodeId,
+        fh: Fh,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let result = self.listing(node, fh, offset).and_then(|listing| {
+            let mut add = |entry: DirEntry, found: Option<Entry>| {
+                let Some((attr, generation)) = attributes_of(&entry, found) else {
+                    // Deleted since the listing was taken.
+                    return true;
+                };
+                !reply.add(
+                    attr.ino,
+                    entry.next_offset,
+                    &entry.name,
+                    &FOREVER,
+                    &attr,
+                    Generation(generation),
+                )
+            };
+            self.union.read_dir_plus(node, &listing, offset, &mut add)
+        });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(answer::errno(&error)),
+        }
+    }
+
+    /// The listing to go on with: a new one when the reader starts over, so that rewinddir shows what changed.
+    fn listing(&self, node: NodeId, fh: Fh, offset: u64) -> Result<Arc<DirHandle>, Error> {
+        let Some(dir) = self.dirs.get(fh.0) else {
+            return self.union.open_dir(node);
+        };
+        let mut listing = dir.listing.lock();
+        if dir.read.swap(true, Ordering::Relaxed) && offset == 0 {
+            *listing = self.union.open_dir(node)?;
+        }
+        Ok(listing.clone())
+    }
+}
+
+/// What READDIRPLUS says of an entry: attributes and generation.
+fn attributes_of(entry: &DirEntry, found: Option<Entry>) -> Option<(FileAttr, u64)> {
+    if let Some(found) = found {
+        return Some((convert::file_attr(&found.attr), found.generation));
+    }
+    // The kernel makes no node of `.` and `..`, whatever their numbers say.
+    let own_name = entry.name == "." || entry.name == "..";
+    own_name.then(|| {
+        let attr = FileAttr {
+            ino: INodeNo(entry.ino),
+            kind: convert::file_type(entry.kind),
+            ..convert::negative_entry()
+        };
+        (attr, 0)
+    })
+}

@@ -1,0 +1,43 @@
+//! Names: looking them up, and the one change of them that has modes.
+
+use std::ffi::OsStr;
+
+use fuser::{Errno, Generation, RenameFlags, ReplyEmpty, ReplyEntry};
+
+use super::{UnionFs, answer};
+use crate::cow::{NodeId, RenameMode};
+use crate::fuse::convert::{self, FOREVER};
+
+/// The longest name that Linux has.
+const NAME_MAX: usize = 255;
+
+impl UnionFs {
+    pub(super) fn look_up(&self, parent: NodeId, name: &OsStr, reply: ReplyEntry) {
+        if name.len() > NAME_MAX {
+            return reply.error(Errno::ENAMETOOLONG);
+        }
+        match self.union.lookup(parent, name) {
+            Err(error) if error.errno == libc::ENOENT => {
+                reply.entry(&FOREVER, &convert::negative_entry(), Generation(0));
+            }
+            result => answer::entry(reply, result),
+        }
+    }
+
+    pub(super) fn rename_entry(
+        &self,
+        from: (NodeId, &OsStr),
+        to: (NodeId, &OsStr),
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let mode = match flags {
+            RenameFlags::RENAME_NOREPLACE => RenameMode::NoReplace,
+            RenameFlags::RENAME_EXCHANGE => RenameMode::Exchange,
+            flags if flags.is_empty() => RenameMode::Replace,
+            // RENAME_WHITEOUT among them: a whiteout is the union's own mark.
+            _ => return reply.error(Errno::EINVAL),
+        };
+        answer::empty(reply, self.union.rename(from.0, from.1, to.0, to.1, mode));
+    }
+}
