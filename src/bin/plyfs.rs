@@ -43,6 +43,9 @@ struct Arguments {
     /// Print what FUSE offers on this host and what of it is used, and end.
     #[arg(long)]
     probe: bool,
+    /// With --probe, print JSON.
+    #[arg(long, requires = "probe")]
+    json: bool,
     /// Type of the file system, as mount(8) gives it; it says nothing new.
     #[arg(short = 't', value_name = "TYPE", hide = true)]
     fstype: Option<OsString>,
@@ -51,9 +54,14 @@ struct Arguments {
 fn main() -> ExitCode {
     let mut arguments = Arguments::parse();
     if arguments.probe {
-        let table = probe::table(&probe::probe().features);
+        let probe = probe::probe();
+        let text = if arguments.json {
+            probe.json()
+        } else {
+            probe.table()
+        };
         // Whoever reads it may leave early.
-        let _ = std::io::stdout().write_all(table.as_bytes());
+        let _ = std::io::stdout().write_all(text.as_bytes());
         return ExitCode::SUCCESS;
     }
     let privileged = nix::unistd::geteuid().is_root();

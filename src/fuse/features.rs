@@ -43,6 +43,33 @@ pub enum Feature {
     Idmap,
     /// Requests over io_uring.
     IoUring,
+    /// Listings of directories are cached.
+    CacheDir,
+    /// Closing a file is no request.
+    NoFlush,
+    /// Renames that exchange or that replace nothing.
+    Rename2,
+    /// Holes can be found.
+    Lseek,
+    /// Ranges are copied by the server.
+    CopyFileRange,
+    /// Space is allocated, holes are punched.
+    Fallocate,
+    /// Files without a name.
+    Tmpfile,
+    /// Times of birth.
+    Statx,
+}
+
+/// How server and kernel come to use a feature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// The kernel offers it by a flag of INIT.
+    Init(InitFlags),
+    /// By a flag in replies to OPEN and OPENDIR, which an older kernel overlooks.
+    Reply,
+    /// It is a request of its own. One that is answered ENOSYS is never sent again.
+    Request,
 }
 
 /// What is known of a feature without asking any kernel.
@@ -51,17 +78,20 @@ pub struct Description {
     pub feature: Feature,
     /// Its name in `-o kernel_features=` and in reports.
     pub name: &'static str,
-    /// The flag of INIT that offers it.
-    pub flag: InitFlags,
+    /// The minor number of the first protocol that has it; Linux 3.10 speaks 7.22.
+    pub minor: u32,
+    /// How it comes to be used.
+    pub offer: Offer,
     /// Why Plywood does not use it even where the kernel has it.
     pub unused: Option<&'static str>,
 }
 
-const fn used(feature: Feature, name: &'static str, flag: InitFlags) -> Description {
+const fn used(feature: Feature, name: &'static str, minor: u32, offer: Offer) -> Description {
     Description {
         feature,
         name,
-        flag,
+        minor,
+        offer,
         unused: None,
     }
 }
@@ -69,92 +99,157 @@ const fn used(feature: Feature, name: &'static str, flag: InitFlags) -> Descript
 const fn unused(
     feature: Feature,
     name: &'static str,
-    flag: InitFlags,
+    minor: u32,
+    offer: Offer,
     why: &'static str,
 ) -> Description {
     Description {
         feature,
         name,
-        flag,
+        minor,
+        offer,
         unused: Some(why),
     }
 }
 
 /// Every feature, in the order of reports.
-pub const ALL: [Description; 18] = [
+pub const ALL: [Description; 26] = [
     used(
         Feature::Readdirplus,
         "readdirplus",
-        InitFlags::FUSE_DO_READDIRPLUS,
+        21,
+        Offer::Init(InitFlags::FUSE_DO_READDIRPLUS),
     ),
     used(
         Feature::ReaddirplusAuto,
         "readdirplus_auto",
-        InitFlags::FUSE_READDIRPLUS_AUTO,
+        21,
+        Offer::Init(InitFlags::FUSE_READDIRPLUS_AUTO),
     ),
     used(
         Feature::Writeback,
         "writeback",
-        InitFlags::FUSE_WRITEBACK_CACHE,
+        23,
+        Offer::Init(InitFlags::FUSE_WRITEBACK_CACHE),
     ),
-    used(Feature::NoOpen, "no_open", InitFlags::FUSE_NO_OPEN_SUPPORT),
+    used(
+        Feature::NoOpen,
+        "no_open",
+        23,
+        Offer::Init(InitFlags::FUSE_NO_OPEN_SUPPORT),
+    ),
     unused(
         Feature::NoOpendir,
         "no_opendir",
-        InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+        29,
+        Offer::Init(InitFlags::FUSE_NO_OPENDIR_SUPPORT),
         "a listing has to stay the same while a directory is read",
     ),
     used(
         Feature::AtomicTrunc,
         "atomic_trunc",
-        InitFlags::FUSE_ATOMIC_O_TRUNC,
+        9,
+        Offer::Init(InitFlags::FUSE_ATOMIC_O_TRUNC),
     ),
     used(
         Feature::CacheSymlinks,
         "cache_symlinks",
-        InitFlags::FUSE_CACHE_SYMLINKS,
+        28,
+        Offer::Init(InitFlags::FUSE_CACHE_SYMLINKS),
     ),
     used(
         Feature::ParallelDirops,
         "parallel_dirops",
-        InitFlags::FUSE_PARALLEL_DIROPS,
+        25,
+        Offer::Init(InitFlags::FUSE_PARALLEL_DIROPS),
     ),
     used(
         Feature::KillprivV2,
         "killpriv_v2",
-        InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        33,
+        Offer::Init(InitFlags::FUSE_HANDLE_KILLPRIV_V2),
     ),
-    used(Feature::PosixAcl, "posix_acl", InitFlags::FUSE_POSIX_ACL),
-    used(Feature::DontMask, "dont_mask", InitFlags::FUSE_DONT_MASK),
-    used(Feature::AsyncDio, "async_dio", InitFlags::FUSE_ASYNC_DIO),
+    used(
+        Feature::PosixAcl,
+        "posix_acl",
+        26,
+        Offer::Init(InitFlags::FUSE_POSIX_ACL),
+    ),
+    used(
+        Feature::DontMask,
+        "dont_mask",
+        12,
+        Offer::Init(InitFlags::FUSE_DONT_MASK),
+    ),
+    used(
+        Feature::AsyncDio,
+        "async_dio",
+        22,
+        Offer::Init(InitFlags::FUSE_ASYNC_DIO),
+    ),
     used(
         Feature::ExplicitInval,
         "explicit_inval",
-        InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+        30,
+        Offer::Init(InitFlags::FUSE_EXPLICIT_INVAL_DATA),
     ),
-    used(Feature::MaxPages, "max_pages", InitFlags::FUSE_MAX_PAGES),
+    used(
+        Feature::MaxPages,
+        "max_pages",
+        28,
+        Offer::Init(InitFlags::FUSE_MAX_PAGES),
+    ),
     unused(
         Feature::Passthrough,
         "passthrough",
-        InitFlags::FUSE_PASSTHROUGH,
+        40,
+        Offer::Init(InitFlags::FUSE_PASSTHROUGH),
         "not used yet: excludes the writeback cache, and a write could reach a lower layer",
     ),
     unused(
         Feature::Resend,
         "resend",
-        InitFlags::FUSE_HAS_RESEND,
+        40,
+        Offer::Init(InitFlags::FUSE_HAS_RESEND),
         "not used yet: for the takeover of a mount by a successor",
     ),
     unused(
         Feature::Idmap,
         "idmap",
-        InitFlags::FUSE_ALLOW_IDMAP,
+        41,
+        Offer::Init(InitFlags::FUSE_ALLOW_IDMAP),
         "the kernel would then hide the caller, whom clearing of setuid depends on",
     ),
     unused(
         Feature::IoUring,
         "io_uring",
-        InitFlags::FUSE_OVER_IO_URING,
+        42,
+        Offer::Init(InitFlags::FUSE_OVER_IO_URING),
+        "the FUSE library cannot speak it",
+    ),
+    used(Feature::CacheDir, "cache_dir", 28, Offer::Reply),
+    used(Feature::NoFlush, "no_flush", 35, Offer::Reply),
+    used(Feature::Rename2, "rename2", 23, Offer::Request),
+    used(Feature::Lseek, "lseek", 24, Offer::Request),
+    used(
+        Feature::CopyFileRange,
+        "copy_file_range",
+        28,
+        Offer::Request,
+    ),
+    used(Feature::Fallocate, "fallocate", 19, Offer::Request),
+    unused(
+        Feature::Tmpfile,
+        "tmpfile",
+        37,
+        Offer::Request,
+        "the FUSE library cannot speak it",
+    ),
+    unused(
+        Feature::Statx,
+        "statx",
+        39,
+        Offer::Request,
         "the FUSE library cannot speak it",
     ),
 ];
@@ -180,6 +275,29 @@ impl FeatureSet {
     pub const EMPTY: Self = Self(0);
     /// All of them.
     pub const ALL: Self = Self((1 << ALL.len()) - 1);
+
+    /// Those that a connection can do without and no program sees it: all but the requests.
+    pub fn unseen() -> Self {
+        Self::of(|description| description.offer != Offer::Request)
+    }
+
+    /// Those that the protocol has since a later minor number.
+    pub fn newer_than(minor: u32) -> Self {
+        Self::of(|description| description.minor > minor)
+    }
+
+    fn of(belongs: impl Fn(&Description) -> bool) -> Self {
+        let mut set = Self::EMPTY;
+        for description in ALL.iter().filter(|description| belongs(description)) {
+            set.insert(description.feature);
+        }
+        set
+    }
+
+    /// Without those of another set.
+    pub fn without(self, others: Self) -> Self {
+        Self(self.0 & !others.0)
+    }
 
     /// Adds one.
     pub fn insert(&mut self, feature: Feature) {
@@ -220,5 +338,23 @@ mod tests {
         assert!(FeatureSet::ALL.contains(Feature::IoUring));
         set.remove(Feature::Writeback);
         assert_eq!(set, FeatureSet::EMPTY);
+    }
+
+    #[test]
+    fn what_linux_3_10_has_is_what_its_protocol_has() {
+        let old = FeatureSet::ALL.without(FeatureSet::newer_than(22));
+        for (feature, has) in [
+            (Feature::Readdirplus, true),
+            (Feature::AsyncDio, true),
+            (Feature::Fallocate, true),
+            (Feature::Rename2, false),
+            (Feature::Writeback, false),
+            (Feature::NoOpen, false),
+            (Feature::Lseek, false),
+            (Feature::CopyFileRange, false),
+            (Feature::CacheDir, false),
+        ] {
+            assert_eq!(old.contains(feature), has, "{feature:?}");
+        }
     }
 }

@@ -379,25 +379,32 @@ fn set_threads(options: &mut Options, value: &OsStr) -> Result<(), OptionError> 
     Ok(())
 }
 
-/// `-name` masks a feature, `+name` allows it again, `all` is every one.
+/// `-name` masks a feature, `+name` allows it again; `all` is every one whose absence no program sees;
+/// `7.N` leaves what that protocol has.
 fn mask_features(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
     let bad = || {
         bad_value(
             "kernel_features",
             value,
-            "say `-NAME` or `+NAME` with a name that `plyfs --probe` prints, or `-all`",
+            "say `-NAME` or `+NAME` with a name that `plyfs --probe` prints, `-all`, or a protocol such as `7.22`",
         )
     };
     for word in value.as_bytes().split(|byte| *byte == b':') {
-        let (sign, name) = word.split_first().ok_or_else(bad)?;
-        let name = std::str::from_utf8(name).map_err(|_| bad())?;
+        let word = std::str::from_utf8(word).map_err(|_| bad())?;
         let allowed = &mut options.session.allowed;
-        match (sign, name) {
-            (b'-', "all") => *allowed = FeatureSet::EMPTY,
-            (b'+', "all") => *allowed = FeatureSet::ALL,
-            (b'-', name) => allowed.remove(Feature::by_name(name).ok_or_else(bad)?),
-            (b'+', name) => allowed.insert(Feature::by_name(name).ok_or_else(bad)?),
-            _ => return Err(bad()),
+        if let Some(name) = word.strip_prefix('-') {
+            match name {
+                "all" => *allowed = allowed.without(FeatureSet::unseen()),
+                name => allowed.remove(Feature::by_name(name).ok_or_else(bad)?),
+            }
+        } else if let Some(name) = word.strip_prefix('+') {
+            match name {
+                "all" => *allowed = FeatureSet::ALL,
+                name => allowed.insert(Feature::by_name(name).ok_or_else(bad)?),
+            }
+        } else {
+            let minor = word.strip_prefix("7.").and_then(|minor| minor.parse().ok());
+            *allowed = allowed.without(FeatureSet::newer_than(minor.ok_or_else(bad)?));
         }
     }
     Ok(())
@@ -546,6 +553,10 @@ mod tests {
         assert!(some.contains(Feature::PosixAcl));
         let one = allowed("kernel_features=-all:+posix_acl,lowerdir=/a");
         assert!(one.contains(Feature::PosixAcl) && !one.contains(Feature::Writeback));
+        assert!(one.contains(Feature::Rename2) && !one.contains(Feature::CacheDir));
+        let old = allowed("lowerdir=/a,kernel_features=7.22,-readdirplus");
+        assert!(old.contains(Feature::AsyncDio) && !old.contains(Feature::Readdirplus));
+        assert!(!old.contains(Feature::Rename2) && !old.contains(Feature::Lseek));
         assert!(matches!(
             root("lowerdir=/a,kernel_features=-nonsense"),
             Err(OptionError::BadValue { .. })

@@ -1,9 +1,9 @@
 //! What a connection agrees with the kernel on: the kernel's offer, the user's options and
 //! the mask make one set of features.
 
-use fuser::{InitFlags, KernelConfig};
+use fuser::{InitFlags, KernelConfig, Version};
 
-use super::features::{self, Feature, FeatureSet};
+use super::features::{self, Feature, FeatureSet, Offer};
 use super::options::SessionOptions;
 
 /// The longest WRITE: 1 MiB, the most that `max_pages` allows by default.
@@ -37,26 +37,39 @@ impl Policy {
         dont_mask: false,
     };
 
+    /// Whether a feature is in use.
+    pub fn uses(&self, feature: Feature) -> bool {
+        self.in_use.contains(feature)
+    }
+
     /// Chooses, and asks the kernel for it.
     pub fn negotiate(config: &mut KernelConfig, options: &SessionOptions, no_acl: bool) -> Self {
         let offer = config.capabilities();
+        let Version(_, minor) = config.kernel_abi();
         let mut offered = FeatureSet::EMPTY;
         for description in &features::ALL {
-            if offer.contains(description.flag) {
+            let has = match description.offer {
+                Offer::Init(flag) => offer.contains(flag),
+                Offer::Reply | Offer::Request => minor >= description.minor,
+            };
+            if has {
                 offered.insert(description.feature);
             }
         }
         let mut policy = Self::choose(offered, options, no_acl);
         for description in &features::ALL {
+            let Offer::Init(flag) = description.offer else {
+                continue;
+            };
             // That you may answer ENOSYS is not asked for, and MAX_PAGES is fuser's own affair.
-            let asked = policy.in_use.contains(description.feature)
+            let asked = policy.uses(description.feature)
                 && !matches!(description.feature, Feature::NoOpen | Feature::MaxPages);
             // One at a time: fuser takes all of a set or nothing.
-            if asked && config.add_capabilities(description.flag).is_err() {
+            if asked && config.add_capabilities(flag).is_err() {
                 policy.in_use.remove(description.feature);
             }
         }
-        let limit = if policy.in_use.contains(Feature::MaxPages) {
+        let limit = if policy.uses(Feature::MaxPages) {
             MAX_WRITE
         } else {
             // 32 pages, which every kernel takes.
@@ -121,7 +134,9 @@ mod tests {
     fn what_the_library_or_the_design_cannot_use_is_not_asked_for() {
         let policy = choose(&SessionOptions::default());
         for description in &features::ALL {
-            assert!(!description.flag.intersects(NEVER), "{}", description.name);
+            if let Offer::Init(flag) = description.offer {
+                assert!(!flag.intersects(NEVER), "{}", description.name);
+            }
             if description.unused.is_some() {
                 assert!(!policy.in_use.contains(description.feature));
             }

@@ -20,6 +20,8 @@ use crate::sys::fuse_mount::{self, MountOptions};
 pub struct Feature {
     /// Its name, as in `-o kernel_features=`.
     pub name: &'static str,
+    /// The first protocol that has it, such as `7.23`.
+    pub since: String,
     /// The kernel offers it.
     pub supported: bool,
     /// A mount with default options uses it.
@@ -80,6 +82,7 @@ fn features(policy: &Result<Policy, String>) -> Vec<Feature> {
             };
             Feature {
                 name: description.name,
+                since: format!("7.{}", description.minor),
                 supported,
                 in_use,
                 reason,
@@ -125,23 +128,48 @@ fn handshake() -> Result<(Version, Policy), String> {
         .unwrap_or_else(|_| Err("the probe failed by a defect".to_owned()))
 }
 
-/// The features as a table for a terminal.
-pub fn table(features: &[Feature]) -> String {
-    let mut table = format!(
-        "{:<18} {:<10} {:<7} {}\n",
-        "feature", "supported", "in use", "why not"
-    );
-    for feature in features {
-        let yes_or_no = |yes| if yes { "yes" } else { "no" };
-        // Writing to a string does not fail.
-        let _ = writeln!(
-            table,
-            "{:<18} {:<10} {:<7} {}",
-            feature.name,
-            yes_or_no(feature.supported),
-            yes_or_no(feature.in_use),
-            feature.reason.as_deref().unwrap_or("")
-        );
+impl Probe {
+    /// As one object, on a line: `abi` and `features`.
+    pub fn json(&self) -> String {
+        let features = self.features.iter().map(|feature| {
+            serde_json::json!({
+                "name": feature.name,
+                "since": feature.since,
+                "supported": feature.supported,
+                "in_use": feature.in_use,
+                "reason": feature.reason,
+            })
+        });
+        let features: Vec<_> = features.collect();
+        format!(
+            "{}\n",
+            serde_json::json!({ "abi": self.abi, "features": features })
+        )
     }
-    table
+
+    /// As a table for a terminal.
+    pub fn table(&self) -> String {
+        let mut table = match &self.abi {
+            Some(abi) => format!("The kernel speaks FUSE {abi}; Linux 3.10 spoke 7.22.\n\n"),
+            None => String::new(),
+        };
+        table += &format!(
+            "{:<18} {:<6} {:<10} {:<7} {}\n",
+            "feature", "since", "supported", "in use", "why not"
+        );
+        for feature in &self.features {
+            let yes_or_no = |yes| if yes { "yes" } else { "no" };
+            // Writing to a string does not fail.
+            let _ = writeln!(
+                table,
+                "{:<18} {:<6} {:<10} {:<7} {}",
+                feature.name,
+                feature.since,
+                yes_or_no(feature.supported),
+                yes_or_no(feature.in_use),
+                feature.reason.as_deref().unwrap_or("")
+            );
+        }
+        table
+    }
 }

@@ -8,8 +8,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, posix_fallocate, renameat2};
+use nix::unistd::{Whence, lseek};
+
 use crate::common::snapshot::xattrs;
-use crate::common::{Layers, Mount};
+use crate::common::{Layers, Mount, errno};
 
 /// What a program sees of a tree; the times that the clock gave are left out.
 fn view(root: &Path) -> BTreeMap<PathBuf, String> {
@@ -146,6 +149,9 @@ fn every_mode_does_what_a_plain_directory_does() {
         "kernel_features=-atomic_trunc,-killpriv_v2",
         "kernel_features=-dont_mask,-posix_acl",
         "kernel_features=-max_pages,-parallel_dirops,-cache_symlinks",
+        "kernel_features=-cache_dir,-no_flush,-async_dio,-explicit_inval",
+        "kernel_features=7.22",
+        "kernel_features=7.22,-all,-fallocate",
     ] {
         let mount = Mount::new(&layers, options);
         work(&mount.join(""));
@@ -172,5 +178,78 @@ fn compare(expected: &BTreeMap<PathBuf, String>, seen: &BTreeMap<PathBuf, String
             "{}, {when}",
             path.display()
         );
+    }
+}
+
+/// What programs are told where the kernel has no request for what they want: the answers of a kernel
+/// that old, on a file system of its own.
+#[test]
+fn a_request_that_the_kernel_does_not_have_is_done_without() {
+    let layers = Layers::new(1);
+    let content = [7; 3 * 65_536];
+    Layers::write(&layers.lower(0).join("old"), content);
+    Layers::write(&layers.lower(0).join("other"), "other");
+    let mount = Mount::new(&layers, "kernel_features=7.22,-fallocate");
+    let rename = |from: &str, to: &str, flags| {
+        let (from, to) = (mount.join(from), mount.join(to));
+        errno(renameat2(AT_FDCWD, &from, AT_FDCWD, &to, flags))
+    };
+    assert_eq!(
+        rename("old", "other", RenameFlags::RENAME_EXCHANGE),
+        libc::EINVAL
+    );
+    assert_eq!(
+        rename("old", "new", RenameFlags::RENAME_NOREPLACE),
+        libc::EINVAL
+    );
+    assert_eq!(rename("old", "new", RenameFlags::empty()), 0);
+    assert_eq!(fs::read(mount.join("new")).unwrap(), content);
+
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(mount.join("new"))
+        .unwrap();
+    let allocated = fallocate(&file, FallocateFlags::FALLOC_FL_PUNCH_HOLE, 0, 65_536);
+    assert_eq!(errno(allocated), libc::EOPNOTSUPP);
+    // Grown by the C library, which writes.
+    posix_fallocate(&file, 0, 4 * 65_536).unwrap();
+    // No holes are known: everything is data, up to the end.
+    assert_eq!(lseek(&file, 5, Whence::SeekData), Ok(5));
+    assert_eq!(lseek(&file, 5, Whence::SeekHole), Ok(4 * 65_536));
+
+    // std asks for a copy by the kernel, which then reads and writes.
+    fs::copy(mount.join("new"), mount.join("copy")).unwrap();
+    assert_eq!(
+        fs::read(mount.join("copy")).unwrap()[..content.len()],
+        content
+    );
+}
+
+/// A server that the kernel tells nothing about setuid: the kernel takes the bit away itself, by a
+/// change of the mode before the write.
+#[test]
+fn a_write_clears_setuid_also_where_the_kernel_does_so() {
+    for options in [
+        "kernel_features=7.22",
+        "no_open,kernel_features=-killpriv_v2",
+    ] {
+        let layers = Layers::new(1);
+        let below = layers.lower(0).join("tool");
+        Layers::write(&below, "tool");
+        fs::set_permissions(&below, fs::Permissions::from_mode(0o6777)).unwrap();
+        let mount = Mount::new(&layers, options);
+        let status = Command::new("setpriv")
+            .args(["--reuid=1000", "--regid=1000", "--clear-groups"])
+            .args(["sh", "-c", "echo new >>\"$1\"", "sh"])
+            .arg(mount.join("tool"))
+            .status()
+            .unwrap();
+        assert!(status.success(), "{options}");
+        let mode = fs::metadata(mount.join("tool")).unwrap().mode();
+        assert_eq!(mode & 0o7777, 0o777, "{options}");
+        mount.unmount();
+        let mode = fs::metadata(layers.upper().join("tool")).unwrap().mode();
+        assert_eq!(mode & 0o7777, 0o777, "{options}: in the upper");
     }
 }

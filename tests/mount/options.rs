@@ -317,8 +317,25 @@ fn the_probe_names_every_feature_and_says_why_not() {
     ] {
         assert!(table.contains(name), "{table}");
     }
-    for line in table.lines().skip(1) {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        assert!(words[2] == "yes" || words.len() > 3, "{line}");
+    let rows: Vec<Vec<&str>> = table
+        .lines()
+        .skip_while(|line| !line.starts_with("feature "))
+        .skip(1)
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    for words in &rows {
+        assert!(words[3] == "yes" || words.len() > 4, "{words:?}");
+    }
+    let output = plyfs(&["--probe", "--json"]);
+    assert!(output.status.success());
+    let probe: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(probe["abi"].as_str().unwrap().starts_with("7."));
+    let features = probe["features"].as_array().unwrap();
+    assert_eq!(features.len(), rows.len());
+    for (feature, row) in features.iter().zip(rows) {
+        assert_eq!(feature["name"], row[0]);
+        assert_eq!(feature["since"], row[1]);
+        assert_eq!(feature["in_use"].as_bool().unwrap(), row[3] == "yes");
+        assert_eq!(feature["reason"].is_null(), row[3] == "yes", "{feature}");
     }
 }

@@ -1,4 +1,8 @@
 //! Open files and what is in them.
+//!
+//! A request that is masked is answered ENOSYS: the kernel does not send it again and does without,
+//! as one that does not know the request. FLUSH is answered so in any case, OPEN when opening is left
+//! to the kernel; nothing else ever is.
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -11,11 +15,9 @@ use fuser::{
 use super::{UnionFs, answer};
 use crate::cow::{Caller, NodeId};
 use crate::fuse::convert::{self, FOREVER};
+use crate::fuse::features::Feature;
 use crate::fuse::handles::STATELESS;
 use crate::fuse::seek::SeekJob;
-
-/// An open file: what the kernel has cached of it stays, and closing it is no news to the server.
-const FILE_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_NOFLUSH);
 
 /// The most that one COPY_FILE_RANGE copies: the answer has 32 bits, and a caller that gets less goes
 /// on by itself.
@@ -34,15 +36,25 @@ pub(super) struct Place {
 }
 
 impl UnionFs {
+    /// What the kernel has cached of a file stays, and closing it is no news to the server.
+    fn file_flags(&self) -> FopenFlags {
+        let mut flags = FopenFlags::FOPEN_KEEP_CACHE;
+        flags.set(
+            FopenFlags::FOPEN_NOFLUSH,
+            self.policy().uses(Feature::NoFlush),
+        );
+        flags
+    }
+
     pub(super) fn open_node(&self, caller: &Caller, node: NodeId, flags: i32, reply: ReplyOpen) {
         if self.policy().no_open {
-            // The one intended ENOSYS beside FLUSH: the kernel then opens every file by itself.
+            // The kernel then opens every file by itself.
             return reply.error(Errno::ENOSYS);
         }
         match self.union.open_file(node, flags, caller) {
             Ok(handle) => {
                 self.writers.opened(node, flags);
-                reply.opened(Fh(self.files.insert(handle)), FILE_FLAGS);
+                reply.opened(Fh(self.files.insert(handle)), self.file_flags());
             }
             Err(error) => reply.error(answer::errno(&error)),
         }
@@ -71,7 +83,7 @@ impl UnionFs {
                     &convert::file_attr(&entry.attr),
                     Generation(entry.generation),
                     Fh(fh),
-                    FILE_FLAGS,
+                    self.file_flags(),
                 );
             }
             Err(error) => reply.error(answer::errno(&error)),
@@ -113,7 +125,33 @@ impl UnionFs {
         answer::written(reply, result);
     }
 
+    pub(super) fn allocate(
+        &self,
+        caller: &Caller,
+        place: &Place,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        if !self.policy().uses(Feature::Fallocate) {
+            return reply.error(Errno::ENOSYS);
+        }
+        let handle = self.files.get(place.fh.0);
+        let result = self.union.fallocate(
+            place.node,
+            handle.as_deref(),
+            mode,
+            place.offset,
+            length,
+            caller,
+        );
+        answer::empty(reply, result);
+    }
+
     pub(super) fn seek(&self, node: NodeId, fh: Fh, offset: i64, whence: i32, reply: ReplyLseek) {
+        if !self.policy().uses(Feature::Lseek) {
+            return reply.error(Errno::ENOSYS);
+        }
         let job = SeekJob {
             node,
             handle: self.files.get(fh.0),
@@ -133,6 +171,9 @@ impl UnionFs {
         len: u64,
         reply: ReplyWrite,
     ) {
+        if !self.policy().uses(Feature::CopyFileRange) {
+            return reply.error(Errno::ENOSYS);
+        }
         let (source, target) = (self.files.get(from.fh.0), self.files.get(to.fh.0));
         let result = self.union.copy_file_range(
             from.node,

@@ -13,9 +13,7 @@ use super::{UnionFs, answer};
 use crate::cow::union::{DirHandle, Error};
 use crate::cow::{DirEntry, Entry, NodeId};
 use crate::fuse::convert::{self, FOREVER};
-
-/// An open directory: the kernel may cache its listing.
-const DIR_FLAGS: FopenFlags = FopenFlags::FOPEN_KEEP_CACHE.union(FopenFlags::FOPEN_CACHE_DIR);
+use crate::fuse::features::Feature;
 
 /// An open directory: its listing, taken again when the reader rewinds.
 pub(super) struct OpenDir {
@@ -24,6 +22,16 @@ pub(super) struct OpenDir {
 }
 
 impl UnionFs {
+    /// The kernel may cache a listing and keep it.
+    fn directory_flags(&self) -> FopenFlags {
+        let mut flags = FopenFlags::FOPEN_KEEP_CACHE;
+        flags.set(
+            FopenFlags::FOPEN_CACHE_DIR,
+            self.policy().uses(Feature::CacheDir),
+        );
+        flags
+    }
+
     pub(super) fn open_directory(&self, node: NodeId, reply: ReplyOpen) {
         match self.union.open_dir(node) {
             Ok(listing) => {
@@ -31,7 +39,7 @@ impl UnionFs {
                     listing: Mutex::new(listing),
                     read: AtomicBool::new(false),
                 }));
-                reply.opened(Fh(fh), DIR_FLAGS);
+                reply.opened(Fh(fh), self.directory_flags());
             }
             Err(error) => reply.error(answer::errno(&error)),
         }

@@ -479,12 +479,13 @@ impl Filesystem for UnionFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let place = Place {
+            node: node(ino),
+            fh,
+            offset,
+        };
         guarded("fallocate", || {
-            let (handle, caller) = (self.files.get(fh.0), self.caller(request, 0));
-            let result =
-                self.union
-                    .fallocate(node(ino), handle.as_deref(), mode, offset, length, &caller);
-            answer::empty(reply, result);
+            self.allocate(&self.caller(request, 0), &place, length, mode, reply);
         });
     }
 

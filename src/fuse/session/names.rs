@@ -7,6 +7,7 @@ use fuser::{Errno, Generation, RenameFlags, ReplyEmpty, ReplyEntry};
 use super::{UnionFs, answer};
 use crate::cow::{NodeId, RenameMode};
 use crate::fuse::convert::{self, FOREVER};
+use crate::fuse::features::Feature;
 
 /// The longest name that Linux has.
 const NAME_MAX: usize = 255;
@@ -31,6 +32,9 @@ impl UnionFs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        if !flags.is_empty() && !self.policy().uses(Feature::Rename2) {
+            return reply.error(Errno::ENOSYS);
+        }
         let mode = match flags {
             RenameFlags::RENAME_NOREPLACE => RenameMode::NoReplace,
             RenameFlags::RENAME_EXCHANGE => RenameMode::Exchange,
