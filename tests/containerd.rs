@@ -1,10 +1,17 @@
 //! Debian's containerd with plyd as its proxy snapshotter: images are imported and unpacked with the stock
 //! differ, containers run, the collector collects.
 
+#[path = "common/committed.rs"]
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod committed;
+#[path = "containerd/crash.rs"]
+mod crash;
 #[path = "containerd/host.rs"]
 mod host;
 #[path = "containerd/image.rs"]
 mod image;
+#[path = "common/snapshot.rs"]
+mod snapshot;
 #[path = "containerd/tree.rs"]
 mod tree;
 
@@ -13,15 +20,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use host::{Host, sh};
 
+/// Seconds since the epoch.
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap().as_secs().cast_signed()
+}
+
 /// The names that the image's odd layers end up with, and what they are there for.
 #[test]
 fn a_debian_image_is_what_the_native_snapshotter_makes_of_it_and_runs() {
     let host = Host::start();
     let (archive, headers) = image::debian(&host.dir);
-    let began = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap()
-        .as_secs() as i64;
+    let began = now();
     for snapshotter in ["native", "plywood"] {
         host.ctr(&[
             "images",

@@ -11,7 +11,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,13 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+
+#[path = "../common/committed.rs"]
+pub mod committed;
+#[path = "../common/snapshot.rs"]
+pub mod snapshot;
+
+use committed::Committed;
 
 /// How long anything may take before a test gives up; nothing is measured by it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -29,10 +36,12 @@ pub const PLYD: &str = env!("CARGO_BIN_EXE_plyd");
 /// The name that [`Plyd::load_busybox`] gives to its image.
 pub const BUSYBOX: &str = "localhost/busybox:latest";
 
-/// A running plyd. When it is dropped its containers, processes, mounts and files are gone.
+/// A running plyd. When it is dropped its containers, processes, mounts and files are gone, and every
+/// layer that was committed is as it was.
 pub struct Plyd {
     dir: TempDir,
     child: Option<Child>,
+    committed: Arc<Committed>,
 }
 
 impl Plyd {
@@ -45,7 +54,12 @@ impl Plyd {
     pub fn start_with(command: Command) -> Self {
         // Short: a socket's path has 107 bytes at most.
         let dir = tempfile::Builder::new().prefix("ply-").tempdir().unwrap();
-        let mut plyd = Self { dir, child: None };
+        let committed = Arc::new(Committed::of(&dir.path().join("root")));
+        let mut plyd = Self {
+            dir,
+            child: None,
+            committed,
+        };
         plyd.launch_with(command);
         plyd
     }
@@ -63,6 +77,11 @@ impl Plyd {
     /// Where it keeps what a reboot ends.
     pub fn state(&self) -> PathBuf {
         self.dir().join("state")
+    }
+
+    /// Its committed layers, none of which may change.
+    pub fn committed(&self) -> Arc<Committed> {
+        Arc::clone(&self.committed)
     }
 
     /// The address of its socket.
@@ -133,7 +152,16 @@ impl Plyd {
 
     /// Runs snapctl to its end.
     pub fn snapctl<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Done {
-        Done::from(self.command().args(args).output().unwrap())
+        let args: Vec<_> = args.into_iter().map(|a| a.as_ref().to_owned()).collect();
+        let first = |words: [&str; 2]| args.iter().take(2).eq(words);
+        if first(["image", "rm"]) || first(["snapshot", "rm"]) {
+            self.committed.check();
+        }
+        let done = Done::from(self.command().args(&args).output().unwrap());
+        if done.code == 0 && (first(["image", "load"]) || first(["snapshot", "commit"])) {
+            self.committed.remember();
+        }
+        done
     }
 
     /// Runs snapctl, which must succeed, and returns its stdout.
@@ -199,6 +227,8 @@ impl Drop for Plyd {
         sweep(self.dir.path());
         if std::thread::panicking() {
             eprintln!("plyd's log:\n{}", self.log());
+        } else {
+            self.committed.check();
         }
     }
 }

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use super::committed::Committed;
+
 /// Runs a program and answers its standard output; anything but success is a panic with what it said.
 pub fn sh(program: &str, args: &[&str]) -> String {
     try_sh(program, args).unwrap_or_else(|e| panic!("{e}"))
@@ -33,6 +35,7 @@ pub struct Host {
     pub dir: PathBuf,
     plyd: Option<Child>,
     containerd: Option<Child>,
+    committed: Committed,
     _temp: TempDir,
 }
 
@@ -47,6 +50,7 @@ impl Host {
             dir: temp.path().to_path_buf(),
             plyd: None,
             containerd: None,
+            committed: Committed::of(&temp.path().join("ply")),
             _temp: temp,
         };
         host.restart_plyd();
@@ -132,22 +136,40 @@ impl Host {
         self.until("containerd answers", || self.try_ctr(&["version"]).is_ok());
     }
 
-    pub fn try_ctr(&self, args: &[&str]) -> Result<String, String> {
-        let socket = self.containerd_socket();
-        // The shim's and runc's state lie below /run by the name of the namespace.
+    /// Where containerd is, and a namespace: the shim's and runc's state lie below /run by its name.
+    fn ctr_args(&self) -> Vec<String> {
         let namespace = self.dir.file_name().unwrap().to_str().unwrap();
+        let socket = self.containerd_socket();
         let own = [
             "--address",
             socket.to_str().unwrap(),
             "--namespace",
             namespace,
         ];
+        own.map(Into::into).to_vec()
+    }
+
+    /// A ctr that runs by itself; what it complains of can be read from it.
+    pub fn spawn_ctr(&self, args: &[&str]) -> Child {
+        Command::new("ctr")
+            .args(self.ctr_args())
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    pub fn try_ctr(&self, args: &[&str]) -> Result<String, String> {
+        let own = self.ctr_args();
+        let own: Vec<&str> = own.iter().map(String::as_str).collect();
         try_sh("ctr", &[&own[..], args].concat())
             .map_err(|e| format!("{e}\nplyd said:\n{}", self.tail("plyd.log")))
     }
 
     pub fn ctr(&self, args: &[&str]) -> String {
-        self.try_ctr(args).unwrap_or_else(|e| panic!("{e}"))
+        self.watched(args, |args| self.try_ctr(args))
     }
 
     pub fn try_snapctl(&self, args: &[&str]) -> Result<String, String> {
@@ -160,7 +182,24 @@ impl Host {
     }
 
     pub fn snapctl(&self, args: &[&str]) -> String {
-        self.try_snapctl(args).unwrap_or_else(|e| panic!("{e}"))
+        self.watched(args, |args| self.try_snapctl(args))
+    }
+
+    /// Runs a command that must succeed. No layer has changed when an image is to go.
+    fn watched(
+        &self,
+        args: &[&str],
+        run: impl FnOnce(&[&str]) -> Result<String, String>,
+    ) -> String {
+        let of_images = ["image", "images"].contains(&args[0]);
+        if of_images && args[1] == "rm" {
+            assert!(self.committed.check() > 0, "no layer was looked at");
+        }
+        let out = run(args).unwrap_or_else(|e| panic!("{e}"));
+        if of_images && ["load", "import"].contains(&args[1]) {
+            self.committed.remember();
+        }
+        out
     }
 
     fn tail(&self, log: &str) -> String {
@@ -225,7 +264,32 @@ impl Host {
         self.ctr(&["snapshots", "--snapshotter", snapshotter, "rm", "look"]);
     }
 
-    fn mounts(&self) -> Vec<String> {
+    /// How many entries a directory below plyd's root has.
+    pub fn stored(&self, dir: &str) -> usize {
+        fs::read_dir(self.dir.join("ply").join(dir))
+            .unwrap()
+            .count()
+    }
+
+    /// The plyfs processes of this plyd.
+    pub fn plyfs(&self) -> Vec<i32> {
+        let here = self.dir.to_string_lossy().into_owned();
+        let pids = fs::read_dir("/proc").unwrap().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(|pid: &i32| {
+            let file = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            file("comm").starts_with(b"plyfs")
+                && String::from_utf8_lossy(&file("cmdline")).contains(&here)
+        })
+        .collect()
+    }
+
+    pub fn log_of_plyd(&self) -> String {
+        fs::read_to_string(self.dir.join("plyd.log")).unwrap()
+    }
+
+    /// Everything that is mounted below this host's directory.
+    pub fn mounts(&self) -> Vec<String> {
         let prefix = format!("{}/", self.dir.display());
         let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
         text.lines()
@@ -282,5 +346,8 @@ impl Drop for Host {
         // What runc and the shim leave when they are killed.
         let runc = Path::new("/run/containerd/runc").join(self.dir.file_name().unwrap_or_default());
         let _ = fs::remove_dir_all(runc);
+        if !std::thread::panicking() {
+            self.committed.check();
+        }
     }
 }

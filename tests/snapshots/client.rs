@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::mount::{MntFlags, MsFlags};
 use plywood::grpc::pb::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
@@ -12,11 +13,13 @@ use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
 use super::common::Plyd;
+use super::common::committed::Committed;
 
 /// A client that waits for each answer.
 pub struct Snapshots {
     runtime: tokio::runtime::Runtime,
     client: SnapshotsClient<Channel>,
+    committed: Arc<Committed>,
 }
 
 pub fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
@@ -36,7 +39,11 @@ impl Snapshots {
         let endpoint = Endpoint::from_shared(plyd.address()).unwrap();
         let channel = runtime.block_on(endpoint.connect()).unwrap();
         let client = SnapshotsClient::new(channel);
-        Self { runtime, client }
+        Self {
+            runtime,
+            client,
+            committed: plyd.committed(),
+        }
     }
 
     fn client(&self) -> SnapshotsClient<Channel> {
@@ -95,6 +102,7 @@ impl Snapshots {
             ..Default::default()
         };
         self.runtime.block_on(self.client().commit(request))?;
+        self.committed.remember();
         Ok(())
     }
 
@@ -103,6 +111,7 @@ impl Snapshots {
     }
 
     pub fn remove(&self, key: &str) -> Result<(), Status> {
+        self.committed.check();
         let request = RemoveSnapshotRequest {
             key: key.to_owned(),
             ..Default::default()

@@ -197,6 +197,7 @@ fn a_copy_of_a_committed_snapshots_mount_can_be_read_and_not_written() {
     let bind = Bind::new(&mounts, &place);
     fs::write(place.join("file"), "1").unwrap();
     snapshots.commit("base", "a").unwrap();
+    plyd.committed().forget();
     assert_eq!(fs::read(place.join("file")).unwrap(), b"1");
     let error = fs::write(place.join("file"), "2").unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
