@@ -23,6 +23,58 @@ pub fn busybox(dir: &Path) -> PathBuf {
     out
 }
 
+/// Name of the image that [`many`] makes.
+pub const MANY: &str = "localhost/many:small";
+/// Its layers.
+pub const MANY_LAYERS: usize = 3;
+
+/// An archive of layers with so many small files that their unpacking can be cut off anywhere.
+pub fn many(dir: &Path) -> PathBuf {
+    let layers: Vec<Vec<u8>> = (0..MANY_LAYERS)
+        .map(|number| gzip(&many_files(number)))
+        .collect();
+    let out = dir.join("many.tar");
+    archive(&out, MANY, &layers);
+    out
+}
+
+/// Files of its own, in directories of its own and of the layers below; and of a directory that all of them share,
+/// each layer but the first makes another one opaque and takes away what the last one put into a third.
+fn many_files(layer: usize) -> Vec<u8> {
+    let mut l = Layer::new();
+    for dir in 0..20 {
+        let dir = if dir < 10 {
+            format!("shared-{dir}")
+        } else {
+            format!("layer-{layer}-{dir}")
+        };
+        l.dir(&format!("{dir}/"), &DIR);
+        if layer > 0 && dir == format!("shared-{layer}") {
+            l.whiteout(&format!("{dir}/.wh..wh..opq"));
+        }
+        for file in 0..40 {
+            let path = format!("{dir}/file-{layer}-{file}");
+            let owner = Meta {
+                owner: (file, 7),
+                ..PLAIN
+            };
+            l.file(&path, &owner, &vec![file as u8; 97 * file as usize]);
+            if file % 4 == 0 {
+                l.link(
+                    &format!("{dir}/link-{layer}-{file}"),
+                    EntryType::Link,
+                    &path,
+                    &owner,
+                );
+            }
+            if layer > 0 && file % 8 == 0 && dir == "shared-7" {
+                l.whiteout(&format!("{dir}/.wh.file-{}-{file}", layer - 1));
+            }
+        }
+    }
+    l.finish()
+}
+
 /// An archive of a small Debian and of layers above it that hold what layers can hold, and the time that the last
 /// header of each directory gives it.
 pub fn debian(dir: &Path) -> (PathBuf, BTreeMap<Vec<u8>, i64>) {
