@@ -15,6 +15,8 @@ use super::union::Union;
 use crate::sys::fs::Stat;
 
 const S_ISUID: u16 = 0o4000;
+/// After so many seconds `relatime` moves an access time in any case.
+pub(super) const DAY: i64 = 24 * 60 * 60;
 const S_ISGID: u16 = 0o2000;
 const S_IXGRP: u16 = 0o0010;
 
@@ -83,7 +85,7 @@ pub(super) fn statfs_of(stat: &libc::statvfs) -> StatFs {
     }
 }
 
-fn now() -> Timestamp {
+pub(super) fn now() -> Timestamp {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
@@ -204,7 +206,7 @@ impl Union {
             }
             self.copy_up(&node, Content::UpTo(size))?;
         } else {
-            self.copy_up(&node, Content::All)?;
+            self.copy_up(&node, Content::Metadata)?;
         }
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
@@ -247,7 +249,6 @@ impl Union {
 
     /// Notes that a lower object was read: its access time moves as `relatime` has it, in memory.
     pub(super) fn touch_lower(&self, node: &Node, place_atime: Option<Timestamp>, lower: &Attr) {
-        const DAY: i64 = 24 * 60 * 60;
         let atime = place_atime.unwrap_or(lower.atime);
         let now = now();
         if atime <= lower.mtime || atime <= lower.ctime || now.sec - atime.sec >= DAY {

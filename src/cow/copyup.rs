@@ -25,6 +25,8 @@ use crate::sys::xattr;
 /// How much of a file's content the operation needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Content {
+    /// None: only attributes or names change. The upper gets a `metacopy`.
+    Metadata,
     /// All of it.
     All,
     /// The file will be truncated to this length at once.
@@ -59,6 +61,10 @@ impl Union {
     pub(super) fn copy_up(&self, node: &Arc<Node>, content: Content) -> Result<()> {
         self.upper()?;
         if node.in_upper() {
+            return Ok(());
+        }
+        if content == Content::Metadata && node.has_upper() {
+            Self::attributes_change(node);
             return Ok(());
         }
         let mut chain = vec![Arc::clone(node)];
@@ -105,7 +111,10 @@ impl Union {
             return Err(Errno::ESTALE.into());
         };
         if has_upper {
-            return self.complete_metacopy(node, &*bottom.object, content);
+            return match content {
+                Content::Metadata => Ok(()),
+                _ => self.complete_metacopy(node, &*bottom.object, content),
+            };
         }
         let source = &*top.object;
         let attr = Attr {
@@ -113,6 +122,7 @@ impl Union {
             ..*source.attr()
         };
         let temp = Temp::new(upper);
+        let mut metacopy = false;
         match node.kind {
             FileKind::Regular => {
                 let fd = fs::openat(
@@ -122,10 +132,18 @@ impl Union {
                     0o600,
                 )?;
                 let object = Object::Open(fd.as_fd());
-                self.copy_content(&*bottom.object, fd.as_fd(), content)?;
+                metacopy = content == Content::Metadata
+                    && self.makes_metacopies()
+                    && attr.size > 0
+                    && self.mark_metacopy(upper, object)?;
+                if metacopy {
+                    fs::ftruncate(fd.as_fd(), attr.size)?;
+                } else {
+                    self.copy_content(&*bottom.object, fd.as_fd(), attr.size, content)?;
+                }
                 self.copy_metadata(source, &attr, object)?;
                 // A rename to a new name does not bring the data to the disk by itself.
-                if !self.volatile && attr.size > 0 && content != Content::UpTo(0) {
+                if !metacopy && !self.volatile && attr.size > 0 && content != Content::UpTo(0) {
                     fs::fsync(fd.as_fd(), false)?;
                 }
             }
@@ -149,7 +167,7 @@ impl Union {
                 self.copy_metadata(source, &attr, temp.object())?;
             }
         }
-        self.install_copy(node, upper, temp, source)
+        self.install_copy(node, upper, temp, source, metacopy)
     }
 
     fn install_copy(
@@ -158,6 +176,7 @@ impl Union {
         upper: &Upper,
         temp: Temp<'_>,
         source: &dyn LowerObject,
+        metacopy: bool,
     ) -> Result<()> {
         let ino = temp.object().stat()?.st_ino;
         if node.id == NodeId::ROOT {
@@ -172,7 +191,7 @@ impl Union {
                 place.orphan = Some(Orphan::Fd(Arc::new(fd)));
                 place.link_offset -= 1;
                 drop(temp);
-                Self::arrived(node, &mut place, ino);
+                Self::arrived(node, &mut place, ino, metacopy);
                 return Ok(());
             };
             let directory = Self::directory(&name.parent)?;
@@ -204,15 +223,19 @@ impl Union {
                 let host = 1 + i64::from(place.index.is_some());
                 place.link_offset += i64::from(links) - host;
             }
-            Self::arrived(node, &mut place, ino);
+            Self::arrived(node, &mut place, ino, metacopy);
             return Ok(());
         }
     }
 
-    fn arrived(node: &Node, place: &mut super::node::Place, ino: u64) {
+    /// The upper has the object from now on; with `metacopy` all but its data.
+    pub(super) fn arrived(node: &Node, place: &mut super::node::Place, ino: u64, metacopy: bool) {
         place.upper = Some(ino);
         place.atime = None;
-        place.metacopy = false;
+        place.metacopy = metacopy;
+        if metacopy {
+            return;
+        }
         if node.kind != FileKind::Directory {
             place.lowers = Arc::default();
         }
@@ -235,45 +258,21 @@ impl Union {
         Ok(())
     }
 
-    /// Data for an upper file that so far has only metadata (made by kernel overlayfs).
-    fn complete_metacopy(
-        &self,
-        node: &Arc<Node>,
-        data: &dyn LowerObject,
-        content: Content,
-    ) -> Result<()> {
-        let before = self.with_upper(node, |object| object.stat())?;
-        let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
-        self.copy_content(data, fd.as_fd(), content)?;
-        restore_times(fd.as_fd(), &before)?;
-        if !self.volatile {
-            fs::fsync(fd.as_fd(), false)?;
-        }
-        // From here on the data is the upper's; before it, a crash leaves that of the lower valid.
-        xattr::remove(Object::Open(fd.as_fd()), self.family.metacopy())?;
-        match xattr::remove(Object::Open(fd.as_fd()), self.family.redirect()) {
-            Ok(()) | Err(Errno::ENODATA) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        let mut place = node.place.write();
-        let ino = before.st_ino;
-        Self::arrived(node, &mut place, ino);
-        Ok(())
-    }
-
-    fn copy_content(
+    /// Copies the first `size` bytes, as far as they are wanted, into a file without data.
+    pub(super) fn copy_content(
         &self,
         source: &dyn LowerObject,
         to: BorrowedFd<'_>,
+        size: u64,
         content: Content,
     ) -> Result<()> {
-        let size = source.attr().size;
+        let size = size.min(source.attr().size);
         let wanted = match content {
-            Content::All => size,
+            Content::All | Content::Metadata => size,
             Content::UpTo(limit) => size.min(limit),
         };
         if wanted == 0 {
-            return Ok(());
+            return Ok(fs::ftruncate(to, 0)?);
         }
         let from = source.open()?;
         let upper = self.upper()?;
@@ -281,7 +280,7 @@ impl Union {
             && upper.clones.load(Ordering::Relaxed)
         {
             match fs::clone_content(host, to) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(fs::ftruncate(to, wanted)?),
                 // The file system has no such thing. Other failures are of this file alone.
                 Err(Errno::EOPNOTSUPP | Errno::ENOTTY) => {
                     upper.clones.store(false, Ordering::Relaxed);

@@ -292,8 +292,9 @@ impl Union {
         if node.name().is_none() && self.attr_of_node(&node)?.nlink == 0 {
             return Err(Errno::ENOENT.into());
         }
-        self.copy_up(&node, Content::All)?;
+        self.copy_up(&node, Content::Metadata)?;
         self.copy_up(&parent, Content::All)?;
+        self.keep_data_found(&node)?;
         let source = self.with_upper(&node, |object| object.open(libc::O_PATH))?;
         let mut state = directory.state.write();
         let dir = self.dir_fd(&parent)?;

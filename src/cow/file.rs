@@ -159,12 +159,23 @@ impl Union {
         let backing = self.io(&node, false)?;
         let done = backing.read_at(buf, offset)?;
         if matches!(*backing, Backing::Lower(_)) {
-            let (atime, lower) = {
+            let (in_upper, atime, lower) = {
                 let place = node.place.read();
-                (place.atime, place.lowers.first().cloned())
+                (
+                    place.upper.is_some(),
+                    place.atime,
+                    place.lowers.first().cloned(),
+                )
             };
-            if let Some(lower) = lower {
-                self.touch_lower(&node, atime, lower.object.attr());
+            match lower {
+                Some(_) if in_upper => {
+                    // What was asked for is the data, and that is there.
+                    if let Err(error) = self.touch_metacopy(&node, atime) {
+                        tracing::debug!(%error, "an access time could not be moved");
+                    }
+                }
+                Some(lower) => self.touch_lower(&node, atime, lower.object.attr()),
+                None => {}
             }
         }
         Ok(done)
@@ -208,14 +219,18 @@ impl Union {
     /// Makes the content durable, unless the union is volatile.
     pub fn fsync(&self, node: NodeId, _handle: Option<&FileHandle>, datasync: bool) -> Result<()> {
         let node = self.node(node)?;
-        if self.volatile || !node.in_upper() || node.kind != FileKind::Regular {
+        if self.volatile || !node.has_upper() || node.kind != FileKind::Regular {
             return Ok(());
         }
         let backing = self.io(&node, false)?;
         match backing.upper_fd() {
-            Some(fd) => fs::fsync(fd, datasync).context("making a file durable"),
-            None => Ok(()),
+            Some(fd) => fs::fsync(fd, datasync),
+            // Its attributes alone are the upper's.
+            None => self
+                .with_upper(&node, |object| object.open(libc::O_RDONLY))
+                .map(|fd| fs::fsync(fd.as_fd(), datasync))?,
         }
+        .context("making a file durable")
     }
 
     /// `mode` are fallocate(2)'s bits.

@@ -70,7 +70,7 @@ impl Union {
                 if is_directory {
                     pending.push(node);
                 } else {
-                    if node.in_upper() {
+                    if node.has_upper() {
                         self.bring_up(&node, &dir, &item.name)?;
                     }
                     self.let_go(node);
@@ -141,8 +141,12 @@ impl Union {
         }
         found.link_offset = self.link_offset(upper, &name, attr.nlink, lower.attr().nlink)?;
         found.upper = Some(attr);
+        found.metacopy = attr.kind == FileKind::Regular
+            && Self::mark(Object::Entry(upper.index(), &name), self.family.metacopy())?.is_some();
         found.index = Some(name.into());
-        found.lowers = Arc::default();
+        if !found.metacopy {
+            found.lowers = Arc::default();
+        }
         Ok(())
     }
 

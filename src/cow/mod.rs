@@ -8,6 +8,7 @@
 //! - `lower`, `dir_lower`: a read-only layer, and the one kind of it that there is;
 //! - `upper`: the writable layer and how an object in it is reached;
 //! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
+//! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer;
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
 //! - `number`: inode numbers; `fdcache`: a bounded number of descriptors; `acl`: inheritance of ACLs.
 
@@ -23,6 +24,7 @@ mod file;
 mod index;
 mod lookup;
 mod lower;
+mod metacopy;
 mod node;
 mod number;
 mod open;
@@ -38,5 +40,6 @@ mod upper;
 mod whiteout;
 mod xattr;
 
+pub use metacopy::may_hold_metacopies;
 pub use types::*;
 pub use union::{DirHandle, Error, FileHandle, OpenError, Result, Union};

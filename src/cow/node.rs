@@ -70,7 +70,8 @@ pub(super) struct Place {
     pub(super) index: Option<Arc<OsStr>>,
     /// Links that the union shows beyond those that the host counts.
     pub(super) link_offset: i64,
-    /// A lower object that was read: its access time, which the layer must not store.
+    /// A lower object that was read: its access time, which the layer must not store. With `metacopy`:
+    /// when the upper's was last seen to.
     pub(super) atime: Option<Timestamp>,
     /// The upper holds only metadata; data is that of the last of `lowers`.
     pub(super) metacopy: bool,
@@ -184,6 +185,11 @@ impl Node {
     /// Whether data and metadata are in the upper.
     pub(super) fn in_upper(&self) -> bool {
         self.in_upper.load(Ordering::Acquire)
+    }
+
+    /// Whether it has an object in the upper, be it without data.
+    pub(super) fn has_upper(&self) -> bool {
+        self.place.read().upper.is_some()
     }
 
     /// One of its names.

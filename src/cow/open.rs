@@ -94,6 +94,7 @@ impl Union {
             squash: config.squash,
             volatile: config.volatile,
             no_acl: config.no_acl,
+            no_metacopy: config.no_metacopy,
             origin_numbers,
             numbers,
             table,
@@ -216,6 +217,7 @@ fn open_upper(
             source: errno.into(),
         },
     })?;
+    let metacopies = xattr::get(Object::Open(root.as_fd()), family.metacopies()).is_ok();
     Ok(Upper {
         root: Arc::new(root),
         dev,
@@ -227,6 +229,7 @@ fn open_upper(
         orphan_fds: AtomicU64::new(0),
         orphan_fd_limit: limit / 2,
         clones: AtomicBool::new(true),
+        metacopies: AtomicBool::new(metacopies),
         device_whiteouts: AtomicBool::new(true),
     })
 }

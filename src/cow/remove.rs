@@ -63,7 +63,7 @@ impl Union {
             _ => return Ok(()),
         };
         if links > 1 {
-            self.copy_up(node, Content::All)?;
+            self.copy_up(node, Content::Metadata)?;
         }
         Ok(())
     }

@@ -118,7 +118,7 @@ impl Union {
         parent: &Arc<Node>,
         name: &OsStr,
     ) -> Result<()> {
-        self.copy_up(node, Content::All)?;
+        self.copy_up(node, Content::Metadata)?;
         self.copy_up(parent, Content::All)?;
         if node.directory.is_some() || node.place.read().index.is_none() {
             return Ok(());
@@ -188,7 +188,7 @@ impl Union {
         if !Self::check_kinds(node, other.as_ref(), mode)? {
             return Ok(true);
         }
-        if mode == RenameMode::Exchange && other.as_ref().is_some_and(|other| !other.in_upper()) {
+        if mode == RenameMode::Exchange && other.as_ref().is_some_and(|other| !other.has_upper()) {
             return Ok(false);
         }
         if let Some(other) = &other
@@ -241,10 +241,13 @@ impl Union {
         target: &DirState,
     ) -> Result<()> {
         self.carry_impure(node, target, to.dir)?;
+        let object = Object::Entry(from.dir, from.name);
         if node.kind != FileKind::Directory {
+            if node.place.read().metacopy {
+                self.redirect_data(object, from.parent, from.name)?;
+            }
             return Ok(());
         }
-        let object = Object::Entry(from.dir, from.name);
         if !node.place.read().lowers.is_empty() {
             let path = self.lower_path(node)?;
             xattr::set(object, self.family.redirect(), path.as_bytes(), 0)
@@ -258,7 +261,7 @@ impl Union {
 
     /// The path under which a merged directory is found in the layers below: its union path, with what
     /// the upper's redirects say in place of names (`ovl_get_redirect` in fs/overlayfs/dir.c).
-    fn lower_path(&self, node: &Arc<Node>) -> Result<OsString> {
+    pub(super) fn lower_path(&self, node: &Arc<Node>) -> Result<OsString> {
         let mut names: Vec<OsString> = Vec::new();
         let mut at = Arc::clone(node);
         while at.id != NodeId::ROOT {

@@ -231,6 +231,8 @@ pub struct UnionConfig {
     pub no_acl: bool,
     /// Inode numbers.
     pub xino: Xino,
+    /// Copy a file's data up when only its attributes or names change, so that the upper alone says all.
+    pub no_metacopy: bool,
 }
 
 /// The writable layer.

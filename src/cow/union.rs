@@ -22,6 +22,7 @@ pub struct Union {
     pub(super) squash: Option<(u32, u32)>,
     pub(super) volatile: bool,
     pub(super) no_acl: bool,
+    pub(super) no_metacopy: bool,
     /// File handles cannot be opened: origins are noted by number.
     pub(super) origin_numbers: bool,
     /// The topmost first.

@@ -39,6 +39,8 @@ pub(super) struct Upper {
     pub(super) orphan_fd_limit: u64,
     /// Content can be shared with a lower file (reflinks); until a try has failed.
     pub(super) clones: AtomicBool,
+    /// There may be files whose data is in the lower layers; the root says so, too.
+    pub(super) metacopies: AtomicBool,
     /// Whiteouts are made as character devices; otherwise in xattr form.
     pub(super) device_whiteouts: AtomicBool,
 }

@@ -55,6 +55,8 @@ marks! {
     /// Plywood's own, on the root of an upper: layers made by it hold only overlayfs's dialect, so
     /// that `.wh.` names in it are plain files also when it has become a lower.
     dialect = "plywood.dialect";
+    /// Plywood's own, on the root of an upper: there may be a `metacopy` in it.
+    metacopies = "plywood.metacopies";
     /// Plywood's own, where file handles cannot be opened: file system index and inode number of
     /// the origin.
     origin_number = "plywood.origin";

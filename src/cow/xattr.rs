@@ -77,7 +77,7 @@ impl Union {
             SetXattrMode::Create => libc::XATTR_CREATE,
             SetXattrMode::Replace => libc::XATTR_REPLACE,
         };
-        self.copy_up(&node, Content::All)?;
+        self.copy_up(&node, Content::Metadata)?;
         self.with_upper(&node, |object| xattr::set(object, &stored, value, flags))?;
         self.default_acl_changed(&node, name);
         Ok(())
@@ -90,7 +90,7 @@ impl Union {
         self.getxattr(node, name)?;
         let node = self.node(node)?;
         let stored = self.family.stored_name(name);
-        self.copy_up(&node, Content::All)?;
+        self.copy_up(&node, Content::Metadata)?;
         self.with_upper(&node, |object| xattr::remove(object, &stored))?;
         self.default_acl_changed(&node, name);
         Ok(())

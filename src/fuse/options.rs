@@ -33,6 +33,8 @@ pub struct Options {
     pub volatile: bool,
     /// `noacl`.
     pub no_acl: bool,
+    /// Files are copied up with their data whatever changes.
+    pub no_metacopy: bool,
     /// `userxattr`.
     pub user_xattr: bool,
     /// `xino`.
@@ -155,6 +157,14 @@ const TABLE: &[(&str, Action)] = &[
     ("userxattr", Flag(|o| o.user_xattr = true)),
     ("xino=", Value(set_xino)),
     (
+        "metacopy=",
+        Value(|o, v| {
+            one_of("metacopy", v, &["on", "off"])?;
+            o.no_metacopy = v == "off";
+            Ok(())
+        }),
+    ),
+    (
         "fsname=",
         Value(|o, v| text("fsname", v).map(|t| o.mount.source = t)),
     ),
@@ -177,10 +187,6 @@ const TABLE: &[(&str, Action)] = &[
     (
         "redirect_dir=",
         Value(|_, v| one_of("redirect_dir", v, &["on", "off", "follow", "nofollow"])),
-    ),
-    (
-        "metacopy=",
-        Value(|_, v| one_of("metacopy", v, &["on", "off"])),
     ),
     ("index=", Value(|_, v| one_of("index", v, &["on", "off"]))),
     (
@@ -236,6 +242,7 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], privileged: bool) -> Result<Optio
         squash_to_root: false,
         volatile: false,
         no_acl: false,
+        no_metacopy: false,
         user_xattr: !privileged,
         xino: Xino::default(),
         session: SessionOptions::default(),
@@ -471,6 +478,7 @@ impl Options {
             volatile: self.volatile,
             no_acl: self.no_acl,
             xino: self.xino,
+            no_metacopy: self.no_metacopy,
         }
     }
 }

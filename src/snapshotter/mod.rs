@@ -59,7 +59,7 @@ use mounts::Mounts;
 use types::io_error;
 pub use types::*;
 
-use crate::cow::{Union, UnionConfig, UpperConfig};
+use crate::cow::{self, Union, UnionConfig, UpperConfig};
 use crate::store::layer::{LayerId, LayerStore};
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
@@ -231,9 +231,9 @@ impl Snapshotter {
             let dir = self.data.join(&found.id);
             let upper = dir.join("upper");
             // Settling needs the work directory for itself: then no copy of the mount can go on.
-            let index = self.has_link_index(&found)?;
-            self.end_mount(&found, if index { Mounts::unmount } else { Mounts::seal })?;
-            self.settle_links(&found)?;
+            let settle = self.needs_settling(&found)?;
+            self.end_mount(&found, if settle { Mounts::unmount } else { Mounts::seal })?;
+            self.settle(&found)?;
             upper::sync(&upper).map_err(io_error("make durable", &upper))?;
             let usage = usage_of(&upper)?;
             let layer = LayerId(found.id.clone());
@@ -442,17 +442,28 @@ impl Snapshotter {
         }
     }
 
-    /// Makes links of those names, for a layer has no index.
-    fn settle_links(&self, found: &Found) -> Result<()> {
-        if !self.has_link_index(found)? {
+    /// Whether the upper does not say all by itself.
+    fn needs_settling(&self, found: &Found) -> Result<bool> {
+        let config = self.union_of(found)?;
+        let upper = self.data.join(&found.id).join("upper");
+        let metacopies = cow::may_hold_metacopies(&upper, config.xattr_family)
+            .map_err(io_error("look into", &upper))?;
+        Ok(metacopies || self.has_link_index(found)?)
+    }
+
+    /// Makes links of the names in the index, for a layer has no index; then brings up the data of files
+    /// whose attributes alone were changed, for it has no parents to rely on.
+    fn settle(&self, found: &Found) -> Result<()> {
+        if !self.needs_settling(found)? {
             return Ok(());
         }
-        let index = self.data.join(&found.id).join("work/index");
+        let upper = self.data.join(&found.id).join("upper");
         let failed = |error: &dyn std::fmt::Display| {
-            io_error("settle the hard links of", &index)(io::Error::other(error.to_string()))
+            io_error("make a whole layer of", &upper)(io::Error::other(error.to_string()))
         };
         let union = Union::open(self.union_of(found)?).map_err(|error| failed(&error))?;
-        union.settle_links().map_err(|error| failed(&error))
+        union.settle_links().map_err(|error| failed(&error))?;
+        union.complete().map_err(|error| failed(&error))
     }
 
     fn mounted_mark(&self, found: &Found) -> PathBuf {
@@ -492,7 +503,12 @@ impl Snapshotter {
     /// How to open the snapshot's union in this process, for work on an active snapshot that is not
     /// mounted (unpacking a layer). The caller closes it before `mount`, `commit` or `remove`.
     pub fn union_config(&self, owner: Owner, key: &str) -> Result<UnionConfig> {
-        self.union_of(&self.catalog.resolve(owner, key)?)
+        let config = self.union_of(&self.catalog.resolve(owner, key)?)?;
+        Ok(UnionConfig {
+            // What is unpacked is about to be committed, and has to be whole then.
+            no_metacopy: true,
+            ..config
+        })
     }
 
     fn union_of(&self, found: &Found) -> Result<UnionConfig> {

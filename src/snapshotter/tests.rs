@@ -109,6 +109,63 @@ fn from_prepare_to_remove() {
 }
 
 #[test]
+fn a_layer_is_whole_whatever_little_was_changed() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let info = prepare(&snapshots, "extract base", None);
+    let text = "data\n".repeat(100_000);
+    for name in ["file", "linked"] {
+        fs::write(info.upper_dir.as_ref().unwrap().join(name), &text).unwrap();
+    }
+    let commit = |name: &str, key: &str| {
+        snapshots
+            .commit(Owner::Containerd, name, key, BTreeMap::new())
+            .unwrap()
+    };
+    commit("base", "extract base");
+    let info = prepare(&snapshots, "container", Some("base"));
+    {
+        let config = UnionConfig {
+            no_metacopy: false,
+            ..snapshots
+                .union_config(Owner::Containerd, "container")
+                .unwrap()
+        };
+        let union = Union::open(config).unwrap();
+        let file = union.lookup(cow::NodeId::ROOT, "file".as_ref()).unwrap();
+        let set = cow::SetAttr {
+            perm: Some(0o600),
+            ..cow::SetAttr::default()
+        };
+        let root = cow::Caller::ROOT;
+        union.setattr(file.node, None, &set, &root).unwrap();
+        let linked = union.lookup(cow::NodeId::ROOT, "linked".as_ref()).unwrap();
+        union
+            .link(linked.node, cow::NodeId::ROOT, "link".as_ref())
+            .unwrap();
+    }
+    let upper = info.upper_dir.unwrap();
+    assert!(fs::metadata(upper.join("file")).unwrap().blocks() < 16);
+    let changes = snapshots.diff(Owner::Containerd, "container").unwrap();
+    let paths: Vec<_> = changes
+        .iter()
+        .map(|change| change.path.to_str().unwrap())
+        .collect();
+    assert_eq!(paths, ["/file", "/link", "/linked"]);
+    let before = snapshots.usage(Owner::Containerd, "container").unwrap();
+    let layer = commit("top", "container").layer_dirs[0].clone();
+    for name in ["file", "link", "linked"] {
+        assert!(fs::read_to_string(layer.join(name)).unwrap() == text);
+        let dir = fs::File::open(&layer).unwrap();
+        let object = Object::Entry(dir.as_fd(), name.as_ref());
+        let mark = xattr::get(object, "trusted.overlay.metacopy".as_ref());
+        assert_eq!(mark, Err(Errno::ENODATA));
+    }
+    let usage = snapshots.usage(Owner::Containerd, "top").unwrap();
+    assert!(usage.size >= before.size + 2 * text.len() as u64);
+}
+
+#[test]
 fn refusals() {
     let place = Place::new();
     let snapshots = place.open();

@@ -61,12 +61,18 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Mounts by kernel overlayfs with every feature that Plywood answers for; metacopy stays off so
-    /// that the upper can be read by anyone.
+    /// Mounts by kernel overlayfs with every feature that Plywood answers for. It makes no metacopies of its
+    /// own: when it opens one for writing, it moves the time of the last change, which no open may do.
     pub fn kernel(dirs: &Dirs) -> Self {
+        let has_metacopies = rustix::fs::getxattr(
+            &dirs.upper,
+            "trusted.overlay.plywood.metacopies",
+            &mut [0; 8],
+        );
         let options = format!(
-            "{},redirect_dir=on,index=on,xino=on,metacopy=off",
-            dirs.options()
+            "{},redirect_dir=on,index=on,xino=on,metacopy={}",
+            dirs.options(),
+            if has_metacopies.is_ok() { "on" } else { "off" }
         );
         let start = Instant::now();
         loop {

@@ -265,6 +265,9 @@ impl Run {
             union
                 .settle_links()
                 .map_err(|error| format!("links do not settle: {error}"))?;
+            union
+                .complete()
+                .map_err(|error| format!("the upper is not completed: {error}"))?;
             drop(union);
             std::fs::remove_dir_all(&dirs.work).unwrap();
         }

@@ -180,6 +180,64 @@ fn the_unions_own_marks_cannot_be_forged() {
     assert!(!mount.join("d/g").exists());
 }
 
+/// 256 MiB of lower files get other owners, modes and names.
+#[test]
+fn attributes_of_a_tree_change_without_its_data() {
+    const FILES: usize = 4;
+    const SIZE: usize = 64 << 20;
+    let layers = Layers::new(1);
+    for n in 0..FILES {
+        let content: Vec<u8> = (0..SIZE).map(|at| (at >> 10) as u8 ^ n as u8).collect();
+        Layers::write(&layers.lower(0).join(format!("tree/d{n}/f")), content);
+    }
+    layers.seal();
+    for options in ["", "no_open,writeback"] {
+        let mount = Mount::new(&layers, options);
+        let tree = mount.join("tree");
+        for command in [["chown", "-R", "12:34"], ["chmod", "-R", "u=rwX,go="]] {
+            let status = Command::new(command[0])
+                .args(&command[1..])
+                .arg(&tree)
+                .status()
+                .unwrap();
+            assert!(status.success());
+        }
+        fs::rename(tree.join("d0/f"), tree.join("d1/g")).unwrap();
+        mount.unmount();
+        let mount = Mount::new(&layers, options);
+        let tree = mount.join("tree");
+        for path in ["d1/g", "d1/f", "d2/f", "d3/f"] {
+            let stat = fs::metadata(tree.join(path)).unwrap();
+            assert_eq!((stat.uid(), stat.mode() & 0o777), (12, 0o600), "{path}");
+            assert_eq!(stat.len(), SIZE as u64);
+            assert!(stat.blocks() * 512 >= stat.len(), "{path}");
+        }
+        let file = fs::read(tree.join("d1/g")).unwrap();
+        assert!(
+            file.iter()
+                .enumerate()
+                .all(|(at, byte)| *byte == (at >> 10) as u8)
+        );
+        mount.unmount();
+        let mut blocks = 0;
+        let mut pending = vec![layers.upper()];
+        while let Some(path) = pending.pop() {
+            blocks += fs::symlink_metadata(&path).unwrap().blocks();
+            if path.is_dir() {
+                pending.extend(
+                    fs::read_dir(&path)
+                        .unwrap()
+                        .map(|entry| entry.unwrap().path()),
+                );
+            }
+        }
+        let written = blocks * 512;
+        assert!(written * 100 < (FILES * SIZE) as u64, "{written} bytes");
+        fs::remove_dir_all(layers.upper()).unwrap();
+        fs::create_dir(layers.upper()).unwrap();
+    }
+}
+
 #[test]
 fn the_unions_own_marks_do_not_show() {
     let layers = Layers::new(1);

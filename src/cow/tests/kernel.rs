@@ -95,6 +95,62 @@ fn seen_by_us(fixture: &Fixture, dir: &str, out: &mut Seen) {
 }
 
 #[test]
+fn an_upper_made_by_us_is_read_by_the_kernel_as_we_read_it() {
+    let mut fixture = Fixture::new(2, |lowers| {
+        for (n, lower) in lowers.iter().enumerate() {
+            for path in ["a/b/c/f", "a/b/g", "d/h", "mode", "old", "gone", "x", "y"] {
+                put(lower.join(path), &format!("{path} of {n}\n"));
+            }
+            put(lower.join(format!("a/only{n}")), "here");
+        }
+        for name in ["mode2", "d/mode3"] {
+            std::fs::hard_link(lowers[1].join("a/only1"), lowers[1].join(name)).unwrap();
+        }
+    });
+    let mode = |fixture: &Fixture, path: &str, perm| {
+        let set = SetAttr {
+            perm: Some(perm),
+            ..SetAttr::default()
+        };
+        let node = fixture.node(path);
+        fixture
+            .union()
+            .setattr(node, None, &set, &Caller::ROOT)
+            .unwrap();
+    };
+    mode(&fixture, "mode", 0o600);
+    mode(&fixture, "a/b/c/f", 0o601);
+    fixture.mv("old", "d/moved");
+    fixture.mv("d/moved", "d/again");
+    mode(&fixture, "mode2", 0o604);
+    fixture.mv("a/only1", "a/b/renamed");
+    fixture.link("d/h", "linked").unwrap();
+    fixture.mv("a/b", "d/b2");
+    fixture.mv("d/b2/g", "d/b2/c/g2");
+    fixture.rename("x", "y", RenameMode::Exchange).unwrap();
+    fixture.unlink("gone").unwrap();
+    fixture.mkdir("new").unwrap();
+    fixture.mv("d/again", "new/there");
+    fixture.reopen();
+    let mut expected = Seen::new();
+    seen_by_us(&fixture, "", &mut expected);
+    fixture.union = None;
+    let mut found = Seen::new();
+    {
+        let mounted = Mounted::new(&fixture);
+        seen_by_host(&mounted.0, "", &mut found);
+        assert_eq!(found, expected);
+        // And the kernel goes on from there.
+        std::fs::write(mounted.path("new/there"), "written").unwrap();
+        std::fs::rename(mounted.path("linked"), mounted.path("new/linked")).unwrap();
+    }
+    fixture.reopen();
+    assert_eq!(fixture.read("new/there"), "written");
+    assert_eq!(fixture.read("new/linked"), "d/h of 0\n");
+    assert_eq!(fixture.read("mode"), "mode of 0\n");
+}
+
+#[test]
 fn an_upper_made_by_the_kernel_is_read_as_the_kernel_reads_it() {
     let mut fixture = Fixture::new(2, |lowers| {
         for (n, lower) in lowers.iter().enumerate() {

@@ -4,6 +4,7 @@ mod basics;
 mod concurrency;
 mod kernel;
 mod limits;
+mod metacopy;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -224,6 +225,28 @@ impl Fixture {
                 self.walk(&path, out);
             }
         }
+    }
+
+    /// As `tree`, without content.
+    fn tree_of_attributes(&self) -> BTreeMap<String, String> {
+        let mut out = BTreeMap::new();
+        let mut pending = vec![String::new()];
+        while let Some(dir) = pending.pop() {
+            for name in self.list(&dir) {
+                let path = format!("{dir}{name}");
+                let attr = self.find(&path).unwrap().attr;
+                if attr.kind == FileKind::Directory {
+                    pending.push(format!("{path}/"));
+                }
+                let times = (attr.mtime, attr.size, attr.nlink);
+                let facts = format!(
+                    "{:?} {} {:o} {}:{} {times:?}",
+                    attr.kind, attr.ino, attr.perm, attr.uid, attr.gid
+                );
+                out.insert(path, facts);
+            }
+        }
+        out
     }
 
     /// What is seen is seen after a remount too, with the same numbers and links.

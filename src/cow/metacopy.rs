@@ -1,0 +1,229 @@
+//! Files whose attributes are in the upper and whose data is still in a lower layer.
+//!
+//! What changes only the attributes or names of a lower file makes a sparse file of the right size in the
+//! upper, marked `overlay.metacopy`: kernel overlayfs's own form (fs/overlayfs/copy_up.c), which it reads
+//! with `metacopy=on`. The data is found as the file itself would be, by its name in the layers below; once
+//! it has another name, `overlay.redirect` holds the path. It comes up when it is about to change.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::attr::{DAY, attr_of, kind_of_dirent, now};
+use super::copyup::{Content, restore_times};
+use super::error::{Context, Result};
+use super::lower::LowerObject;
+use super::node::Node;
+use super::types::{FileKind, NodeId, Timestamp, XattrFamily};
+use super::union::Union;
+use super::upper::Upper;
+use crate::sys::fs::{self, Object};
+use crate::sys::{dirents, xattr};
+
+/// Where Linux keeps the capabilities of a file; any write to it takes them away.
+const CAPABILITY: &str = "security.capability";
+
+/// Whether the upper directory `dir` may hold files whose data is in lower layers.
+pub fn may_hold_metacopies(dir: &Path, family: XattrFamily) -> std::io::Result<bool> {
+    let root = fs::open_path(dir, libc::O_RDONLY | libc::O_DIRECTORY)?;
+    match xattr::get(Object::Open(root.as_fd()), family.metacopies()) {
+        Ok(_) => Ok(true),
+        Err(Errno::ENODATA | Errno::EOPNOTSUPP) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+impl Union {
+    pub(super) fn makes_metacopies(&self) -> bool {
+        !self.no_metacopy
+    }
+
+    /// Marks an object that is being made as one without data; false where there is no room for the
+    /// mark.
+    pub(super) fn mark_metacopy(&self, upper: &Upper, object: Object<'_>) -> Result<bool> {
+        if !upper.metacopies.load(Ordering::Acquire) {
+            // Said of the whole before the first has a name.
+            let root = Object::Open(upper.root.as_fd());
+            xattr::set(root, self.family.metacopies(), b"y", 0)
+                .context("noting that the upper relies on the lower layers for data")?;
+            upper.metacopies.store(true, Ordering::Release);
+        }
+        match xattr::set(object, self.family.metacopy(), b"", 0) {
+            Ok(()) => Ok(true),
+            Err(Errno::ENOSPC | Errno::E2BIG) => Ok(false),
+            Err(errno) => Err(errno).context("marking a copy without data"),
+        }
+    }
+
+    /// The attributes of a file that is in the upper are about to change.
+    pub(super) fn attributes_change(node: &Node) {
+        let noted = node.place.read().atime.is_some();
+        if noted {
+            node.place.write().atime = None;
+        }
+    }
+
+    /// Notes on a `metacopy` that is about to lose the name, by which its data is found, where the data is
+    /// (`ovl_set_redirect` in fs/overlayfs/dir.c). The path is always absolute: it holds for all names.
+    pub(super) fn redirect_data(
+        &self,
+        object: Object<'_>,
+        parent: &Arc<Node>,
+        name: &OsStr,
+    ) -> Result<()> {
+        let known = self
+            .redirect_mark(object)?
+            .map(|path| path.into_os_string());
+        if let Some(known) = &known
+            && known.as_bytes().starts_with(b"/")
+        {
+            return Ok(());
+        }
+        let mut path: OsString = self.lower_path(parent)?;
+        path.push("/");
+        path.push(known.as_deref().unwrap_or(name));
+        xattr::set(object, self.family.redirect(), path.as_bytes(), 0)
+            .context("noting where the data of a renamed file is")
+    }
+
+    /// Sees to it that the data of a file is found under a name that it is about to get.
+    pub(super) fn keep_data_found(&self, node: &Arc<Node>) -> Result<()> {
+        if !node.place.read().metacopy {
+            return Ok(());
+        }
+        match node.name() {
+            Some(name) => {
+                let file = self.with_upper(node, |object| object.open(libc::O_PATH))?;
+                self.redirect_data(Object::Path(file.as_fd()), &name.parent, &name.name)
+            }
+            None => self.copy_up(node, Content::All),
+        }
+    }
+
+    /// Moves the access time of a file whose data was read from a lower layer, as the host does it for
+    /// one of the upper. `seen`: when this was last looked at.
+    pub(super) fn touch_metacopy(&self, node: &Arc<Node>, seen: Option<Timestamp>) -> Result<()> {
+        let now = now();
+        if seen.is_some_and(|seen| now.sec - seen.sec < DAY) {
+            return Ok(());
+        }
+        // Setting it would be a change of the file and move its change time, too.
+        let file = self.with_upper(node, |object| object.open(libc::O_RDONLY))?;
+        fs::pread_full(file.as_fd(), &mut [0], 0)?;
+        let mut place = node.place.write();
+        if place.metacopy {
+            place.atime = Some(now);
+        }
+        Ok(())
+    }
+
+    /// Brings up the data of a file that so far has only attributes in the upper. The caller holds its
+    /// `copy_up`.
+    pub(super) fn complete_metacopy(
+        &self,
+        node: &Arc<Node>,
+        data: &dyn LowerObject,
+        content: Content,
+    ) -> Result<()> {
+        let before = self.with_upper(node, |object| object.stat())?;
+        let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
+        let object = Object::Open(fd.as_fd());
+        let attr = attr_of(&before);
+        let capability = Self::mark(object, OsStr::new(CAPABILITY))?;
+        // A truncation that a crash has interrupted counts: what it cut off does not come back.
+        self.copy_content(data, fd.as_fd(), attr.size, content)?;
+        if let Some(capability) = capability {
+            xattr::set(object, OsStr::new(CAPABILITY), &capability, 0)
+                .context("keeping the capabilities of a file")?;
+        }
+        if attr_of(&object.stat()?).perm != attr.perm {
+            object.chmod(u32::from(attr.perm))?;
+        }
+        restore_times(fd.as_fd(), &before)?;
+        if !self.volatile && attr.size > 0 && content != Content::UpTo(0) {
+            fs::fsync(fd.as_fd(), false)?;
+        }
+        // From here on the data is the upper's; before it, a crash leaves that of the lower valid.
+        xattr::remove(object, self.family.metacopy())?;
+        match xattr::remove(object, self.family.redirect()) {
+            Ok(()) | Err(Errno::ENODATA) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut place = node.place.write();
+        Self::arrived(node, &mut place, before.st_ino, false);
+        Ok(())
+    }
+
+    /// Brings up the data of every file that has only attributes in the upper, so that the upper says all
+    /// by itself. Files that operations meanwhile leave without data are not waited for, nor are those
+    /// whose names in the upper are all gone: `settle_links` gives them one.
+    pub fn complete(&self) -> Result<()> {
+        let Some(upper) = self.upper_of() else {
+            return Ok(());
+        };
+        if !upper.metacopies.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut pending = vec![self.node(NodeId::ROOT)?];
+        while let Some(dir) = pending.pop() {
+            for (name, kind) in self.names_to_complete(&dir)? {
+                let node = match self.child(&dir, &name, false) {
+                    Ok((node, _)) => node,
+                    Err(error) if error.is(Errno::ENOENT) => continue,
+                    Err(error) => return Err(error),
+                };
+                if kind == FileKind::Directory && node.directory.is_some() {
+                    pending.push(node);
+                } else {
+                    if node.kind == FileKind::Regular && node.has_upper() {
+                        self.copy_up(&node, Content::All)?;
+                    }
+                    self.let_go(node);
+                }
+            }
+            self.let_go(dir);
+        }
+        Ok(())
+    }
+
+    /// The directories of an upper directory, and the files in it that have no data.
+    fn names_to_complete(&self, dir: &Arc<Node>) -> Result<Vec<(OsString, FileKind)>> {
+        let state = Self::directory(dir)?.state.read();
+        if state.removed || !dir.has_upper() {
+            return Ok(Vec::new());
+        }
+        let impure = self.is_impure(dir, &state)?;
+        let fd = self.dir_fd(dir)?;
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let listing = fs::openat(fd.as_fd(), OsStr::new("."), flags, 0)?;
+        let mut names = Vec::new();
+        dirents::read_all(listing.as_fd(), &mut |entry| {
+            names.push((entry.name.to_owned(), kind_of_dirent(entry.kind)));
+        })
+        .context("listing a directory of the upper layer")?;
+        let mut found = Vec::new();
+        for (name, kind) in names {
+            let object = Object::Entry(fd.as_fd(), &name);
+            let kind = match kind {
+                Some(kind) => kind,
+                None => attr_of(&object.stat()?).kind,
+            };
+            let wanted = match kind {
+                FileKind::Directory => true,
+                FileKind::Regular => {
+                    impure && Self::mark(object, self.family.metacopy())?.is_some()
+                }
+                _ => false,
+            };
+            if wanted {
+                found.push((name, kind));
+            }
+        }
+        Ok(found)
+    }
+}
