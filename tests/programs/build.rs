@@ -1,4 +1,4 @@
-//! make: nothing but time stamps decides what it does.
+//! make and cargo: nothing but time stamps decides what they do.
 
 use crate::Ground;
 
@@ -21,6 +21,33 @@ fn make_rebuilds_what_is_out_of_date_and_nothing_else() {
     assert_eq!(
         ground.sh("rm -r out; make -s | wc -l; cat out/*"),
         "5\n1\n2\nnew\n4\n5\n"
+    );
+    ground.finish();
+}
+
+#[test]
+fn cargo_rebuilds_what_is_out_of_date_and_nothing_else() {
+    let mut ground = Ground::new(
+        r#"cargo -q new --vcs none --name hello project; cd project
+        cargo -q new --lib --vcs none part; cargo -q add --offline --path part 2> /dev/null
+        echo 'pub fn word() -> &'"'"'static str { "lower" }' > part/src/lib.rs
+        echo 'fn main() { println!("{}", part::word()); }' > src/main.rs
+        cargo -q build --offline"#,
+    );
+    // What cargo says of each package that it compiles.
+    let build = "cd project; cargo build --offline 2>&1 | grep -o 'Compiling [a-z]*' || true; target/debug/hello";
+    assert_eq!(
+        ground.sh(build),
+        "lower\n",
+        "everything in the lower is up to date"
+    );
+    ground.sh("cd project; sed -i s/lower/upper/ part/src/lib.rs");
+    assert_eq!(ground.sh(build), "Compiling part\nCompiling hello\nupper\n");
+    ground.remount();
+    assert_eq!(ground.sh(build), "upper\n");
+    assert_eq!(
+        ground.sh(&format!("rm -r project/target; {build}")),
+        "Compiling part\nCompiling hello\nupper\n"
     );
     ground.finish();
 }

@@ -15,6 +15,7 @@ mod mounts;
 mod archive;
 mod build;
 mod database;
+mod debian;
 mod packages;
 mod repository;
 mod watch;
