@@ -8,7 +8,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use plywood::fuse::daemon::{self, Invocation};
-use plywood::fuse::{options, probe};
+use plywood::fuse::options::{self, Mounter};
+use plywood::fuse::probe;
 
 /// Exit code for a command line that cannot be understood; clap uses the same.
 const USAGE: u8 = 2;
@@ -31,6 +32,9 @@ struct Arguments {
     /// Stay in the foreground and log every request.
     #[arg(short, long)]
     debug: bool,
+    /// Answer one request after the other, as `-o threads=1`.
+    #[arg(short = 's')]
+    single_threaded: bool,
     /// Append the log to this file instead of sending it to the system log.
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
@@ -64,14 +68,16 @@ fn main() -> ExitCode {
         let _ = std::io::stdout().write_all(text.as_bytes());
         return ExitCode::SUCCESS;
     }
-    let privileged = nix::unistd::geteuid().is_root();
-    let mut options = match options::parse(&arguments.options, privileged) {
+    let mut options = match options::parse(&arguments.options, Mounter::current()) {
         Ok(options) => options,
         Err(error) => {
             eprintln!("plyfs: {error}");
             return ExitCode::from(USAGE);
         }
     };
+    if arguments.single_threaded {
+        options.session.threads = 1;
+    }
     let Some(mountpoint) = arguments.places.pop() else {
         eprintln!("plyfs: no mount point; see `plyfs --help`");
         return ExitCode::from(USAGE);
@@ -81,12 +87,12 @@ fn main() -> ExitCode {
     }
     let invocation = Invocation {
         mountpoint: mountpoint.into(),
-        options,
         foreground: arguments.foreground,
-        debug: arguments.debug,
+        debug: arguments.debug || options.debug,
         log_file: arguments.log_file,
         fuse_fd: arguments.fuse_fd,
         control: arguments.control,
+        options,
     };
     match daemon::run(invocation) {
         Ok(()) => ExitCode::SUCCESS,

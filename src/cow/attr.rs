@@ -10,9 +10,11 @@ use super::copyup::Content;
 use super::error::{Context, Result};
 use super::file::FileHandle;
 use super::node::{Node, Place};
+use super::owner::IdView;
+use super::stat_override::HOST_PERM;
 use super::types::{Attr, Caller, FileKind, NodeId, SetAttr, SetTime, StatFs, Timestamp};
 use super::union::Union;
-use crate::sys::fs::Stat;
+use crate::sys::fs::{Object, Stat};
 
 const S_ISUID: u16 = 0o4000;
 /// After so many seconds `relatime` moves an access time in any case.
@@ -85,6 +87,16 @@ pub(super) fn statfs_of(stat: &libc::statvfs) -> StatFs {
     }
 }
 
+/// Permission bits without setuid, and without setgid where it means execution with the group.
+fn without_set_ids(perm: u16) -> u16 {
+    let kept = perm & !S_ISUID;
+    if perm & S_IXGRP != 0 {
+        kept & !S_ISGID
+    } else {
+        kept
+    }
+}
+
 pub(super) fn now() -> Timestamp {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -138,9 +150,65 @@ impl Union {
                 return self.attr_of_lower(node, &place);
             }
         }
-        let stat = self.with_upper(node, |object| object.stat())?;
+        let attr = self.with_upper(node, |object| self.upper_attr(object))?;
         let place = node.place.read();
-        Ok(self.shown(node, &place, attr_of(&stat)))
+        Ok(self.shown(node, &place, attr))
+    }
+
+    /// Attributes of an upper object, with the owner and mode that it is to have for the union.
+    pub(super) fn upper_attr(&self, object: Object<'_>) -> Result<Attr, Errno> {
+        let mut attr = attr_of(&object.stat()?);
+        if let Some(form) = self.stat_override {
+            form.read(object, &mut attr)?;
+        }
+        Ok(attr)
+    }
+
+    /// Gives an upper object an owner, as chown(2): setuid goes, and setgid where it means execution.
+    pub(super) fn set_owner(
+        &self,
+        object: Object<'_>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+    ) -> Result<(), Errno> {
+        let Some(form) = self.stat_override else {
+            return object.chown(uid, gid);
+        };
+        let mut attr = self.upper_attr(object)?;
+        attr.uid = uid.unwrap_or(attr.uid);
+        attr.gid = gid.unwrap_or(attr.gid);
+        if attr.kind != FileKind::Directory {
+            attr.perm = without_set_ids(attr.perm);
+        }
+        form.write(object, &attr)
+    }
+
+    /// Gives an upper object permission bits.
+    pub(super) fn set_perm(&self, object: Object<'_>, perm: u16) -> Result<(), Errno> {
+        let Some(form) = self.stat_override else {
+            return object.chmod(u32::from(perm));
+        };
+        let mut attr = self.upper_attr(object)?;
+        attr.perm = perm;
+        form.write(object, &attr)
+    }
+
+    /// Gives a copy the owner and the mode of what it is copied from.
+    pub(super) fn copy_owner(&self, attr: &Attr, to: Object<'_>) -> Result<(), Errno> {
+        if let Some(form) = self.stat_override {
+            if attr.kind != FileKind::Symlink {
+                to.chmod(HOST_PERM)?;
+            }
+            return form.write(to, attr);
+        }
+        match to.chown(Some(attr.uid), Some(attr.gid)) {
+            Err(Errno::EPERM | Errno::EINVAL) if self.owners.is_squashed() => {}
+            result => result?,
+        }
+        match attr.kind {
+            FileKind::Symlink => Ok(()),
+            _ => to.chmod(u32::from(attr.perm)),
+        }
     }
 
     fn attr_of_lower(&self, node: &Node, place: &Place) -> Result<Attr> {
@@ -152,15 +220,15 @@ impl Union {
     pub(super) fn shown(&self, node: &Node, place: &Place, host: Attr) -> Attr {
         let mut attr = host;
         attr.ino = node.id.0;
-        if let Some((uid, gid)) = self.squash {
-            attr.uid = uid;
-            attr.gid = gid;
-        }
+        attr.uid = self.owners.users.shown(host.uid);
+        attr.gid = self.owners.groups.shown(host.gid);
         if node.kind == FileKind::Directory {
             // Counting the subdirectories of a merged directory would cost a listing; 1 says "not counted".
             // One of the upper alone is counted by the host.
             attr.nlink = if place.names.is_empty() && node.id != NodeId::ROOT {
                 0
+            } else if self.static_nlink {
+                1
             } else if place.upper.is_some() && place.lowers.is_empty() {
                 host.nlink
             } else {
@@ -198,6 +266,8 @@ impl Union {
         if node.kind == FileKind::Symlink && set.perm.is_some() {
             return Err(Errno::EOPNOTSUPP.into());
         }
+        let uid = Self::wanted_owner(&self.owners.users, set.uid)?;
+        let gid = Self::wanted_owner(&self.owners.groups, set.gid)?;
         if let Some(size) = set.size {
             match node.kind {
                 FileKind::Regular => {}
@@ -210,8 +280,8 @@ impl Union {
         }
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
-        if (set.uid.is_some() || set.gid.is_some()) && self.squash.is_none() {
-            self.with_upper(&node, |object| object.chown(set.uid, set.gid))
+        if uid.is_some() || gid.is_some() {
+            self.with_upper(&node, |object| self.set_owner(object, uid, gid))
                 .context("changing the owner")?;
         }
         if let Some(size) = set.size {
@@ -221,7 +291,7 @@ impl Union {
             }
         }
         if let Some(perm) = set.perm {
-            self.with_upper(&node, |object| object.chmod(u32::from(perm)))
+            self.with_upper(&node, |object| self.set_perm(object, perm))
                 .context("changing the mode")?;
         }
         if set.atime.is_some() || set.mtime.is_some() {
@@ -235,16 +305,26 @@ impl Union {
     /// What Linux does when a file is written by someone without CAP_FSETID: setuid goes, and setgid
     /// where it means execution with the group.
     pub(super) fn kill_suidgid(&self, node: &Arc<Node>) -> Result<()> {
-        let stat = self.with_upper(node, |object| object.stat())?;
-        let perm = attr_of(&stat).perm;
-        let mut kept = perm & !S_ISUID;
-        if perm & S_IXGRP != 0 {
-            kept &= !S_ISGID;
-        }
+        let perm = self
+            .with_upper(node, |object| self.upper_attr(object))?
+            .perm;
+        let kept = without_set_ids(perm);
         if kept != perm {
-            self.with_upper(node, |object| object.chmod(u32::from(kept)))?;
+            self.with_upper(node, |object| self.set_perm(object, kept))?;
         }
         Ok(())
+    }
+
+    /// The id to store for the owner that a caller names. A squashed one is shown whatever the host has, so
+    /// there is nothing to change.
+    fn wanted_owner(view: &IdView, wanted: Option<u32>) -> Result<Option<u32>> {
+        match (wanted, view.squash) {
+            (None, _) | (_, Some(_)) => Ok(None),
+            (Some(id), None) => match view.stored(id) {
+                Some(stored) => Ok(Some(stored)),
+                None => Err(Errno::EINVAL).context("the mount's mapping of owners has no such id"),
+            },
+        }
     }
 
     /// Notes that a lower object was read: its access time moves as `relatime` has it, in memory.

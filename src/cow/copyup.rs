@@ -295,10 +295,7 @@ impl Union {
 
     /// Owner, mode, attributes, origin and times, in the order in which none undoes another.
     fn copy_metadata(&self, source: &dyn LowerObject, attr: &Attr, to: Object<'_>) -> Result<()> {
-        to.chown(Some(attr.uid), Some(attr.gid))?;
-        if attr.kind != FileKind::Symlink {
-            to.chmod(u32::from(attr.perm))?;
-        }
+        self.copy_owner(attr, to)?;
         for name in source.xattr_names()? {
             if self.family.is_mark(&name) {
                 continue;

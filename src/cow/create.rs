@@ -18,6 +18,7 @@ use super::file::{Backing, FileHandle};
 use super::lookup::{Found, InUpper, check_name};
 use super::node::{DirState, Node};
 use super::redirect::Wanted;
+use super::stat_override::{HOST_PERM, StatOverride};
 use super::types::{Attr, Caller, Entry, NodeId};
 use super::union::Union;
 use super::upper::Temp;
@@ -142,9 +143,9 @@ impl Union {
         let mut state = directory.state.write();
         let dir = self.dir_fd(&parent)?;
         let free = self.free_name(&parent, &state, name)?;
-        let parent_attr = attr_of(&fs::fstat(dir.as_fd())?);
-        let default_acl = !self.no_acl && self.has_default_acl(&state, dir.as_fd())?;
-        let wanted = Wants::new(new, caller, self.squash, &parent_attr, default_acl);
+        let parent_attr = self.upper_attr(Object::Open(dir.as_fd()))?;
+        let default_acl = self.keeps_acls() && self.has_default_acl(&state, dir.as_fd())?;
+        let wanted = Wants::new(new, caller, self, &parent_attr, default_acl);
         let made = match free {
             Free::Nothing => match new.make(dir.as_fd(), name, wanted.create_perm) {
                 Ok(fd) => {
@@ -353,17 +354,16 @@ struct Wants {
     /// What to ask of the host when making it.
     create_perm: u32,
     is_directory: bool,
+    /// Where owner and mode go instead of the host's.
+    stat_override: Option<StatOverride>,
+    /// The host's owner is not shown, so it is no failure if it cannot be set.
+    any_owner: bool,
 }
 
 impl Wants {
-    fn new(
-        new: New<'_>,
-        caller: &Caller,
-        squash: Option<(u32, u32)>,
-        parent: &Attr,
-        default_acl: bool,
-    ) -> Self {
-        let (uid, mut gid) = squash.unwrap_or((caller.uid, caller.gid));
+    fn new(new: New<'_>, caller: &Caller, union: &Union, parent: &Attr, default_acl: bool) -> Self {
+        let uid = union.owners.users.of_new(caller.uid);
+        let mut gid = union.owners.groups.of_new(caller.gid);
         let is_directory = matches!(new, New::Directory { .. });
         let mut perm = new.perm();
         if let Some(perm) = &mut perm {
@@ -377,12 +377,18 @@ impl Wants {
         if u32::from(parent.perm) & S_ISGID != 0 {
             gid = parent.gid;
         }
+        let create_perm = match union.stat_override {
+            Some(_) => HOST_PERM,
+            None => perm.unwrap_or(0o777),
+        };
         Self {
             uid,
             gid,
             perm,
-            create_perm: perm.unwrap_or(0o777),
+            create_perm,
             is_directory,
+            stat_override: union.stat_override,
+            any_owner: union.owners.is_squashed(),
         }
     }
 
@@ -390,13 +396,27 @@ impl Wants {
     /// masked by an ACL and is right as the host made it.
     fn apply(&self, object: Object<'_>, masked: bool) -> Result<Attr> {
         let mut attr = attr_of(&object.stat()?);
+        if let Some(form) = self.stat_override {
+            attr.uid = self.uid;
+            attr.gid = self.gid;
+            if let Some(perm) = self.perm {
+                attr.perm = (perm & 0o7777) as u16;
+            }
+            form.write(object, &attr)?;
+            return Ok(attr);
+        }
         let made = u32::from(attr.perm);
         let mut chowned = false;
         if attr.uid != self.uid || attr.gid != self.gid {
-            object.chown(Some(self.uid), Some(self.gid))?;
-            attr.uid = self.uid;
-            attr.gid = self.gid;
-            chowned = true;
+            match object.chown(Some(self.uid), Some(self.gid)) {
+                Ok(()) => {
+                    attr.uid = self.uid;
+                    attr.gid = self.gid;
+                    chowned = true;
+                }
+                Err(Errno::EPERM | Errno::EINVAL) if self.any_owner => {}
+                Err(errno) => return Err(errno.into()),
+            }
         }
         if let Some(perm) = self.perm {
             let perm = if masked { made | perm & SET_IDS } else { perm };

@@ -13,13 +13,17 @@ use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 
+use super::adopt;
 use super::attr::{attr_of, kind_of_dirent, statfs_of};
 use super::error::{Context, Error, Result};
 use super::fdcache::{Budget, Slot};
 use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject};
 use super::origin::Origin;
+use super::stat_override::StatOverride;
 use super::types::{Attr, FileKind, StatFs, XattrFamily};
-use super::whiteout::{FUSE_OVERLAYFS_OPAQUE, WH_OPAQUE, WH_PREFIX, is_whiteout};
+use super::whiteout::{
+    FUSE_OVERLAYFS_OPAQUE, WH_OPAQUE, WH_PREFIX, is_fuse_overlayfs, is_wh_file, is_whiteout,
+};
 use crate::sys::fs::{self, Object};
 use crate::sys::{dirents, handle, private_mount, xattr};
 
@@ -34,6 +38,8 @@ struct Layer {
     decodes: bool,
     /// Whether `.wh.` files and fuse-overlayfs's attributes are marks.
     foreign: bool,
+    /// Owners and modes lie in this attribute.
+    stat_override: Option<StatOverride>,
     path: PathBuf,
 }
 
@@ -80,8 +86,14 @@ impl DirLower {
         let decodes = handle::of(Object::Open(root.as_fd()))
             .and_then(|own| handle::open(root.as_fd(), &own))
             .is_ok();
-        let foreign = xattr::get(Object::Open(root.as_fd()), family.dialect()).is_err();
-        let attr = attr_of(&stat);
+        // A file system without attributes has no mark either.
+        let dialect = adopt::dialect(root.as_fd(), family).unwrap_or(None);
+        let object = Object::Open(root.as_fd());
+        let stat_override = dialect.unwrap_or_else(|| StatOverride::of_layer(object));
+        let mut attr = attr_of(&stat);
+        if let Some(form) = stat_override {
+            form.read(object, &mut attr)?;
+        }
         let layer = Arc::new(Layer {
             family,
             budget: Arc::clone(budget),
@@ -89,7 +101,8 @@ impl DirLower {
             uuid: handle::fs_uuid(root.as_fd()),
             root: Arc::new(root),
             decodes,
-            foreign,
+            foreign: dialect.is_none(),
+            stat_override,
             path: path.to_owned(),
         });
         let root = Arc::new(DirObject {
@@ -169,13 +182,6 @@ impl Drop for DirObject {
             next = Arc::into_inner(parent).and_then(|mut parent| parent.parent.take());
         }
     }
-}
-
-/// Whether a file with the prefix is a mark: AUFS and OCI layers have empty regular files. Anything else is
-/// somebody's file of that name.
-fn is_wh_file(dir: BorrowedFd<'_>, name: &OsStr) -> bool {
-    fs::fstatat(dir, name)
-        .is_ok_and(|stat| stat.st_size == 0 && attr_of(&stat).kind == FileKind::Regular)
 }
 
 fn hash(name: &OsStr) -> u32 {
@@ -362,7 +368,9 @@ impl DirObject {
 
     /// What was honoured as a mark of another dialect is not shown, and so not copied up either.
     fn is_foreign_mark(&self, name: &OsStr) -> bool {
-        self.layer.foreign && self.attr.kind == FileKind::Directory && name == FUSE_OVERLAYFS_OPAQUE
+        let layer = &self.layer;
+        (layer.foreign && is_fuse_overlayfs(name))
+            || layer.stat_override.is_some_and(|form| form.name() == name)
     }
 
     fn is_xattr_whiteout(&self, directory: &Directory, name: &OsStr, attr: &Attr) -> Result<bool> {
@@ -406,9 +414,19 @@ impl LowerObject for DirObject {
                 });
             }
         };
-        let attr = attr_of(&stat);
+        let mut attr = attr_of(&stat);
         if is_whiteout(&attr) || self.is_xattr_whiteout(directory, name, &attr)? {
             return Ok(Some(LowerEntry::Whiteout));
+        }
+        if let Some(form) = self.layer.stat_override {
+            form.read(Object::Entry(dir.as_fd(), name), &mut attr)
+                .with_context(|| {
+                    format!(
+                        "reading the owner of {:?} in {}",
+                        name,
+                        self.host_path().display()
+                    )
+                })?;
         }
         if stat.st_dev != self.layer.dev {
             // Something is mounted inside of the layer; what lies below it is not the layer's.

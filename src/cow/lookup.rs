@@ -98,11 +98,12 @@ impl Union {
     /// The answer for a node of which a lookup has just been counted.
     pub(super) fn entry_of(&self, node: Arc<Node>, attr: Option<Attr>) -> Result<Entry> {
         let attr = match attr {
-            Some(attr) => {
+            // With owners in attributes, what the host's stat said is not all of it.
+            Some(attr) if self.stat_override.is_none() => {
                 let place = node.place.read();
                 Ok(self.shown(&node, &place, attr))
             }
-            None => self.attr_of_node(&node),
+            _ => self.attr_of_node(&node),
         };
         match attr {
             Ok(attr) => Ok(Entry {

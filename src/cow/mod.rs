@@ -10,9 +10,12 @@
 //! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
 //! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer;
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
+//! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
+//!   fuse-overlayfs has written;
 //! - `number`: inode numbers; `fdcache`: a bounded number of descriptors; `acl`: inheritance of ACLs.
 
 mod acl;
+mod adopt;
 mod attr;
 mod copyup;
 mod create;
@@ -29,9 +32,11 @@ mod node;
 mod number;
 mod open;
 mod origin;
+mod owner;
 mod redirect;
 mod remove;
 mod rename;
+mod stat_override;
 #[cfg(test)]
 mod tests;
 pub mod types;
@@ -41,5 +46,7 @@ mod whiteout;
 mod xattr;
 
 pub use metacopy::may_hold_metacopies;
+pub use owner::{IdRange, IdView, OVERFLOW_ID, Owners};
+pub use stat_override::StatOverride;
 pub use types::*;
 pub use union::{DirHandle, Error, FileHandle, OpenError, Result, Union};

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 
+use super::adopt;
 use super::attr::attr_of;
 use super::dir_lower::DirLower;
 use super::error::OpenError;
@@ -78,7 +79,7 @@ impl Union {
             lowers.push(Box::new(lower));
         }
         let upper = match &config.upper {
-            Some(upper) => Some(open_upper(upper, &config.lowers, family, limit)?),
+            Some(upper) => Some(open_upper(upper, &config, limit)?),
             None => None,
         };
         let numbers = Numbers::new(
@@ -91,10 +92,17 @@ impl Union {
         let table = Table::new();
         let union = Self {
             family,
-            squash: config.squash,
+            owners: config.owners.clone(),
+            stat_override: upper.as_ref().and_then(|upper| upper.stat_override),
+            static_nlink: config.static_nlink,
+            no_xattrs: config.no_xattrs,
             volatile: config.volatile,
             no_acl: config.no_acl,
-            no_metacopy: config.no_metacopy,
+            // Its readers with owners in attributes know no such files.
+            no_metacopy: config.no_metacopy
+                || upper
+                    .as_ref()
+                    .is_some_and(|upper| upper.stat_override.is_some()),
             origin_numbers,
             numbers,
             table,
@@ -156,13 +164,9 @@ fn check_directory(
     }
 }
 
-fn open_upper(
-    given: &UpperConfig,
-    lowers: &[PathBuf],
-    family: XattrFamily,
-    limit: u64,
-) -> Result<Upper, OpenError> {
+fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<Upper, OpenError> {
     let UpperConfig { dir, work } = given;
+    let (family, form) = (config.xattr_family, config.stat_override);
     check_directory(
         dir,
         |path, source| OpenError::Upper { path, source },
@@ -173,7 +177,7 @@ fn open_upper(
         |path, source| OpenError::Work { path, source },
         |path| OpenError::WorkNotDirectory { path },
     )?;
-    check_overlaps(given, lowers)?;
+    check_overlaps(given, &config.lowers)?;
     let upper_failed = |errno: Errno| OpenError::Upper {
         path: dir.clone(),
         source: errno.into(),
@@ -206,7 +210,13 @@ fn open_upper(
     let index = subdirectory(base.as_fd(), "index").map_err(work_failed)?;
     clear(scratch.as_fd()).map_err(work_failed)?;
     let indexed = tidy_index(index.as_fd(), family).map_err(work_failed)?;
-    mark_dialect(root.as_fd(), family).map_err(|errno| match errno {
+    let place = adopt::Place {
+        root: root.as_fd(),
+        base: base.as_fd(),
+        scratch: scratch.as_fd(),
+        family,
+    };
+    let form = adopt::adopt(&place, form).map_err(|errno| match errno {
         Errno::EROFS => OpenError::UpperReadOnly {
             path: dir.clone(),
             source: errno.into(),
@@ -231,6 +241,7 @@ fn open_upper(
         clones: AtomicBool::new(true),
         metacopies: AtomicBool::new(metacopies),
         device_whiteouts: AtomicBool::new(true),
+        stat_override: form,
     })
 }
 
@@ -294,7 +305,9 @@ fn names(dir: BorrowedFd<'_>) -> Result<Vec<std::ffi::OsString>, Errno> {
 /// Removes what an earlier mount has left behind.
 fn clear(work: BorrowedFd<'_>) -> Result<(), Errno> {
     for name in names(work)? {
-        remove_tree(work, &name);
+        if name != adopt::OURS {
+            remove_tree(work, &name);
+        }
     }
     Ok(())
 }
@@ -314,14 +327,4 @@ fn tidy_index(index: BorrowedFd<'_>, family: XattrFamily) -> Result<bool, Errno>
         }
     }
     Ok(left)
-}
-
-/// Also finds out whether the upper stores the family's attributes at all.
-fn mark_dialect(root: BorrowedFd<'_>, family: XattrFamily) -> Result<(), Errno> {
-    let object = Object::Open(root);
-    match xattr::get(object, family.dialect()) {
-        Ok(_) => Ok(()),
-        Err(Errno::ENODATA) => xattr::set(object, family.dialect(), b"overlay", 0),
-        Err(errno) => Err(errno),
-    }
 }

@@ -15,8 +15,8 @@ use super::redirect::Wanted;
 use super::types::NodeId;
 use super::union::Union;
 use super::upper::{Temp, Upper, remove_tree};
+use super::whiteout;
 use crate::sys::fs::{self, Object};
-use crate::sys::xattr;
 
 impl Union {
     /// Removes a name of something that is no directory.
@@ -203,33 +203,16 @@ impl Union {
         let upper = self.upper()?;
         let temp = Temp::new(upper);
         self.make_whiteout(upper.work(), &temp.name)?;
-        if !upper.device_whiteouts.load(Ordering::Relaxed) {
-            self.allow_xattr_whiteouts(dir)?;
-        }
+        whiteout::allow_in(dir, self.family, &upper.device_whiteouts)
+            .context("marking a directory as holding whiteouts")?;
         Ok(temp)
     }
 
-    /// Makes a whiteout under a free name: a device 0:0, or, where the kernel does not let us (without
-    /// CAP_MKNOD before Linux 5.8), overlayfs's form as an attribute.
+    /// Makes a whiteout under a free name.
     pub(super) fn make_whiteout(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
         let upper = self.upper()?;
-        if upper.device_whiteouts.load(Ordering::Relaxed) {
-            match fs::mknodat(dir, name, libc::S_IFCHR, 0) {
-                Err(Errno::EPERM) => upper.device_whiteouts.store(false, Ordering::Relaxed),
-                result => return result.context("writing a whiteout"),
-            }
-        }
-        let fd = fs::openat(dir, name, libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY, 0)?;
-        xattr::set(Object::Open(fd.as_fd()), self.family.whiteout(), b"y", 0)
+        whiteout::make(dir, name, self.family, &upper.device_whiteouts)
             .context("writing a whiteout")
-    }
-
-    fn allow_xattr_whiteouts(&self, dir: BorrowedFd<'_>) -> Result<()> {
-        if Self::mark(Object::Open(dir), self.family.opaque())?.is_none() {
-            xattr::set(Object::Open(dir), self.family.opaque(), b"x", 0)
-                .context("marking a directory as holding whiteouts")?;
-        }
-        Ok(())
     }
 
     fn keep_open(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<Orphan> {

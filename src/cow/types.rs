@@ -3,6 +3,9 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use super::owner::Owners;
+use super::stat_override::StatOverride;
+
 /// The identity of a file or directory of the union.
 ///
 /// It is the inode number that `stat` shows and the node id of FUSE at once (fuser forces the two to
@@ -223,8 +226,15 @@ pub struct UnionConfig {
     pub upper: Option<UpperConfig>,
     /// Private xattrs honoured and written.
     pub xattr_family: XattrFamily,
-    /// Show every object as owned by this user and group, and store new ones so.
-    pub squash: Option<(u32, u32)>,
+    /// Whose objects are shown as.
+    pub owners: Owners,
+    /// Keep owner and mode of what is written in an attribute. An upper that holds some already, or is
+    /// marked so by its maker, is served so unasked.
+    pub stat_override: Option<StatOverride>,
+    /// Show a link count of 1 for every directory.
+    pub static_nlink: bool,
+    /// Refuse every extended attribute with EOPNOTSUPP; the union's own marks are kept as ever.
+    pub no_xattrs: bool,
     /// Never wait for the disk: `fsync` is a no-op, copy-up is not made durable.
     pub volatile: bool,
     /// Refuse POSIX ACLs with EOPNOTSUPP.

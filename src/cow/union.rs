@@ -12,6 +12,8 @@ pub use super::file::FileHandle;
 use super::lower::Lower;
 use super::node::Table;
 use super::number::Numbers;
+use super::owner::Owners;
+use super::stat_override::StatOverride;
 use super::types::{NodeId, XattrFamily};
 use super::upper::Upper;
 
@@ -19,7 +21,11 @@ use super::upper::Upper;
 /// named after its topic.
 pub struct Union {
     pub(super) family: XattrFamily,
-    pub(super) squash: Option<(u32, u32)>,
+    pub(super) owners: Owners,
+    /// Owner and mode of upper objects lie in this attribute.
+    pub(super) stat_override: Option<StatOverride>,
+    pub(super) static_nlink: bool,
+    pub(super) no_xattrs: bool,
     pub(super) volatile: bool,
     pub(super) no_acl: bool,
     pub(super) no_metacopy: bool,

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use super::error::{Context, Result};
 use super::file::Backing;
 use super::node::{Node, Orphan};
+use super::stat_override::StatOverride;
 use super::types::{FileKind, NodeId};
 use super::union::Union;
 use crate::sys::fs::{self, Object};
@@ -43,6 +44,8 @@ pub(super) struct Upper {
     pub(super) metacopies: AtomicBool,
     /// Whiteouts are made as character devices; otherwise in xattr form.
     pub(super) device_whiteouts: AtomicBool,
+    /// Owner and mode of objects lie in this attribute.
+    pub(super) stat_override: Option<StatOverride>,
 }
 
 impl Upper {

@@ -3,13 +3,20 @@
 //!
 //! Read in a lower layer: character devices 0:0 and the `overlay.*` attributes of the mount's family
 //! as kernel overlayfs writes them (`Documentation/filesystems/overlayfs.rst`), files `.wh.NAME` and
-//! `.wh..wh..opq` as AUFS and OCI layers have them, `user.fuseoverlayfs.opaque` of fuse-overlayfs.
-//! Written: overlayfs's forms alone.
+//! `.wh..wh..opq` as AUFS and OCI layers have them, `user.fuseoverlayfs.opaque` of fuse-overlayfs. An upper that
+//! holds such when it is first mounted is translated (`adopt`). Written: overlayfs's forms alone.
 
 use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
+
+use super::attr::attr_of;
 use super::types::{Attr, FileKind, XattrFamily};
+use crate::sys::fs::{self, Object};
+use crate::sys::xattr;
 
 /// Prefix of AUFS's and OCI's whiteout files.
 pub(super) const WH_PREFIX: &[u8] = b".wh.";
@@ -17,6 +24,55 @@ pub(super) const WH_PREFIX: &[u8] = b".wh.";
 pub(super) const WH_OPAQUE: &[u8] = b".wh..wh..opq";
 /// fuse-overlayfs's mark of an opaque directory.
 pub(super) const FUSE_OVERLAYFS_OPAQUE: &str = "user.fuseoverlayfs.opaque";
+/// Where fuse-overlayfs notes what a file was copied from.
+pub(super) const FUSE_OVERLAYFS_ORIGIN: &str = "user.fuseoverlayfs.origin";
+/// What all of fuse-overlayfs's own attributes begin with.
+const FUSE_OVERLAYFS: [&[u8]; 2] = [b"user.fuseoverlayfs.", b"security.fuseoverlayfs."];
+
+/// Whether a name is one of the attributes that fuse-overlayfs keeps for itself.
+pub(super) fn is_fuse_overlayfs(name: &OsStr) -> bool {
+    FUSE_OVERLAYFS
+        .iter()
+        .any(|prefix| name.as_bytes().starts_with(prefix))
+}
+
+/// Whether a file with the prefix is a mark: AUFS and OCI layers have empty regular files. Anything else is
+/// somebody's file of that name.
+pub(super) fn is_wh_file(dir: BorrowedFd<'_>, name: &OsStr) -> bool {
+    fs::fstatat(dir, name)
+        .is_ok_and(|stat| stat.st_size == 0 && attr_of(&stat).kind == FileKind::Regular)
+}
+
+/// Makes a whiteout under a free name: a device 0:0, or, where the kernel does not let us (without
+/// CAP_MKNOD before Linux 5.8), overlayfs's form as an attribute, which counts only where `allow_in` was said.
+pub(super) fn make(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    family: XattrFamily,
+    devices: &AtomicBool,
+) -> Result<(), Errno> {
+    if devices.load(Ordering::Relaxed) {
+        match fs::mknodat(dir, name, libc::S_IFCHR, 0) {
+            Err(Errno::EPERM) => devices.store(false, Ordering::Relaxed),
+            result => return result,
+        }
+    }
+    let fd = fs::openat(dir, name, libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY, 0)?;
+    xattr::set(Object::Open(fd.as_fd()), family.whiteout(), b"y", 0)
+}
+
+/// Has whiteouts in attribute form count in a directory, if that is the form at hand.
+pub(super) fn allow_in(
+    dir: BorrowedFd<'_>,
+    family: XattrFamily,
+    devices: &AtomicBool,
+) -> Result<(), Errno> {
+    let object = Object::Open(dir);
+    if devices.load(Ordering::Relaxed) || xattr::get(object, family.opaque()).is_ok() {
+        return Ok(());
+    }
+    xattr::set(object, family.opaque(), b"x", 0)
+}
 
 /// Whether an object is overlayfs's whiteout: a character device 0:0.
 pub(super) fn is_whiteout(attr: &Attr) -> bool {

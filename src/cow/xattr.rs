@@ -10,20 +10,36 @@ use super::copyup::Content;
 use super::error::Result;
 use super::types::{NodeId, SetXattrMode};
 use super::union::Union;
+use super::whiteout::is_fuse_overlayfs;
 use crate::sys::xattr;
 
 impl Union {
-    fn check_acl(&self, name: &OsStr) -> Result<()> {
-        if self.no_acl && (name == acl::ACCESS || name == acl::DEFAULT) {
+    /// Whether POSIX ACLs are kept. Where the mode lies in an attribute they could not be kept in step with it.
+    pub fn keeps_acls(&self) -> bool {
+        !self.no_acl && !self.no_xattrs && self.stat_override.is_none()
+    }
+
+    /// Refuses what this mount does not keep.
+    fn check_name(&self, name: &OsStr) -> Result<()> {
+        let acl = name == acl::ACCESS || name == acl::DEFAULT;
+        if self.no_xattrs || (acl && !self.keeps_acls()) {
             Err(Errno::EOPNOTSUPP.into())
         } else {
             Ok(())
         }
     }
 
+    /// Whether an attribute holds owner and mode, which are not to be seen or set as such.
+    fn holds_owner(&self, name: &OsStr) -> bool {
+        self.stat_override.is_some_and(|form| form.name() == name)
+    }
+
     /// The value; ENODATA if there is none.
     pub fn getxattr(&self, node: NodeId, name: &OsStr) -> Result<Vec<u8>> {
-        self.check_acl(name)?;
+        self.check_name(name)?;
+        if self.holds_owner(name) {
+            return Err(Errno::ENODATA.into());
+        }
         let node = self.node(node)?;
         let stored = self.family.stored_name(name);
         let lower = {
@@ -41,6 +57,9 @@ impl Union {
 
     /// All names.
     pub fn listxattr(&self, node: NodeId) -> Result<Vec<OsString>> {
+        if self.no_xattrs {
+            return Err(Errno::EOPNOTSUPP.into());
+        }
         let node = self.node(node)?;
         let lower = {
             let place = node.place.read();
@@ -56,7 +75,7 @@ impl Union {
         Ok(stored
             .into_iter()
             .filter_map(|stored| self.family.shown_name(stored))
-            .filter(|name| self.check_acl(name).is_ok())
+            .filter(|name| self.check_name(name).is_ok() && !self.holds_owner(name))
             .collect())
     }
 
@@ -68,7 +87,11 @@ impl Union {
         value: &[u8],
         mode: SetXattrMode,
     ) -> Result<()> {
-        self.check_acl(name)?;
+        self.check_name(name)?;
+        // What is found of fuse-overlayfs's in an upper has to be its own.
+        if self.holds_owner(name) || is_fuse_overlayfs(name) {
+            return Err(Errno::EPERM.into());
+        }
         self.upper()?;
         let node = self.node(node)?;
         let stored = self.family.stored_name(name);

@@ -7,9 +7,11 @@
 //! write everything down, take its mount away and end.
 
 use std::cell::Cell;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -209,6 +211,11 @@ fn resolve(invocation: &mut Invocation) -> Result<UnionConfig, DaemonError> {
             })?;
         refuse_self_nesting(&invocation.mountpoint, &config)?;
     }
+    if !Path::new("/sys/fs/selinux").exists() {
+        // No kernel without SELinux knows these words, and none needs them.
+        let extra = &mut invocation.options.mount.extra;
+        extra.retain(|word| !is_context(word));
+    }
     if let Some(path) = &mut invocation.log_file {
         *path = absolute(path);
     }
@@ -216,6 +223,11 @@ fn resolve(invocation: &mut Invocation) -> Result<UnionConfig, DaemonError> {
         *path = absolute(path);
     }
     Ok(config)
+}
+
+fn is_context(word: &OsStr) -> bool {
+    let name = word.as_bytes().split(|byte| *byte == b'=').next();
+    name.is_some_and(|name| name.ends_with(b"context"))
 }
 
 /// The path without links if it leads somewhere, else as it is: opening it says what is wrong.
@@ -331,8 +343,9 @@ fn serve_mount(
             Some(controlled)
         }
     };
-    let server = Server::attach(union, device, options.session, options.no_acl)
-        .map_err(DaemonError::Session)?;
+    let no_acl = !union.keeps_acls();
+    let server =
+        Server::attach(union, device, options.session, no_acl).map_err(DaemonError::Session)?;
     let flusher = server.flusher();
     if let Some(controlled) = controlled {
         // It is set once, here.

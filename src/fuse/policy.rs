@@ -76,7 +76,7 @@ impl Policy {
             128 << 10
         };
         // Each of these answers only with the nearest value that it would take; ours are in range.
-        let _ = config.set_max_write(limit);
+        let _ = config.set_max_write(options.max_write.unwrap_or(limit).min(limit));
         let _ = config.set_max_background(MAX_BACKGROUND);
         policy
     }

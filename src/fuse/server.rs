@@ -46,10 +46,14 @@ impl Server {
             seeker.clone(),
         );
         let mut config = Config::default();
-        // Who may enter is checked by the kernel, before fuser is asked.
-        config.acl = SessionACL::All;
+        // Who may enter is checked by the kernel, before fuser is asked; of root alone it knows nothing.
+        config.acl = match options.root_and_owner {
+            true => SessionACL::RootAndOwner,
+            false => SessionACL::All,
+        };
+        let acl = config.acl;
         config.n_threads = Some(options.threads);
-        let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
+        let session = Session::from_fd(filesystem, device, acl, config)?;
         let notifier = session.notifier();
         seeker.start(union.clone(), notifier.clone())?;
         let teller = notifier.clone();

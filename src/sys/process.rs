@@ -9,6 +9,15 @@ use libc::rlim_t;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid};
 
+/// Whether user ids here are the host's: the initial user namespace maps all of them to themselves.
+pub fn in_initial_user_namespace() -> bool {
+    let Ok(map) = fs::read_to_string("/proc/self/uid_map") else {
+        // A kernel without user namespaces.
+        return true;
+    };
+    map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
 /// The soft and the hard limit of open files before `raise_open_files`.
 static FIRST_OPEN_FILES: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
 

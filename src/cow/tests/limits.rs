@@ -96,6 +96,9 @@ fn many_open_and_many_removed_files_need_few_descriptors() {
     }
     let left = std::fs::read_dir(fixture.base.path().join("work/work"))
         .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        // It tells that nobody else has used the work directory.
+        .filter(|name| name != "plywood")
         .count();
     assert_eq!(left, 0);
 }

@@ -10,9 +10,14 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use super::features::{Feature, FeatureSet};
-use crate::cow::{UnionConfig, UpperConfig, XattrFamily, Xino};
+mod table;
+
+use table::{Action, TABLE};
+
+use super::features::FeatureSet;
+use crate::cow::{Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily, Xino};
 use crate::sys::fuse_mount::MountOptions;
+use crate::sys::process;
 
 /// What the options ask for.
 #[derive(Clone, Debug)]
@@ -29,12 +34,22 @@ pub struct Options {
     pub mount: MountOptions,
     /// `squash_to_root`.
     pub squash_to_root: bool,
-    /// `volatile`.
+    /// `uidmapping` and `gidmapping`, with `squash_to_uid` and `squash_to_gid`, which go before `squash_to_root`.
+    pub owners: Owners,
+    /// `xattr_permissions`.
+    pub stat_override: Option<StatOverride>,
+    /// `static_nlink`.
+    pub static_nlink: bool,
+    /// `noxattrs`.
+    pub no_xattrs: bool,
+    /// `debug`, which says what `-d` does.
+    pub debug: bool,
+    /// `volatile`, or `fsync=0`.
     pub volatile: bool,
     /// `noacl`.
     pub no_acl: bool,
-    /// Files are copied up with their data whatever changes.
-    pub no_metacopy: bool,
+    /// `metacopy`. Without a word it is on, but with the marks of `userxattr`, where no other reads it.
+    pub metacopy: Option<bool>,
     /// `userxattr`.
     pub user_xattr: bool,
     /// `xino`.
@@ -54,6 +69,10 @@ pub struct SessionOptions {
     pub no_open: bool,
     /// Gather writes in the kernel.
     pub writeback: bool,
+    /// The longest WRITE, if it is to be less than what can be had.
+    pub max_write: Option<u32>,
+    /// Let in nobody but root and the user who mounted.
+    pub root_and_owner: bool,
 }
 
 /// Threads that answer requests unless `threads=` says otherwise: a second one keeps the mount
@@ -70,6 +89,32 @@ impl Default for SessionOptions {
             allowed: FeatureSet::ALL,
             no_open: false,
             writeback: false,
+            max_write: None,
+            root_and_owner: false,
+        }
+    }
+}
+
+/// Who mounts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mounter {
+    /// Root of the host, whose mounts are by default for everyone, with working device nodes and setuid bits.
+    Root,
+    /// Root of a user namespace: the same, but the host lets it set no `trusted.` attributes.
+    NamespaceRoot,
+    /// Anyone else, who mounts by `fusermount3` and for himself.
+    User,
+}
+
+impl Mounter {
+    /// The user of this process.
+    pub fn current() -> Self {
+        if !nix::unistd::geteuid().is_root() {
+            Self::User
+        } else if process::in_initial_user_namespace() {
+            Self::Root
+        } else {
+            Self::NamespaceRoot
         }
     }
 }
@@ -94,6 +139,14 @@ pub enum OptionError {
         /// What would be right.
         expected: &'static str,
     },
+    /// Known to fuse-overlayfs, and not to be had here.
+    #[error("option `{name}` cannot be used with plyfs: {why}")]
+    Refused {
+        /// The option.
+        name: &'static str,
+        /// Why, and what to do.
+        why: &'static str,
+    },
     /// No layer at all.
     #[error("no directory to show: give `lowerdir=A:B:C` or `lowerdir_file=PATH`")]
     NoLower,
@@ -110,124 +163,14 @@ pub enum OptionError {
     WorkWithoutUpper,
 }
 
-/// What an option does to the options read so far.
-enum Action {
-    Ignore,
-    Flag(fn(&mut Options)),
-    Value(fn(&mut Options, &OsStr) -> Result<(), OptionError>),
-}
-
-use Action::{Flag, Ignore, Value};
-
-/// Every option that is known. A name that ends in `=` takes a value.
-const TABLE: &[(&str, Action)] = &[
-    ("lowerdir=", Value(set_lowers)),
-    (
-        "lowerdir_file=",
-        Value(|o, v| path("lowerdir_file", v).map(|p| o.lowerdir_file = Some(p))),
-    ),
-    (
-        "upperdir=",
-        Value(|o, v| path("upperdir", v).map(|p| o.upper = Some(p))),
-    ),
-    (
-        "workdir=",
-        Value(|o, v| path("workdir", v).map(|p| o.work = Some(p))),
-    ),
-    ("ro", Flag(|o| o.mount.read_only = true)),
-    ("rw", Flag(|o| o.mount.read_only = false)),
-    ("suid", Flag(|o| o.mount.nosuid = false)),
-    ("nosuid", Flag(|o| o.mount.nosuid = true)),
-    ("dev", Flag(|o| o.mount.nodev = false)),
-    ("nodev", Flag(|o| o.mount.nodev = true)),
-    ("exec", Flag(|o| o.mount.noexec = false)),
-    ("noexec", Flag(|o| o.mount.noexec = true)),
-    ("atime", Flag(|o| o.mount.noatime = false)),
-    ("noatime", Flag(|o| o.mount.noatime = true)),
-    ("diratime", Flag(|o| o.mount.nodiratime = false)),
-    ("nodiratime", Flag(|o| o.mount.nodiratime = true)),
-    ("sync", Flag(|o| o.mount.synchronous = true)),
-    ("async", Flag(|o| o.mount.synchronous = false)),
-    ("dirsync", Flag(|o| o.mount.dirsync = true)),
-    ("allow_other", Flag(|o| o.mount.allow_other = true)),
-    ("squash_to_root", Flag(|o| o.squash_to_root = true)),
-    ("volatile", Flag(|o| o.volatile = true)),
-    ("noacl", Flag(|o| o.no_acl = true)),
-    ("acl", Flag(|o| o.no_acl = false)),
-    ("userxattr", Flag(|o| o.user_xattr = true)),
-    ("xino=", Value(set_xino)),
-    (
-        "metacopy=",
-        Value(|o, v| {
-            one_of("metacopy", v, &["on", "off"])?;
-            o.no_metacopy = v == "off";
-            Ok(())
-        }),
-    ),
-    (
-        "fsname=",
-        Value(|o, v| text("fsname", v).map(|t| o.mount.source = t)),
-    ),
-    (
-        "subtype=",
-        Value(|o, v| text("subtype", v).map(|t| o.mount.subtype = t)),
-    ),
-    ("context=", Value(|o, v| pass_on(o, "context", v))),
-    ("fscontext=", Value(|o, v| pass_on(o, "fscontext", v))),
-    ("defcontext=", Value(|o, v| pass_on(o, "defcontext", v))),
-    ("rootcontext=", Value(|o, v| pass_on(o, "rootcontext", v))),
-    ("max_read=", Value(|o, v| pass_on(o, "max_read", v))),
-    ("threads=", Value(set_threads)),
-    ("no_open", Flag(|o| o.session.no_open = true)),
-    ("open", Flag(|o| o.session.no_open = false)),
-    ("writeback", Flag(|o| o.session.writeback = true)),
-    ("no_writeback", Flag(|o| o.session.writeback = false)),
-    ("kernel_features=", Value(mask_features)),
-    // What the union does in any case: overlayfs's switches for it are taken and mean nothing.
-    (
-        "redirect_dir=",
-        Value(|_, v| one_of("redirect_dir", v, &["on", "off", "follow", "nofollow"])),
-    ),
-    ("index=", Value(|_, v| one_of("index", v, &["on", "off"]))),
-    (
-        "nfs_export=",
-        Value(|_, v| one_of("nfs_export", v, &["off"])),
-    ),
-    (
-        "uuid=",
-        Value(|_, v| one_of("uuid", v, &["on", "off", "null", "auto"])),
-    ),
-    ("default_permissions", Ignore),
-    // mount(8)'s own words, and what means nothing for a FUSE mount.
-    ("defaults", Ignore),
-    ("auto", Ignore),
-    ("noauto", Ignore),
-    ("nofail", Ignore),
-    ("_netdev", Ignore),
-    ("user", Ignore),
-    ("nouser", Ignore),
-    ("users", Ignore),
-    ("owner", Ignore),
-    ("group", Ignore),
-    ("relatime", Ignore),
-    ("norelatime", Ignore),
-    ("strictatime", Ignore),
-    ("nostrictatime", Ignore),
-    ("lazytime", Ignore),
-    ("nolazytime", Ignore),
-    ("silent", Ignore),
-    ("loud", Ignore),
-    ("mand", Ignore),
-    ("nomand", Ignore),
-    ("iversion", Ignore),
-    ("noiversion", Ignore),
-    ("comment=", Value(|_, _| Ok(()))),
-];
-
 /// Reads the arguments of every `-o`, in order; of an option given twice the last one counts.
-/// `privileged`: run by root, whose mounts are by default for everyone, with working device nodes
-/// and setuid bits.
-pub fn parse<S: AsRef<OsStr>>(arguments: &[S], privileged: bool) -> Result<Options, OptionError> {
+/// The defaults depend on who mounts.
+///
+/// Some lists in the language of FUSE programs are separated by commas themselves: the features in
+/// `kernel_features=-a,-b` and the ranges in `uidmapping=0:1:2,3:4:5`. A word that goes on with such a list is
+/// told by its form.
+pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Options, OptionError> {
+    let privileged = mounter != Mounter::User;
     let mut options = Options {
         lowers: Vec::new(),
         lowerdir_file: None,
@@ -240,23 +183,35 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], privileged: bool) -> Result<Optio
             ..MountOptions::default()
         },
         squash_to_root: false,
+        owners: Owners::default(),
+        stat_override: None,
+        static_nlink: false,
+        no_xattrs: false,
+        debug: false,
         volatile: false,
         no_acl: false,
-        no_metacopy: false,
-        user_xattr: !privileged,
+        metacopy: None,
+        user_xattr: mounter != Mounter::Root,
         xino: Xino::default(),
         session: SessionOptions::default(),
     };
     for argument in arguments {
-        let mut in_features = false;
+        let mut list = None;
         for word in split(argument.as_ref().as_bytes(), b',') {
-            // The features in `kernel_features=-a,-b` are separated by commas themselves.
-            if in_features && matches!(word.first(), Some(b'-' | b'+')) {
-                mask_features(&mut options, OsStr::from_bytes(word))?;
+            if let Some(list) = list
+                && table::continues(list, word)
+            {
+                table::go_on(&mut options, list, OsStr::from_bytes(word))?;
                 continue;
             }
-            in_features = word.starts_with(b"kernel_features=");
+            list = table::list(word);
             apply(&mut options, word)?;
+        }
+    }
+    if options.squash_to_root {
+        let owners = &mut options.owners;
+        for view in [&mut owners.users, &mut owners.groups] {
+            view.squash = view.squash.or(Some(0));
         }
     }
     if options.upper.is_none() {
@@ -289,12 +244,12 @@ fn apply(options: &mut Options, word: &[u8]) -> Result<(), OptionError> {
     };
     let known = TABLE.iter().find(|(known, _)| known.as_bytes() == name);
     match (known, value) {
-        (Some((_, Ignore)), _) => Ok(()),
-        (Some((_, Flag(set))), _) => {
+        (Some((_, Action::Ignore)), _) => Ok(()),
+        (Some((_, Action::Flag(set))), _) => {
             set(options);
             Ok(())
         }
-        (Some((_, Value(set))), Some(value)) => set(options, value),
+        (Some((_, Action::Value(set))), Some(value)) => set(options, value),
         _ => {
             let valued = TABLE.iter().find(|(known, _)| {
                 value.is_none() && known.strip_suffix('=').map(str::as_bytes) == Some(name)
@@ -307,15 +262,19 @@ fn apply(options: &mut Options, word: &[u8]) -> Result<(), OptionError> {
     }
 }
 
-/// Splits at every `separator` without a backslash before it; the backslashes stay in the pieces.
+/// Splits at every `separator` without a backslash before it and outside of quotes, which begin a value
+/// (`context="a,b"`); backslashes and quotes stay in the pieces.
 fn split(text: &[u8], separator: u8) -> Vec<&[u8]> {
     let mut pieces = Vec::new();
     let mut start = 0;
     let mut at = 0;
+    let mut quoted = false;
     while at < text.len() {
         match text[at] {
             b'\\' => at += 1,
-            byte if byte == separator => {
+            b'"' if quoted => quoted = false,
+            b'"' if table::may_be_quoted(&text[start..at]) => quoted = true,
+            byte if byte == separator && !quoted => {
                 pieces.push(&text[start..at]);
                 start = at + 1;
             }
@@ -341,103 +300,6 @@ fn unescape(text: &[u8]) -> OsString {
         }
     }
     OsString::from_vec(out)
-}
-
-fn text(name: &'static str, value: &OsStr) -> Result<OsString, OptionError> {
-    if value.is_empty() {
-        return Err(OptionError::NeedsValue(name));
-    }
-    Ok(unescape(value.as_bytes()))
-}
-
-fn path(name: &'static str, value: &OsStr) -> Result<PathBuf, OptionError> {
-    text(name, value).map(PathBuf::from)
-}
-
-fn set_lowers(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
-    options.lowers = split(value.as_bytes(), b':')
-        .into_iter()
-        .map(|piece| {
-            if piece.is_empty() {
-                return Err(OptionError::EmptyLower);
-            }
-            Ok(PathBuf::from(unescape(piece)))
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(())
-}
-
-fn set_xino(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
-    options.xino = match value.as_bytes() {
-        b"on" => Xino::On,
-        b"auto" => Xino::Auto,
-        b"off" => Xino::Off,
-        _ => return Err(bad_value("xino", value, "say `on`, `off` or `auto`")),
-    };
-    Ok(())
-}
-
-fn set_threads(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
-    options.session.threads = value
-        .to_str()
-        .and_then(|text| text.parse().ok())
-        .filter(|threads| (1..=MAX_THREADS).contains(threads))
-        .ok_or_else(|| bad_value("threads", value, "say a number from 1 to 64"))?;
-    Ok(())
-}
-
-/// `-name` masks a feature, `+name` allows it again; `all` is every one whose absence no program sees;
-/// `7.N` leaves what that protocol has.
-fn mask_features(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
-    let bad = || {
-        bad_value(
-            "kernel_features",
-            value,
-            "say `-NAME` or `+NAME` with a name that `plyfs --probe` prints, `-all`, or a protocol such as `7.22`",
-        )
-    };
-    for word in value.as_bytes().split(|byte| *byte == b':') {
-        let word = std::str::from_utf8(word).map_err(|_| bad())?;
-        let allowed = &mut options.session.allowed;
-        if let Some(name) = word.strip_prefix('-') {
-            match name {
-                "all" => *allowed = allowed.without(FeatureSet::unseen()),
-                name => allowed.remove(Feature::by_name(name).ok_or_else(bad)?),
-            }
-        } else if let Some(name) = word.strip_prefix('+') {
-            match name {
-                "all" => *allowed = FeatureSet::ALL,
-                name => allowed.insert(Feature::by_name(name).ok_or_else(bad)?),
-            }
-        } else {
-            let minor = word.strip_prefix("7.").and_then(|minor| minor.parse().ok());
-            *allowed = allowed.without(FeatureSet::newer_than(minor.ok_or_else(bad)?));
-        }
-    }
-    Ok(())
-}
-
-fn pass_on(options: &mut Options, name: &str, value: &OsStr) -> Result<(), OptionError> {
-    let mut word = OsString::from(name);
-    word.push("=");
-    word.push(value);
-    options.mount.extra.push(word);
-    Ok(())
-}
-
-fn one_of(name: &'static str, value: &OsStr, known: &[&str]) -> Result<(), OptionError> {
-    if known.iter().any(|known| *known == value) {
-        return Ok(());
-    }
-    Err(bad_value(name, value, "plyfs has no such setting"))
-}
-
-fn bad_value(name: &'static str, value: &OsStr, expected: &'static str) -> OptionError {
-    OptionError::BadValue {
-        name,
-        value: value.to_string_lossy().into_owned(),
-        expected,
-    }
 }
 
 /// The directories of a `lowerdir_file`: one a line, the topmost first, empty lines ignored; nothing
@@ -474,11 +336,14 @@ impl Options {
             } else {
                 XattrFamily::Trusted
             },
-            squash: self.squash_to_root.then_some((0, 0)),
+            owners: self.owners.clone(),
+            stat_override: self.stat_override,
+            static_nlink: self.static_nlink,
+            no_xattrs: self.no_xattrs,
             volatile: self.volatile,
             no_acl: self.no_acl,
             xino: self.xino,
-            no_metacopy: self.no_metacopy,
+            no_metacopy: !self.metacopy.unwrap_or(!self.user_xattr),
         }
     }
 }
@@ -486,9 +351,11 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cow::IdRange;
+    use crate::fuse::features::Feature;
 
     fn root(options: &str) -> Result<Options, OptionError> {
-        parse(&[options], true)
+        parse(&[options], Mounter::Root)
     }
 
     fn lowers(options: &str) -> Vec<PathBuf> {
@@ -515,7 +382,7 @@ mod tests {
 
     #[test]
     fn a_name_need_not_be_utf8() {
-        let options = parse(&[OsStr::from_bytes(b"lowerdir=/\xff")], true).unwrap();
+        let options = parse(&[OsStr::from_bytes(b"lowerdir=/\xff")], Mounter::Root).unwrap();
         assert_eq!(options.lowers[0].as_os_str().as_bytes(), b"/\xff");
     }
 
@@ -523,7 +390,7 @@ mod tests {
     fn the_last_word_counts_and_empty_ones_do_not() {
         let options = parse(
             &["", "lowerdir=/a,,ro,xino=off,", "lowerdir=/b,xino=on"],
-            true,
+            Mounter::Root,
         );
         let options = options.unwrap();
         assert_eq!(options.lowers, [PathBuf::from("/b")]);
@@ -533,14 +400,89 @@ mod tests {
 
     #[test]
     fn defaults_depend_on_who_mounts() {
-        let mine = parse(&["lowerdir=/a"], true).unwrap().mount;
+        let mine = parse(&["lowerdir=/a"], Mounter::Root).unwrap().mount;
         assert!(mine.allow_other && !mine.nosuid && !mine.nodev);
-        let theirs = parse(&["lowerdir=/a"], false).unwrap();
+        let theirs = parse(&["lowerdir=/a"], Mounter::User).unwrap();
         assert!(!theirs.mount.allow_other && theirs.mount.nosuid && theirs.mount.nodev);
         assert_eq!(
             theirs.union_config(Vec::new()).xattr_family,
             XattrFamily::User
         );
+    }
+
+    #[test]
+    fn the_root_of_a_user_namespace_gets_marks_that_it_can_set() {
+        let options = parse(&["lowerdir=/a"], Mounter::NamespaceRoot).unwrap();
+        assert!(options.user_xattr && options.mount.allow_other && !options.mount.nodev);
+        assert!(options.union_config(Vec::new()).no_metacopy);
+        let asked = parse(&["lowerdir=/a,metacopy=on"], Mounter::NamespaceRoot).unwrap();
+        assert!(!asked.union_config(Vec::new()).no_metacopy);
+    }
+
+    #[test]
+    fn mappings_are_triples_with_colons_or_commas_between() {
+        let range = |host, shown, length| IdRange {
+            host,
+            shown,
+            length,
+        };
+        let options = "lowerdir=/a,uidmapping=0:1000:1:1:110000:65536,gidmapping=0:5:1,1:9:2,ro";
+        let owners = root(options).unwrap().owners;
+        let users = [range(0, 1000, 1), range(1, 110_000, 65_536)];
+        assert_eq!(owners.users.ranges, users);
+        assert_eq!(owners.groups.ranges, [range(0, 5, 1), range(1, 9, 2)]);
+        for bad in [
+            "0:1",
+            "",
+            "0:0:0",
+            "a:b:c",
+            "0:1:2:3",
+            "0:0:4294967296",
+            "9:4294967295:1",
+        ] {
+            let error = root(&format!("lowerdir=/a,uidmapping={bad}")).unwrap_err();
+            assert!(matches!(error, OptionError::BadValue { .. }), "{bad}");
+        }
+    }
+
+    #[test]
+    fn one_user_goes_before_root_when_squashing() {
+        let squashed = |text: &str| {
+            let owners = root(&format!("lowerdir=/a,{text}")).unwrap().owners;
+            (owners.users.squash, owners.groups.squash)
+        };
+        assert_eq!(squashed("squash_to_root"), (Some(0), Some(0)));
+        assert_eq!(
+            squashed("squash_to_uid=7,squash_to_root"),
+            (Some(7), Some(0))
+        );
+        assert_eq!(squashed("squash_to_gid=8"), (None, Some(8)));
+    }
+
+    #[test]
+    fn fuse_overlayfs_words_mean_what_its_users_expect() {
+        let options = root("lowerdir=/a,fsync=0,threaded=0,writeback=1,noxattrs=1,debug").unwrap();
+        assert!(options.volatile && options.no_xattrs && options.debug);
+        assert!(options.session.writeback && options.session.threads == 1);
+        let options = root("lowerdir=/a,xattr_permissions=2,static_nlink,allow_root").unwrap();
+        assert_eq!(options.stat_override, Some(StatOverride::User));
+        assert!(options.static_nlink && options.session.root_and_owner);
+        let error = root("lowerdir=/a,plugins=/p.so").unwrap_err();
+        assert!(matches!(
+            error,
+            OptionError::Refused {
+                name: "plugins",
+                ..
+            }
+        ));
+        assert!(error.to_string().contains("lowerdir"), "{error}");
+    }
+
+    #[test]
+    fn a_quoted_context_may_hold_commas() {
+        let options = root("lowerdir=/a,context=\"u:r:t:s0:c1,c2\",noexec").unwrap();
+        assert_eq!(options.mount.extra, ["context=\"u:r:t:s0:c1,c2\""]);
+        assert!(options.mount.noexec);
     }
 
     #[test]
@@ -594,7 +536,17 @@ mod tests {
         for (text, expected) in cases {
             assert_eq!(root(text).unwrap_err(), expected, "{text}");
         }
-        for text in ["xino=maybe", "threads=0", "threads=65", "metacopy=yes"] {
+        for text in [
+            "xino=maybe",
+            "threads=0",
+            "threads=65",
+            "metacopy=yes",
+            "fsync=2",
+            "timeout=soon",
+            "max_write=1",
+            "xattr_permissions=3",
+            "squash_to_uid=4294967295",
+        ] {
             let error = root(&format!("lowerdir=/a,{text}")).unwrap_err();
             assert!(
                 matches!(error, OptionError::BadValue { .. }),
@@ -606,6 +558,7 @@ mod tests {
     #[test]
     fn what_other_mount_programs_are_given_is_taken() {
         root("lowerdir=/a,x-systemd.automount,_netdev,relatime,metacopy=on,index=off,redirect_dir=on,default_permissions,context=\"a\"").unwrap();
+        root("lowerdir=/a,timeout=0.0,clone_fd,fast_ino=1,max_threads=10,max_idle_threads=-1,auto_unmount,max_write=65536").unwrap();
     }
 
     #[test]
