@@ -4,6 +4,7 @@
 //! - `shim`: one plyshim by itself, on a root directory made by hand.
 //! - `isolation`: what a process finds in a container.
 //! - `crash`: plyd, plyshim and plyfs are killed.
+//! - `crun`: the other OCI runtime.
 
 #![allow(
     clippy::unwrap_used,
@@ -18,6 +19,8 @@ mod bench;
 mod common;
 #[path = "runtime/crash.rs"]
 mod crash;
+#[path = "runtime/crun.rs"]
+mod crun;
 #[path = "runtime/image.rs"]
 mod image;
 #[path = "runtime/isolation.rs"]

@@ -147,6 +147,8 @@ fn classify(message: &str) -> i32 {
         "is a directory",
         "not a directory",
         "exec format error",
+        // crun's word for what is no file.
+        "open executable: operation not permitted",
     ]) {
         CANNOT_EXECUTE
     } else if any(&["no such file or directory", "not found in", "not found"]) {
@@ -220,7 +222,11 @@ fn prepare_trial(dir: &Path, id: &str) -> io::Result<()> {
             "user": {"uid": 0, "gid": 0},
         },
         "root": {"path": "rootfs"},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        // crun fails without a /dev.
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+        ],
         "linux": {
             "cgroupsPath": format!("/plywood/{id}"),
             "resources": {"devices": [{"allow": false, "access": "rwm"}]},
@@ -282,6 +288,7 @@ mod tests {
                 "executable file `nosuch` not found in $PATH: No such file or directory",
                 127,
             ),
+            ("open executable: Operation not permitted", 126),
             ("runc create failed: cgroup: no such file or directory", 125),
         ] {
             let log = serde_json::json!({"level": "error", "msg": message}).to_string();

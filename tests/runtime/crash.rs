@@ -31,7 +31,7 @@ fn assert_clean(plyd: &Plyd) {
     }
 }
 
-fn names(dir: &Path) -> Vec<String> {
+pub fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap().flatten();
     entries
         .map(|entry| entry.file_name().into_string().unwrap())
@@ -57,7 +57,7 @@ fn processes(plyd: &Plyd, words: &str) -> Vec<Pid> {
     .collect()
 }
 
-fn cgroups_of(id: &str) -> Vec<String> {
+pub fn cgroups_of(id: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut dirs = vec![std::path::PathBuf::from("/sys/fs/cgroup")];
     while let Some(dir) = dirs.pop() {

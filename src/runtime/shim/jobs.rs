@@ -61,7 +61,7 @@ impl Shim {
             };
             let mut arguments = vec!["create".into(), "--bundle".into()];
             arguments.push(self.config.dir.join("bundle").into_os_string());
-            arguments.extend(["--pid-file".into(), "init.pid".into()]);
+            arguments.extend(["--pid-file".into(), self.own("init.pid")]);
             if self.config.tty {
                 arguments.extend(["--console-socket".into(), socket_path("console")]);
             }
@@ -97,8 +97,8 @@ impl Shim {
             .and_then(|()| self.streams(&console, tty, stdin, window))
             .and_then(|(streams, ends)| {
                 let mut arguments = vec!["exec".into(), "--detach".into()];
-                arguments.extend(["--process".into(), exec_file(id).into()]);
-                arguments.extend(["--pid-file".into(), exec_pid_file(id).into()]);
+                arguments.extend(["--process".into(), self.own(exec_file(id))]);
+                arguments.extend(["--pid-file".into(), self.own(exec_pid_file(id))]);
                 if tty {
                     arguments.extend(["--console-socket".into(), socket_path(&console)]);
                 }
@@ -133,6 +133,11 @@ impl Shim {
         }
     }
 
+    /// A file of our directory as the OCI runtime has to name it: crun changes into the bundle first.
+    fn own(&self, name: impl AsRef<Path>) -> std::ffi::OsString {
+        self.config.run_dir.join(name).into_os_string()
+    }
+
     fn streams(
         &self,
         console: &str,
@@ -158,8 +163,11 @@ impl Shim {
         ends: Option<ChildEnds>,
     ) -> io::Result<()> {
         let log = PathBuf::from(format!("oci-{}.log", self.new_id()));
-        let mut command: Command =
-            oci::command(&self.config.runtime, &self.config.runtime_root, &log);
+        let mut command: Command = oci::command(
+            &self.config.runtime,
+            &self.config.runtime_root,
+            self.own(&log).as_ref(),
+        );
         command.args(arguments).stdin(Stdio::null());
         let piped = ends.is_none();
         match ends {
