@@ -10,6 +10,8 @@ mod crash;
 mod host;
 #[path = "containerd/image.rs"]
 mod image;
+#[path = "containerd/releases.rs"]
+mod releases;
 #[path = "common/snapshot.rs"]
 mod snapshot;
 #[path = "containerd/tree.rs"]

@@ -15,24 +15,38 @@ pub fn sh(program: &str, args: &[&str]) -> String {
 }
 
 pub fn try_sh(program: &str, args: &[&str]) -> Result<String, String> {
-    let out = Command::new(program)
-        .args(args)
+    let mut command = Command::new(program);
+    command.args(args);
+    output_of(command)
+}
+
+fn output_of(mut command: Command) -> Result<String, String> {
+    let out = command
         .stdin(Stdio::null())
         .output()
-        .map_err(|e| format!("{program}: {e}; `make test` installs what the tests need"))?;
+        .map_err(|e| format!("{command:?}: {e}; `make test` installs what the tests need"))?;
     let stdout = String::from_utf8_lossy(&out.stdout).into_owned();
     if out.status.success() {
         return Ok(stdout);
     }
     Err(format!(
-        "{program} {args:?}: {}\n{stdout}\n{}",
+        "{command:?}: {}\n{stdout}\n{}",
         out.status,
         String::from_utf8_lossy(&out.stderr)
     ))
 }
 
+/// A containerd and the form of its configuration that is shipped for it.
+pub struct Release {
+    /// Directory of its programs; the host's own ones without.
+    pub programs: Option<PathBuf>,
+    /// File in contrib/containerd.
+    pub config: &'static str,
+}
+
 pub struct Host {
     pub dir: PathBuf,
+    release: Release,
     plyd: Option<Child>,
     containerd: Option<Child>,
     committed: Committed,
@@ -40,7 +54,15 @@ pub struct Host {
 }
 
 impl Host {
+    /// With the containerd that is installed.
     pub fn start() -> Self {
+        Self::start_with(Release {
+            programs: None,
+            config: "config.toml",
+        })
+    }
+
+    pub fn start_with(release: Release) -> Self {
         // Short, since paths of Unix sockets are limited to 107 bytes.
         let temp = tempfile::Builder::new()
             .prefix("ply-ctrd-")
@@ -48,6 +70,7 @@ impl Host {
             .unwrap();
         let mut host = Self {
             dir: temp.path().to_path_buf(),
+            release,
             plyd: None,
             containerd: None,
             committed: Committed::of(&temp.path().join("ply")),
@@ -103,9 +126,13 @@ impl Host {
     /// The configuration that is shipped, with the paths of this host.
     fn start_containerd(&mut self) {
         let shipped = fs::read_to_string(
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/containerd/config.toml"),
+            Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("contrib/containerd")
+                .join(self.release.config),
         )
         .unwrap();
+        let version = shipped.lines().find(|l| l.starts_with("version = "));
+        let version = version.unwrap();
         let dir = self.dir.display();
         let config = shipped
             .replace(
@@ -113,9 +140,13 @@ impl Host {
                 self.plyd_socket().to_str().unwrap(),
             )
             .replace(
-                "version = 2\n",
+                "linux/amd64",
+                &format!("linux/{}", super::image::architecture()),
+            )
+            .replace(
+                version,
                 &format!(
-                    "version = 2\nroot = \"{dir}/containerd\"\nstate = \"{dir}/containerd-state\"\n"
+                    "{version}\nroot = \"{dir}/containerd\"\nstate = \"{dir}/containerd-state\""
                 ),
             )
             + &format!(
@@ -124,7 +155,8 @@ impl Host {
             );
         let path = self.dir.join("containerd.toml");
         fs::write(&path, config).unwrap();
-        let child = Command::new("containerd")
+        let child = self
+            .program("containerd")
             .arg("--config")
             .arg(&path)
             .stdin(Stdio::null())
@@ -134,6 +166,17 @@ impl Host {
             .expect("containerd; `make test` installs it");
         self.containerd = Some(child);
         self.until("containerd answers", || self.try_ctr(&["version"]).is_ok());
+    }
+
+    /// A program of the release, which also finds the others of it.
+    fn program(&self, name: &str) -> Command {
+        let Some(programs) = &self.release.programs else {
+            return Command::new(name);
+        };
+        let mut command = Command::new(programs.join(name));
+        let path = std::env::var("PATH").unwrap();
+        command.env("PATH", format!("{}:{path}", programs.display()));
+        command
     }
 
     /// Where containerd is, and a namespace: the shim's and runc's state lie below /run by its name.
@@ -151,7 +194,7 @@ impl Host {
 
     /// A ctr that runs by itself; what it complains of can be read from it.
     pub fn spawn_ctr(&self, args: &[&str]) -> Child {
-        Command::new("ctr")
+        self.program("ctr")
             .args(self.ctr_args())
             .args(args)
             .stdin(Stdio::null())
@@ -162,10 +205,9 @@ impl Host {
     }
 
     pub fn try_ctr(&self, args: &[&str]) -> Result<String, String> {
-        let own = self.ctr_args();
-        let own: Vec<&str> = own.iter().map(String::as_str).collect();
-        try_sh("ctr", &[&own[..], args].concat())
-            .map_err(|e| format!("{e}\nplyd said:\n{}", self.tail("plyd.log")))
+        let mut ctr = self.program("ctr");
+        ctr.args(self.ctr_args()).args(args);
+        output_of(ctr).map_err(|e| format!("{e}\nplyd said:\n{}", self.tail("plyd.log")))
     }
 
     pub fn ctr(&self, args: &[&str]) -> String {

@@ -38,16 +38,24 @@ pub fn many(dir: &Path) -> PathBuf {
     out
 }
 
-/// Files of its own, in directories of its own and of the layers below; and of a directory that all of them share,
-/// each layer but the first makes another one opaque and takes away what the last one put into a third.
+/// The directories of a layer of that image: of its own, and some that all of them have.
+fn many_dirs(layer: usize) -> impl Iterator<Item = String> {
+    let shared = (0..10).map(|dir| format!("shared-{dir}"));
+    shared.chain((0..10).map(move |dir| format!("layer-{layer}-{dir}")))
+}
+
+/// The times that its layers give to its directories.
+pub fn many_times() -> BTreeMap<Vec<u8>, i64> {
+    let dirs = (0..MANY_LAYERS).flat_map(many_dirs);
+    dirs.map(|dir| (dir.into_bytes(), DIR.mtime.cast_signed()))
+        .collect()
+}
+
+/// Files and hard links in all of those. Each layer but the first makes one directory opaque, and takes away from
+/// another what the layer below put there.
 fn many_files(layer: usize) -> Vec<u8> {
     let mut l = Layer::new();
-    for dir in 0..20 {
-        let dir = if dir < 10 {
-            format!("shared-{dir}")
-        } else {
-            format!("layer-{layer}-{dir}")
-        };
+    for dir in many_dirs(layer) {
         l.dir(&format!("{dir}/"), &DIR);
         if layer > 0 && dir == format!("shared-{layer}") {
             l.whiteout(&format!("{dir}/.wh..wh..opq"));
@@ -473,6 +481,15 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// This machine's, in the words of an image's platform.
+pub fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
 /// An OCI archive of one image; its layers are given as gzip.
 fn archive(out: &Path, name: &str, layers: &[Vec<u8>]) {
     let mut tar = tar::Builder::new(File::create(out).unwrap());
@@ -495,13 +512,8 @@ fn archive(out: &Path, name: &str, layers: &[Vec<u8>]) {
         diff_ids.push(digest(&plain));
         descriptors.push(blob("application/vnd.oci.image.layer.v1.tar+gzip", layer));
     }
-    let architecture = match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    };
     let config = json!({
-        "architecture": architecture, "os": "linux",
+        "architecture": architecture(), "os": "linux",
         "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["/bin/sh"]},
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
     });

@@ -1,0 +1,93 @@
+//! Other releases of containerd than the installed one, each with the form of the configuration that is shipped for it.
+
+use std::path::{Path, PathBuf};
+
+use super::host::{Host, Release, sh};
+use super::image::{MANY, many};
+use super::tree;
+
+/// A Debian suite, the release line of containerd in it, and the configuration for that.
+struct Line {
+    suite: &'static str,
+    version: &'static str,
+    config: &'static str,
+}
+
+const LINES: [Line; 2] = [
+    Line {
+        suite: "trixie",
+        version: "1.7.",
+        config: "config.toml",
+    },
+    // A suite that moves: only where `make test-full` asks for it.
+    Line {
+        suite: "forky",
+        version: "2.",
+        config: "config-2.toml",
+    },
+];
+
+/// What the suite has, fetched once for a build directory.
+fn programs(suite: &str) -> PathBuf {
+    let files = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("containerd-{suite}"));
+    if !files.exists() {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/containerd/fetch");
+        sh(script, &[suite, files.to_str().unwrap()]);
+    }
+    files.join("usr/bin")
+}
+
+#[test]
+fn other_releases_of_containerd_import_and_run_with_the_shipped_configurations() {
+    let full = std::env::var_os("PLYWOOD_TEST_FULL").is_some();
+    for line in &LINES[..if full { 2 } else { 1 }] {
+        let host = Host::start_with(Release {
+            programs: Some(programs(line.suite)),
+            config: line.config,
+        });
+        imports_and_runs(&host, line);
+    }
+}
+
+fn imports_and_runs(host: &Host, line: &Line) {
+    let server = host.ctr(&["version"]);
+    let (_, server) = server.split_once("Server:").unwrap();
+    let version = server.split_once("Version:").unwrap().1.trim_start();
+    assert!(version.starts_with(line.version), "{server}");
+
+    let (busybox, many) = (super::image::busybox(&host.dir), many(&host.dir));
+    let began = super::now();
+    for (snapshotter, archive) in [("native", &many), ("plywood", &many), ("plywood", &busybox)] {
+        let archive = archive.to_str().unwrap();
+        // The native snapshotter is the oracle and has no entry in the transfer service's configuration.
+        let local = (snapshotter == "native" && line.version == "2.").then_some("--local");
+        let args = ["images", "import", "--snapshotter", snapshotter].into_iter();
+        host.ctr(&args.chain(local).chain([archive]).collect::<Vec<_>>());
+    }
+    let top = host.chain_id(MANY);
+    let trees = ["native", "plywood"].map(|snapshotter| {
+        let root = host.look_into(snapshotter, &top);
+        let tree = tree::read(&root);
+        host.look_away(snapshotter, &root);
+        tree
+    });
+    assert!(trees[0].len() > 2000, "{}", trees[0].len());
+    let differences = tree::differences(&trees[0], &trees[1], began, &super::image::many_times());
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+
+    const BUSYBOX: &str = "localhost/busybox:latest";
+    let script =
+        "echo ran; echo 1 >/made; rm /etc/image-name; test -e /made && ! test -e /etc/image-name";
+    for name in ["one", "two"] {
+        let run = ["run", "--rm", "--snapshotter", "plywood", BUSYBOX, name];
+        let out = host.ctr(&[&run[..], &["/bin/sh", "-ec", script]].concat());
+        assert_eq!(out, "ran\n");
+    }
+    for image in [MANY, BUSYBOX] {
+        host.ctr(&["images", "rm", "--sync", image]);
+    }
+    host.until("every snapshot is collected", || {
+        host.snapshots("plywood").is_empty() && host.stored("layers") == 0
+    });
+    host.until("every mount is gone", || host.mounts().is_empty());
+}
