@@ -13,7 +13,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BUILD_PACKAGES := gcc libc6-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench release
+.PHONY: help run test test-full lint bench release
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,9 @@ run: ## build Plywood and run a container on it, from nothing to an exit code; I
 test: ## install what the tests need and run all of them
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
 	@tests/all
+
+test-full: ## as test, with the long forms of those that have one
+	@PLYWOOD_TEST_FULL=1 $(MAKE) --no-print-directory test
 
 lint: ## formatting, clippy, and rules of our own
 	@tests/lint

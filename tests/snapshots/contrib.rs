@@ -1,5 +1,5 @@
-//! The configurations for containerd that are shipped. Debian's containerd runs with the first form in
-//! tests/containerd.rs; here both are held against each other and against plyd.
+//! The configurations for containerd that are shipped. Releases of containerd run with them in tests/containerd.rs;
+//! here they are held against each other and against plyd.
 
 use std::fs;
 use std::path::Path;
