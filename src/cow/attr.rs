@@ -7,9 +7,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::errno::Errno;
 
 use super::copyup::Content;
+use super::dir::Item;
 use super::error::{Context, Result};
 use super::file::FileHandle;
-use super::node::{Node, Place};
+use super::node::Node;
 use super::owner::IdView;
 use super::stat_override::HOST_PERM;
 use super::types::{Attr, Caller, FileKind, NodeId, SetAttr, SetTime, StatFs, Timestamp};
@@ -21,6 +22,9 @@ const S_ISUID: u16 = 0o4000;
 pub(super) const DAY: i64 = 24 * 60 * 60;
 const S_ISGID: u16 = 0o2000;
 const S_IXGRP: u16 = 0o0010;
+
+/// The link count that find(1) and others take as "look into every entry".
+const NOT_COUNTED: u32 = 1;
 
 /// The kind that the type bits of a mode stand for.
 pub(super) fn kind_of_mode(mode: u32) -> FileKind {
@@ -144,15 +148,18 @@ impl Union {
 
     /// As `getattr`, of a node at hand. Not to be called with a directory locked.
     pub(super) fn attr_of_node(&self, node: &Arc<Node>) -> Result<Attr> {
-        {
+        let lower = {
             let place = node.place.read();
-            if place.upper.is_none() {
-                return self.attr_of_lower(node, &place);
+            match place.upper {
+                Some(_) => None,
+                None => Some(*place.lowers.first().ok_or(Errno::ESTALE)?.object.attr()),
             }
-        }
-        let attr = self.with_upper(node, |object| self.upper_attr(object))?;
-        let place = node.place.read();
-        Ok(self.shown(node, &place, attr))
+        };
+        let host = match lower {
+            Some(attr) => attr,
+            None => self.with_upper(node, |object| self.upper_attr(object))?,
+        };
+        Ok(self.shown(node, host))
     }
 
     /// Attributes of an upper object, with the owner and mode that it is to have for the union.
@@ -211,28 +218,22 @@ impl Union {
         }
     }
 
-    fn attr_of_lower(&self, node: &Node, place: &Place) -> Result<Attr> {
-        let lower = place.lowers.first().ok_or(Errno::ESTALE)?;
-        Ok(self.shown(node, place, *lower.object.attr()))
-    }
-
-    /// What the union shows for an object whose host attributes are `host`.
-    pub(super) fn shown(&self, node: &Node, place: &Place, host: Attr) -> Attr {
+    /// What the union shows for an object whose host attributes are `host`. Not to be called with a
+    /// directory locked.
+    pub(super) fn shown(&self, node: &Arc<Node>, host: Attr) -> Attr {
+        let subdirectories = self.subdirectories(node);
+        let place = node.place.read();
         let mut attr = host;
         attr.ino = node.id.0;
         attr.uid = self.owners.users.shown(host.uid);
         attr.gid = self.owners.groups.shown(host.gid);
         if node.kind == FileKind::Directory {
-            // Counting the subdirectories of a merged directory would cost a listing; 1 says "not counted".
-            // One of the upper alone is counted by the host.
-            attr.nlink = if place.names.is_empty() && node.id != NodeId::ROOT {
-                0
-            } else if self.static_nlink {
-                1
-            } else if place.upper.is_some() && place.lowers.is_empty() {
-                host.nlink
-            } else {
-                1
+            attr.nlink = match subdirectories {
+                _ if place.names.is_empty() && node.id != NodeId::ROOT => 0,
+                _ if self.static_nlink => NOT_COUNTED,
+                Some(count) => count.saturating_add(2),
+                None if place.lowers.len() + usize::from(place.upper.is_some()) == 1 => host.nlink,
+                None => NOT_COUNTED,
             };
         } else {
             let links = i64::from(host.nlink) + place.link_offset;
@@ -248,6 +249,40 @@ impl Union {
             attr.blocks = data.object.attr().blocks;
         }
         attr
+    }
+
+    /// How many subdirectories of a merged directory are visible: listed when first asked for, counted
+    /// along from then on. Nothing for one that lies in a single layer, where the host counts, and for
+    /// one that cannot be listed.
+    fn subdirectories(&self, node: &Arc<Node>) -> Option<u32> {
+        let directory = node.directory.as_ref()?;
+        if self.static_nlink {
+            return None;
+        }
+        let layers = {
+            let place = node.place.read();
+            place.lowers.len() + usize::from(place.upper.is_some())
+        };
+        let state = directory.state.read();
+        if let Some(count) = state.subdirectories.get() {
+            return Some(count);
+        }
+        if layers < 2 || state.removed {
+            return None;
+        }
+        match self.merge(node, &state) {
+            Ok(items) => {
+                let is_directory = |item: &&Item| item.kind == FileKind::Directory;
+                let count = items.iter().filter(is_directory).count();
+                let count = u32::try_from(count).unwrap_or(u32::MAX);
+                state.subdirectories.set(count);
+                Some(count)
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the subdirectories of a directory cannot be counted");
+                None
+            }
+        }
     }
 
     /// Changes attributes; what is in a lower layer is copied up first.

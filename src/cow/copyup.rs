@@ -185,12 +185,17 @@ impl Union {
         loop {
             let Some(name) = node.name() else {
                 // Removed meanwhile, or a removed file that somebody still writes: it needs no name.
-                let fd = fs::openat(upper.work(), &temp.name, libc::O_PATH, 0)?;
-                upper.orphan_fds.fetch_add(1, Ordering::Relaxed);
+                let orphan = if self.may_keep_open()? {
+                    let fd = fs::openat(upper.work(), &temp.name, libc::O_PATH, 0)?;
+                    upper.orphan_fds.fetch_add(1, Ordering::Relaxed);
+                    drop(temp);
+                    Orphan::Fd(Arc::new(fd))
+                } else {
+                    Orphan::Work(temp.keep().as_os_str().into())
+                };
                 let mut place = node.place.write();
-                place.orphan = Some(Orphan::Fd(Arc::new(fd)));
+                place.orphan = Some(orphan);
                 place.link_offset -= 1;
-                drop(temp);
                 Self::arrived(node, &mut place, ino, metacopy);
                 return Ok(());
             };

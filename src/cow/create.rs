@@ -173,6 +173,9 @@ impl Union {
         };
         let (fd, attr) = made?;
         state.changed(name);
+        if wanted.is_directory {
+            state.subdirectories.add(1);
+        }
         let found = Found::new_upper(self.own_number(attr.ino), attr);
         let node = self.adopt(&parent, &mut state, name, found, true);
         drop(state);

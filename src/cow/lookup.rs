@@ -19,6 +19,7 @@ use super::union::Union;
 use super::upper::{Upper, remove_tree};
 use super::whiteout::is_whiteout;
 use crate::sys::fs::{self, Object};
+use crate::sys::{handle, process};
 
 /// What the layers have under a name.
 pub(super) struct Found {
@@ -43,6 +44,14 @@ impl Found {
             index: None,
             link_offset: 0,
             metacopy: false,
+        }
+    }
+
+    /// What the host has counted of a directory that lies in one lower layer alone.
+    fn counted_subdirectories(&self) -> Option<u32> {
+        match (self.kind, self.upper, &*self.lowers) {
+            (FileKind::Directory, None, [only]) => only.object.attr().nlink.checked_sub(2),
+            _ => None,
         }
     }
 
@@ -85,10 +94,18 @@ pub(super) fn check_name(name: &OsStr) -> Result<()> {
 }
 
 impl Union {
-    /// Looks up a name; the answer counts as one lookup of the node.
+    /// Looks up a name; the answer counts as one lookup of the node. `.` and `..` are asked for by
+    /// whoever has nothing but a number, as the opening of file handles.
     pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Entry> {
-        if name.len() > 255 {
-            return Err(Errno::ENAMETOOLONG.into());
+        match name.as_bytes() {
+            b"." => return self.lookup_number(parent),
+            b".." => {
+                let node = self.node(parent)?;
+                let above = node.name().map_or(NodeId::ROOT, |name| name.parent.id);
+                return self.lookup_number(above);
+            }
+            name if name.len() > 255 => return Err(Errno::ENAMETOOLONG.into()),
+            _ => {}
         }
         let parent = self.node(parent)?;
         let (node, attr) = self.child(&parent, name, true)?;
@@ -99,10 +116,7 @@ impl Union {
     pub(super) fn entry_of(&self, node: Arc<Node>, attr: Option<Attr>) -> Result<Entry> {
         let attr = match attr {
             // With owners in attributes, what the host's stat said is not all of it.
-            Some(attr) if self.stat_override.is_none() => {
-                let place = node.place.read();
-                Ok(self.shown(&node, &place, attr))
-            }
+            Some(attr) if self.stat_override.is_none() => Ok(self.shown(&node, attr)),
             _ => self.attr_of_node(&node),
         };
         match attr {
@@ -123,6 +137,9 @@ impl Union {
     /// Gives back lookups; the node is dropped when nothing refers to it any more.
     pub fn forget(&self, node: NodeId, lookups: u64) {
         self.settle(node, lookups);
+        if self.table.shrink() {
+            process::give_back_memory();
+        }
         // What an operation held while it was forgotten is looked at again.
         if self.busy_count.load(Ordering::Relaxed) > 0 {
             let busy = std::mem::take(&mut *self.busy.lock());
@@ -185,7 +202,7 @@ impl Union {
         }
     }
 
-    fn drop_orphan(&self, orphan: Orphan) {
+    pub(super) fn drop_orphan(&self, orphan: Orphan) {
         if let Some(upper) = &self.upper {
             match orphan {
                 Orphan::Fd(_) => {
@@ -283,13 +300,17 @@ impl Union {
             name: Arc::clone(&name),
         };
         let own = found.upper.map(|attr| self.own_number(attr.ino));
-        let generation = self.table.next_generation();
+        let generation = self.generation_of(parent, &name, &found);
+        let counted = found.counted_subdirectories();
         let mut new = Node::new(
             found.id,
             generation,
             found.kind,
             found.place(Some(at.clone())),
         );
+        if let (Some(directory), Some(count)) = (&mut new.directory, counted) {
+            directory.state.get_mut().subdirectories.set(count);
+        }
         let node = loop {
             match self.table.insert(new) {
                 Ok(node) => break node,
@@ -322,6 +343,26 @@ impl Union {
         }
         state.children.insert(name, node.id);
         node
+    }
+
+    /// Tells an object from an earlier one that had its number; the same whenever the object is looked
+    /// up, because file handles carry it. What comes from a lower layer keeps a number that nothing else
+    /// gets; a number of the upper comes back with another generation of the host.
+    fn generation_of(&self, parent: &Arc<Node>, name: &OsStr, found: &Found) -> u64 {
+        const OF_LOWERS: u64 = 1;
+        match found.upper {
+            Some(attr) if found.id == self.own_number(attr.ino) => {
+                let handle = self
+                    .dir_fd(parent)
+                    .and_then(|dir| Ok(handle::of(Object::Entry(dir.as_fd(), name))?));
+                match handle {
+                    Ok(handle) => u64::from(handle.fold()),
+                    // Where the host has no handles: never the same, so none of ours outlives a lookup.
+                    Err(_) => self.table.next_generation(),
+                }
+            }
+            _ => OF_LOWERS,
+        }
     }
 
     fn is_same_object(known: &Node, found: &Node) -> bool {

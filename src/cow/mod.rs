@@ -12,7 +12,8 @@
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
 //!   fuse-overlayfs has written;
-//! - `number`: inode numbers; `fdcache`: a bounded number of descriptors; `acl`: inheritance of ACLs.
+//! - `number`: inode numbers; `find`: the way back from one; `fdcache`: a bounded number of descriptors;
+//!   `acl`: inheritance of ACLs.
 
 mod acl;
 mod adopt;
@@ -24,6 +25,7 @@ mod dir_lower;
 mod error;
 mod fdcache;
 mod file;
+mod find;
 mod index;
 mod lookup;
 mod lower;

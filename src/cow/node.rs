@@ -16,7 +16,7 @@
 use std::collections::{HashMap, hash_map};
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
@@ -112,6 +112,35 @@ impl Flag {
     }
 }
 
+/// A number, or not counted yet.
+pub(super) struct Count(AtomicI64);
+
+impl Default for Count {
+    fn default() -> Self {
+        Self(AtomicI64::new(Self::UNKNOWN))
+    }
+}
+
+impl Count {
+    const UNKNOWN: i64 = -1;
+
+    pub(super) fn get(&self) -> Option<u32> {
+        u32::try_from(self.0.load(Ordering::Acquire)).ok()
+    }
+
+    pub(super) fn set(&self, count: u32) {
+        self.0.store(count.into(), Ordering::Release);
+    }
+
+    /// Follows a change, if it was counted before.
+    pub(super) fn add(&mut self, change: i64) {
+        let count = self.0.get_mut();
+        if *count != Self::UNKNOWN {
+            *count = (*count + change).max(0);
+        }
+    }
+}
+
 /// What is known of a directory's entries; its lock is the lock of the directory.
 #[derive(Default)]
 pub(super) struct DirState {
@@ -127,6 +156,8 @@ pub(super) struct DirState {
     pub(super) xattr_whiteouts: Flag,
     /// The upper directory has a default ACL.
     pub(super) default_acl: Flag,
+    /// Subdirectories that are visible. Whoever changes it has the directory locked.
+    pub(super) subdirectories: Count,
     /// Listings that are being read.
     pub(super) streams: Vec<Weak<Stream>>,
 }
@@ -223,6 +254,9 @@ const SHARDS: usize = 64;
 pub(super) struct Table {
     shards: Vec<Mutex<HashMap<NodeId, Entry>>>,
     generation: AtomicU64,
+    /// Nodes in it, and the most there were since it was last made smaller.
+    live: AtomicUsize,
+    most: AtomicUsize,
 }
 
 impl Table {
@@ -230,6 +264,8 @@ impl Table {
         Self {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             generation: AtomicU64::new(0),
+            live: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
         }
     }
 
@@ -268,6 +304,8 @@ impl Table {
             }
             hash_map::Entry::Vacant(free) => {
                 let node = Arc::new(node);
+                let live = self.live.fetch_add(1, Ordering::Relaxed) + 1;
+                self.most.fetch_max(live, Ordering::Relaxed);
                 free.insert(Entry {
                     node: Arc::clone(&node),
                     lookups: 0,
@@ -293,9 +331,33 @@ impl Table {
             return Forgotten::Busy;
         }
         match shard.remove(&id) {
-            Some(entry) => Forgotten::Dropped(entry.node),
+            Some(entry) => {
+                self.live.fetch_sub(1, Ordering::Relaxed);
+                Forgotten::Dropped(entry.node)
+            }
             None => Forgotten::Unknown,
         }
+    }
+
+    /// Makes the table smaller once half of the nodes have gone; says whether it did. So a million that
+    /// are forgotten cost ten rounds.
+    pub(super) fn shrink(&self) -> bool {
+        const FEW: usize = 4096;
+        let most = self.most.load(Ordering::Relaxed);
+        let live = self.live.load(Ordering::Relaxed);
+        let halved = most > FEW && live <= most / 2;
+        let first = || {
+            self.most
+                .compare_exchange(most, live, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        };
+        if !halved || !first() {
+            return false;
+        }
+        for shard in &self.shards {
+            shard.lock().shrink_to_fit();
+        }
+        true
     }
 
     /// All nodes, for rare walks.

@@ -54,12 +54,15 @@ impl Union {
         Self::open_keeping(config, FEW)
     }
 
-    /// As `open`, keeping at most `limit` descriptors open, and half as many again of removed files.
+    /// As `open`, keeping at most `limit` descriptors open (more if the lowers are as many), and half as many again of removed files.
     /// Those that operations hold while they run come on top.
     pub fn open_keeping(config: UnionConfig, limit: u64) -> Result<Self, OpenError> {
         if config.lowers.is_empty() && config.upper.is_none() {
             return Err(OpenError::NoLayer);
         }
+        const LEAST: u64 = 32;
+        // Every lower keeps one for good.
+        let limit = limit.saturating_sub(config.lowers.len() as u64).max(LEAST);
         let budget = Budget::new(usize::try_from(limit).unwrap_or(usize::MAX));
         let family = config.xattr_family;
         for path in &config.lowers {

@@ -14,7 +14,7 @@ use super::node::{DirState, Node, Orphan};
 use super::redirect::Wanted;
 use super::types::NodeId;
 use super::union::Union;
-use super::upper::{Temp, Upper, remove_tree};
+use super::upper::Temp;
 use super::whiteout;
 use crate::sys::fs::{self, Object};
 
@@ -89,14 +89,10 @@ impl Union {
         let dir = self.dir_fd(&parent)?;
         let in_upper = node.place.read().upper.is_some();
         let covered = self.lower_has(&parent, name)?;
-        let orphan = if in_upper {
-            Some(self.keep_open(dir.as_fd(), name)?)
-        } else {
-            None
-        };
-        self.remove_directory(dir.as_fd(), name, in_upper, covered)?;
+        let orphan = self.remove_directory(dir.as_fd(), name, in_upper, covered)?;
         inner.removed = true;
         drop(inner);
+        state.subdirectories.add(-1);
         self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)?;
         drop(state);
         self.let_go(node);
@@ -113,41 +109,61 @@ impl Union {
     }
 
     /// Takes an empty directory, which may hold whiteouts, out of the upper, and leaves a whiteout if
-    /// its name would show something else.
+    /// its name would show something else. Answers what keeps it reachable.
     pub(super) fn remove_directory(
         &self,
         dir: BorrowedFd<'_>,
         name: &OsStr,
         in_upper: bool,
         covered: bool,
-    ) -> Result<()> {
-        let upper = self.upper()?;
-        match (in_upper, covered) {
-            (false, _) => self.put_whiteout(dir, name),
-            (true, false) => match fs::rmdirat(dir, name) {
-                Err(Errno::ENOTEMPTY) => self.move_to_work(upper, dir, name),
-                result => Ok(result?),
-            },
-            (true, true) => {
-                let temp = Temp::new(upper);
-                self.make_whiteout(upper.work(), &temp.name)?;
-                match temp.install(dir, name, libc::RENAME_EXCHANGE) {
-                    Ok(()) => Ok(()),
-                    Err((_, Errno::ENOSYS | Errno::EINVAL)) => {
-                        self.move_to_work(upper, dir, name)?;
-                        self.put_whiteout(dir, name)
-                    }
-                    Err((_, errno)) => Err(errno.into()),
+    ) -> Result<Option<Orphan>> {
+        if !in_upper {
+            self.put_whiteout(dir, name)?;
+            return Ok(None);
+        }
+        if !self.may_keep_open()? {
+            return self.move_to_work(dir, name, covered).map(Some);
+        }
+        let orphan = self.keep_open(dir, name)?;
+        let plain = !covered && fs::rmdirat(dir, name).is_ok();
+        if !plain {
+            // It holds whiteouts, or one takes its place.
+            match self.move_to_work(dir, name, covered) {
+                Ok(moved) => self.drop_orphan(moved),
+                Err(error) => {
+                    self.drop_orphan(orphan);
+                    return Err(error);
                 }
             }
         }
+        Ok(Some(orphan))
     }
 
-    fn move_to_work(&self, upper: &Upper, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
-        let away = upper.temp_name();
-        fs::renameat2(dir, name, upper.work(), &away, 0)?;
-        remove_tree(upper.work(), &away);
-        Ok(())
+    /// Moves a directory into the work directory, with a whiteout in its place where one is needed.
+    fn move_to_work(&self, dir: BorrowedFd<'_>, name: &OsStr, covered: bool) -> Result<Orphan> {
+        let upper = self.upper()?;
+        if !covered {
+            let away = upper.temp_name();
+            fs::renameat2(dir, name, upper.work(), &away, 0)?;
+            return Ok(Orphan::Work(away.as_os_str().into()));
+        }
+        let whiteout = self.spare_whiteout(dir)?;
+        match fs::renameat2(
+            upper.work(),
+            &whiteout.name,
+            dir,
+            name,
+            libc::RENAME_EXCHANGE,
+        ) {
+            Ok(()) => Ok(Orphan::Work(whiteout.keep().as_os_str().into())),
+            Err(Errno::ENOSYS | Errno::EINVAL) => {
+                let away = upper.temp_name();
+                fs::renameat2(dir, name, upper.work(), &away, 0)?;
+                whiteout.install(dir, name, 0).map_err(|(_, errno)| errno)?;
+                Ok(Orphan::Work(away.as_os_str().into()))
+            }
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Whether a lower layer would show something under a name if the upper said nothing.
@@ -215,6 +231,12 @@ impl Union {
             .context("writing a whiteout")
     }
 
+    /// Whether one more removed object may be held by a descriptor.
+    pub(super) fn may_keep_open(&self) -> Result<bool> {
+        let upper = self.upper()?;
+        Ok(upper.orphan_fds.load(Ordering::Relaxed) < upper.orphan_fd_limit)
+    }
+
     fn keep_open(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<Orphan> {
         let fd = fs::openat(dir, name, libc::O_PATH, 0)?;
         self.upper()?.orphan_fds.fetch_add(1, Ordering::Relaxed);
@@ -237,10 +259,10 @@ impl Union {
         if reachable || !in_upper {
             return Ok(None);
         }
-        let upper = self.upper()?;
-        if upper.orphan_fds.load(Ordering::Relaxed) < upper.orphan_fd_limit {
+        if self.may_keep_open()? {
             return self.keep_open(dir, name).map(Some);
         }
+        let upper = self.upper()?;
         let away = upper.temp_name();
         fs::linkat(dir, name, upper.work(), &away)
             .context("keeping a file reachable that is about to be removed")?;
@@ -275,9 +297,16 @@ impl Union {
             let object = Object::Entry(upper.index(), &index);
             let links = i64::try_from(object.stat()?.st_nlink).unwrap_or(i64::MAX);
             if links + place.link_offset <= 0 {
-                place.orphan = Some(self.keep_open(upper.index(), &index)?);
-                fs::unlinkat(upper.index(), &index)?;
-                place.link_offset += 1;
+                place.orphan = Some(if self.may_keep_open()? {
+                    let orphan = self.keep_open(upper.index(), &index)?;
+                    fs::unlinkat(upper.index(), &index)?;
+                    place.link_offset += 1;
+                    orphan
+                } else {
+                    let away = upper.temp_name();
+                    fs::renameat2(upper.index(), &index, upper.work(), &away, 0)?;
+                    Orphan::Work(away.as_os_str().into())
+                });
                 place.index = None;
             } else if !was_in_upper {
                 self.store_links(object, place.link_offset)?;

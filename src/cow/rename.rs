@@ -12,7 +12,7 @@ use parking_lot::RwLockWriteGuard;
 use super::copyup::Content;
 use super::error::{Context, Result};
 use super::lookup::{InUpper, check_name};
-use super::node::{DirState, Name, Node};
+use super::node::{DirState, Name, Node, Orphan};
 use super::types::{FileKind, NodeId, RenameMode};
 use super::union::Union;
 use super::upper::Temp;
@@ -226,6 +226,10 @@ impl Union {
                 locked.target().changed(new_name);
                 locked.source().children.insert(name.into(), other.id);
                 locked.target().children.insert(new_name.into(), node.id);
+                let net =
+                    i64::from(node.directory.is_some()) - i64::from(other.directory.is_some());
+                locked.source().subdirectories.add(-net);
+                locked.target().subdirectories.add(net);
             }
             (_, other) => self.replace(node, &from, &to, other, &mut locked)?,
         }
@@ -308,7 +312,9 @@ impl Union {
                 inner = Some(state);
             }
             in_upper = self.has_upper_entry(to.parent, locked.target(), to.name, other)?;
-            orphan = self.orphan_before_unlink(other, to.dir, to.name, in_upper)?;
+            if other.directory.is_none() {
+                orphan = self.orphan_before_unlink(other, to.dir, to.name, in_upper)?;
+            }
         }
         let whiteout = other.is_none() || !in_upper;
         let whiteout = whiteout
@@ -317,7 +323,7 @@ impl Union {
                 InUpper::Whiteout
             );
         if node.kind == FileKind::Directory && (in_upper || whiteout) {
-            self.rename_over(from, to)?;
+            orphan = self.rename_over(from, to)?;
         } else {
             self.rename_away(from, to)?;
         }
@@ -328,10 +334,16 @@ impl Union {
             self.name_gone(to.parent, locked.target(), to.name, other, in_upper, orphan)?;
         }
         moved(node, from, to);
+        let moves = i64::from(node.directory.is_some());
+        let goes = other
+            .as_ref()
+            .is_some_and(|other| other.directory.is_some());
         let source = locked.source();
         source.children.remove(from.name);
         source.changed(from.name);
+        source.subdirectories.add(-moves);
         let target = locked.target();
+        target.subdirectories.add(moves - i64::from(goes));
         target.changed(to.name);
         target.children.insert(to.name.into(), node.id);
         Ok(())
@@ -354,25 +366,31 @@ impl Union {
     }
 
     /// Moves a directory over what the host would not let a directory replace: a whiteout, or a directory
-    /// that holds whiteouts.
-    fn rename_over(&self, from: &End<'_>, to: &End<'_>) -> Result<()> {
+    /// that holds whiteouts. Answers what keeps that directory reachable.
+    fn rename_over(&self, from: &End<'_>, to: &End<'_>) -> Result<Option<Orphan>> {
         let upper = self.upper()?;
+        let is_directory = |dir, name| -> Result<bool> {
+            Ok(fs::fstatat(dir, name)?.st_mode & libc::S_IFMT == libc::S_IFDIR)
+        };
         match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_EXCHANGE) {
             Ok(()) => {}
             Err(Errno::EINVAL | Errno::ENOSYS) => {
+                let replaced = is_directory(to.dir, to.name)?;
                 let away = Temp::new(upper);
                 fs::renameat2(to.dir, to.name, upper.work(), &away.name, 0)?;
-                return self.rename_away(from, to);
+                self.rename_away(from, to)?;
+                return Ok(replaced.then(|| Orphan::Work(away.keep().as_os_str().into())));
             }
             Err(errno) => return Err(errno.into()),
         }
-        let left = fs::fstatat(from.dir, from.name)?;
-        let directory = left.st_mode & libc::S_IFMT == libc::S_IFDIR;
-        match (directory, from.covered) {
-            // The whiteout has come to where one is needed.
-            (false, true) => Ok(()),
-            (false, false) => Ok(fs::unlinkat(from.dir, from.name)?),
+        match (is_directory(from.dir, from.name)?, from.covered) {
             (true, covered) => self.remove_directory(from.dir, from.name, true, covered),
+            // The whiteout has come to where one is needed.
+            (false, true) => Ok(None),
+            (false, false) => {
+                fs::unlinkat(from.dir, from.name)?;
+                Ok(None)
+            }
         }
     }
 }

@@ -84,6 +84,12 @@ impl<'a> Temp<'a> {
         Object::Entry(self.upper.work(), &self.name)
     }
 
+    /// Leaves the object where it is; its name is the caller's now.
+    pub(super) fn keep(mut self) -> OsString {
+        self.kept = true;
+        std::mem::take(&mut self.name)
+    }
+
     /// Moves the object to its place; `flags` are renameat2's. With an exchange, what was there is
     /// removed from the work directory afterwards.
     pub(super) fn install(

@@ -59,6 +59,8 @@ pub enum Feature {
     Tmpfile,
     /// Times of birth.
     Statx,
+    /// File handles are opened after the kernel has forgotten what they name.
+    Export,
 }
 
 /// How server and kernel come to use a feature.
@@ -113,7 +115,7 @@ const fn unused(
 }
 
 /// Every feature, in the order of reports.
-pub const ALL: [Description; 26] = [
+pub const ALL: [Description; 27] = [
     used(
         Feature::Readdirplus,
         "readdirplus",
@@ -251,6 +253,12 @@ pub const ALL: [Description; 26] = [
         39,
         Offer::Request,
         "the FUSE library cannot speak it",
+    ),
+    used(
+        Feature::Export,
+        "export",
+        10,
+        Offer::Init(InitFlags::FUSE_EXPORT_SUPPORT),
     ),
 ];
 

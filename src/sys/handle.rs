@@ -24,6 +24,18 @@ pub struct Handle {
     pub data: Vec<u8>,
 }
 
+impl Handle {
+    /// 32 bits of it. Of two inodes that had one number one after the other they differ wherever the
+    /// file system keeps 32 bits of generation.
+    pub fn fold(&self) -> u32 {
+        self.data.chunks(4).fold(0, |folded, bytes| {
+            let mut word = [0; 4];
+            word[..bytes.len()].copy_from_slice(bytes);
+            folded ^ u32::from_ne_bytes(word)
+        })
+    }
+}
+
 /// The handle of an object; EOPNOTSUPP where its file system has none.
 pub fn of(object: Object<'_>) -> Result<Handle, Errno> {
     let mut raw = RawHandle {

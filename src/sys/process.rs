@@ -70,6 +70,15 @@ struct CapabilityData {
 
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
+/// Has the C library give freed memory back to the host, where it would keep it.
+pub fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it may be called at any time, from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Bit of CAP_SYS_RESOURCE.
 const CAP_SYS_RESOURCE: u32 = 1 << 24;
 

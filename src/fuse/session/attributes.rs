@@ -44,11 +44,13 @@ impl UnionFs {
         answer::empty(reply, self.union.setxattr(node, name, value, mode));
     }
 
-    /// All names, each with a zero byte behind it.
-    pub(super) fn list_xattrs(&self, node: NodeId, size: u32, reply: ReplyXattr) {
+    /// All names, each with a zero byte behind it; those of `trusted.` are root's alone, which the kernel
+    /// leaves to the server where it lists, other than where it reads.
+    pub(super) fn list_xattrs(&self, caller: u32, node: NodeId, size: u32, reply: ReplyXattr) {
+        let hidden = |name: &OsStr| caller != 0 && name.as_bytes().starts_with(b"trusted.");
         let list = self.union.listxattr(node).map(|names| {
             let mut list = Vec::new();
-            for name in names {
+            for name in names.into_iter().filter(|name| !hidden(name)) {
                 list.extend_from_slice(name.as_bytes());
                 list.push(0);
             }

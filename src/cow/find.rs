@@ -1,0 +1,69 @@
+//! From a number to a node: for file handles that outlive what the kernel and the table remember.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::error::Result;
+use super::node::Node;
+use super::types::{Entry, FileKind, NodeId};
+use super::union::Union;
+
+impl Union {
+    /// The object with this number; counts as one lookup. What nobody remembers is searched for in the
+    /// whole tree: a number says nothing of the way to it, and a table of all numbers that were ever
+    /// shown would have no bound.
+    pub(super) fn lookup_number(&self, id: NodeId) -> Result<Entry> {
+        if let Some(node) = self.table.count_lookup(id) {
+            return self.entry_of(node, None);
+        }
+        let mut pending = vec![self.node(NodeId::ROOT)?];
+        let mut found = None;
+        while let Some(dir) = pending.pop() {
+            if found.is_none() {
+                found = self.find_in(&dir, id, &mut pending)?;
+            }
+            self.let_go(dir);
+        }
+        self.entry_of(found.ok_or(Errno::ENOENT)?, None)
+    }
+
+    /// Looks for a number in one directory; adds those below it to `pending`.
+    fn find_in(
+        &self,
+        dir: &Arc<Node>,
+        id: NodeId,
+        pending: &mut Vec<Arc<Node>>,
+    ) -> Result<Option<Arc<Node>>> {
+        let items = {
+            let state = Self::directory(dir)?.state.read();
+            if state.removed {
+                return Ok(None);
+            }
+            self.merge(dir, &state)?
+        };
+        for item in items {
+            let is_directory = item.kind == FileKind::Directory;
+            if !is_directory && item.ino.is_some_and(|number| number != id) {
+                continue;
+            }
+            let node = match self.child(dir, &item.name, false) {
+                Ok((node, _)) => node,
+                // Removed since it was listed.
+                Err(error) if error.is(Errno::ENOENT) => continue,
+                Err(error) => return Err(error),
+            };
+            if node.id == id
+                && let Some(node) = self.table.count_lookup(id)
+            {
+                return Ok(Some(node));
+            }
+            if is_directory {
+                pending.push(node);
+            } else {
+                self.let_go(node);
+            }
+        }
+        Ok(None)
+    }
+}
