@@ -1,4 +1,4 @@
-//! `plyfs`: mounts a union of directories, and serves it. See `docs/semantics.md`.
+//! `plyfs`: mounts a union of directories, and serves it. See `docs/SEMANTICS.md`.
 
 use std::ffi::OsString;
 use std::io::Write;

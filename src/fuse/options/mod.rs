@@ -124,7 +124,7 @@ impl Mounter {
 #[non_exhaustive]
 pub enum OptionError {
     /// Nothing of that name.
-    #[error("unknown option `{0}`; docs/semantics.md lists what plyfs knows")]
+    #[error("unknown option `{0}`; docs/SEMANTICS.md lists what plyfs knows")]
     Unknown(String),
     /// A value is missing.
     #[error("option `{0}` needs a value, as in `{0}=VALUE`")]
