@@ -5,6 +5,8 @@
 #[allow(unused_imports, reason = "each test program uses a part of it")]
 mod common;
 
+mod engines;
+mod fstab;
 mod owners;
 mod peer;
 mod uppers;

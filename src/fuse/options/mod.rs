@@ -245,6 +245,7 @@ fn apply(options: &mut Options, word: &[u8]) -> Result<(), OptionError> {
     let known = TABLE.iter().find(|(known, _)| known.as_bytes() == name);
     match (known, value) {
         (Some((_, Action::Ignore)), _) => Ok(()),
+        (Some((_, Action::Refuse(name, why))), _) => Err(OptionError::Refused { name, why }),
         (Some((_, Action::Flag(set))), _) => {
             set(options);
             Ok(())

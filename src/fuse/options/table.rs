@@ -14,9 +14,11 @@ pub(super) enum Action {
     Ignore,
     Flag(fn(&mut Options)),
     Value(fn(&mut Options, &OsStr) -> Result<(), OptionError>),
+    /// Known, and not to be had: a name and the reason.
+    Refuse(&'static str, &'static str),
 }
 
-use Action::{Flag, Ignore, Value};
+use Action::{Flag, Ignore, Refuse, Value};
 
 /// Every option that is known. A name that ends in `=` takes a value.
 pub(super) const TABLE: &[(&str, Action)] = &[
@@ -86,7 +88,20 @@ pub(super) const TABLE: &[(&str, Action)] = &[
         Value(|o, v| switch("fsync", v).map(|on| o.volatile = !on)),
     ),
     ("debug", Flag(|o| o.debug = true)),
-    ("plugins=", Value(no_plugins)),
+    (
+        "plugins=",
+        Refuse(
+            "plugins",
+            "it loads no shared objects for lower layers; mount the layer by itself and name its directory in `lowerdir`",
+        ),
+    ),
+    (
+        "remount",
+        Refuse(
+            "remount",
+            "the options of a mount are fixed; unmount it and mount it again",
+        ),
+    ),
     ("noacl", Flag(|o| o.no_acl = true)),
     ("acl", Flag(|o| o.no_acl = false)),
     ("userxattr", Flag(|o| o.user_xattr = true)),
@@ -255,13 +270,6 @@ fn set_stat_override(options: &mut Options, value: &OsStr) -> Result<(), OptionE
         }
     };
     Ok(())
-}
-
-fn no_plugins(_: &mut Options, _: &OsStr) -> Result<(), OptionError> {
-    Err(OptionError::Refused {
-        name: "plugins",
-        why: "it loads no shared objects for lower layers; mount the layer by itself and name its directory in `lowerdir`",
-    })
 }
 
 /// `HOST:SHOWN:LENGTH`, any number of times; of an option given twice the last one counts.
