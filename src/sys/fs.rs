@@ -243,44 +243,28 @@ pub fn readlinkat(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OsString, Errno> 
 
 /// `pread`, the whole of `buf` unless the file ends before.
 pub fn pread_full(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usize, Errno> {
-    let mut done = 0;
-    while done < buf.len() {
-        let rest = &mut buf[done..];
-        // SAFETY: `rest` is writable for its length.
-        let result = count(unsafe {
-            libc::pread(
-                fd.as_raw_fd(),
-                rest.as_mut_ptr().cast(),
-                rest.len(),
-                (offset + done as u64) as libc::off_t,
-            )
-        });
-        match result {
-            Ok(0) => break,
-            Ok(n) => done += n,
-            Err(Errno::EINTR) => {}
-            Err(errno) if done == 0 => return Err(errno),
-            Err(_) => break,
-        }
-    }
-    Ok(done)
+    transfer(buf.len(), |done| {
+        let at = (offset + done as u64) as libc::off_t;
+        nix::sys::uio::pread(fd, &mut buf[done..], at)
+    })
 }
 
 /// `pwrite` until all is written; an error after some bytes is reported as a short count.
 pub fn pwrite_full(fd: BorrowedFd<'_>, data: &[u8], offset: u64) -> Result<usize, Errno> {
+    transfer(data.len(), |done| {
+        let at = (offset + done as u64) as libc::off_t;
+        nix::sys::uio::pwrite(fd, &data[done..], at)
+    })
+}
+
+/// Repeats `step`, which is told how many bytes are through, until all `len` are or it moves none.
+fn transfer(
+    len: usize,
+    mut step: impl FnMut(usize) -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
     let mut done = 0;
-    while done < data.len() {
-        let rest = &data[done..];
-        // SAFETY: `rest` is readable for its length.
-        let result = count(unsafe {
-            libc::pwrite(
-                fd.as_raw_fd(),
-                rest.as_ptr().cast(),
-                rest.len(),
-                (offset + done as u64) as libc::off_t,
-            )
-        });
-        match result {
+    while done < len {
+        match step(done) {
             Ok(0) => break,
             Ok(n) => done += n,
             Err(Errno::EINTR) => {}

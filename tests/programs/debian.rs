@@ -3,7 +3,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::Ground;
+use crate::{Ground, succeed};
 
 /// How long the database may take for what normally takes seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -29,16 +29,7 @@ fn inside(ground: &Ground, script: &str) -> Command {
 
 /// Runs `script` in the root to its end; what it prints.
 fn run(ground: &Ground, script: &str) -> String {
-    let output = inside(ground, script).output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{script}\nended with {}\n{}{}",
-        output.status,
-        text(&output.stdout),
-        text(&output.stderr)
-    );
-    text(&output.stdout)
+    succeed(&mut inside(ground, script), script)
 }
 
 /// Runs `script` as the database's user, with a server that is started before and stopped after it.

@@ -100,7 +100,8 @@ fn listing(dir: &Path) -> String {
 
 /// Runs a shell script in `dir` and panics with its output unless it succeeds.
 fn sh(dir: &Path, script: &str) -> String {
-    let output = Command::new("bash")
+    let mut command = Command::new("bash");
+    command
         .args(["-euo", "pipefail", "-c", script])
         .current_dir(dir)
         .env("LC_ALL", "C")
@@ -109,9 +110,13 @@ fn sh(dir: &Path, script: &str) -> String {
         .env("GIT_AUTHOR_EMAIL", "a@example.org")
         .env("GIT_COMMITTER_NAME", "A")
         .env("GIT_COMMITTER_EMAIL", "a@example.org")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+        .stdin(Stdio::null());
+    succeed(&mut command, script)
+}
+
+/// What a command that runs `script` prints; panics with it unless the command succeeds.
+fn succeed(command: &mut Command, script: &str) -> String {
+    let output = command.output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(
         output.status.success(),

@@ -100,10 +100,7 @@ impl<'u> Layer<'u> {
     }
 
     fn entry<R: Read>(&mut self, entry: &Entry, reader: &mut Reader<R>) -> Result<()> {
-        let in_union = |source| Fault::Union {
-            entry: entry.path.clone(),
-            source,
-        };
+        let in_union = in_union(&entry.path);
         match action(&entry.path).map_err(|problem| refuse(&entry.path, problem))? {
             Action::Skip => Ok(()),
             Action::Make { parent, name } => {
@@ -158,10 +155,7 @@ impl<'u> Layer<'u> {
     ) -> Result<()> {
         let path = parent.path_of(name);
         let name = OsStr::from_bytes(name);
-        let in_union = |source| Fault::Union {
-            entry: entry.path.clone(),
-            source,
-        };
+        let in_union = in_union(&entry.path);
         tree::check_length(path.len()).map_err(|source| in_tree(&entry.path, source))?;
         let existing = self.tree.find(parent.id(), name).map_err(in_union)?;
         let merged = existing
@@ -197,10 +191,7 @@ impl<'u> Layer<'u> {
         name: &OsStr,
         reader: &mut Reader<R>,
     ) -> Result<Found<'u>> {
-        let in_union = |source| Fault::Union {
-            entry: entry.path.clone(),
-            source,
-        };
+        let in_union = in_union(&entry.path);
         let node = |kind: u32, device: u64| {
             let mode = kind | u32::from(entry.perm);
             self.union.mknod(parent, name, mode, device, &Caller::ROOT)
@@ -242,10 +233,7 @@ impl<'u> Layer<'u> {
         name: &OsStr,
         reader: &mut Reader<R>,
     ) -> Result<Found<'u>> {
-        let in_union = |source| Fault::Union {
-            entry: entry.path.clone(),
-            source,
-        };
+        let in_union = in_union(&entry.path);
         if entry.size > self.limits.bytes {
             let problem = format!(
                 "it claims to have {} bytes, more than a layer may",
@@ -307,10 +295,7 @@ impl<'u> Layer<'u> {
 
     /// Owner first, for it clears capabilities and setuid bits; then xattrs; then mode and times.
     fn set_metadata(&self, entry: &Entry, made: &Found<'u>, times: &SetAttr) -> Result<()> {
-        let in_union = |source| Fault::Union {
-            entry: entry.path.clone(),
-            source,
-        };
+        let in_union = in_union(&entry.path);
         let owner = SetAttr {
             uid: Some(entry.uid),
             gid: Some(entry.gid),
@@ -366,10 +351,7 @@ impl<'u> Layer<'u> {
 
     fn set_directory_times(&mut self) -> Result<()> {
         for (path, times) in std::mem::take(&mut self.directories) {
-            let in_union = |source| Fault::Union {
-                entry: path.clone(),
-                source,
-            };
+            let in_union = in_union(&path);
             let (parent, name) = split_last(&path);
             let Some(parent) = self.tree.directory(parent).map_err(in_union)? else {
                 continue;
@@ -495,6 +477,14 @@ fn in_tree(entry: &[u8], source: union::Error) -> Fault {
         }
     };
     refuse(entry, problem)
+}
+
+/// Makes the fault that an error of the union is at an entry.
+fn in_union(entry: &[u8]) -> impl Fn(union::Error) -> Fault + Copy + '_ {
+    move |source| Fault::Union {
+        entry: entry.to_vec(),
+        source,
+    }
 }
 
 fn refuse(entry: &[u8], problem: impl Into<String>) -> Fault {
