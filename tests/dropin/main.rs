@@ -7,6 +7,7 @@ mod common;
 
 mod engines;
 mod fstab;
+mod kernel;
 mod owners;
 mod peer;
 mod uppers;

@@ -1,7 +1,6 @@
 //! The programs that are compared, and what is compared of a tree.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -11,11 +10,15 @@ use nix::mount::{MntFlags, umount2};
 
 use crate::common::mount::{PLYFS, wait_until};
 
+const FUSE_OVERLAYFS: &str = "/usr/bin/fuse-overlayfs";
+
 /// A mount program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     Plyfs,
     FuseOverlayfs,
+    /// Kernel overlayfs, with everything on that plyfs does.
+    Kernel,
 }
 
 impl Program {
@@ -24,23 +27,31 @@ impl Program {
     pub fn other(self) -> Self {
         match self {
             Self::Plyfs => Self::FuseOverlayfs,
-            Self::FuseOverlayfs => Self::Plyfs,
+            Self::FuseOverlayfs | Self::Kernel => Self::Plyfs,
         }
     }
 
-    pub fn path(self) -> &'static str {
-        match self {
-            Self::Plyfs => PLYFS,
-            Self::FuseOverlayfs => "/usr/bin/fuse-overlayfs",
+    fn command(self, target: &Path, options: &str) -> Command {
+        let mut command = match self {
+            Self::Plyfs => Command::new(PLYFS),
+            Self::FuseOverlayfs => Command::new(FUSE_OVERLAYFS),
+            Self::Kernel => Command::new("mount"),
+        };
+        command.arg("-o");
+        if self == Self::Kernel {
+            let on = "redirect_dir=on,index=on,metacopy=on,xino=on";
+            command.arg(format!("{options},{on}"));
+            command.args(["-t", "overlay", "overlay"]);
+        } else {
+            command.arg(options);
         }
+        command.arg(target);
+        command
     }
 
     /// Runs `body` on a mount that is gone when this returns.
     pub fn on_mount<T>(self, target: &Path, options: &str, body: impl FnOnce(&Path) -> T) -> T {
-        let output = Command::new(self.path())
-            .args([OsStr::new("-o"), OsStr::new(options), target.as_os_str()])
-            .output()
-            .unwrap();
+        let output = self.command(target, options).output().unwrap();
         assert!(output.status.success(), "{self:?} -o {options}: {output:?}");
         let mount = Mounted(target.to_owned());
         let result = body(target);
@@ -116,9 +127,9 @@ fn mentions(path: &str) -> bool {
         fs::read(entry.path().join("cmdline")).is_ok_and(|line| {
             let mut words = line.split(|byte| *byte == 0);
             let program = words.next().unwrap_or_default();
-            Program::BOTH
-                .iter()
-                .any(|known| known.path().as_bytes() == program)
+            [PLYFS, FUSE_OVERLAYFS]
+                .map(str::as_bytes)
+                .contains(&program)
                 && words.any(|word| word == path.as_bytes())
         })
     })
