@@ -4,6 +4,7 @@
 
 pub mod layers;
 pub mod mapping;
+pub mod mode;
 pub mod mount;
 pub mod snapshot;
 

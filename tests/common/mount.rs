@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
@@ -12,12 +12,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::Layers;
+use super::mode::{self, Mode, PLYFS};
 
 /// How long anything may take that normally takes an instant.
 pub const DEADLINE: Duration = Duration::from_secs(60);
-
-/// The program under test.
-pub const PLYFS: &str = env!("CARGO_BIN_EXE_plyfs");
 
 /// A mount and the process behind it.
 pub struct Mount {
@@ -27,7 +25,7 @@ pub struct Mount {
 
 /// Runs plyfs to its end (of the process in front).
 pub fn plyfs<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
-    Command::new(PLYFS).args(arguments).output().unwrap()
+    mode::plyfs().args(arguments).output().unwrap()
 }
 
 impl Mount {
@@ -38,6 +36,7 @@ impl Mount {
 
     /// Mounts with these options.
     pub fn with_options(target: &Path, options: &str) -> Self {
+        let options = &format!("{},{options}", Mode::of_run().options);
         let output = plyfs(&[OsStr::new("-o"), OsStr::new(options), target.as_os_str()]);
         assert!(
             output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(),

@@ -5,10 +5,13 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+#[path = "mode.rs"]
+mod mode;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -96,8 +99,9 @@ impl Mount {
     /// Mounts by plyfs, in front so that its end can be awaited.
     pub fn plyfs(dirs: &Dirs) -> Self {
         let outside = fs::metadata(&dirs.mountpoint).unwrap().dev();
-        let mut daemon = Command::new(env!("CARGO_BIN_EXE_plyfs"))
+        let mut daemon = mode::plyfs()
             .arg("-f")
+            .args(["-o", mode::Mode::of_run().options])
             .args(["-o", &(dirs.options() + dirs.profile)])
             .arg(&dirs.mountpoint)
             .stdin(Stdio::null())

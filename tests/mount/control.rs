@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::{Child, Command};
+use std::process::Child;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -11,7 +11,8 @@ use nix::mount::{MntFlags, umount2};
 use plywood::fuse::control::ControlClient;
 use plywood::sys::fuse_mount::{self, MountOptions};
 
-use crate::common::mount::{PLYFS, wait_until};
+use crate::common::mode;
+use crate::common::mount::wait_until;
 use crate::common::{Layers, mapping};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -28,8 +29,15 @@ impl Served {
         let layers = Layers::new(1);
         let device = fuse_mount::mount(&layers.mnt(), &MountOptions::default()).unwrap();
         fcntl(&device, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
-        let child = Command::new(PLYFS)
-            .args(["-o", &format!("{},{more}", layers.options())])
+        let child = mode::plyfs()
+            .args([
+                "-o",
+                &format!(
+                    "{},{},{more}",
+                    mode::Mode::of_run().options,
+                    layers.options()
+                ),
+            ])
             .args(["--fuse-fd", &device.as_raw_fd().to_string(), "--control"])
             .arg(layers.path("control"))
             .arg(layers.mnt())

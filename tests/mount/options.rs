@@ -4,11 +4,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::Path;
-use std::process::Command;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::common::mount::{PLYFS, plyfs};
+use crate::common::mode;
+use crate::common::mount::plyfs;
 use crate::common::{Layers, Mount, errno};
 
 /// Exit code 1: the mount could not be made. 2: the command line is wrong.
@@ -190,7 +190,7 @@ fn relative_layers_are_found_and_the_callers_directory_stays_free() {
     let layers = Layers::new(1);
     fs::write(layers.lower(0).join("f"), "x").unwrap();
     layers.seal();
-    let status = Command::new(PLYFS)
+    let status = mode::plyfs()
         .current_dir(layers.path(""))
         .args(["-o", "lowerdir=lower0,upperdir=upper", "-o", "workdir=work"])
         .arg("mnt")

@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::common::mount::{PLYFS, wait_until};
+use crate::common::mode;
+use crate::common::mount::wait_until;
 use crate::common::{Layers, Mount, errno};
 
 fn is_mounted(layers: &Layers) -> bool {
@@ -17,7 +18,7 @@ fn is_mounted(layers: &Layers) -> bool {
 #[test]
 fn nothing_of_the_server_is_left_on_the_callers_streams() {
     let layers = Layers::new(1);
-    let child = Command::new(PLYFS)
+    let child = mode::plyfs()
         .args(["-o", &layers.options()])
         .arg(layers.mnt())
         .stdout(Stdio::piped())
@@ -107,7 +108,7 @@ fn a_signal_writes_everything_down_and_takes_the_mount_away() {
 #[test]
 fn in_front_it_serves_until_it_is_told_to_end() {
     let layers = Layers::new(1);
-    let mut child = Command::new(PLYFS)
+    let mut child = mode::plyfs()
         .args(["-f", "-o", &layers.options()])
         .arg(layers.mnt())
         .stderr(Stdio::null())
@@ -129,7 +130,7 @@ fn in_front_it_serves_until_it_is_told_to_end() {
 fn the_log_goes_where_it_is_sent() {
     let layers = Layers::new(1);
     let log = layers.path("log");
-    let output = Command::new(PLYFS)
+    let output = mode::plyfs()
         .args(["-o", &layers.options(), "--log-file"])
         .arg(&log)
         .arg(layers.mnt())
