@@ -100,7 +100,7 @@ impl Union {
             static_nlink: config.static_nlink,
             no_xattrs: config.no_xattrs,
             volatile: config.volatile,
-            no_acl: config.no_acl,
+            no_acl: config.no_acl.into(),
             // Its readers with owners in attributes know no such files.
             no_metacopy: config.no_metacopy
                 || upper

@@ -219,7 +219,12 @@ impl Union {
         match (mode, other) {
             (RenameMode::Exchange, Some(other)) => {
                 self.prepare_move(&other, &to, &from, locked.source())?;
-                fs::renameat2(from.dir, name, to.dir, new_name, libc::RENAME_EXCHANGE)?;
+                match fs::renameat2(from.dir, name, to.dir, new_name, libc::RENAME_EXCHANGE) {
+                    // Before Linux 3.15. By several renames, a crash could leave one of the two without
+                    // a name: it is refused as on a file system that cannot do it.
+                    Err(Errno::ENOSYS) => return Err(Errno::EINVAL.into()),
+                    result => result?,
+                }
                 moved(node, &from, &to);
                 moved(&other, &to, &from);
                 locked.source().changed(name);

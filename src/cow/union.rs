@@ -1,6 +1,6 @@
 //! The union itself: what its operations share.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -27,7 +27,7 @@ pub struct Union {
     pub(super) static_nlink: bool,
     pub(super) no_xattrs: bool,
     pub(super) volatile: bool,
-    pub(super) no_acl: bool,
+    pub(super) no_acl: AtomicBool,
     pub(super) no_metacopy: bool,
     /// File handles cannot be opened: origins are noted by number.
     pub(super) origin_numbers: bool,

@@ -2,6 +2,7 @@
 //! their names is stored escaped.
 
 use std::ffi::{OsStr, OsString};
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
@@ -14,9 +15,14 @@ use super::whiteout::is_fuse_overlayfs;
 use crate::sys::xattr;
 
 impl Union {
+    /// From now on POSIX ACLs are refused and not inherited: for a kernel that would not enforce them.
+    pub fn refuse_acls(&self) {
+        self.no_acl.store(true, Ordering::Relaxed);
+    }
+
     /// Whether POSIX ACLs are kept. Where the mode lies in an attribute they could not be kept in step with it.
     pub fn keeps_acls(&self) -> bool {
-        !self.no_acl && !self.no_xattrs && self.stat_override.is_none()
+        !self.no_acl.load(Ordering::Relaxed) && !self.no_xattrs && self.stat_override.is_none()
     }
 
     /// Refuses what this mount does not keep.

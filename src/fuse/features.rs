@@ -284,9 +284,11 @@ impl FeatureSet {
     /// All of them.
     pub const ALL: Self = Self((1 << ALL.len()) - 1);
 
-    /// Those that a connection can do without and no program sees it: all but the requests.
+    /// Those that a connection can do without and no program sees it: all but ACLs and the requests.
     pub fn unseen() -> Self {
-        Self::of(|description| description.offer != Offer::Request)
+        Self::of(|description| {
+            description.offer != Offer::Request && description.feature != Feature::PosixAcl
+        })
     }
 
     /// Those that the protocol has since a later minor number.

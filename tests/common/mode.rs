@@ -54,9 +54,14 @@ impl Mode {
         })
     }
 
-    /// Whether the kernel's part has requests newer than those of protocol 7.22.
-    pub fn has_new_requests(&self) -> bool {
+    /// Whether the kernel's part has what is newer than protocol 7.22.
+    pub fn is_new(&self) -> bool {
         !self.options.contains("7.22")
+    }
+
+    /// Whether two names can be exchanged.
+    pub fn exchanges(&self) -> bool {
+        self.is_new() && !self.old_calls
     }
 }
 

@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::Layers;
-use super::mode::{self, Mode, PLYFS};
+pub use super::mode::PLYFS;
+use super::mode::{self, Mode};
 
 /// How long anything may take that normally takes an instant.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -74,7 +76,15 @@ impl Mount {
 
     /// Unmounts and waits for the server.
     pub fn unmount(self) {
-        umount2(&self.path, MntFlags::empty()).unwrap();
+        let unmounted = wait_until(|| match umount2(&self.path, MntFlags::empty()) {
+            // A child that another test has just forked has every open file until it runs its program.
+            Err(Errno::EBUSY) => false,
+            result => {
+                result.unwrap();
+                true
+            }
+        });
+        assert!(unmounted, "the mount stays busy");
         assert!(self.wait_for_end(), "plyfs outlived its mount");
     }
 }

@@ -15,6 +15,7 @@ use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, Whence, lseek, setfsgid, setfsuid};
 
+use crate::common::mode;
 use crate::common::{Layers, Mount, errno};
 
 const MIB: u64 = 1 << 20;
@@ -183,18 +184,22 @@ fn holes_are_kept_found_and_made() {
         .open(mount.join("f"))
         .unwrap();
     file.write_all_at(b"up", 0).unwrap();
+    // In some modes it is not copied up before it is written back.
+    file.sync_all().unwrap();
     assert!(
         fs::metadata(layers.upper().join("f")).unwrap().blocks() * 512 < MIB,
         "the copy-up filled the holes"
     );
-    assert_eq!(
-        lseek(&file, MIB as i64, Whence::SeekData).unwrap(),
-        4 * MIB as i64
-    );
-    assert_eq!(
-        lseek(&file, 4 * MIB as i64, Whence::SeekHole).unwrap(),
-        4 * MIB as i64 + 4096
-    );
+    if mode::Mode::of_run().is_new() {
+        assert_eq!(
+            lseek(&file, MIB as i64, Whence::SeekData).unwrap(),
+            4 * MIB as i64
+        );
+        assert_eq!(
+            lseek(&file, 4 * MIB as i64, Whence::SeekHole).unwrap(),
+            4 * MIB as i64 + 4096
+        );
+    }
     let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     fallocate(file.as_fd(), punch, 4 * MIB as i64, 4096).unwrap();
     let mut page = [9; 4096];
@@ -211,6 +216,10 @@ fn holes_are_kept_found_and_made() {
 /// the writeback cache, by write(2).
 #[test]
 fn a_search_for_data_finds_what_was_just_written() {
+    if !mode::Mode::of_run().is_new() {
+        // The kernel knows no holes; `modes` has what it answers.
+        return;
+    }
     for options in ["", "writeback", "no_open", "no_open,writeback"] {
         let layers = Layers::new(1);
         let mount = Mount::new(&layers, options);

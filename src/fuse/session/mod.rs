@@ -31,6 +31,7 @@ pub(super) use self::answer::guarded;
 use self::data::Place;
 use self::directories::OpenDir;
 use super::convert;
+use super::features::Feature;
 use super::handles::HandleTable;
 use super::options::SessionOptions;
 use super::policy::Policy;
@@ -93,6 +94,9 @@ impl UnionFs {
 impl Filesystem for UnionFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         let policy = Policy::negotiate(config, &self.options, self.no_acl);
+        if !policy.uses(Feature::PosixAcl) {
+            self.union.refuse_acls();
+        }
         tracing::debug!(abi = %config.kernel_abi(), ?policy, "the kernel's INIT is answered");
         // It can be set already only if the kernel said INIT twice, and then with the same outcome.
         let _ = self.policy.set(policy);
