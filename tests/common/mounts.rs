@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 #[path = "mode.rs"]
-mod mode;
+pub mod mode;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 

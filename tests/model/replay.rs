@@ -8,8 +8,9 @@ use crate::direct::{self, Direct};
 use crate::jail::{Jail, Oddity};
 use crate::layers::{self, Layer, Meta};
 use crate::model::Model;
+use crate::mounts::mode::Mode;
 use crate::mounts::{Dirs, Mount, Tmpfs};
-use crate::ops::{Op, Outcome};
+use crate::ops::{How, Op, Outcome};
 use crate::tree::{InodeMap, Snapshot, compare, data_differs};
 
 /// Whatever claims to be a union.
@@ -31,6 +32,26 @@ pub enum Which {
 }
 
 impl Which {
+    /// The operations without those that the mode of this run has no request for: asked for plainly.
+    fn possible(self, ops: &[Op]) -> Vec<Op> {
+        let mode = Mode::of_run();
+        let has = |how| match how {
+            How::Replace => true,
+            How::NoReplace => mode.is_new(),
+            How::Exchange => mode.exchanges(),
+        };
+        let mut ops = ops.to_vec();
+        if matches!(self, Self::Plyfs(_)) {
+            for op in &mut ops {
+                match op {
+                    Op::Rename { how, .. } if !has(*how) => *how = How::Replace,
+                    _ => {}
+                }
+            }
+        }
+        ops
+    }
+
     fn start(self, dirs: &Dirs) -> Box<dyn Subject> {
         match self {
             Self::Kernel => Box::new(Mounted::new(dirs, Mount::kernel)),
@@ -136,6 +157,7 @@ pub fn replay_on(hosts: Hosts, which: Which, stack: &[Layer], ops: &[Op]) -> Res
         std::fs::create_dir(dir).unwrap();
         layer.write(dir);
     }
+    let ops = &which.possible(ops);
     let before: Vec<_> = lowers.iter().map(|dir| layers::fingerprint(dir)).collect();
     let root = Meta::plain(0o755);
     let mut run = Run {
