@@ -16,4 +16,5 @@ mod mount {
     mod modes;
     mod options;
     mod process;
+    mod user;
 }

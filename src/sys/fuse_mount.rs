@@ -77,6 +77,11 @@ pub enum MountError {
         "cannot open /dev/fuse: {0}; load the module (`modprobe fuse`), or in a container pass the device (`--device /dev/fuse`)"
     )]
     Device(#[source] io::Error),
+    /// There is a device, for others.
+    #[error(
+        "may not open /dev/fuse: {0}; let this user read and write it (udev's mode for it is 0666), or run as root"
+    )]
+    Forbidden(#[source] io::Error),
     /// The mount point cannot be used.
     #[error("cannot mount on {path}: {source}; name an existing directory")]
     Target {
@@ -137,7 +142,10 @@ fn mount_directly(target: &Path, options: &MountOptions, mode: u32) -> Result<Ow
         .read(true)
         .write(true)
         .open("/dev/fuse")
-        .map_err(MountError::Device)?;
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::PermissionDenied => MountError::Forbidden(source),
+            _ => MountError::Device(source),
+        })?;
     let mut fstype = OsString::from("fuse.");
     fstype.push(&options.subtype);
     nix::mount::mount(
@@ -229,6 +237,12 @@ fn mount_by_helper(target: &Path, options: &MountOptions) -> Result<OwnedFd, Mou
         path: target.to_path_buf(),
         message,
     };
+    if let Some(word) = options.extra.first() {
+        let word = word.to_string_lossy();
+        return Err(refused(format!(
+            "it cannot set {word}; mount as root, or leave that out"
+        )));
+    }
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,
         SockType::Stream,
@@ -298,6 +312,16 @@ mod tests {
             helper_words(&options),
             "default_permissions,fsname=a\\,b\\\\c,subtype=plyfs,ro"
         );
+    }
+
+    #[test]
+    fn what_the_helper_cannot_pass_on_is_refused_and_not_dropped() {
+        let options = MountOptions {
+            extra: vec!["context=\"u:r:t:s0\"".into()],
+            ..MountOptions::default()
+        };
+        let error = mount_by_helper(Path::new("/nowhere"), &options).unwrap_err();
+        assert!(error.to_string().contains("context="), "{error}");
     }
 
     #[test]

@@ -1,0 +1,239 @@
+//! Mounts by a user who is not root, with the help of `fusermount3`.
+//!
+//! Each test is in a mount namespace of its own, where /dev/fuse may be opened by everyone, as udev has it, and
+//! /etc/fuse.conf says what the test wants.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+use crate::common::Layers;
+use crate::common::mount::{PLYFS, wait_until};
+
+/// Debian's `nobody` and `nogroup`: fusermount3 refuses who has no name.
+const NOBODY: u32 = 65534;
+/// Another user.
+const DAEMON: u32 = 1;
+
+/// What one user has: the layers are his, with a file and a directory in the lower one.
+struct Home {
+    layers: Layers,
+    tmpfs: PathBuf,
+}
+
+/// Runs a test in a mount namespace that is gone at its end, and with it every mount.
+fn in_a_home(test: impl FnOnce(&Home) + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+            let none: Option<&str> = None;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            let home = Home::new();
+            test(&home);
+            home.end();
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+impl Home {
+    fn new() -> Self {
+        let layers = Layers::new(1);
+        Layers::write(&layers.lower(0).join("file"), "lower\n");
+        Layers::write(&layers.lower(0).join("dir/inside"), "inside\n");
+        for name in [
+            "lower0",
+            "lower0/file",
+            "lower0/dir",
+            "upper",
+            "work",
+            "mnt",
+        ] {
+            chown(layers.path(name), Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        // Where the build directory is may be closed to others.
+        fs::copy(PLYFS, layers.path("plyfs")).unwrap();
+        let tmpfs = layers.path("tmpfs");
+        fs::create_dir(&tmpfs).unwrap();
+        let none: Option<&str> = None;
+        let kind = Some("tmpfs");
+        mount(kind, &tmpfs, kind, MsFlags::empty(), Some("mode=755")).unwrap();
+        let device = tmpfs.join("fuse");
+        mknod(&device, SFlag::S_IFCHR, Mode::empty(), makedev(10, 229)).unwrap();
+        fs::write(tmpfs.join("fuse.conf"), "").unwrap();
+        for (from, to) in [("fuse", "/dev/fuse"), ("fuse.conf", "/etc/fuse.conf")] {
+            mount(Some(&tmpfs.join(from)), to, none, MsFlags::MS_BIND, none).unwrap();
+        }
+        let home = Self { layers, tmpfs };
+        home.let_open_fuse(true);
+        home
+    }
+
+    fn let_open_fuse(&self, everyone: bool) {
+        let mode = fs::Permissions::from_mode(if everyone { 0o666 } else { 0o600 });
+        fs::set_permissions(self.tmpfs.join("fuse"), mode).unwrap();
+    }
+
+    /// The directories can be removed only when nothing of this namespace is mounted below them.
+    fn end(self) {
+        assert!(self.server_ends());
+        umount2(&self.tmpfs, MntFlags::MNT_DETACH).unwrap();
+    }
+
+    fn run_as(&self, user: u32, program: &str, args: &[&str]) -> Output {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &user.to_string(), "--regid", &user.to_string()]);
+        command.args(["--clear-groups", "--", program]).args(args);
+        command.current_dir("/").output().unwrap()
+    }
+
+    fn mount(&self, options: &str) -> Output {
+        let plyfs = self.layers.path("plyfs");
+        let mnt = self.layers.mnt();
+        let [plyfs, mnt] = [&plyfs, &mnt].map(|path| path.to_str().unwrap());
+        self.run_as(NOBODY, plyfs, &["-o", options, mnt])
+    }
+
+    fn mounted(&self, options: &str) {
+        let output = self.mount(options);
+        let silent = output.stdout.is_empty() && output.stderr.is_empty();
+        assert!(output.status.success() && silent, "{options}: {output:?}");
+        assert!(self.line().is_some());
+    }
+
+    fn refused(&self, options: &str, why: &str) {
+        let output = self.mount(options);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            !output.status.success() && said.contains(why),
+            "{options}: {said}"
+        );
+        assert_eq!(self.line(), None);
+        assert!(self.server_ends());
+    }
+
+    /// The mount in the table, from its options on.
+    fn line(&self) -> Option<String> {
+        let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let mnt = format!(" {} ", self.layers.mnt().display());
+        table
+            .lines()
+            .find_map(|line| Some(line.split_once(&mnt)?.1.to_owned()))
+    }
+
+    fn unmounted(&self) {
+        let mnt = self.layers.mnt();
+        let output = self.run_as(NOBODY, "fusermount3", &["-u", mnt.to_str().unwrap()]);
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(self.line(), None);
+        assert!(self.server_ends(), "plyfs outlived its mount");
+    }
+
+    fn server_ends(&self) -> bool {
+        let program = self.layers.path("plyfs");
+        wait_until(|| {
+            let processes = fs::read_dir("/proc").unwrap().flatten();
+            let mut programs = processes.filter_map(|p| fs::read_link(p.path().join("exe")).ok());
+            !programs.any(|exe| exe == program)
+        })
+    }
+
+    /// What `user` gets when he reads `path`.
+    fn read_as(&self, user: u32, path: &Path) -> Result<String, String> {
+        let output = self.run_as(user, "cat", &[path.to_str().unwrap()]);
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        if output.status.success() {
+            Ok(text(output.stdout))
+        } else {
+            Err(text(output.stderr))
+        }
+    }
+}
+
+#[test]
+fn a_user_mounts_writes_and_unmounts() {
+    in_a_home(|home| {
+        let mnt = home.layers.mnt();
+        // What root alone may give is not given, asked for or not.
+        for more in ["", ",suid,dev"] {
+            home.mounted(&(home.layers.options() + more));
+            let line = home.line().unwrap();
+            assert!(line.starts_with("rw,nosuid,nodev"), "{line}");
+            assert!(
+                line.contains(" - fuse.plyfs ") && line.contains("user_id=65534"),
+                "{line}"
+            );
+            home.unmounted();
+        }
+        home.mounted(&home.layers.options());
+        let script = "set -e; cd \"$0\"; echo more >>file; mv dir moved; mkdir new; echo 1 >new/file; ln file link; \
+                      chmod 640 file; ln -s file soft; rm moved/inside; mkfifo fifo";
+        let output = home.run_as(NOBODY, "sh", &["-c", script, mnt.to_str().unwrap()]);
+        assert!(output.status.success(), "{output:?}");
+        // Nobody else may enter, root neither.
+        assert!(fs::read_dir(&mnt).is_err());
+        let denied = home.read_as(DAEMON, &mnt.join("new/file"));
+        assert!(denied.unwrap_err().contains("Permission denied"));
+        home.unmounted();
+
+        // All of it is his, and there again at the next mount.
+        let file = fs::metadata(home.layers.upper().join("file")).unwrap();
+        assert_eq!((file.uid(), file.gid(), file.nlink()), (NOBODY, NOBODY, 2));
+        home.mounted(&home.layers.options());
+        let script = "cd \"$0\" && cat link soft new/file && ls . moved && stat -c %a:%u link";
+        let output = home.run_as(NOBODY, "sh", &["-c", script, mnt.to_str().unwrap()]);
+        let said = String::from_utf8(output.stdout).unwrap();
+        let listing = ".:\nfifo\nfile\nlink\nmoved\nnew\nsoft\n\nmoved:\n640:65534\n";
+        assert_eq!(said, format!("lower\nmore\nlower\nmore\n1\n{listing}"));
+        home.unmounted();
+
+        home.mounted(&format!(
+            "ro,noexec,noatime,{}",
+            home.layers.lower_options()
+        ));
+        let line = home.line().unwrap();
+        assert!(line.starts_with("ro,nosuid,nodev,noexec,noatime"), "{line}");
+        assert_eq!(home.read_as(NOBODY, &mnt.join("file")).unwrap(), "lower\n");
+        home.unmounted();
+    });
+}
+
+#[test]
+fn others_may_enter_where_the_administrator_lets_users_allow_it() {
+    in_a_home(|home| {
+        let options = format!("allow_other,{}", home.layers.options());
+        home.refused(&options, "user_allow_other");
+        fs::write(home.tmpfs.join("fuse.conf"), "user_allow_other\n").unwrap();
+        home.mounted(&options);
+        let file = home.layers.mnt().join("file");
+        for user in [0, DAEMON, NOBODY] {
+            assert_eq!(home.read_as(user, &file).unwrap(), "lower\n", "{user}");
+        }
+        home.unmounted();
+    });
+}
+
+#[test]
+fn what_a_user_may_not_do_is_said() {
+    in_a_home(|home| {
+        let mnt = home.layers.mnt();
+        let options = home.layers.options();
+        chown(&mnt, Some(0), Some(0)).unwrap();
+        home.refused(&options, "no write access to mountpoint");
+        chown(&mnt, Some(NOBODY), Some(NOBODY)).unwrap();
+        home.let_open_fuse(false);
+        home.refused(&options, "may not open /dev/fuse");
+        home.let_open_fuse(true);
+        let upper = home.layers.upper();
+        chown(&upper, Some(0), Some(0)).unwrap();
+        fs::set_permissions(&upper, fs::Permissions::from_mode(0o700)).unwrap();
+        home.refused(&options, upper.to_str().unwrap());
+    });
+}
