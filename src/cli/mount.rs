@@ -110,6 +110,8 @@ struct MountLine {
     device: Vec<u8>,
     path: PathBuf,
     kind: Vec<u8>,
+    /// What plyd mounts names its own place below the state directory here, and every bind of it as well.
+    source: PathBuf,
 }
 
 fn parse_mountinfo(table: &[u8]) -> Vec<MountLine> {
@@ -124,11 +126,15 @@ fn parse_line(line: &[u8]) -> Option<MountLine> {
     let device = fields.nth(2)?.to_vec();
     let path = unescape(fields.nth(1)?);
     // Optional fields, as many as there are, end with a dash.
-    let kind = fields.skip_while(|field| *field != b"-").nth(1)?.to_vec();
+    let mut fields = fields.skip_while(|field| *field != b"-");
+    let kind = fields.nth(1)?.to_vec();
+    let source = unescape(fields.next()?);
+    let to_path = |bytes| PathBuf::from(std::ffi::OsString::from_vec(bytes));
     Some(MountLine {
         device,
-        path: PathBuf::from(std::ffi::OsString::from_vec(path)),
+        path: to_path(path),
         kind,
+        source: to_path(source),
     })
 }
 
@@ -153,7 +159,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Whether the topmost mount at `dir` is a bind of one that plyd keeps below `state`; why not.
+/// Whether the topmost mount at `dir` is a bind of one that plyd keeps, or kept, below `state`; why not.
 fn may_unmount(table: &[MountLine], dir: &Path, state: &Path) -> Result<(), String> {
     let shown = dir.display();
     let Some(top) = table.iter().rev().find(|line| line.path == dir) else {
@@ -164,8 +170,8 @@ fn may_unmount(table: &[MountLine], dir: &Path, state: &Path) -> Result<(), Stri
             "{shown} is plyd's own mount; remove its snapshot or container instead"
         ));
     }
-    let is_ours = |line: &&MountLine| line.path.starts_with(state) && line.device == top.device;
-    if top.kind != PLYFS_TYPE || table.iter().find(is_ours).is_none() {
+    // One whose plyfs has died is not below `state` any more.
+    if top.kind != PLYFS_TYPE || !top.source.starts_with(state) {
         return Err(format!(
             "{shown} is not the mount of a snapshot ({} is mounted there); use umount(8)",
             std::ffi::OsStr::from_bytes(&top.kind).to_string_lossy()
@@ -188,19 +194,21 @@ mod tests {
 
     const TABLE: &[u8] = b"\
 21 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
-30 21 0:50 / /run/plywood/mnt/1 rw shared:2 master:1 - fuse.plyfs plywood rw
-31 21 0:50 / /mnt/with\\040blank rw - fuse.plyfs plywood rw
+30 21 0:50 / /run/plywood/mnt/1 rw shared:2 master:1 - fuse.plyfs /run/plywood/mnt/1 rw
+31 21 0:50 / /mnt/with\\040blank rw - fuse.plyfs /run/plywood/mnt/1 rw
 32 21 0:51 / /mnt/foreign rw - fuse.plyfs x rw
 33 21 0:52 / /mnt/tmp rw - tmpfs tmpfs rw
+35 21 0:53 / /mnt/dead rw - fuse.plyfs /run/plywood/mnt/gone rw
 34 21 0:52 / /mnt/with\\040blank/below rw - tmpfs tmpfs rw
 ";
 
     #[test]
     fn only_binds_of_snapshots_are_unmounted() {
         let table = parse_mountinfo(TABLE);
-        assert_eq!(table.len(), 6);
+        assert_eq!(table.len(), 7);
         let check = |dir: &str| may_unmount(&table, Path::new(dir), Path::new("/run/plywood"));
         assert_eq!(check("/mnt/with blank"), Ok(()));
+        assert_eq!(check("/mnt/dead"), Ok(()));
         assert!(
             check("/run/plywood/mnt/1")
                 .unwrap_err()

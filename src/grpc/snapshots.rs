@@ -210,15 +210,10 @@ fn refuse_if_committed(
     target: &str,
     parent: Option<&ParentRef>,
 ) -> Result<(), Status> {
-    let all = snapshotter.list(Some(OWNER))?;
-    let is_there = all.iter().any(|info| {
-        info.kind == Kind::Committed
-            && info.parent.as_ref() == parent
-            && info
-                .labels
-                .get(LABEL_REF)
-                .is_some_and(|label| label == target)
-    });
+    let is_it = |labels: &BTreeMap<String, String>| {
+        labels.get(LABEL_REF).is_some_and(|label| label == target)
+    };
+    let is_there = snapshotter.has_committed_on(OWNER, parent, is_it)?;
     if is_there {
         return Err(Status::already_exists(format!(
             "the snapshot {target:?} is committed already; use it"

@@ -114,6 +114,19 @@ impl Catalog {
             .map(|record| Found { id, record }))
     }
 
+    /// The record of that id.
+    pub(super) fn get(&self, id: &str) -> Result<Option<SnapshotRecord>> {
+        Ok(self.records.get(id)?)
+    }
+
+    /// Ids of what builds on `parent`, or on nothing; no record is read.
+    pub(super) fn children(&self, parent: Option<&str>) -> Vec<String> {
+        let changes = self.changes.lock();
+        let parents = changes.parents.iter();
+        let children = parents.filter(|(_, of)| of.as_deref() == parent);
+        children.map(|(id, _)| id.clone()).collect()
+    }
+
     /// As [`find`](Self::find); none is an error.
     pub(super) fn resolve(&self, owner: Owner, key: &str) -> Result<Found> {
         self.find(owner, key)?.ok_or_else(|| Error::NotFound {

@@ -40,13 +40,14 @@ mod catalog;
 mod diff;
 mod locks;
 mod mounts;
+mod queries;
 mod recovery;
 #[cfg(test)]
 mod tests;
 pub mod types;
 mod upper;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -279,41 +280,6 @@ impl Snapshotter {
             }
             Ok(())
         })
-    }
-
-    /// What is known of one snapshot.
-    pub fn stat(&self, owner: Owner, key: &str) -> Result<SnapshotInfo> {
-        self.describe(self.catalog.resolve(owner, key)?)
-    }
-
-    /// Snapshots of one owner, or of all, in order of creation. One whose parent's record is damaged
-    /// is left out, and said so in the log.
-    pub fn list(&self, owner: Option<Owner>) -> Result<Vec<SnapshotInfo>> {
-        let all = self.catalog.all()?;
-        let by_id: HashMap<&str, &Found> =
-            all.iter().map(|found| (found.id.as_str(), found)).collect();
-        let wanted = |found: &&Found| owner.is_none_or(|owner| owner == found.record.owner);
-        let mut infos = Vec::with_capacity(all.len());
-        for found in all.iter().filter(wanted) {
-            // Parents are older than their children, so the steps are fewer than the snapshots.
-            let next = |found: &&Found| {
-                let parent = found.record.parent.as_deref()?;
-                by_id.get(parent).copied()
-            };
-            let ancestors: Vec<&Found> = std::iter::successors(next(&found), next)
-                .take(all.len())
-                .collect();
-            let root = ancestors.last().copied().unwrap_or(found);
-            if root.record.parent.is_some() {
-                tracing::error!(
-                    snapshot = found.record.key,
-                    "left out of a listing: the record of a snapshot that it builds on cannot be used"
-                );
-                continue;
-            }
-            infos.push(self.info(found.clone(), &ancestors));
-        }
-        Ok(infos)
     }
 
     /// Replaces the labels.

@@ -1,8 +1,12 @@
 //! `snapctl snapshot`, `mount` and `umount`.
 
 use std::fs;
+use std::path::Path;
 
-use crate::common::{BUSYBOX, Plyd, mounts_below};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::common::{BUSYBOX, Plyd, mounts_below, until};
 
 #[test]
 fn a_snapshot_from_prepare_to_removal() {
@@ -209,6 +213,29 @@ fn only_mounts_of_snapshots_are_unmounted() {
         "{}",
         missing.stderr
     );
+}
+
+#[test]
+fn a_mount_whose_plyfs_has_died_is_unmounted() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    let mnt = mnt.to_str().unwrap();
+    plyd.ok(["mount", "work", mnt]);
+    let info = plyd.json(["snapshot", "info", "--json", "work"]);
+    let pid = info["plyfs_pid"].as_i64().unwrap().try_into().unwrap();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    until("plyd has taken its own mount away", || {
+        plyd.log().contains("plyfs died")
+    });
+    assert!(fs::read_dir(mnt).is_err());
+    plyd.ok(["umount", mnt]);
+    assert_eq!(fs::read_dir(mnt).unwrap().count(), 0);
+    // The next one works.
+    plyd.ok(["mount", "work", mnt]);
+    fs::write(Path::new(mnt).join("file"), "1").unwrap();
+    plyd.ok(["umount", mnt]);
 }
 
 #[test]

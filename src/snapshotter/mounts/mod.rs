@@ -314,6 +314,8 @@ impl Mounts {
         let root = place.root();
         let options = MountOptions {
             read_only: union.upper.is_none(),
+            // Binds show it too, and it tells them from other mounts when this one is gone.
+            source: root.clone().into_os_string(),
             ..MountOptions::default()
         };
         let fuse = fuse_mount::mount(&root, &options)?;

@@ -1,0 +1,76 @@
+//! Questions about snapshots.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::Snapshotter;
+use super::catalog::Found;
+use super::types::*;
+
+impl Snapshotter {
+    /// What is known of one snapshot.
+    pub fn stat(&self, owner: Owner, key: &str) -> Result<SnapshotInfo> {
+        self.describe(self.catalog.resolve(owner, key)?)
+    }
+
+    /// Snapshots of one owner, or of all, in order of creation. One whose parent's record is damaged
+    /// is left out, and said so in the log.
+    pub fn list(&self, owner: Option<Owner>) -> Result<Vec<SnapshotInfo>> {
+        let all = self.catalog.all()?;
+        let by_id: HashMap<&str, &Found> =
+            all.iter().map(|found| (found.id.as_str(), found)).collect();
+        let wanted = |found: &&Found| owner.is_none_or(|owner| owner == found.record.owner);
+        let mut infos = Vec::with_capacity(all.len());
+        for found in all.iter().filter(wanted) {
+            // Parents are older than their children, so the steps are fewer than the snapshots.
+            let next = |found: &&Found| {
+                let parent = found.record.parent.as_deref()?;
+                by_id.get(parent).copied()
+            };
+            let ancestors: Vec<&Found> = std::iter::successors(next(&found), next)
+                .take(all.len())
+                .collect();
+            let root = ancestors.last().copied().unwrap_or(found);
+            if root.record.parent.is_some() {
+                tracing::error!(
+                    snapshot = found.record.key,
+                    "left out of a listing: the record of a snapshot that it builds on cannot be used"
+                );
+                continue;
+            }
+            infos.push(self.info(found.clone(), &ancestors));
+        }
+        Ok(infos)
+    }
+
+    /// Whether `owner` has a committed snapshot on `parent`, or on nothing, whose labels are `wanted`. Only the
+    /// records of what builds on that parent are read.
+    pub fn has_committed_on(
+        &self,
+        owner: Owner,
+        parent: Option<&ParentRef>,
+        wanted: impl Fn(&BTreeMap<String, String>) -> bool,
+    ) -> Result<bool> {
+        let parent = match parent {
+            None => None,
+            Some(parent) => match self.catalog.find(parent.owner, &parent.key)? {
+                Some(found) => Some(found.id),
+                None => return Ok(false),
+            },
+        };
+        for id in self.catalog.children(parent.as_deref()) {
+            match self.catalog.get(&id) {
+                Ok(Some(record)) => {
+                    let fits = record.owner == owner && record.kind == Kind::Committed;
+                    if fits && wanted(&record.labels) {
+                        return Ok(true);
+                    }
+                }
+                // Removed meanwhile.
+                Ok(None) => {}
+                // It stands for itself alone; nobody else's layers have to wait for its repair.
+                Err(error) => tracing::error!(id, %error, "passed over"),
+            }
+        }
+        Ok(false)
+    }
+}
