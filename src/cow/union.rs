@@ -54,6 +54,13 @@ impl Union {
         self.upper.is_none()
     }
 
+    /// Says that attributes of a node have changed without a request for it.
+    pub fn tell(&self, node: NodeId) {
+        if let Some(tell) = self.on_side_effect.get() {
+            tell(node);
+        }
+    }
+
     /// Has `tell` called with every directory whose change time moved because something in it was
     /// copied up: nobody asked for that, so whoever keeps attributes has to be told. It is called
     /// with no lock held, before the operation at hand answers. Only the first call counts.

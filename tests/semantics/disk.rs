@@ -42,12 +42,11 @@ impl Disk {
             target: target.to_owned(),
         });
         match self {
-            Self::Ext4 { .. } => assert!(mounted, "mount of {}", image.display()),
             Self::Btrfs if mounted => {
                 let enabled = run(Command::new("btrfs").args(["quota", "enable"]).arg(target));
                 assert!(enabled, "quotas of {}", target.display());
             }
-            Self::Btrfs => {}
+            _ => {}
         }
         attached
     }

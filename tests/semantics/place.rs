@@ -57,6 +57,8 @@ impl Peer {
 /// A mounted tree. Everything is below one directory.
 pub struct Place {
     pub peer: Peer,
+    /// More options for plyfs.
+    more: String,
     dir: PathBuf,
     lowers: RefCell<Vec<PathBuf>>,
     /// Uppers so far: a new one for each layer on top.
@@ -69,9 +71,16 @@ pub struct Place {
 impl Place {
     /// Makes the tree in `dir`, of lowers that are filled already, and mounts it. A native tree that is
     /// too deep to be copied takes its only lower away.
-    pub fn new(peer: Peer, dir: &Path, fill: &Fill, too_deep: bool) -> Result<Self, Said> {
+    pub fn new(
+        peer: Peer,
+        options: &str,
+        dir: &Path,
+        fill: &Fill,
+        too_deep: bool,
+    ) -> Result<Self, Said> {
         let place = Self {
             peer,
+            more: options.to_owned(),
             dir: dir.to_owned(),
             lowers: RefCell::new(fill.lowers()),
             uppers: RefCell::new(0),
@@ -168,9 +177,7 @@ impl Place {
                 "fuse-overlayfs"
             }
             Peer::Plyfs => {
-                if let Ok(more) = std::env::var("SEMANTICS_OPTIONS") {
-                    options += &format!(",{more}");
-                }
+                options += &format!(",{}", self.more);
                 env!("CARGO_BIN_EXE_plyfs")
             }
         };

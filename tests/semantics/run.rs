@@ -9,29 +9,37 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
 
+use crate::base::Base;
 use crate::common::snapshot::{Snapshot, age_access_times};
 use crate::fill::Fill;
 use crate::outcome::Outcome;
 use crate::place::{Peer, Place};
 use crate::row::Row;
 
-/// The environment variable that makes this program a child: row, column, directory.
+/// The environment variable that makes this program a child: row, column, options of plyfs, layers, directory.
 pub const REQUEST: &str = "SEMANTICS_CHILD";
 
 /// The outcome of a file system that this host lacks.
 const NOT_TO_BE_HAD: &str = "not to be had";
 
 /// How long one row may take on one file system, on a loaded machine.
-const DEADLINE: Duration = Duration::from_secs(120);
+fn deadline() -> Duration {
+    Duration::from_secs(if full() { 1200 } else { 120 })
+}
+
+/// Whether the long forms of the rows that have one are wanted.
+pub fn full() -> bool {
+    env::var_os("PLYWOOD_TEST_FULL").is_some()
+}
 
 /// Runs a row on the file systems that are wanted; also says what is wrong besides.
-pub fn row(row: &Row, wanted: impl Fn(Peer) -> bool) -> (Vec<Option<String>>, Vec<String>) {
-    let base = tempfile::Builder::new()
-        .prefix("ply-semantics.")
-        .tempdir()
-        .unwrap();
-    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(base.path(), open).unwrap();
+pub fn row(
+    row: &Row,
+    options: &str,
+    base: &Base,
+    wanted: impl Fn(Peer) -> bool,
+) -> (Vec<Option<String>>, Vec<String>) {
+    let base = base.directory();
     let layers = base.path().join("layers");
     fs::create_dir(&layers).unwrap();
     let fill = Fill::new(&layers);
@@ -50,7 +58,7 @@ pub fn row(row: &Row, wanted: impl Fn(Peer) -> bool) -> (Vec<Option<String>>, Ve
         let dir = base.path().join(peer.name());
         fs::create_dir(&dir).unwrap();
         let log = base.path().join(format!("{}.log", peer.name()));
-        let outcome = in_child(row, peer, &layers, &dir, &log);
+        let outcome = in_child(row, peer, options, &layers, &dir, &log);
         unmount_below(&dir);
         if peer == Peer::Plyfs && outcome != "yes" {
             notes.extend(fs::read_to_string(&log).unwrap().lines().map(str::to_owned));
@@ -63,12 +71,13 @@ pub fn row(row: &Row, wanted: impl Fn(Peer) -> bool) -> (Vec<Option<String>>, Ve
         }
         outcomes[n] = (outcome != NOT_TO_BE_HAD).then_some(outcome);
     }
+    unmount_below(base.path());
     // Only what is wrong is told; a word that the document has is not.
     notes.retain(|note| note.contains("panicked") || note.contains("lower layer"));
     (outcomes, notes)
 }
 
-fn in_child(row: &Row, peer: Peer, layers: &Path, dir: &Path, log: &Path) -> String {
+fn in_child(row: &Row, peer: Peer, options: &str, layers: &Path, dir: &Path, log: &Path) -> String {
     let disk = match row.disk {
         Some(disk) => match disk.attach(dir) {
             Some(attached) => Some(attached),
@@ -77,7 +86,14 @@ fn in_child(row: &Row, peer: Peer, layers: &Path, dir: &Path, log: &Path) -> Str
         None => None,
     };
     let output = log.with_extension("out");
-    let request = [row.name.as_str(), peer.name(), path(layers), path(dir)].join("\n");
+    let request = [
+        row.name.as_str(),
+        peer.name(),
+        options,
+        path(layers),
+        path(dir),
+    ]
+    .join("\n");
     let mut child = Command::new(env::current_exe().unwrap())
         .env(REQUEST, request)
         .stdin(Stdio::null())
@@ -90,7 +106,7 @@ fn in_child(row: &Row, peer: Peer, layers: &Path, dir: &Path, log: &Path) -> Str
         if let Some(status) = child.try_wait().unwrap() {
             break Some(status);
         }
-        if start.elapsed() > DEADLINE {
+        if start.elapsed() > deadline() {
             break None;
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -134,12 +150,18 @@ fn unmount_below(dir: &Path) {
 /// The child's side: runs one row on one file system and says what it comes to.
 pub fn child(rows: &[Row], request: &str) -> ExitCode {
     let words: Vec<&str> = request.split('\n').collect();
-    let [name, peer, layers, dir] = words[..] else {
+    let [name, peer, options, layers, dir] = words[..] else {
         return ExitCode::from(2);
     };
     let row = rows.iter().find(|row| row.name == name).unwrap();
     let peer = Peer::ALL.into_iter().find(|known| known.name() == peer);
-    let said = match run(row, peer.unwrap(), Path::new(layers), Path::new(dir)) {
+    let said = match run(
+        row,
+        peer.unwrap(),
+        options,
+        Path::new(layers),
+        Path::new(dir),
+    ) {
         Ok(()) => "yes".to_owned(),
         Err(said) => said.to_string(),
     };
@@ -147,8 +169,8 @@ pub fn child(rows: &[Row], request: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn run(row: &Row, peer: Peer, layers: &Path, dir: &Path) -> Outcome {
-    let place = Place::new(peer, dir, &Fill::new(layers), row.unseen)?;
+fn run(row: &Row, peer: Peer, options: &str, layers: &Path, dir: &Path) -> Outcome {
+    let place = Place::new(peer, options, dir, &Fill::new(layers), row.unseen)?;
     (row.run)(&place)?;
     env::set_current_dir("/")?;
     place.unmount()

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::place::Peer;
+use crate::base::Base;
+use crate::fill::Fill;
+use crate::place::{Peer, Place};
 use crate::row::Row;
 
 const BEGIN: &str = "<!-- the table; `UPDATE_TABLE=1 cargo test --test semantics` writes it -->\n";
@@ -43,12 +45,35 @@ fn split() -> (String, String, String) {
 }
 
 /// Which columns the document's table can be held to on this host.
-pub fn comparable() -> Vec<bool> {
+pub fn comparable(base: &Base) -> Vec<bool> {
     let (_, table, _) = split();
     let (kernel, fuse_overlayfs) = versions();
     let kernel = table.contains(&format!("Linux {kernel},"));
     let fuse_overlayfs = table.contains(&format!("fuse-overlayfs {fuse_overlayfs}."));
-    vec![true, kernel, kernel, fuse_overlayfs, true]
+    let overlay = kernel && mounts(Peer::Overlay, base);
+    let overlay_all = kernel && mounts(Peer::OverlayAll, base);
+    vec![base.is_ext4(), overlay, overlay_all, fuse_overlayfs, true]
+}
+
+/// Whether this host mounts it at all.
+fn mounts(peer: Peer, base: &Base) -> bool {
+    let dir = base.directory();
+    let fill = Fill::new(&dir.path().join("layers"));
+    let place = Place::new(peer, "", dir.path(), &fill, false);
+    place.is_ok_and(|place| place.unmount().is_ok())
+}
+
+/// What rows come to on plyfs with other options, where it is not what the table says.
+pub fn exceptions(options: &str) -> HashMap<String, String> {
+    let text = fs::read_to_string(document()).unwrap();
+    let rows = text.lines().filter_map(|line| {
+        let line = line.strip_prefix("| ")?.strip_suffix(" |")?;
+        let mut cells = line.split(" | ");
+        let (mounted, row, outcome) = (cells.next()?, cells.next()?, cells.next()?);
+        let has = mounted.split("`").any(|word| word == options);
+        has.then(|| (row.trim_matches('`').to_owned(), outcome.to_owned()))
+    });
+    rows.collect()
 }
 
 /// What the document says.

@@ -123,6 +123,11 @@ impl UnionFs {
             .union
             .write(place.node, handle.as_deref(), place.offset, data, kill);
         answer::written(reply, result);
+        if self.policy().writeback {
+            // The kernel keeps size and times by itself then, but not the room that the data has taken. Told
+            // after the answer: dropping the last reference to the file may wait for it.
+            self.union.tell(place.node);
+        }
     }
 
     pub(super) fn allocate(

@@ -334,6 +334,10 @@ impl Filesystem for UnionFs {
         guarded("fsync", || {
             let handle = self.files.get(fh.0);
             let result = self.union.fsync(node(ino), handle.as_deref(), datasync);
+            if self.policy().writeback {
+                // As after a write, and before the answer: whoever waits for it has the file open.
+                self.union.tell(node(ino));
+            }
             answer::empty(reply, result);
         });
     }
