@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -14,8 +15,8 @@ use super::time::{age, rfc3339};
 use super::tree;
 use crate::grpc::pb::plywood::diff_entry::Change;
 use crate::grpc::pb::plywood::{
-    CommitRequest, DiffEntry, DiffRequest, InfoRequest, ListRequest, Mount, MountsRequest,
-    PrepareRequest, RemoveRequest, Snapshot, SnapshotKind, UsageRequest,
+    CommitRequest, DiffEntry, DiffRequest, ExportOverlayRequest, InfoRequest, ListRequest, Mount,
+    MountsRequest, PrepareRequest, RemoveRequest, Snapshot, SnapshotKind, UsageRequest,
 };
 
 /// The commands of `snapctl snapshot`.
@@ -67,6 +68,13 @@ pub enum Command {
     #[command(after_help = "Examples:
   snapctl snapshot tree")]
     Tree(TreeArgs),
+    /// Copy a snapshot into a new directory as plain overlayfs directories, and print the options to mount them
+    #[command(
+        name = "export-overlay",
+        after_help = "Examples:
+  mount -t overlay overlay -o \"$(snapctl snapshot export-overlay work /srv/work)\" /mnt"
+    )]
+    ExportOverlay(ExportOverlayArgs),
 }
 
 /// Arguments of `snapshot ls`.
@@ -168,6 +176,21 @@ pub struct DiffArgs {
     format: ListFormat,
 }
 
+/// Arguments of `snapshot export-overlay`.
+#[derive(Args, Debug)]
+pub struct ExportOverlayArgs {
+    /// Key of the snapshot
+    #[arg(value_parser = utf8())]
+    key: String,
+    /// Directory to be made
+    dir: PathBuf,
+    #[command(flatten)]
+    owner: OwnerArg,
+    /// Print a JSON object
+    #[arg(long)]
+    json: bool,
+}
+
 /// Arguments of `snapshot tree`.
 #[derive(Args, Debug)]
 pub struct TreeArgs {
@@ -237,6 +260,11 @@ struct UsageView {
 }
 
 #[derive(Serialize)]
+struct ExportView {
+    options: String,
+}
+
+#[derive(Serialize)]
 struct DiffView {
     change: &'static str,
     path: String,
@@ -267,6 +295,7 @@ pub async fn run(command: Command, client: &Client) -> Result<()> {
         Command::Rm(args) => remove(args, client).await,
         Command::Usage(args) => usage(args, client).await,
         Command::Diff(args) => diff(args, client).await,
+        Command::ExportOverlay(args) => export_overlay(args, client).await,
         Command::Tree(args) => {
             let snapshots = all(client, args.owner).await?;
             if args.json {
@@ -465,6 +494,25 @@ async fn diff(args: DiffArgs, client: &Client) -> Result<()> {
         output::json(&views)?;
     }
     Ok(())
+}
+
+async fn export_overlay(args: ExportOverlayArgs, client: &Client) -> Result<()> {
+    let dir = std::path::absolute(&args.dir)
+        .map_err(|error| Error::Input(format!("{}: {error}", args.dir.display())))?;
+    let request = ExportOverlayRequest {
+        key: args.key,
+        owner: args.owner.owner.unwrap_or_default(),
+        dir: dir.into_os_string().into_vec(),
+    };
+    let response = client.snapshots().export_overlay(request).await?;
+    let mut options = response.into_inner().options;
+    if args.json {
+        let options = String::from_utf8_lossy(&options).into_owned();
+        return output::json(&ExportView { options });
+    }
+    options.push(b'\n');
+    // A program reads it, so the bytes stay what they are.
+    output::bytes_out(&options)
 }
 
 fn letter(change: Change) -> u8 {

@@ -12,6 +12,7 @@
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
 //!   fuse-overlayfs has written;
+//! - `export`: copies of layers for kernel overlayfs;
 //! - `number`: inode numbers; `find`: the way back from one; `fdcache`: a bounded number of descriptors;
 //!   `acl`: inheritance of ACLs.
 
@@ -23,6 +24,7 @@ mod create;
 mod dir;
 mod dir_lower;
 mod error;
+pub mod export;
 mod fdcache;
 mod file;
 mod find;

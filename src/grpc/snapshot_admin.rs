@@ -1,6 +1,8 @@
 //! `plywood.v1.SnapshotAdmin`: the administrator's view of the snapshots of all owners.
 
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tonic::{Code, Request, Response, Status};
@@ -198,6 +200,34 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         })
         .await
     }
+
+    async fn export_overlay(
+        &self,
+        request: Request<api::ExportOverlayRequest>,
+    ) -> Result<Response<api::ExportOverlayResponse>, Status> {
+        let request = request.into_inner();
+        self.with(move |snapshotter| {
+            let dir = PathBuf::from(OsString::from_vec(request.dir));
+            if !dir.is_absolute() {
+                return Err(Status::invalid_argument(format!(
+                    "{} is not an absolute path, and plyd works in a directory of its own",
+                    dir.display()
+                )));
+            }
+            if dir.symlink_metadata().is_ok() {
+                return Err(Status::already_exists(format!(
+                    "{} exists already; name a directory that is to be made",
+                    dir.display()
+                )));
+            }
+            let found = find(snapshotter, &request.key, &request.owner)?;
+            let exported = snapshotter.export_overlay(found.owner, &found.key, &dir)?;
+            Ok(api::ExportOverlayResponse {
+                options: exported.options().into_vec(),
+            })
+        })
+        .await
+    }
 }
 
 fn entry(change: Change) -> api::DiffEntry {
@@ -288,7 +318,7 @@ fn describe(info: SnapshotInfo) -> api::Snapshot {
         Kind::Active => api::SnapshotKind::Active,
         Kind::Committed => api::SnapshotKind::Committed,
     };
-    let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
+    let text = |path: PathBuf| path.to_string_lossy().into_owned();
     api::Snapshot {
         id: info.id,
         key: info.key,

@@ -38,6 +38,7 @@
 
 mod catalog;
 mod diff;
+mod export;
 mod locks;
 mod mounts;
 mod queries;
@@ -55,6 +56,7 @@ use std::sync::Arc;
 
 use catalog::{Catalog, Found, SnapshotRecord};
 pub use diff::{Change, ChangeKind};
+pub use export::ExportedOverlay;
 use locks::Locks;
 use mounts::Mounts;
 use types::io_error;

@@ -1,7 +1,10 @@
 //! `snapctl snapshot`, `mount` and `umount`.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -255,6 +258,7 @@ fn bad_requests_are_told_in_one_sentence() {
         (&["snapshot", "mounts", "nope"], 1),
         (&["snapshot", "diff", "nope"], 1),
         (&["snapshot", "usage", "nope"], 1),
+        (&["snapshot", "export-overlay", "nope", "/nowhere/x"], 1),
         (&["mount", "nope", "/mnt"], 1),
     ] {
         let done = plyd.snapctl(args);
@@ -271,4 +275,105 @@ fn bad_requests_are_told_in_one_sentence() {
     plyd.ok(["snapshot", "prepare", "other"]);
     let done = plyd.snapctl(["snapshot", "rm", "nope", "other"]);
     assert_eq!((done.code, done.stdout.as_str()), (1, "other\n"));
+}
+
+/// Path to type, mode, owner, links and content of all that is below.
+fn seen(dir: &Path) -> BTreeMap<String, String> {
+    let listed = Command::new("find")
+        .args([
+            ".",
+            "!",
+            "-type",
+            "d",
+            "-printf",
+            "%p %y %m %U:%G %n %s %l\\0",
+        ])
+        .args(["-o", "-printf", "%p %y %m %U:%G\\0"])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(listed.status.success(), "{listed:?}");
+    let text = String::from_utf8(listed.stdout).unwrap();
+    text.split_terminator('\0')
+        .map(|line| {
+            let (path, rest) = line.split_once(' ').unwrap();
+            let at = dir.join(path);
+            let content = match at.symlink_metadata().unwrap().is_file() {
+                true => String::from_utf8_lossy(&fs::read(at).unwrap()).into_owned(),
+                false => String::new(),
+            };
+            (path.to_owned(), format!("{rest} {content:?}"))
+        })
+        .collect()
+}
+
+#[test]
+fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
+    let plyd = Plyd::start();
+    let at = |name: &str| plyd.dir().join(name);
+    let mnt = at("mnt");
+    fs::create_dir(&mnt).unwrap();
+    let dir = mnt.to_str().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = mnt.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    plyd.ok(["snapshot", "prepare", "first"]);
+    plyd.ok(["mount", "first", dir]);
+    for name in [
+        "gone",
+        "a/b/deep",
+        "whole/below",
+        "one",
+        "mode",
+        "name:with,signs\\",
+    ] {
+        write(name, name);
+    }
+    fs::hard_link(mnt.join("one"), mnt.join("two")).unwrap();
+    fs::hard_link(mnt.join("one"), mnt.join("a/three")).unwrap();
+    std::os::unix::fs::symlink("one", mnt.join("link")).unwrap();
+    plyd.ok(["umount", dir]);
+    plyd.ok(["snapshot", "commit", "first", "base"]);
+
+    plyd.ok(["snapshot", "prepare", "second", "base"]);
+    plyd.ok(["mount", "second", dir]);
+    fs::remove_file(mnt.join("gone")).unwrap();
+    fs::rename(mnt.join("a"), mnt.join("moved")).unwrap();
+    plyd.ok(["umount", dir]);
+    plyd.ok(["snapshot", "commit", "second", "middle"]);
+
+    plyd.ok(["snapshot", "prepare", "work", "middle"]);
+    plyd.ok(["mount", "work", dir]);
+    fs::rename(mnt.join("moved/b"), mnt.join("b2")).unwrap();
+    fs::remove_dir_all(mnt.join("whole")).unwrap();
+    write("whole/new", "new");
+    write("two", "by its second name");
+    fs::set_permissions(mnt.join("mode"), fs::Permissions::from_mode(0o4750)).unwrap();
+    let active = seen(&mnt);
+    plyd.ok(["umount", dir]);
+    plyd.ok(["snapshot", "view", "look", "middle"]);
+    plyd.ok(["mount", "look", dir]);
+    let view = seen(&mnt);
+    plyd.ok(["umount", dir]);
+
+    for (key, expected) in [("work", &active), ("look", &view), ("middle", &view)] {
+        let to = at(&format!("exported:{key},here"));
+        let options = plyd.ok(["snapshot", "export-overlay", key, to.to_str().unwrap()]);
+        nix::mount::mount(
+            Some("overlay"),
+            &mnt,
+            Some("overlay"),
+            nix::mount::MsFlags::empty(),
+            Some(options.trim_end()),
+        )
+        .unwrap_or_else(|error| panic!("{key}: {error}: {options}"));
+        let found = seen(&mnt);
+        nix::mount::umount(&mnt).unwrap();
+        assert_eq!(&found, expected, "{key}: {options}");
+        let again = plyd.snapctl(["snapshot", "export-overlay", key, to.to_str().unwrap()]);
+        assert_eq!(again.code, 1);
+        assert!(again.stderr.contains("exists already"), "{}", again.stderr);
+    }
 }
