@@ -157,6 +157,13 @@ impl Home {
     }
 }
 
+impl Drop for Home {
+    fn drop(&mut self) {
+        // A test that failed has not unmounted, and plyfs would go on in this namespace for good.
+        let _ = umount2(&self.layers.mnt(), MntFlags::MNT_DETACH);
+    }
+}
+
 #[test]
 fn a_user_mounts_writes_and_unmounts() {
     in_a_home(|home| {
