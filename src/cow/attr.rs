@@ -246,7 +246,10 @@ impl Union {
             && (place.metacopy || place.lowers.len() > 1)
             && let Some(data) = place.lowers.last()
         {
-            attr.blocks = data.object.attr().blocks;
+            attr.blocks = data.object.attr().blocks.max(host.blocks);
+        }
+        if place.upper.is_some() {
+            attr.ctime = place.shown_ctime(host.ctime);
         }
         attr
     }
@@ -331,6 +334,9 @@ impl Union {
         }
         if set.atime.is_some() || set.mtime.is_some() {
             let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
+            let chunks = node.place.read().chunks.clone();
+            let map = chunks.as_ref().and_then(|chunks| chunks.map());
+            let _turn = map.map(|map| map.turn.read());
             self.with_upper(&node, |object| object.set_times(&times))
                 .context("changing times")?;
         }
@@ -391,7 +397,7 @@ impl Union {
             .into_iter()
             .filter(|node| {
                 node.kind == FileKind::Regular
-                    && node.in_upper()
+                    && node.has_upper()
                     && node.written.load(Ordering::Relaxed)
             })
             .map(|node| node.id)

@@ -27,6 +27,8 @@ use crate::sys::xattr;
 pub(super) enum Content {
     /// None: only attributes or names change. The upper gets a `metacopy`.
     Metadata,
+    /// Some: it is about to be written. Of a large file chunks come up as they change.
+    Writable,
     /// All of it.
     All,
     /// The file will be truncated to this length at once.
@@ -67,6 +69,9 @@ impl Union {
             Self::attributes_change(node);
             return Ok(());
         }
+        if content != Content::All && node.place.read().chunks.is_some() {
+            return Ok(());
+        }
         let mut chain = vec![Arc::clone(node)];
         let mut at = node.name().map(|name| name.parent);
         let mut directories = Vec::new();
@@ -99,12 +104,13 @@ impl Union {
         if node.in_upper() {
             return Ok(());
         }
-        let (has_upper, lowers, atime) = {
+        let (has_upper, lowers, atime, in_chunks) = {
             let place = node.place.read();
             (
                 place.upper.is_some(),
                 Arc::clone(&place.lowers),
                 place.atime,
+                place.chunks.is_some(),
             )
         };
         let (Some(top), Some(bottom)) = (lowers.first(), lowers.last()) else {
@@ -113,10 +119,16 @@ impl Union {
         if has_upper {
             return match content {
                 Content::Metadata => Ok(()),
+                Content::All if in_chunks => self.complete_chunks(node),
+                _ if in_chunks => Ok(()),
+                _ if self.is_for_chunks(node, content, bottom.object.attr().size) => {
+                    self.begin_chunks(node, &*bottom.object)
+                }
                 _ => self.complete_metacopy(node, &*bottom.object, content),
             };
         }
         let source = &*top.object;
+        let in_chunks = self.is_for_chunks(node, content, source.attr().size);
         let attr = Attr {
             atime: atime.unwrap_or(source.attr().atime),
             ..*source.attr()
@@ -132,8 +144,8 @@ impl Union {
                     0o600,
                 )?;
                 let object = Object::Open(fd.as_fd());
-                metacopy = content == Content::Metadata
-                    && self.makes_metacopies()
+                let without_data = content == Content::Metadata && self.makes_metacopies();
+                metacopy = (without_data || in_chunks)
                     && attr.size > 0
                     && self.mark_metacopy(upper, object)?;
                 if metacopy {
@@ -167,7 +179,11 @@ impl Union {
                 self.copy_metadata(source, &attr, temp.object())?;
             }
         }
-        self.install_copy(node, upper, temp, source, metacopy)
+        self.install_copy(node, upper, temp, source, metacopy)?;
+        if metacopy && in_chunks {
+            return self.begin_chunks(node, &*bottom.object);
+        }
+        Ok(())
     }
 
     fn install_copy(
@@ -241,6 +257,7 @@ impl Union {
         if metacopy {
             return;
         }
+        place.chunks = None;
         if node.kind != FileKind::Directory {
             place.lowers = Arc::default();
         }
@@ -273,7 +290,7 @@ impl Union {
     ) -> Result<()> {
         let size = size.min(source.attr().size);
         let wanted = match content {
-            Content::All | Content::Metadata => size,
+            Content::All | Content::Writable | Content::Metadata => size,
             Content::UpTo(limit) => size.min(limit),
         };
         if wanted == 0 {
@@ -293,7 +310,7 @@ impl Union {
                 Err(_) => {}
             }
         }
-        copy_extents(&*from, to, wanted)?;
+        copy_extents(&*from, to, 0, wanted)?;
         fs::ftruncate(to, wanted)?;
         Ok(())
     }
@@ -353,10 +370,15 @@ pub(super) fn restore_times(fd: BorrowedFd<'_>, before: &fs::Stat) -> Result<()>
     set_times(Object::Open(fd), attr.atime, attr.mtime)
 }
 
-/// Copies `size` bytes, leaving out what the source has as holes.
-fn copy_extents(from: &dyn LowerFile, to: BorrowedFd<'_>, size: u64) -> Result<()> {
-    let mut at = 0;
-    while at < size {
+/// Copies a range, leaving out what the source has as holes.
+pub(super) fn copy_extents(
+    from: &dyn LowerFile,
+    to: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+) -> Result<()> {
+    let mut at = start;
+    while at < end {
         let signed = i64::try_from(at).map_err(|_| Errno::EFBIG)?;
         let data = match from.seek(signed, libc::SEEK_DATA) {
             Ok(data) => u64::try_from(data).unwrap_or(at),
@@ -366,22 +388,27 @@ fn copy_extents(from: &dyn LowerFile, to: BorrowedFd<'_>, size: u64) -> Result<(
             Err(error) => return Err(error),
         };
         let signed = i64::try_from(data).map_err(|_| Errno::EFBIG)?;
-        let end = match from.seek(signed, libc::SEEK_HOLE) {
-            Ok(hole) => u64::try_from(hole).unwrap_or(size),
-            Err(error) if error.is(Errno::EINVAL) || error.is(Errno::ENXIO) => size,
-            Err(error) => return Err(error),
-        }
-        .min(size);
-        if data >= size {
+        if data >= end {
             return Ok(());
         }
-        copy_range(from, to, data, end)?;
-        at = end;
+        let hole = match from.seek(signed, libc::SEEK_HOLE) {
+            Ok(hole) => u64::try_from(hole).unwrap_or(end).min(end),
+            Err(error) if error.is(Errno::EINVAL) || error.is(Errno::ENXIO) => end,
+            Err(error) => return Err(error),
+        };
+        copy_range(from, to, data, hole)?;
+        at = hole;
     }
     Ok(())
 }
 
-fn copy_range(from: &dyn LowerFile, to: BorrowedFd<'_>, start: u64, end: u64) -> Result<()> {
+/// Copies a range with its holes as zeros.
+pub(super) fn copy_range(
+    from: &dyn LowerFile,
+    to: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+) -> Result<()> {
     const STEP: u64 = 1 << 20;
     let mut at = start;
     if let Some(host) = from.host_fd() {

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 
 use super::adopt;
 use super::attr::{attr_of, kind_of_dirent, statfs_of};
+use super::chunks::check_lower_mark;
 use super::error::{Context, Error, Result};
 use super::fdcache::{Budget, Slot};
 use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject};
@@ -500,9 +501,10 @@ impl LowerObject for DirObject {
         if !impure {
             return Ok(None);
         }
-        if self.get_xattr(self.layer.family.metacopy())?.is_none() {
+        let Some(mark) = self.get_xattr(self.layer.family.metacopy())? else {
             return Ok(None);
-        }
+        };
+        check_lower_mark(&mark, || self.host_path().display().to_string())?;
         let redirect = self.get_xattr(self.layer.family.redirect())?;
         Ok(Some(DirMarks {
             opaque: false,

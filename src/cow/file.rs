@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
+use super::chunks::Partial;
 use super::copyup::Content;
 use super::error::{Context, Result};
 use super::lower::LowerFile;
@@ -24,6 +25,8 @@ pub(super) enum Backing {
     Upper { fd: OwnedFd, writable: bool },
     /// A file of a lower layer.
     Lower(Arc<dyn LowerFile>),
+    /// Both, as far as it has been copied up.
+    Partial(Box<Partial>),
 }
 
 impl Backing {
@@ -31,6 +34,7 @@ impl Backing {
     pub(super) fn upper_fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Upper { fd, .. } => Some(fd.as_fd()),
+            Self::Partial(partial) => Some(partial.upper_fd()),
             Self::Lower(_) => None,
         }
     }
@@ -40,6 +44,7 @@ impl Backing {
         match self {
             Self::Upper { fd, .. } => Some(fd.as_fd()),
             Self::Lower(file) => file.host_fd(),
+            Self::Partial(_) => None,
         }
     }
 
@@ -47,6 +52,15 @@ impl Backing {
         match self {
             Self::Upper { fd, .. } => Ok(fs::pread_full(fd.as_fd(), buf, offset)?),
             Self::Lower(file) => file.read_at(buf, offset),
+            Self::Partial(partial) => partial.read_at(buf, offset),
+        }
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> Result<usize> {
+        match self {
+            Self::Upper { fd, .. } => Ok(fs::pwrite_full(fd.as_fd(), data, offset)?),
+            Self::Partial(partial) => partial.write_at(data, offset),
+            Self::Lower(_) => Err(Errno::EIO.into()),
         }
     }
 }
@@ -82,7 +96,7 @@ impl Union {
                 self.kill_suidgid(&node)?;
             }
         } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
-            self.copy_up(&node, Content::All)?;
+            self.copy_up(&node, Content::Writable)?;
         }
         Ok(self.handle(&node))
     }
@@ -111,16 +125,35 @@ impl Union {
             .into());
         }
         let in_upper = node.in_upper();
+        let chunks = match in_upper {
+            true => None,
+            false => node.place.read().chunks.clone(),
+        };
         if let Some(backing) = node.io.get() {
-            match &*backing {
-                Backing::Upper { writable, .. } if in_upper && (*writable || !write) => {
+            match (&*backing, &chunks) {
+                (Backing::Upper { writable, .. }, _) if in_upper && (*writable || !write) => {
                     return Ok(backing);
                 }
-                Backing::Lower(_) if !in_upper && !write => return Ok(backing),
+                (Backing::Partial(_), Some(_)) => return Ok(backing),
+                (Backing::Lower(_), None) if !in_upper && !write => return Ok(backing),
                 _ => {}
             }
         }
-        let backing = Arc::new(if in_upper {
+        let backing = Arc::new(if let Some(chunks) = chunks {
+            let fd = self
+                .with_upper(node, |object| object.open(libc::O_RDWR))
+                .context("opening a file of the upper layer")?;
+            let ino = fs::fstat(fd.as_fd())?.st_ino;
+            if node.place.read().upper != Some(ino) {
+                return Err(Errno::EIO).context("a file of the upper layer was replaced");
+            }
+            match self.open_partial(node, &chunks, fd) {
+                Ok(partial) => Backing::Partial(Box::new(partial)),
+                // Completed since we looked.
+                Err(_) if node.in_upper() => return self.io(node, write),
+                Err(error) => return Err(error),
+            }
+        } else if in_upper {
             let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
             let fd = self
                 .with_upper(node, |object| object.open(flags))
@@ -158,7 +191,7 @@ impl Union {
         let node = self.node(node)?;
         let backing = self.io(&node, false)?;
         let done = backing.read_at(buf, offset)?;
-        if matches!(*backing, Backing::Lower(_)) {
+        if !matches!(*backing, Backing::Upper { .. }) {
             let (in_upper, atime, lower) = {
                 let place = node.place.read();
                 (
@@ -195,15 +228,14 @@ impl Union {
         if kill_suidgid {
             self.kill_suidgid(&node)?;
         }
-        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
-        Ok(fs::pwrite_full(fd, data, offset)?)
+        backing.write_at(data, offset)
     }
 
     /// The descriptor for writing, after copy-up.
     fn writable(&self, node: &Arc<Node>) -> Result<Arc<Backing>> {
         self.upper()?;
         if !node.in_upper() {
-            self.copy_up(node, Content::All)?;
+            self.copy_up(node, Content::Writable)?;
         }
         node.written.store(true, Ordering::Relaxed);
         self.io(node, true)
@@ -212,8 +244,11 @@ impl Union {
     /// Sets the length of a file that is in the upper.
     pub(super) fn truncate(&self, node: &Arc<Node>, size: u64) -> Result<()> {
         let backing = self.writable(node)?;
-        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
-        Ok(fs::ftruncate(fd, size)?)
+        match &*backing {
+            Backing::Upper { fd, .. } => Ok(fs::ftruncate(fd.as_fd(), size)?),
+            Backing::Partial(partial) => partial.truncate(size),
+            Backing::Lower(_) => Err(Errno::EIO.into()),
+        }
     }
 
     /// Makes the content durable, unless the union is volatile.
@@ -222,13 +257,13 @@ impl Union {
         if self.volatile || !node.has_upper() || node.kind != FileKind::Regular {
             return Ok(());
         }
-        let backing = self.io(&node, false)?;
-        match backing.upper_fd() {
-            Some(fd) => fs::fsync(fd, datasync),
+        match &*self.io(&node, false)? {
+            Backing::Upper { fd, .. } => Ok(fs::fsync(fd.as_fd(), datasync)?),
+            Backing::Partial(partial) => partial.fsync(self.upper()?, datasync),
             // Its attributes alone are the upper's.
-            None => self
+            Backing::Lower(_) => self
                 .with_upper(&node, |object| object.open(libc::O_RDONLY))
-                .map(|fd| fs::fsync(fd.as_fd(), datasync))?,
+                .and_then(|fd| Ok(fs::fsync(fd.as_fd(), datasync)?)),
         }
         .context("making a file durable")
     }
@@ -249,8 +284,11 @@ impl Union {
         if caller.uid != 0 {
             self.kill_suidgid(&node)?;
         }
-        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
-        Ok(fs::fallocate(fd, mode, offset, len)?)
+        match &*backing {
+            Backing::Upper { fd, .. } => Ok(fs::fallocate(fd.as_fd(), mode, offset, len)?),
+            Backing::Partial(partial) => partial.fallocate(mode, offset, len),
+            Backing::Lower(_) => Err(Errno::EIO.into()),
+        }
     }
 
     /// `SEEK_DATA` and `SEEK_HOLE`; the kernel does the rest itself.
@@ -267,6 +305,7 @@ impl Union {
         }
         match &*self.io(&node, false)? {
             Backing::Upper { fd, .. } => Ok(fs::lseek(fd.as_fd(), offset, whence)?),
+            Backing::Partial(partial) => partial.seek(offset, whence),
             Backing::Lower(file) => file.seek(offset, whence),
         }
     }
@@ -290,7 +329,6 @@ impl Union {
         let to = self.node(node_out)?;
         let backing_out = self.writable(&to)?;
         let backing_in = self.io(&from, false)?;
-        let out = backing_out.upper_fd().ok_or(Errno::EIO)?;
         let overlap = node_in == node_out
             && offset_in < offset_out.saturating_add(len)
             && offset_out < offset_in.saturating_add(len);
@@ -301,7 +339,7 @@ impl Union {
             self.kill_suidgid(&to)?;
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        if let Some(input) = backing_in.host_fd() {
+        if let (Some(input), Some(out)) = (backing_in.host_fd(), backing_out.host_fd()) {
             let signed = |offset: u64| i64::try_from(offset).map_err(|_| Errno::EINVAL);
             match fs::copy_file_range(input, signed(offset_in)?, out, signed(offset_out)?, len) {
                 Err(Errno::ENOSYS | Errno::EXDEV | Errno::EOPNOTSUPP | Errno::EINVAL) => {}
@@ -310,13 +348,15 @@ impl Union {
         }
         let mut buf = vec![0; len.min(BY_HAND)];
         let got = backing_in.read_at(&mut buf, offset_in)?;
-        Ok(fs::pwrite_full(out, &buf[..got], offset_out)?)
+        backing_out.write_at(&buf[..got], offset_out)
     }
 
     /// Makes everything in the upper durable.
     pub fn sync(&self) -> Result<()> {
         match &self.upper {
-            Some(upper) => fs::syncfs(upper.root.as_fd()).context("making the upper durable"),
+            Some(upper) => upper
+                .maps
+                .sync(|| fs::syncfs(upper.root.as_fd()).context("making the upper durable")),
             None => Ok(()),
         }
     }

@@ -107,6 +107,25 @@ impl Union {
         Ok(nodes)
     }
 
+    /// Whether any file in the index has a `metacopy` mark of which `wanted` answers true.
+    pub(super) fn index_has(&self, wanted: impl Fn(&[u8]) -> bool) -> Result<bool> {
+        let upper = self.upper()?;
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let listing = fs::openat(upper.index(), OsStr::new("."), flags, 0)?;
+        let mut names = Vec::new();
+        dirents::read_all(listing.as_fd(), &mut |entry| {
+            names.push(entry.name.to_owned())
+        })
+        .context("listing the index")?;
+        for name in names {
+            let object = Object::Entry(upper.index(), &name);
+            if Self::mark(object, self.family.metacopy())?.is_some_and(|value| wanted(&value)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     fn index_name(&self, object: &dyn LowerObject) -> Option<OsString> {
         match object.origin().and_then(|origin| origin.index_name()) {
             Some(name) => Some(name),
@@ -141,8 +160,9 @@ impl Union {
         }
         found.link_offset = self.link_offset(upper, &name, attr.nlink, lower.attr().nlink)?;
         found.upper = Some(attr);
-        found.metacopy = attr.kind == FileKind::Regular
-            && Self::mark(Object::Entry(upper.index(), &name), self.family.metacopy())?.is_some();
+        if attr.kind == FileKind::Regular {
+            self.resolve_metacopy(found, Object::Entry(upper.index(), &name), attr)?;
+        }
         found.index = Some(name.into());
         if !found.metacopy {
             found.lowers = Arc::default();

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use nix::errno::Errno;
 
 use super::attr::attr_of;
+use super::chunks::{Chunks, Marked};
 use super::error::{Context, Result};
 use super::node::{DirState, Forgotten, LowerAt, Name, Node, Orphan, Place};
 use super::origin::Origin;
@@ -31,6 +32,7 @@ pub(super) struct Found {
     pub(super) index: Option<Arc<OsStr>>,
     pub(super) link_offset: i64,
     pub(super) metacopy: bool,
+    pub(super) chunks: Option<Arc<Chunks>>,
 }
 
 impl Found {
@@ -44,6 +46,7 @@ impl Found {
             index: None,
             link_offset: 0,
             metacopy: false,
+            chunks: None,
         }
     }
 
@@ -65,6 +68,8 @@ impl Found {
             link_offset: self.link_offset,
             atime: None,
             metacopy: self.metacopy,
+            chunks: self.chunks,
+            quiet_ctime: None,
         }
     }
 }
@@ -176,12 +181,16 @@ impl Union {
                     }
                 }
                 Forgotten::Dropped(node) => {
-                    let (names, orphan) = {
+                    let (names, orphan, chunks) = {
                         let mut place = node.place.write();
-                        (std::mem::take(&mut place.names), place.orphan.take())
+                        (
+                            std::mem::take(&mut place.names),
+                            place.orphan.take(),
+                            place.chunks.take(),
+                        )
                     };
                     if let Some(orphan) = orphan {
-                        self.drop_orphan(orphan);
+                        self.drop_orphan(orphan, chunks.as_deref());
                     }
                     drop(node);
                     for name in names {
@@ -202,14 +211,23 @@ impl Union {
         }
     }
 
-    pub(super) fn drop_orphan(&self, orphan: Orphan) {
-        if let Some(upper) = &self.upper {
-            match orphan {
-                Orphan::Fd(_) => {
-                    upper.orphan_fds.fetch_sub(1, Ordering::Relaxed);
-                }
-                Orphan::Work(name) => remove_tree(upper.work(), &name),
+    pub(super) fn drop_orphan(&self, orphan: Orphan, chunks: Option<&Chunks>) {
+        let Some(upper) = &self.upper else { return };
+        let (stat, mine) = match &orphan {
+            Orphan::Fd(fd) => (fs::fstat(fd.as_fd()), 0),
+            Orphan::Work(name) => (fs::fstatat(upper.work(), name), 1),
+        };
+        // It may have names that nobody has looked up.
+        if let (Some(chunks), Ok(stat)) = (chunks, stat)
+            && stat.st_nlink <= mine
+        {
+            self.drop_chunks(chunks);
+        }
+        match orphan {
+            Orphan::Fd(_) => {
+                upper.orphan_fds.fetch_sub(1, Ordering::Relaxed);
             }
+            Orphan::Work(name) => remove_tree(upper.work(), &name),
         }
     }
 
@@ -462,6 +480,7 @@ impl Union {
             index: None,
             link_offset: 0,
             metacopy: false,
+            chunks: None,
             lowers: lowers.into(),
         };
         if attr.nlink > 1 && attr.kind != FileKind::Directory {
@@ -526,11 +545,27 @@ impl Union {
                         "the data of a file in the upper layer is missing from the lower layers",
                     );
                 }
-                found.metacopy = true;
+                self.resolve_metacopy(&mut found, object, attr)?;
                 found.lowers = lowers.into();
             }
         }
         Ok(found)
+    }
+
+    /// Notes that not all of the data is in the upper.
+    pub(super) fn resolve_metacopy(
+        &self,
+        found: &mut Found,
+        object: Object<'_>,
+        attr: Attr,
+    ) -> Result<()> {
+        if let Some(value) = Self::mark(object, self.family.metacopy())? {
+            found.metacopy = true;
+            if let Marked::Partial = Marked::of(&value)? {
+                found.chunks = Some(self.chunks_of(object, attr.ino));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn redirect_mark(&self, object: Object<'_>) -> Result<Option<PathBuf>> {

@@ -6,7 +6,7 @@
 //! it has another name, `overlay.redirect` holds the path. It comes up when it is about to change.
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -130,13 +130,46 @@ impl Union {
         data: &dyn LowerObject,
         content: Content,
     ) -> Result<()> {
-        let before = self.with_upper(node, |object| object.stat())?;
         let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
-        let object = Object::Open(fd.as_fd());
+        let attr = attr_of(&fs::fstat(fd.as_fd())?);
+        self.quietly(node, fd.as_fd(), || {
+            // A truncation that a crash has interrupted counts: what it cut off does not come back.
+            self.copy_content(data, fd.as_fd(), attr.size, content)
+        })?;
+        if !self.volatile && attr.size > 0 && content != Content::UpTo(0) {
+            fs::fsync(fd.as_fd(), false)?;
+        }
+        // From here on the data is the upper's; before it, a crash leaves that of the lower valid.
+        self.quietly(node, fd.as_fd(), || {
+            self.unmark_metacopy(Object::Open(fd.as_fd()))
+        })?;
+        let mut place = node.place.write();
+        Self::arrived(node, &mut place, attr.ino, false);
+        Ok(())
+    }
+
+    /// Takes the marks of a file without data off.
+    pub(super) fn unmark_metacopy(&self, object: Object<'_>) -> Result<()> {
+        xattr::remove(object, self.family.metacopy())?;
+        match xattr::remove(object, self.family.redirect()) {
+            Ok(()) | Err(Errno::ENODATA) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Does something to an upper file that nobody is to notice: its times, mode and capabilities stay what they
+    /// were, and its change time is shown as before.
+    pub(super) fn quietly(
+        &self,
+        node: &Node,
+        fd: BorrowedFd<'_>,
+        body: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let object = Object::Open(fd);
+        let before = fs::fstat(fd)?;
         let attr = attr_of(&before);
         let capability = Self::mark(object, OsStr::new(CAPABILITY))?;
-        // A truncation that a crash has interrupted counts: what it cut off does not come back.
-        self.copy_content(data, fd.as_fd(), attr.size, content)?;
+        let done = body();
         if let Some(capability) = capability {
             xattr::set(object, OsStr::new(CAPABILITY), &capability, 0)
                 .context("keeping the capabilities of a file")?;
@@ -144,19 +177,12 @@ impl Union {
         if attr_of(&object.stat()?).perm != attr.perm {
             object.chmod(u32::from(attr.perm))?;
         }
-        restore_times(fd.as_fd(), &before)?;
-        if !self.volatile && attr.size > 0 && content != Content::UpTo(0) {
-            fs::fsync(fd.as_fd(), false)?;
-        }
-        // From here on the data is the upper's; before it, a crash leaves that of the lower valid.
-        xattr::remove(object, self.family.metacopy())?;
-        match xattr::remove(object, self.family.redirect()) {
-            Ok(()) | Err(Errno::ENODATA) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        restore_times(fd, &before)?;
+        let after = attr_of(&fs::fstat(fd)?).ctime;
         let mut place = node.place.write();
-        Self::arrived(node, &mut place, before.st_ino, false);
-        Ok(())
+        let shown = place.shown_ctime(attr.ctime);
+        place.quiet_ctime = Some((after, shown));
+        done
     }
 
     /// Brings up the data of every file that has only attributes in the upper, so that the upper says all
@@ -169,9 +195,14 @@ impl Union {
         if !upper.metacopies.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.complete_marked(|_| true)
+    }
+
+    /// As `complete`, of the files with a mark of which `wanted` answers true.
+    pub(super) fn complete_marked(&self, wanted: impl Fn(&[u8]) -> bool) -> Result<()> {
         let mut pending = vec![self.node(NodeId::ROOT)?];
         while let Some(dir) = pending.pop() {
-            for (name, kind) in self.names_to_complete(&dir)? {
+            for (name, kind) in self.names_to_complete(&dir, &wanted)? {
                 let node = match self.child(&dir, &name, false) {
                     Ok((node, _)) => node,
                     Err(error) if error.is(Errno::ENOENT) => continue,
@@ -192,7 +223,11 @@ impl Union {
     }
 
     /// The directories of an upper directory, and the files in it that have no data.
-    fn names_to_complete(&self, dir: &Arc<Node>) -> Result<Vec<(OsString, FileKind)>> {
+    fn names_to_complete(
+        &self,
+        dir: &Arc<Node>,
+        wanted: &impl Fn(&[u8]) -> bool,
+    ) -> Result<Vec<(OsString, FileKind)>> {
         let state = Self::directory(dir)?.state.read();
         if state.removed || !dir.has_upper() {
             return Ok(Vec::new());
@@ -213,14 +248,15 @@ impl Union {
                 Some(kind) => kind,
                 None => attr_of(&object.stat()?).kind,
             };
-            let wanted = match kind {
+            let visited = match kind {
                 FileKind::Directory => true,
-                FileKind::Regular => {
-                    impure && Self::mark(object, self.family.metacopy())?.is_some()
+                FileKind::Regular if impure => {
+                    let mark = Self::mark(object, self.family.metacopy())?;
+                    mark.is_some_and(|value| wanted(&value))
                 }
                 _ => false,
             };
-            if wanted {
+            if visited {
                 found.push((name, kind));
             }
         }

@@ -8,6 +8,7 @@
 //! - `lower`, `dir_lower`: a read-only layer, and the one kind of it that there is;
 //! - `upper`: the writable layer and how an object in it is reached;
 //! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
+//! - `chunks`: large files, of which only what changes is copied up;
 //! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer;
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
@@ -19,6 +20,7 @@
 mod acl;
 mod adopt;
 mod attr;
+mod chunks;
 mod copyup;
 mod create;
 mod dir;

@@ -8,10 +8,11 @@
 //! 2. `Union::rename_lock`, by a rename between two directories;
 //! 3. `Directory::state`: a parent before its child. Two directories of which neither is above the
 //!    other are locked together only under `rename_lock`, in the order of their ids;
-//! 4. `Node::place` of one node at a time;
-//! 5. a shard of the table, and the descriptor cache.
+//! 4. the turn of one incomplete file (`chunks`), which stands alone: content is copied under it;
+//! 5. `Node::place` of one node at a time;
+//! 6. a shard of the table, the descriptor cache, and the maps of incomplete files.
 //!
-//! No lock of 3 to 5 is held while file content is copied.
+//! No lock of 3, 5 and 6 is held while file content is copied.
 
 use std::collections::{HashMap, hash_map};
 use std::ffi::OsStr;
@@ -21,6 +22,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::chunks::Chunks;
 use super::dir::Stream;
 use super::fdcache::Slot;
 use super::file::Backing;
@@ -73,8 +75,22 @@ pub(super) struct Place {
     /// A lower object that was read: its access time, which the layer must not store. With `metacopy`:
     /// when the upper's was last seen to.
     pub(super) atime: Option<Timestamp>,
-    /// The upper holds only metadata; data is that of the last of `lowers`.
+    /// The upper does not hold all of the data; what it does not is that of the last of `lowers`.
     pub(super) metacopy: bool,
+    /// With `metacopy`: the upper holds some of the data.
+    pub(super) chunks: Option<Arc<Chunks>>,
+    /// The host's change time after something was done that nobody is to notice, and the one to show.
+    pub(super) quiet_ctime: Option<(Timestamp, Timestamp)>,
+}
+
+impl Place {
+    /// The change time to show for the host's.
+    pub(super) fn shown_ctime(&self, host: Timestamp) -> Timestamp {
+        match self.quiet_ctime {
+            Some((quiet, shown)) if quiet == host => shown,
+            _ => host,
+        }
+    }
 }
 
 /// The part of a node that directories alone have.

@@ -13,17 +13,21 @@ use parking_lot::Mutex;
 
 use super::adopt;
 use super::attr::attr_of;
+use super::chunks::{Maps, tidy};
 use super::dir_lower::DirLower;
 use super::error::OpenError;
 use super::fdcache::Budget;
 use super::lower::Lower;
 use super::node::{LowerAt, Node, Place, Table};
 use super::number::Numbers;
-use super::types::{FileKind, NodeId, UnionConfig, UpperConfig, XattrFamily};
+use super::types::{Chunking, FileKind, NodeId, UnionConfig, UpperConfig, XattrFamily};
 use super::union::Union;
 use super::upper::{Upper, remove_tree};
 use crate::sys::fs::{self, Object};
 use crate::sys::{dirents, xattr};
+
+/// In the work directory: somebody waits for it.
+pub(super) const WANTED: &str = "plywood.wanted";
 
 /// A directory of the configuration, for telling overlaps.
 struct Given {
@@ -106,6 +110,10 @@ impl Union {
                 || upper
                     .as_ref()
                     .is_some_and(|upper| upper.stat_override.is_some()),
+            chunking: match &upper {
+                Some(upper) if upper.stat_override.is_some() => Chunking::OFF,
+                _ => config.chunking,
+            },
             origin_numbers,
             numbers,
             table,
@@ -212,6 +220,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
     })?;
     let index = subdirectory(base.as_fd(), "index").map_err(work_failed)?;
     clear(scratch.as_fd()).map_err(work_failed)?;
+    let scratch = Arc::new(scratch);
     let indexed = tidy_index(index.as_fd(), family).map_err(work_failed)?;
     let place = adopt::Place {
         root: root.as_fd(),
@@ -234,10 +243,12 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
     Ok(Upper {
         root: Arc::new(root),
         dev,
-        work: Arc::new(scratch),
+        gives_way: AtomicBool::new(false),
+        maps: Maps::open(&scratch).map_err(work_failed)?,
+        work: scratch,
         index: Arc::new(index),
         indexed: AtomicBool::new(indexed),
-        _lock: base,
+        base,
         next_name: AtomicU64::new(0),
         orphan_fds: AtomicU64::new(0),
         orphan_fd_limit: limit / 2,
@@ -250,11 +261,26 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
 
 /// Locks the work directory. The server of a mount that has just been unmounted may need a moment to end.
 fn lock(work: BorrowedFd<'_>) -> Result<(), Errno> {
+    let name = OsStr::new(WANTED);
+    let result = lock_or_ask(work, name);
+    match fs::unlinkat(work, name) {
+        Ok(()) | Err(Errno::ENOENT) => {}
+        Err(errno) => tracing::debug!(%errno, "the request for a work directory stays"),
+    }
+    result
+}
+
+fn lock_or_ask(work: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
     const PATIENCE: Duration = Duration::from_secs(3);
     let deadline = Instant::now() + PATIENCE;
     loop {
         match fs::try_lock(work) {
             Err(Errno::EWOULDBLOCK) if Instant::now() < deadline => {
+                // A server that is only completing files gives way. One that cannot be asked is waited for.
+                let flags = libc::O_CREAT | libc::O_WRONLY;
+                if let Err(errno) = fs::openat(work, name, flags, 0o600) {
+                    tracing::debug!(%errno, "the user of a work directory cannot be asked for it");
+                }
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => return result,
@@ -308,11 +334,11 @@ fn names(dir: BorrowedFd<'_>) -> Result<Vec<std::ffi::OsString>, Errno> {
 /// Removes what an earlier mount has left behind.
 fn clear(work: BorrowedFd<'_>) -> Result<(), Errno> {
     for name in names(work)? {
-        if name != adopt::OURS {
+        if name != adopt::OURS && !Maps::is_place(&name) {
             remove_tree(work, &name);
         }
     }
-    Ok(())
+    tidy(work)
 }
 
 /// Removes index entries whose copy never got a name; answers whether any is left.

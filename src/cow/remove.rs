@@ -129,9 +129,9 @@ impl Union {
         if !plain {
             // It holds whiteouts, or one takes its place.
             match self.move_to_work(dir, name, covered) {
-                Ok(moved) => self.drop_orphan(moved),
+                Ok(moved) => self.drop_orphan(moved, None),
                 Err(error) => {
-                    self.drop_orphan(orphan);
+                    self.drop_orphan(orphan, None);
                     return Err(error);
                 }
             }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+pub use super::chunks::Chunking;
 use super::owner::Owners;
 use super::stat_override::StatOverride;
 
@@ -243,6 +244,8 @@ pub struct UnionConfig {
     pub xino: Xino,
     /// Copy a file's data up when only its attributes or names change, so that the upper alone says all.
     pub no_metacopy: bool,
+    /// Which files are copied up in chunks.
+    pub chunking: Chunking,
 }
 
 /// The writable layer.

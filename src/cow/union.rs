@@ -14,7 +14,7 @@ use super::node::Table;
 use super::number::Numbers;
 use super::owner::Owners;
 use super::stat_override::StatOverride;
-use super::types::{NodeId, XattrFamily};
+use super::types::{Chunking, NodeId, XattrFamily};
 use super::upper::Upper;
 
 /// The union itself; every method may be called from any thread. Each operation is in the file that is
@@ -29,6 +29,7 @@ pub struct Union {
     pub(super) volatile: bool,
     pub(super) no_acl: AtomicBool,
     pub(super) no_metacopy: bool,
+    pub(super) chunking: Chunking,
     /// File handles cannot be opened: origins are noted by number.
     pub(super) origin_numbers: bool,
     /// The topmost first.

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::errno::Errno;
 
+use super::chunks::Maps;
 use super::error::{Context, Result};
 use super::file::Backing;
 use super::node::{Node, Orphan};
@@ -32,7 +33,7 @@ pub(super) struct Upper {
     /// Whether the index has any entry.
     pub(super) indexed: AtomicBool,
     /// The work directory that the configuration names, locked.
-    pub(super) _lock: OwnedFd,
+    pub(super) base: OwnedFd,
     pub(super) next_name: AtomicU64,
     /// Orphans that are held by a descriptor.
     pub(super) orphan_fds: AtomicU64,
@@ -42,6 +43,10 @@ pub(super) struct Upper {
     pub(super) clones: AtomicBool,
     /// There may be files whose data is in the lower layers; the root says so, too.
     pub(super) metacopies: AtomicBool,
+    /// Completing files stops when somebody else waits for the work directory.
+    pub(super) gives_way: AtomicBool,
+    /// Maps of files that are copied up in part.
+    pub(super) maps: Maps,
     /// Whiteouts are made as character devices; otherwise in xattr form.
     pub(super) device_whiteouts: AtomicBool,
     /// Owner and mode of objects lie in this attribute.
@@ -49,6 +54,11 @@ pub(super) struct Upper {
 }
 
 impl Upper {
+    /// Whether somebody waits for the work directory.
+    pub(super) fn is_wanted(&self) -> bool {
+        fs::fstatat(self.base.as_fd(), OsStr::new(super::open::WANTED)).is_ok()
+    }
+
     /// A name for something new in the work directory.
     pub(super) fn temp_name(&self) -> OsString {
         format!("#{:x}", self.next_name.fetch_add(1, Ordering::Relaxed)).into()

@@ -15,6 +15,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 use crossbeam::channel;
 use nix::sys::resource::{Resource, getrlimit};
@@ -304,6 +305,10 @@ fn serve(
     if own_mount || matches!(outcome, Ok(Ended::BySignal)) {
         mount.remove();
     }
+    // Below plyd nobody else mounts the directories, and a commit completes what it makes a layer of.
+    if own_mount && let Err(error) = union.complete_partial() {
+        tracing::error!(%error, "files stay that are copied up in part: kernel overlayfs refuses the upper until plyfs has mounted and completed it");
+    }
     if !invocation.options.volatile
         && let Err(error) = union.sync()
     {
@@ -343,6 +348,7 @@ fn serve_mount(
             Some(controlled)
         }
     };
+    let completed = union.clone();
     let no_acl = !union.keeps_acls();
     let server =
         Server::attach(union, device, options.session, no_acl).map_err(DaemonError::Session)?;
@@ -352,6 +358,9 @@ fn serve_mount(
         let _ = controlled.flusher.set(flusher.clone());
     }
     wait_for_signals(signals, ends.clone()).map_err(DaemonError::Session)?;
+    if let Some(every) = options.complete {
+        complete_now_and_then(completed, every).map_err(DaemonError::Session)?;
+    }
     let policy = server.policy();
     thread::Builder::new()
         .name("plyfs-session".into())
@@ -419,6 +428,25 @@ fn wait_for_signals(signals: SigSet, ends: channel::Sender<End>) -> io::Result<(
             if let Ok(signal) = signals.wait() {
                 // As above.
                 let _ = ends.send(End::Signal(signal));
+            }
+        })?;
+    Ok(())
+}
+
+/// Completes files that have largely been copied up, in a thread that nobody waits for.
+fn complete_now_and_then(union: Arc<Union>, every: Duration) -> io::Result<()> {
+    thread::Builder::new()
+        .name("plyfs-complete".into())
+        .spawn(move || {
+            loop {
+                thread::sleep(every);
+                match union.complete_hot() {
+                    Ok(0) => {}
+                    Ok(files) => tracing::debug!(files, "completed"),
+                    Err(error) => {
+                        tracing::warn!(%error, "a file could not be completed; it is tried again");
+                    }
+                }
             }
         })?;
     Ok(())

@@ -62,7 +62,7 @@ use mounts::Mounts;
 use types::io_error;
 pub use types::*;
 
-use crate::cow::{self, Union, UnionConfig, UpperConfig};
+use crate::cow::{self, Chunking, Union, UnionConfig, UpperConfig};
 use crate::store::layer::{LayerId, LayerStore};
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
@@ -475,6 +475,7 @@ impl Snapshotter {
         Ok(UnionConfig {
             // What is unpacked is about to be committed, and has to be whole then.
             no_metacopy: true,
+            chunking: Chunking::OFF,
             ..config
         })
     }

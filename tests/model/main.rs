@@ -91,6 +91,13 @@ fn a_mount_without_open_requests_agrees_with_the_model() {
     agrees_with_the_model(Which::Plyfs(",no_open,writeback"), false, 60);
 }
 
+/// Every lower file, however small, is copied up in chunks.
+#[test]
+fn a_mount_that_copies_in_chunks_agrees_with_the_model() {
+    let options = ",chunk_size=4K,copy_whole=0,complete=1";
+    agrees_with_the_model(Which::Plyfs(options), false, 60);
+}
+
 /// What an old kernel does.
 #[test]
 fn a_mount_without_kernel_features_agrees_with_the_model() {

@@ -11,6 +11,10 @@ struct Mounted(PathBuf);
 
 impl Mounted {
     fn new(fixture: &Fixture) -> Self {
+        Self::try_new(fixture).unwrap()
+    }
+
+    fn try_new(fixture: &Fixture) -> nix::Result<Self> {
         let at = fixture.base.path().join("mnt");
         std::fs::create_dir_all(&at).unwrap();
         let lowers: Vec<_> = fixture
@@ -30,9 +34,8 @@ impl Mounted {
             Some("overlay"),
             MsFlags::empty(),
             Some(options.as_str()),
-        )
-        .unwrap();
-        Self(at)
+        )?;
+        Ok(Self(at))
     }
 
     fn path(&self, path: &str) -> PathBuf {
@@ -148,6 +151,51 @@ fn an_upper_made_by_us_is_read_by_the_kernel_as_we_read_it() {
     assert_eq!(fixture.read("new/there"), "written");
     assert_eq!(fixture.read("new/linked"), "d/h of 0\n");
     assert_eq!(fixture.read("mode"), "mode of 0\n");
+}
+
+#[test]
+fn the_kernel_refuses_a_file_that_is_copied_up_in_part() {
+    let content = "line\n".repeat(20_000);
+    let mut fixture = Fixture::new(1, |lowers| put(lowers[0].join("d/f"), &content));
+    fixture.union = None;
+    let config = UnionConfig {
+        chunking: Chunking {
+            size: 4096,
+            whole_up_to: 0,
+        },
+        ..fixture.config()
+    };
+    let union = Union::open(config.clone()).unwrap();
+    let clones = &union.upper().unwrap().clones;
+    clones.store(false, std::sync::atomic::Ordering::Relaxed);
+    fixture.union = Some(union);
+    let node = fixture.node("d/f");
+    fixture
+        .union()
+        .write(node, None, 50_000, b"LINE", false)
+        .unwrap();
+    fixture.union = None;
+    let refused = Mounted::try_new(&fixture).err();
+    assert_eq!(refused, Some(nix::Error::EINVAL));
+    // With another work directory it mounts, and still does not show the file as something else.
+    let work = fixture.base.path().join("work");
+    let kept = fixture.base.path().join("kept");
+    std::fs::rename(&work, &kept).unwrap();
+    std::fs::create_dir(&work).unwrap();
+    {
+        let mounted = Mounted::new(&fixture);
+        let read = std::fs::read(mounted.path("d/f"));
+        assert_eq!(read.unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+    std::fs::remove_dir_all(&work).unwrap();
+    std::fs::rename(&kept, &work).unwrap();
+    fixture.union = Some(Union::open(config).unwrap());
+    fixture.union().complete_partial().unwrap();
+    fixture.union = None;
+    let mut expected = content;
+    expected.replace_range(50_000..50_004, "LINE");
+    let mounted = Mounted::new(&fixture);
+    assert!(std::fs::read_to_string(mounted.path("d/f")).unwrap() == expected);
 }
 
 #[test]

@@ -146,6 +146,7 @@ fn the_data_comes_with_the_first_change_of_it() {
         assert!(read_all(&fixture, "cut") == content(1)[..1000]);
         assert!(read_all(&fixture, "grow") == content(1) + &"\0".repeat(50));
         assert!(read_all(&fixture, "empty").is_empty());
+        fixture.union().complete().unwrap();
         for name in ["write", "cut", "grow", "empty"] {
             assert!(!is_metacopy(&fixture.upper().join(name)), "{name}");
         }

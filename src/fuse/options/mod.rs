@@ -9,13 +9,15 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
+mod copying;
 mod table;
 
 use table::{Action, TABLE};
 
 use super::features::FeatureSet;
-use crate::cow::{Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily, Xino};
+use crate::cow::{Chunking, Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily, Xino};
 use crate::sys::fuse_mount::MountOptions;
 use crate::sys::process;
 
@@ -50,6 +52,10 @@ pub struct Options {
     pub no_acl: bool,
     /// `metacopy`. Without a word it is on, but with the marks of `userxattr`, where no other reads it.
     pub metacopy: Option<bool>,
+    /// `chunk_size` and `copy_whole`.
+    pub chunking: Chunking,
+    /// `complete`: how often files that have largely been copied up are completed.
+    pub complete: Option<Duration>,
     /// `userxattr`.
     pub user_xattr: bool,
     /// `xino`.
@@ -191,6 +197,8 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
         volatile: false,
         no_acl: false,
         metacopy: None,
+        chunking: Chunking::default(),
+        complete: Some(copying::DEFAULT_COMPLETE),
         user_xattr: mounter != Mounter::Root,
         xino: Xino::default(),
         session: SessionOptions::default(),
@@ -344,6 +352,7 @@ impl Options {
             volatile: self.volatile,
             no_acl: self.no_acl,
             xino: self.xino,
+            chunking: self.chunking,
             no_metacopy: !self.metacopy.unwrap_or(!self.user_xattr),
         }
     }

@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::copying;
 use super::{DEFAULT_THREADS, MAX_THREADS, OptionError, Options, split, unescape};
 use crate::cow::{IdRange, StatOverride, Xino};
 use crate::fuse::features::{Feature, FeatureSet};
@@ -141,6 +142,9 @@ pub(super) const TABLE: &[(&str, Action)] = &[
         "redirect_dir=",
         Value(|_, v| one_of("redirect_dir", v, &["on", "off", "follow", "nofollow"])),
     ),
+    ("chunk_size=", Value(copying::set_chunk_size)),
+    ("copy_whole=", Value(copying::set_copy_whole)),
+    ("complete=", Value(copying::set_complete)),
     (
         "metacopy=",
         Value(|o, v| {
@@ -441,7 +445,7 @@ fn one_of(name: &'static str, value: &OsStr, known: &[&str]) -> Result<(), Optio
     Err(bad_value(name, value, "plyfs has no such setting"))
 }
 
-fn bad_value(name: &'static str, value: &OsStr, expected: &'static str) -> OptionError {
+pub(super) fn bad_value(name: &'static str, value: &OsStr, expected: &'static str) -> OptionError {
     OptionError::BadValue {
         name,
         value: value.to_string_lossy().into_owned(),

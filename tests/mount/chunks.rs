@@ -1,0 +1,245 @@
+//! Large files that are copied up in chunks, on an upper that cannot share content with the lower.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::Signal;
+
+use crate::common::mapping;
+use crate::common::mount::wait_until;
+use crate::common::{Layers, Mount, errno};
+
+const MIB: u64 = 1 << 20;
+
+/// A lower with a file `f`, and a tmpfs for the upper.
+struct Place {
+    layers: Layers,
+    space: PathBuf,
+}
+
+impl Place {
+    fn new(size: &str, fill: impl FnOnce(&File)) -> Self {
+        let layers = Layers::new(1);
+        fill(&File::create(layers.lower(0).join("f")).unwrap());
+        layers.seal();
+        let space = layers.path("space");
+        fs::create_dir(&space).unwrap();
+        let tmpfs = Some("tmpfs");
+        let options = format!("size={size}");
+        mount(
+            tmpfs,
+            &space,
+            tmpfs,
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .unwrap();
+        for name in ["upper", "work"] {
+            fs::create_dir(space.join(name)).unwrap();
+        }
+        Self { layers, space }
+    }
+
+    fn mount(&self, more: &str) -> Mount {
+        let options = format!(
+            "{},upperdir={1}/upper,workdir={1}/work,{more}",
+            self.layers.lower_options(),
+            self.space.display()
+        );
+        Mount::with_options(&self.layers.mnt(), &options)
+    }
+
+    fn copy(&self) -> PathBuf {
+        self.space.join("upper/f")
+    }
+
+    fn is_incomplete(&self) -> bool {
+        self.space.join("work/work/incompat").exists()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Its content is of no use to anybody any more.
+        let _ = umount2(&self.space, MntFlags::MNT_DETACH);
+    }
+}
+
+fn pattern(length: u64) -> Vec<u8> {
+    (0..length).map(|at| ((at >> 10) ^ at) as u8 | 1).collect()
+}
+
+fn open(mount: &Mount, flags: i32) -> File {
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(mount.join("f"))
+        .unwrap()
+}
+
+#[test]
+fn a_small_write_to_a_large_file_takes_one_chunk() {
+    let part = pattern(MIB);
+    let (size, at) = (200 * MIB, 150 * MIB);
+    let place = Place::new("64m", |file| {
+        file.set_len(size).unwrap();
+        file.write_all_at(&part, at).unwrap();
+    });
+    for options in ["", "no_open", "writeback", "kernel_features=-all"] {
+        let mount = place.mount(options);
+        let reader = File::open(mount.join("f")).unwrap();
+        let mut block = [0; 4096];
+        reader.read_exact_at(&mut block, at).unwrap();
+        let file = open(&mount, 0);
+        file.write_all_at(&[b'x'; 4096], at).unwrap();
+        file.sync_all().unwrap();
+        let blocks = fs::metadata(place.copy()).unwrap().blocks();
+        assert!(blocks <= 128, "{options}: {blocks}");
+        assert_eq!(file.metadata().unwrap().len(), size);
+        reader.read_exact_at(&mut block, at).unwrap();
+        assert_eq!(block, [b'x'; 4096]);
+        reader.read_exact_at(&mut block, at + 4096).unwrap();
+        assert!(block == part[4096..8192]);
+        drop((reader, file));
+        assert!(place.is_incomplete());
+        mount.unmount();
+        // What was not a hole is there, and holes are holes.
+        assert!(!place.is_incomplete());
+        let copy = File::open(place.copy()).unwrap();
+        assert_eq!(copy.metadata().unwrap().len(), size);
+        assert!(copy.metadata().unwrap().blocks() <= 2 * MIB / 512);
+        copy.read_exact_at(&mut block, at + MIB - 4096).unwrap();
+        assert!(block == part[MIB as usize - 4096..]);
+        fs::remove_file(place.copy()).unwrap();
+    }
+}
+
+#[test]
+fn mappings_direct_writes_and_cuts_agree() {
+    const SIZE: u64 = 3 * MIB;
+    let place = Place::new("64m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    let mut expected = pattern(SIZE);
+    let mount = place.mount("chunk_size=4K,copy_whole=0,complete=off");
+    {
+        let file = open(&mount, 0);
+        let mut map = mapping::shared_mut(&file);
+        for at in [5, 4096, 70_000, 2 * MIB as usize + 4095] {
+            map[at] = 0;
+            expected[at] = 0;
+        }
+        map.flush().unwrap();
+        let direct = open(&mount, libc::O_DIRECT);
+        let mut aligned = mapping::shared_mut(&file);
+        aligned[..4096].copy_from_slice(&[9; 4096]);
+        expected[..4096].fill(9);
+        aligned.flush().unwrap();
+        let block = mapping::shared_mut(&file);
+        direct.write_all_at(&block[..4096], 1 << 20).unwrap();
+        expected[1 << 20..(1 << 20) + 4096].fill(9);
+    }
+    let file = open(&mount, 0);
+    file.set_len(2 * MIB + 100).unwrap();
+    file.set_len(SIZE).unwrap();
+    expected[2 * MIB as usize + 100..].fill(0);
+    assert!(fs::read(mount.join("f")).unwrap() == expected);
+    drop(file);
+    mount.unmount();
+    assert!(fs::read(place.copy()).unwrap() == expected);
+}
+
+#[test]
+fn a_killed_server_loses_no_write() {
+    const SIZE: u64 = 4 * MIB;
+    let place = Place::new("64m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    let mut expected = pattern(SIZE);
+    for round in 0..6u8 {
+        let mount = place.mount("chunk_size=4K,copy_whole=0,complete=off");
+        assert!(fs::read(mount.join("f")).unwrap() == expected, "{round}");
+        let file = open(&mount, 0);
+        for n in 0..40u64 {
+            let at = (n * 97 + u64::from(round) * 31) % (SIZE / 4096 - 1) * 4096 + n * 13;
+            file.write_all_at(&[round; 4096], at).unwrap();
+            expected[at as usize..at as usize + 4096].fill(round);
+            if n % 8 == 0 {
+                file.sync_data().unwrap();
+            }
+        }
+        mount.signal(Signal::SIGKILL);
+        assert!(mount.wait_for_end());
+    }
+    assert!(place.is_incomplete());
+    place.mount("").unmount();
+    assert!(!place.is_incomplete());
+    assert!(fs::read(place.copy()).unwrap() == expected);
+}
+
+#[test]
+fn a_file_that_is_largely_there_is_completed_in_the_background() {
+    const SIZE: u64 = 2 * MIB;
+    let place = Place::new("64m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    let mut expected = pattern(SIZE);
+    let mount = place.mount("chunk_size=4K,copy_whole=0,complete=1");
+    let file = open(&mount, 0);
+    file.write_all_at(&vec![3; SIZE as usize / 2], 0).unwrap();
+    expected[..SIZE as usize / 2].fill(3);
+    let before = file.metadata().unwrap();
+    assert!(wait_until(|| !place.is_incomplete()));
+    let after = file.metadata().unwrap();
+    assert_eq!(
+        (before.mtime_nsec(), before.ctime_nsec()),
+        (after.mtime_nsec(), after.ctime_nsec())
+    );
+    file.write_all_at(&[4; 100], SIZE - 50).unwrap();
+    expected.truncate(SIZE as usize - 50);
+    expected.extend([4; 100]);
+    assert!(fs::read(mount.join("f")).unwrap() == expected);
+}
+
+#[test]
+fn without_space_a_file_stays_incomplete_and_whole() {
+    const SIZE: u64 = 8 * MIB;
+    let place = Place::new("4m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    let mut expected = pattern(SIZE);
+    let mount = place.mount("complete=off");
+    let file = open(&mount, 0);
+    file.write_all_at(b"written", 5 * MIB).unwrap();
+    expected[5 * MIB as usize..][..7].copy_from_slice(b"written");
+    let full = file.write_all_at(&vec![5; SIZE as usize], 0);
+    assert_eq!(errno(full), libc::ENOSPC);
+    let seen = fs::read(mount.join("f")).unwrap();
+    let written = seen.iter().position(|byte| *byte != 5).unwrap();
+    expected[..written].fill(5);
+    assert!(seen == expected);
+    drop(file);
+    mount.unmount();
+    assert!(place.is_incomplete());
+    let mount = place.mount("complete=off");
+    assert!(fs::read(mount.join("f")).unwrap() == expected);
+    fs::remove_file(mount.join("f")).unwrap();
+    mount.unmount();
+    assert!(!place.is_incomplete());
+}
+
+#[test]
+fn a_new_mount_goes_on_where_the_last_one_was_completing() {
+    const SIZE: u64 = 40 * MIB;
+    let place = Place::new("64m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    let mut expected = pattern(SIZE);
+    for round in 0..5u8 {
+        let mount = place.mount("complete=off");
+        let at = SIZE / 2 + u64::from(round) * 100_000;
+        open(&mount, 0).write_all_at(&[round; 5000], at).unwrap();
+        expected[at as usize..at as usize + 5000].fill(round);
+        // The server goes on for a while; the next one finds its work directory in use.
+        umount2(&place.layers.mnt(), MntFlags::empty()).unwrap();
+        let again = place.mount("complete=off");
+        assert!(fs::read(again.join("f")).unwrap() == expected);
+        again.unmount();
+        drop(mount);
+    }
+    assert!(wait_until(|| !place.is_incomplete()));
+    assert!(fs::read(place.copy()).unwrap() == expected);
+}
