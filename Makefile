@@ -13,7 +13,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BUILD_PACKAGES := gcc libc6-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-full lint bench release
+.PHONY: help run test test-full soak lint bench release
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +29,12 @@ test: ## install what the tests need and run all of them
 
 test-full: ## as test, with the long forms of those that have one
 	@PLYWOOD_TEST_FULL=1 $(MAKE) --no-print-directory test
+
+soak: ## a million operations of fsx, and half a minute of each stressor; `make test` has the short forms
+	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
+	@cargo build --locked
+	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/fsx/run 1000000
+	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/stress/run 30
 
 lint: ## formatting, clippy, and rules of our own
 	@tests/lint

@@ -284,10 +284,15 @@ impl FeatureSet {
     /// All of them.
     pub const ALL: Self = Self((1 << ALL.len()) - 1);
 
-    /// Those that a connection can do without and no program sees it: all but ACLs and the requests.
+    /// Those that a connection can do without and no program sees it. The requests are not among them, nor
+    /// ACLs, the umask that an inherited one overrules, and handles of files that the kernel has forgotten.
     pub fn unseen() -> Self {
         Self::of(|description| {
-            description.offer != Offer::Request && description.feature != Feature::PosixAcl
+            description.offer != Offer::Request
+                && !matches!(
+                    description.feature,
+                    Feature::PosixAcl | Feature::DontMask | Feature::Export
+                )
         })
     }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::common::mode::{self, Mode};
 use crate::fill::Fill;
 use crate::outcome::{Outcome, Said};
 
@@ -177,20 +178,25 @@ impl Place {
                 "fuse-overlayfs"
             }
             Peer::Plyfs => {
-                options += &format!(",{}", self.more);
-                env!("CARGO_BIN_EXE_plyfs")
+                options += &format!(",{},{}", Mode::of_run().options, self.more);
+                "plyfs"
             }
         };
         let outside = fs::metadata(self.root())?.dev();
+        let program = match self.peer {
+            Peer::Plyfs => mode::plyfs(),
+            _ => Command::new(program),
+        };
         let mut command = match self.descriptors.get() {
             Some(limit) => {
                 let mut command = Command::new("prlimit");
                 command
                     .arg(format!("--nofile={limit}:{limit}"))
-                    .arg(program);
+                    .arg(program.get_program())
+                    .args(program.get_args());
                 command
             }
-            None => Command::new(program),
+            None => program,
         };
         command.arg("-f").args(["-o", &options]).arg(self.root());
         if self.peer == Peer::FuseOverlayfs {
