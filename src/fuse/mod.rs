@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod features;
 pub mod handles;
 pub mod log;
+mod long;
 pub mod options;
 pub mod policy;
 pub mod probe;

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 
+use super::long::Long;
 use super::options::SessionOptions;
 use super::policy::Policy;
 use super::seek::{self, Seeker};
@@ -37,13 +38,14 @@ impl Server {
         no_acl: bool,
     ) -> io::Result<Self> {
         let policy = Arc::new(OnceLock::new());
-        let seeker = Seeker::default();
+        let (seeker, long) = (Seeker::default(), Long::default());
         let filesystem = UnionFs::new(
             union.clone(),
             options,
             no_acl,
             policy.clone(),
             seeker.clone(),
+            long.clone(),
         );
         let mut config = Config::default();
         // Who may enter is checked by the kernel, before fuser is asked; of root alone it knows nothing.
@@ -55,6 +57,7 @@ impl Server {
         config.n_threads = Some(options.threads);
         let session = Session::from_fd(filesystem, device, acl, config)?;
         let notifier = session.notifier();
+        long.start()?;
         seeker.start(union.clone(), notifier.clone())?;
         let teller = notifier.clone();
         union.on_side_effect(move |directory| {

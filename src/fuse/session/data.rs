@@ -142,15 +142,12 @@ impl UnionFs {
             return reply.error(Errno::ENOSYS);
         }
         let handle = self.files.get(place.fh.0);
-        let result = self.union.fallocate(
-            place.node,
-            handle.as_deref(),
-            mode,
-            place.offset,
-            length,
-            caller,
-        );
-        answer::empty(reply, result);
+        let (union, caller, node, offset) = (self.union.clone(), *caller, place.node, place.offset);
+        self.long.run("fallocate", move || {
+            let handle = handle.as_deref();
+            let result = union.fallocate(node, handle, mode, offset, length, &caller);
+            answer::empty(reply, result);
+        });
     }
 
     pub(super) fn seek(&self, node: NodeId, fh: Fh, offset: i64, whence: i32, reply: ReplyLseek) {
@@ -180,16 +177,21 @@ impl UnionFs {
             return reply.error(Errno::ENOSYS);
         }
         let (source, target) = (self.files.get(from.fh.0), self.files.get(to.fh.0));
-        let result = self.union.copy_file_range(
-            from.node,
-            source.as_deref(),
-            from.offset,
-            to.node,
-            target.as_deref(),
-            to.offset,
-            len.min(MAX_COPY),
-            caller,
-        );
-        answer::written(reply, result);
+        let (union, caller) = (self.union.clone(), *caller);
+        let (from, from_offset) = (from.node, from.offset);
+        let (to, to_offset) = (to.node, to.offset);
+        self.long.run("copy_file_range", move || {
+            let result = union.copy_file_range(
+                from,
+                source.as_deref(),
+                from_offset,
+                to,
+                target.as_deref(),
+                to_offset,
+                len.min(MAX_COPY),
+                &caller,
+            );
+            answer::written(reply, result);
+        });
     }
 }

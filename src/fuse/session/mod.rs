@@ -33,6 +33,7 @@ use self::directories::OpenDir;
 use super::convert;
 use super::features::Feature;
 use super::handles::HandleTable;
+use super::long::Long;
 use super::options::SessionOptions;
 use super::policy::Policy;
 use super::seek::Seeker;
@@ -50,6 +51,7 @@ pub struct UnionFs {
     dirs: HandleTable<OpenDir>,
     writers: Writers,
     seeker: Seeker,
+    long: Long,
 }
 
 fn node(ino: INodeNo) -> NodeId {
@@ -64,6 +66,7 @@ impl UnionFs {
         no_acl: bool,
         policy: Arc<OnceLock<Policy>>,
         seeker: Seeker,
+        long: Long,
     ) -> Self {
         Self {
             union,
@@ -74,6 +77,7 @@ impl UnionFs {
             dirs: HandleTable::default(),
             writers: Writers::default(),
             seeker,
+            long,
         }
     }
 
@@ -333,12 +337,16 @@ impl Filesystem for UnionFs {
     fn fsync(&self, _request: &Request, ino: INodeNo, fh: Fh, datasync: bool, reply: ReplyEmpty) {
         guarded("fsync", || {
             let handle = self.files.get(fh.0);
-            let result = self.union.fsync(node(ino), handle.as_deref(), datasync);
-            if self.policy().writeback {
-                // As after a write, and before the answer: whoever waits for it has the file open.
-                self.union.tell(node(ino));
-            }
-            answer::empty(reply, result);
+            let (union, node) = (self.union.clone(), node(ino));
+            let writeback = self.policy().writeback;
+            self.long.run("fsync", move || {
+                let result = union.fsync(node, handle.as_deref(), datasync);
+                if writeback {
+                    // As after a write, and before the answer: whoever waits for it has the file open.
+                    union.tell(node);
+                }
+                answer::empty(reply, result);
+            });
         });
     }
 
@@ -393,7 +401,10 @@ impl Filesystem for UnionFs {
         reply: ReplyEmpty,
     ) {
         guarded("fsyncdir", || {
-            answer::empty(reply, self.union.fsync_dir(node(ino), datasync));
+            let (union, node) = (self.union.clone(), node(ino));
+            self.long.run("fsyncdir", move || {
+                answer::empty(reply, union.fsync_dir(node, datasync));
+            });
         });
     }
 
