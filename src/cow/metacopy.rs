@@ -6,7 +6,8 @@
 //! it has another name, `overlay.redirect` holds the path. It comes up when it is about to change.
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -130,21 +131,35 @@ impl Union {
         data: &dyn LowerObject,
         content: Content,
     ) -> Result<()> {
-        let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
-        let attr = attr_of(&fs::fstat(fd.as_fd())?);
-        self.quietly(node, fd.as_fd(), || {
-            // A truncation that a crash has interrupted counts: what it cut off does not come back.
-            self.copy_content(data, fd.as_fd(), attr.size, content)
-        })?;
-        if !self.volatile && attr.size > 0 && content != Content::UpTo(0) {
+        let (fd, size) = self.fetch_data(node, data, content)?;
+        if !self.volatile && size > 0 && content != Content::UpTo(0) {
             fs::fsync(fd.as_fd(), false)?;
         }
-        // From here on the data is the upper's; before it, a crash leaves that of the lower valid.
+        self.data_is_here(node, fd.as_fd())
+    }
+
+    /// Copies the data of a `metacopy` into it; answers the file and its size. It is not used yet.
+    pub(super) fn fetch_data(
+        &self,
+        node: &Arc<Node>,
+        data: &dyn LowerObject,
+        content: Content,
+    ) -> Result<(OwnedFd, u64)> {
+        let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
+        let size = attr_of(&fs::fstat(fd.as_fd())?).size;
         self.quietly(node, fd.as_fd(), || {
-            self.unmark_metacopy(Object::Open(fd.as_fd()))
+            // A truncation that a crash has interrupted counts: what it cut off does not come back.
+            self.copy_content(data, fd.as_fd(), size, content)
         })?;
-        let mut place = node.place.write();
-        Self::arrived(node, &mut place, attr.ino, false);
+        Ok((fd, size))
+    }
+
+    /// Makes a `metacopy` whose data is there, and durable, an ordinary file. Before this a crash leaves the data of
+    /// the lower valid.
+    pub(super) fn data_is_here(&self, node: &Node, fd: BorrowedFd<'_>) -> Result<()> {
+        self.quietly(node, fd, || self.unmark_metacopy(Object::Open(fd)))?;
+        let ino = attr_of(&fs::fstat(fd)?).ino;
+        Self::arrived(node, &mut node.place.write(), ino, false);
         Ok(())
     }
 
@@ -200,8 +215,20 @@ impl Union {
 
     /// As `complete`, of the files with a mark of which `wanted` answers true.
     pub(super) fn complete_marked(&self, wanted: impl Fn(&[u8]) -> bool) -> Result<()> {
+        self.visit_marked(wanted, &mut |node| {
+            self.copy_up(node, Content::All)?;
+            Ok(ControlFlow::Continue(()))
+        })
+    }
+
+    /// Shows `visit` the files with a mark of which `wanted` answers true, until it breaks off.
+    pub(super) fn visit_marked(
+        &self,
+        wanted: impl Fn(&[u8]) -> bool,
+        visit: &mut impl FnMut(&Arc<Node>) -> Result<ControlFlow<()>>,
+    ) -> Result<()> {
         let mut pending = vec![self.node(NodeId::ROOT)?];
-        while let Some(dir) = pending.pop() {
+        'walk: while let Some(dir) = pending.pop() {
             for (name, kind) in self.names_to_complete(&dir, &wanted)? {
                 let node = match self.child(&dir, &name, false) {
                     Ok((node, _)) => node,
@@ -210,15 +237,19 @@ impl Union {
                 };
                 if kind == FileKind::Directory && node.directory.is_some() {
                     pending.push(node);
-                } else {
-                    if node.kind == FileKind::Regular && node.has_upper() {
-                        self.copy_up(&node, Content::All)?;
-                    }
-                    self.let_go(node);
+                    continue;
+                }
+                let is_it = node.kind == FileKind::Regular && node.has_upper();
+                let broken = is_it && visit(&node)?.is_break();
+                self.let_go(node);
+                if broken {
+                    pending.push(dir);
+                    break 'walk;
                 }
             }
             self.let_go(dir);
         }
+        pending.into_iter().for_each(|dir| self.let_go(dir));
         Ok(())
     }
 

@@ -9,7 +9,8 @@
 //! - `upper`: the writable layer and how an object in it is reached;
 //! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
 //! - `chunks`: large files, of which only what changes is copied up;
-//! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer;
+//! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer; `plain`: what becomes of
+//!   them when a mount ends;
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
 //!   fuse-overlayfs has written;
@@ -39,6 +40,7 @@ mod number;
 mod open;
 mod origin;
 mod owner;
+mod plain;
 mod redirect;
 mod remove;
 mod rename;

@@ -309,6 +309,12 @@ fn serve(
     if own_mount && let Err(error) = union.complete_partial() {
         tracing::error!(%error, "files stay that are copied up in part: kernel overlayfs refuses the upper until plyfs has mounted and completed it");
     }
+    if own_mount
+        && invocation.options.metacopy.is_none()
+        && let Err(error) = union.complete_little()
+    {
+        tracing::warn!(%error, "files stay of which only the attributes are in the upper: kernel overlayfs needs metacopy=on to read them");
+    }
     if !invocation.options.volatile
         && let Err(error) = union.sync()
     {

@@ -199,6 +199,35 @@ fn a_file_that_only_the_index_has_is_completed_too() {
 
 #[test]
 fn a_completed_upper_needs_no_lower() {
+    needs_no_lower_after(Union::complete);
+}
+
+#[test]
+fn at_its_end_a_mount_brings_up_data_that_is_little() {
+    needs_no_lower_after(Union::complete_little);
+    let mut fixture = Fixture::new(1, |lowers| {
+        put(lowers[0].join("a"), &content(1));
+        std::fs::hard_link(lowers[0].join("a"), lowers[0].join("b")).unwrap();
+        let large = std::fs::File::create(lowers[0].join("large")).unwrap();
+        large.set_len(65 << 20).unwrap();
+    });
+    chmod(&fixture, "a", 0o604);
+    fixture.mv("b", "c");
+    fixture.union().complete_little().unwrap();
+    for name in ["a", "c"] {
+        assert!(!is_metacopy(&fixture.upper().join(name)), "{name}");
+    }
+    assert!(!may_hold_metacopies(&fixture.upper(), XattrFamily::Trusted).unwrap());
+    fixture.check_remount();
+    assert!(read_all(&fixture, "c") == content(1));
+    // What is more than little is left as it is, all of it.
+    chmod(&fixture, "large", 0o604);
+    fixture.union().complete_little().unwrap();
+    assert!(is_metacopy(&fixture.upper().join("large")));
+    assert!(may_hold_metacopies(&fixture.upper(), XattrFamily::Trusted).unwrap());
+}
+
+fn needs_no_lower_after(complete: fn(&Union) -> Result<()>) {
     let mut fixture = Fixture::new(2, |lowers| {
         for name in ["a", "d/e/f", "d/cap"] {
             put(lowers[1].join(name), &content(1));
@@ -220,7 +249,7 @@ fn a_completed_upper_needs_no_lower() {
     fixture.reopen();
     assert!(may_hold_metacopies(&fixture.upper(), XattrFamily::Trusted).unwrap());
     let before = fixture.tree_of_attributes();
-    fixture.union().complete().unwrap();
+    complete(fixture.union()).unwrap();
     fixture.reopen();
     assert_eq!(fixture.tree_of_attributes(), before);
     for name in ["a", "d/g", "d/cap"] {
