@@ -68,6 +68,8 @@ pub(super) fn adopt(
     let known = dialect(root, family)?;
     let strangers = exists(place.base)? && !exists(place.scratch)?;
     let names = match known {
+        // It may have been kernel overlayfs's until now, for which `.wh.` is no mark either.
+        None if is_kernels(root, family)? => Some(Names::Ordinary),
         None => Some(Names::Marks),
         // Where devices can be made, fuse-overlayfs writes no whiteouts by name: such are somebody's files.
         Some(_) if strangers => Some(match makes_devices(place.scratch)? {
@@ -100,6 +102,19 @@ pub(super) fn adopt(
         fs::openat(dir, OsStr::new(OURS), libc::O_CREAT | libc::O_RDONLY, 0o600)?;
     }
     Ok(form)
+}
+
+/// Whether kernel overlayfs has written the upper: with `index=on` it notes on the top directory where that comes from
+/// (`ovl_verify_origin_fh` in fs/overlayfs/namei.c), newer ones an id as well. fuse-overlayfs does neither.
+fn is_kernels(root: BorrowedFd<'_>, family: XattrFamily) -> Result<bool, Errno> {
+    for name in [family.origin(), family.uuid()] {
+        match xattr::get(Object::Open(root), name) {
+            Ok(_) => return Ok(true),
+            Err(Errno::ENODATA | Errno::EOPNOTSUPP) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(false)
 }
 
 fn exists(dir: BorrowedFd<'_>) -> Result<bool, Errno> {

@@ -100,6 +100,8 @@ marks! {
     redirect = "redirect";
     /// The lower object that an upper one was copied from, as a file handle.
     origin = "origin";
+    /// On the top of an upper: an id that kernel overlayfs has given it.
+    uuid = "uuid";
     /// On an upper directory: entries in it may carry an origin.
     impure = "impure";
     /// On a file: the data is in the layers below.

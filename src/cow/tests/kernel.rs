@@ -241,6 +241,9 @@ fn an_upper_made_by_the_kernel_is_read_as_the_kernel_reads_it() {
         std::fs::write(at("gone/new"), "new").unwrap();
         std::fs::remove_file(at("dd/b2/g")).unwrap();
         std::fs::hard_link(at("dd/own"), at("dd/own2")).unwrap();
+        // Not marks for the kernel, so not for who comes after it.
+        std::fs::write(at("gone/.wh.new"), "").unwrap();
+        std::fs::write(at("a/.wh..wh..opq"), "").unwrap();
         seen_by_host(&mounted.0, "", &mut expected);
     }
     fixture.reopen();
