@@ -10,6 +10,7 @@
 
 mod memory;
 mod rows;
+mod stall;
 mod start;
 mod systems;
 
@@ -157,6 +158,10 @@ fn run() -> Result<(), String> {
     }
     if "memory".contains(&options.rows) {
         memory::run(&systems, &image)?;
+    }
+    // It takes its time and loads the disk: only when asked for by name.
+    if options.rows == "stall" {
+        stall::run(&systems, &image)?;
     }
     if "container start".contains(&options.rows) {
         start::run(options.rounds.max(10))?;
