@@ -122,6 +122,7 @@ impl Union {
                 Content::All if in_chunks => self.complete_chunks(node),
                 _ if in_chunks => Ok(()),
                 _ if self.is_for_chunks(node, content, bottom.object.attr().size) => {
+                    self.check_room_for(&*bottom.object, content)?;
                     self.begin_chunks(node, &*bottom.object)
                 }
                 _ => self.complete_metacopy(node, &*bottom.object, content),
@@ -129,6 +130,9 @@ impl Union {
         }
         let source = &*top.object;
         let in_chunks = self.is_for_chunks(node, content, source.attr().size);
+        if in_chunks {
+            self.check_room_for(&*bottom.object, content)?;
+        }
         let attr = Attr {
             atime: atime.unwrap_or(source.attr().atime),
             ..*source.attr()

@@ -201,11 +201,17 @@ fn a_file_that_is_largely_there_is_completed_in_the_background() {
 #[test]
 fn without_space_a_file_stays_incomplete_and_whole() {
     const SIZE: u64 = 8 * MIB;
-    let place = Place::new("4m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    let place = Place::new("16m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
     let mut expected = pattern(SIZE);
     let mount = place.mount("complete=off");
     let file = open(&mount, 0);
     file.write_all_at(b"written", 5 * MIB).unwrap();
+    // The room that there was when the file was opened goes to another.
+    let other = File::create(mount.join("other")).unwrap();
+    while other
+        .write_at(&[1; 1 << 16], other.metadata().unwrap().len())
+        .is_ok()
+    {}
     expected[5 * MIB as usize..][..7].copy_from_slice(b"written");
     let full = file.write_all_at(&vec![5; SIZE as usize], 0);
     assert_eq!(errno(full), libc::ENOSPC);
@@ -213,7 +219,7 @@ fn without_space_a_file_stays_incomplete_and_whole() {
     let written = seen.iter().position(|byte| *byte != 5).unwrap();
     expected[..written].fill(5);
     assert!(seen == expected);
-    drop(file);
+    drop((file, other));
     mount.unmount();
     assert!(place.is_incomplete());
     let mount = place.mount("complete=off");
@@ -221,6 +227,25 @@ fn without_space_a_file_stays_incomplete_and_whole() {
     fs::remove_file(mount.join("f")).unwrap();
     mount.unmount();
     assert!(!place.is_incomplete());
+}
+
+#[test]
+fn a_file_that_cannot_fit_is_refused_when_it_is_opened() {
+    const SIZE: u64 = 8 * MIB;
+    let place = Place::new("4m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    let mount = place.mount("complete=off");
+    for flags in [0, libc::O_APPEND] {
+        let refused = File::options()
+            .write(true)
+            .custom_flags(flags)
+            .open(mount.join("f"));
+        assert_eq!(errno(refused.map(drop)), libc::ENOSPC);
+    }
+    assert!(!place.is_incomplete() && !place.copy().exists());
+    assert!(fs::read(mount.join("f")).unwrap() == pattern(SIZE));
+    // Of a file that is cut at once nothing has to fit.
+    fs::write(mount.join("f"), "short").unwrap();
+    assert_eq!(fs::read(mount.join("f")).unwrap(), b"short");
 }
 
 #[test]

@@ -34,6 +34,29 @@ impl Union {
         node.kind == FileKind::Regular && needed > self.chunking.whole_up_to
     }
 
+    /// Refuses, with ENOSPC, to begin with a file whose data could never all come up: whoever opens it is to learn
+    /// that from open(2), as with a whole copy, and not the one who later unmounts or commits.
+    pub(in super::super) fn check_room_for(
+        &self,
+        data: &dyn LowerObject,
+        content: Content,
+    ) -> Result<()> {
+        let upper = self.upper()?;
+        let attr = data.attr();
+        let wanted = match content {
+            Content::UpTo(limit) => attr.size.min(limit),
+            _ => attr.size,
+        };
+        let wanted = wanted.min(attr.blocks.saturating_mul(512));
+        let statfs = self.statfs()?;
+        if wanted <= statfs.bavail.saturating_mul(u64::from(statfs.frsize))
+            || (upper.clones.load(Ordering::Relaxed) && self.can_clone(upper, data)?)
+        {
+            return Ok(());
+        }
+        Err(Errno::ENOSPC).context("copying up a file that does not fit into the upper")
+    }
+
     /// What a node that is being made for an incomplete file knows of it.
     pub(in super::super) fn chunks_of(&self, object: Object<'_>, ino: u64) -> Arc<Chunks> {
         Chunks::new(name_of(object, ino))
