@@ -5,6 +5,7 @@
 //! - `isolation`: what a process finds in a container.
 //! - `crash`: plyd, plyshim and plyfs are killed.
 //! - `crun`: the other OCI runtime.
+//! - `ends`: what is left when a container has ended.
 
 #![allow(
     clippy::unwrap_used,
@@ -21,6 +22,8 @@ mod common;
 mod crash;
 #[path = "runtime/crun.rs"]
 mod crun;
+#[path = "runtime/ends.rs"]
+mod ends;
 #[path = "runtime/image.rs"]
 mod image;
 #[path = "runtime/isolation.rs"]

@@ -12,8 +12,8 @@ use super::signals::Signals;
 use super::stdio::{Forward, Session};
 use super::terminal::{self, RawMode};
 use crate::grpc::pb::plywood::{
-    AttachStart, CreateContainerRequest, CreateContainerResponse, KillContainerRequest,
-    RemoveContainerRequest, StartContainerRequest, Volume,
+    AttachStart, CreateContainerRequest, CreateContainerResponse, RemoveContainerRequest,
+    StartContainerRequest, Volume,
 };
 
 /// What a new container is to be.
@@ -165,11 +165,7 @@ async fn foreground(
         && remove
     {
         // In a pipeline of plain processes SIGPIPE would have ended it; nobody else knows of it.
-        let request = KillContainerRequest {
-            id: id.clone(),
-            signal: "SIGKILL".to_owned(),
-        };
-        let _ended_by_itself = client.containers().kill(request).await;
+        discard(client, &id, remove).await;
     }
     Ok(process_exit(ended?))
 }
@@ -202,7 +198,7 @@ async fn start(client: &Client, id: &str, remove: bool) -> Result<()> {
     }
 }
 
-/// Removes a container that was to be removed at its end and will have none.
+/// Removes a container that was to be removed at its end, without waiting for one.
 async fn discard(client: &Client, id: &str, remove: bool) {
     if !remove {
         return;

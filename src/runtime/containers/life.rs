@@ -24,7 +24,7 @@ use crate::sys::child;
 /// How long the OCI runtime may take to start a container.
 pub(super) const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long a process may take to end after SIGKILL, and its shim to clean up.
-const END_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const END_LIMIT: Duration = Duration::from_secs(30);
 /// How long `stop` waits before SIGKILL if nothing else is asked for.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -388,7 +388,11 @@ pub(super) async fn stopped(entry: &Entry) {
     let _ = seen.wait_for(over).await;
 }
 
+/// Waits until nothing is left to clean up after the container's last end. Not to be called with the
+/// container's lock held.
 pub(super) async fn settled(entry: &Entry) {
+    // Whoever holds the lock may be about to tell of a start, or finds out what a former plyd has left.
+    drop(entry.lock.lock().await);
     let mut seen = entry.seen.subscribe();
     let over = |seen: &Seen| seen.settled && seen.state.status != Status::Running;
     let _ = seen.wait_for(over).await;

@@ -3,9 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use tokio::time::timeout;
+
 use super::create::check_environment;
+use super::entry::Seen;
 use super::error::io_error;
-use super::life::{settled, stopped};
+use super::life::{END_LIMIT, settled, stopped};
 use super::{Containers, Entry, Error, Result, blocking};
 use crate::runtime::client::{self, ShimClient, ShimReader, ShimWriter};
 use crate::runtime::log::{self, HEADER, LogReader, Record};
@@ -109,6 +112,8 @@ pub struct Output {
     shim: Option<ShimReader>,
     /// `None` for an exec, which has no log.
     log: Option<Box<LogStream>>,
+    /// How many ends of the container were known when it was joined.
+    ends: u64,
     ended: bool,
 }
 
@@ -122,7 +127,8 @@ impl Containers {
     /// Joins the streams of a created or running container.
     pub async fn attach(&self, reference: &str, stdin: bool) -> Result<(Input, Output)> {
         let entry = self.find(reference)?;
-        let client = match entry.state().status {
+        let Seen { state, ends, .. } = entry.seen.borrow().clone();
+        let client = match state.status {
             Status::Running => ShimClient::connect(&self.run_dir(&entry.id)).await,
             Status::Created => {
                 let _held = entry.lock.lock().await;
@@ -148,6 +154,7 @@ impl Containers {
             entry: Arc::clone(&entry),
             shim: Some(reader),
             log: Some(Box::new(LogStream::new(self, &entry, log))),
+            ends,
             ended: false,
         };
         let tty = entry.record.tty;
@@ -185,6 +192,7 @@ impl Containers {
             entry,
             shim: Some(reader),
             log: None,
+            ends: 0,
             ended: false,
         };
         Ok((Input { writer, stdin, tty }, output))
@@ -320,7 +328,10 @@ impl Output {
                     return Ok(OutputEvent::Data(record));
                 }
                 Some(frame) => match frame.message().map_err(client::Error::from)? {
-                    Reply::Exit { code, .. } => return Ok(self.exit(code).await),
+                    Reply::Exit { code, .. } => {
+                        self.until_known().await;
+                        return Ok(self.exit(code));
+                    }
                     other => {
                         let answer = client::Error::Unexpected(format!("{other:?}"));
                         return Err(answer.into());
@@ -341,17 +352,28 @@ impl Output {
             Some(record) => Ok(OutputEvent::Data(record)),
             None => {
                 let code = self.entry.state().exit_code;
-                Ok(self.exit(code).await)
+                Ok(self.exit(code))
             }
         }
     }
 
-    async fn exit(&mut self, code: i32) -> OutputEvent {
+    fn exit(&mut self, code: i32) -> OutputEvent {
         self.ended = true;
-        if self.log.is_some() {
-            self.containers.gone_if_auto_removed(&self.entry).await;
-        }
         OutputEvent::Exit(code)
+    }
+
+    /// The shim has told this stream that the container has ended. Its other connections may bring that,
+    /// and even the start, later: waits for them, so that whoever hears of the end finds the container
+    /// ended, and gone if it removes itself.
+    async fn until_known(&self) {
+        if self.log.is_none() {
+            return;
+        }
+        let mut seen = self.entry.seen.subscribe();
+        let known = seen.wait_for(|seen| seen.removed || seen.ends > self.ends);
+        // If it takes longer, the user has waited long enough.
+        let _ = timeout(END_LIMIT, known).await;
+        self.containers.gone_if_auto_removed(&self.entry).await;
     }
 }
 
