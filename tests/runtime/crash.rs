@@ -186,7 +186,8 @@ fn an_end_that_nobody_watched_is_reported() {
         .map(|pid| Pid::from_raw(pid.try_into().unwrap()))
         .collect();
     plyd.signal(Signal::SIGKILL);
-    fs::remove_file(format!("/proc/{}/root/stay", pids[0])).unwrap();
+    let stay = format!("/proc/{}/root/stay", pids[0]);
+    until("it has begun", || fs::remove_file(&stay).is_ok());
     kill(pids[1], Signal::SIGKILL).unwrap();
     until("both have ended", || shims(&plyd).is_empty());
     plyd.launch();
