@@ -89,7 +89,7 @@ impl Union {
             } else {
                 Content::All
             };
-            self.copy_up_one(&next, content)
+            self.with_room(|| self.copy_up_one(&next, content))
                 .with_context(|| format!("copying up {:?}", next.name().map(|name| name.name)))?;
         }
         if let Some(tell) = self.on_side_effect.get() {

@@ -138,11 +138,21 @@ impl Union {
     ) -> Result<(Entry, Arc<Node>)> {
         check_name(name)?;
         let parent = self.node(parent)?;
-        let directory = Self::directory(&parent)?;
-        self.copy_up(&parent, Content::All)?;
+        self.with_room(|| self.make_in(&parent, name, new, caller))
+    }
+
+    fn make_in(
+        &self,
+        parent: &Arc<Node>,
+        name: &OsStr,
+        new: New<'_>,
+        caller: &Caller,
+    ) -> Result<(Entry, Arc<Node>)> {
+        let directory = Self::directory(parent)?;
+        self.copy_up(parent, Content::All)?;
         let mut state = directory.state.write();
-        let dir = self.dir_fd(&parent)?;
-        let free = self.free_name(&parent, &state, name)?;
+        let dir = self.dir_fd(parent)?;
+        let free = self.free_name(parent, &state, name)?;
         let parent_attr = self.upper_attr(Object::Open(dir.as_fd()))?;
         let default_acl = self.keeps_acls() && self.has_default_acl(&state, dir.as_fd())?;
         let wanted = Wants::new(new, caller, self, &parent_attr, default_acl);
@@ -161,7 +171,7 @@ impl Union {
                     }
                 }
                 // Without lowers the name was not looked at before.
-                Err(Errno::EEXIST) => match self.in_upper(&parent, &state, name)? {
+                Err(Errno::EEXIST) => match self.in_upper(parent, &state, name)? {
                     InUpper::Whiteout => {
                         self.make_over_whiteout(new, dir.as_fd(), name, &wanted, default_acl)
                     }
@@ -177,7 +187,7 @@ impl Union {
             state.subdirectories.add(1);
         }
         let found = Found::new_upper(self.own_number(attr.ino), attr);
-        let node = self.adopt(&parent, &mut state, name, found, true);
+        let node = self.adopt(parent, &mut state, name, found, true);
         drop(state);
         if let Some(fd) = fd {
             node.written.store(true, Ordering::Relaxed);

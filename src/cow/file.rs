@@ -228,7 +228,7 @@ impl Union {
         if kill_suidgid {
             self.kill_suidgid(&node)?;
         }
-        backing.write_at(data, offset)
+        self.with_room(|| backing.write_at(data, offset))
     }
 
     /// The descriptor for writing, after copy-up.
@@ -284,11 +284,11 @@ impl Union {
         if caller.uid != 0 {
             self.kill_suidgid(&node)?;
         }
-        match &*backing {
+        self.with_room(|| match &*backing {
             Backing::Upper { fd, .. } => Ok(fs::fallocate(fd.as_fd(), mode, offset, len)?),
             Backing::Partial(partial) => partial.fallocate(mode, offset, len),
             Backing::Lower(_) => Err(Errno::EIO.into()),
-        }
+        })
     }
 
     /// `SEEK_DATA` and `SEEK_HOLE`; the kernel does the rest itself.

@@ -15,6 +15,7 @@
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
 //!   fuse-overlayfs has written;
 //! - `export`: copies of layers for kernel overlayfs;
+//! - `room`: what removed files still take on the host;
 //! - `number`: inode numbers; `find`: the way back from one; `fdcache`: a bounded number of descriptors;
 //!   `acl`: inheritance of ACLs.
 
@@ -44,6 +45,7 @@ mod plain;
 mod redirect;
 mod remove;
 mod rename;
+mod room;
 mod stat_override;
 #[cfg(test)]
 mod tests;
