@@ -15,8 +15,9 @@ use super::time::{age, rfc3339};
 use super::tree;
 use crate::grpc::pb::plywood::diff_entry::Change;
 use crate::grpc::pb::plywood::{
-    CommitRequest, DiffEntry, DiffRequest, ExportOverlayRequest, InfoRequest, ListRequest, Mount,
-    MountsRequest, PrepareRequest, RemoveRequest, Snapshot, SnapshotKind, UsageRequest,
+    CommitRequest, DiffEntry, DiffRequest, ExportOverlayRequest, InfoRequest, ListRequest,
+    MaterializeRequest, Mount, MountsRequest, PrepareRequest, RemoveRequest, Snapshot,
+    SnapshotKind, UsageRequest,
 };
 
 /// The commands of `snapctl snapshot`.
@@ -68,6 +69,10 @@ pub enum Command {
     #[command(after_help = "Examples:
   snapctl snapshot tree")]
     Tree(TreeArgs),
+    /// Copy up what files of an active snapshot still have of their data in its layers
+    #[command(after_help = "Examples:
+  snapctl snapshot materialize work")]
+    Materialize(MaterializeArgs),
     /// Copy a snapshot into a new directory as plain overlayfs directories, and print the options to mount them
     #[command(
         name = "export-overlay",
@@ -174,6 +179,16 @@ pub struct DiffArgs {
     owner: OwnerArg,
     #[command(flatten)]
     format: ListFormat,
+}
+
+/// Arguments of `snapshot materialize`.
+#[derive(Args, Debug)]
+pub struct MaterializeArgs {
+    /// Key of the snapshot
+    #[arg(value_parser = utf8())]
+    key: String,
+    #[command(flatten)]
+    owner: OwnerArg,
 }
 
 /// Arguments of `snapshot export-overlay`.
@@ -295,6 +310,14 @@ pub async fn run(command: Command, client: &Client) -> Result<()> {
         Command::Rm(args) => remove(args, client).await,
         Command::Usage(args) => usage(args, client).await,
         Command::Diff(args) => diff(args, client).await,
+        Command::Materialize(args) => {
+            let request = MaterializeRequest {
+                key: args.key,
+                owner: args.owner.owner.unwrap_or_default(),
+            };
+            client.snapshots().materialize(request).await?;
+            Ok(())
+        }
         Command::ExportOverlay(args) => export_overlay(args, client).await,
         Command::Tree(args) => {
             let snapshots = all(client, args.owner).await?;

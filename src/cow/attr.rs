@@ -319,6 +319,7 @@ impl Union {
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
         if uid.is_some() || gid.is_some() {
+            let _turn = node.attributes.lock();
             self.with_upper(&node, |object| self.set_owner(object, uid, gid))
                 .context("changing the owner")?;
         }
@@ -329,14 +330,13 @@ impl Union {
             }
         }
         if let Some(perm) = set.perm {
+            let _turn = node.attributes.lock();
             self.with_upper(&node, |object| self.set_perm(object, perm))
                 .context("changing the mode")?;
         }
         if set.atime.is_some() || set.mtime.is_some() {
             let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
-            let chunks = node.place.read().chunks.clone();
-            let map = chunks.as_ref().and_then(|chunks| chunks.map());
-            let _turn = map.map(|map| map.turn.read());
+            let _turn = node.attributes.lock();
             self.with_upper(&node, |object| object.set_times(&times))
                 .context("changing times")?;
         }
@@ -346,6 +346,7 @@ impl Union {
     /// What Linux does when a file is written by someone without CAP_FSETID: setuid goes, and setgid
     /// where it means execution with the group.
     pub(super) fn kill_suidgid(&self, node: &Arc<Node>) -> Result<()> {
+        let _turn = node.attributes.lock();
         let perm = self
             .with_upper(node, |object| self.upper_attr(object))?
             .perm;

@@ -181,6 +181,8 @@ impl Union {
         body: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let object = Object::Open(fd);
+        // A change in between would be undone.
+        let _turn = node.attributes.lock();
         let before = fs::fstat(fd)?;
         let attr = attr_of(&before);
         let capability = Self::mark(object, OsStr::new(CAPABILITY))?;

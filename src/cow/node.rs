@@ -8,7 +8,8 @@
 //! 2. `Union::rename_lock`, by a rename between two directories;
 //! 3. `Directory::state`: a parent before its child. Two directories of which neither is above the
 //!    other are locked together only under `rename_lock`, in the order of their ids;
-//! 4. the turn of one incomplete file (`chunks`), which stands alone: content is copied under it;
+//! 4. the turn of one incomplete file (`chunks`), and then `Node::attributes` of one node: content is copied under both.
+//!    A `Directory::state` may be taken below `Node::attributes`, and neither of the two below a `Directory::state`;
 //! 5. `Node::place` of one node at a time;
 //! 6. a shard of the table, the descriptor cache, and the maps of incomplete files.
 //!
@@ -201,6 +202,8 @@ pub(super) struct Node {
     pub(super) kind: FileKind,
     /// Held while the object is copied up; its readers go on meanwhile.
     pub(super) copy_up: Mutex<()>,
+    /// Held while attributes of the upper object change, or are put back to what they were.
+    pub(super) attributes: Mutex<()>,
     pub(super) place: RwLock<Place>,
     /// Mirrors `place.upper.is_some()`, and not `place.metacopy`.
     pub(super) in_upper: AtomicBool,
@@ -220,6 +223,7 @@ impl Node {
             generation,
             kind,
             copy_up: Mutex::new(()),
+            attributes: Mutex::new(()),
             in_upper: AtomicBool::new(place.upper.is_some() && !place.metacopy),
             written: AtomicBool::new(false),
             place: RwLock::new(place),

@@ -107,7 +107,10 @@ impl Union {
             SetXattrMode::Replace => libc::XATTR_REPLACE,
         };
         self.copy_up(&node, Content::Metadata)?;
-        self.with_upper(&node, |object| xattr::set(object, &stored, value, flags))?;
+        {
+            let _turn = node.attributes.lock();
+            self.with_upper(&node, |object| xattr::set(object, &stored, value, flags))?;
+        }
         self.default_acl_changed(&node, name);
         Ok(())
     }
@@ -120,7 +123,10 @@ impl Union {
         let node = self.node(node)?;
         let stored = self.family.stored_name(name);
         self.copy_up(&node, Content::Metadata)?;
-        self.with_upper(&node, |object| xattr::remove(object, &stored))?;
+        {
+            let _turn = node.attributes.lock();
+            self.with_upper(&node, |object| xattr::remove(object, &stored))?;
+        }
         self.default_acl_changed(&node, name);
         Ok(())
     }

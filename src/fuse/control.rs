@@ -1,5 +1,6 @@
 //! The control socket of a `plyfs` process: how plyd, or its successor, finds out that the process
-//! lives, gets a duplicate of its FUSE descriptor, and asks it to flush or to end.
+//! lives, gets a duplicate of its FUSE descriptor, and asks it to flush, to
+//! complete files, or to end.
 //!
 //! `plyfs --control PATH` listens on a SOCK_SEQPACKET Unix socket, mode 0600. One message is one JSON object;
 //! descriptors travel with SCM_RIGHTS. The end of file on a connection is the death of the process.
@@ -22,6 +23,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use parking_lot::Mutex;
 
 use super::server::Flusher;
+use crate::cow::Error as UnionError;
 use crate::sys::fd_passing::{accept, recv_with_fds, send_with_fds};
 
 /// The version of the protocol that this build speaks.
@@ -52,6 +54,7 @@ enum Operation {
     Hello { version: u32 },
     FuseFd,
     Flush,
+    Complete,
     Stop,
 }
 
@@ -223,21 +226,29 @@ fn perform(operation: Operation, controlled: &Controlled) -> Outcome {
             ),
         },
         Operation::FuseFd => Outcome::Done,
-        Operation::Flush => match controlled.flusher.get().map(Flusher::flush) {
-            Some(Ok(())) => Outcome::Done,
-            Some(Err(error)) => Outcome::Failed {
-                errno: Some(error.errno),
-                message: error.to_string(),
-            },
-            None => Outcome::Failed {
-                errno: Some(libc::EAGAIN),
-                message: "the mount does not serve yet; try again".to_owned(),
-            },
-        },
+        Operation::Flush => by_flusher(controlled, Flusher::flush),
+        Operation::Complete => by_flusher(controlled, Flusher::complete),
         Operation::Stop => {
             (controlled.stop)();
             Outcome::Done
         }
+    }
+}
+
+fn by_flusher(
+    controlled: &Controlled,
+    work: impl FnOnce(&Flusher) -> Result<(), UnionError>,
+) -> Outcome {
+    match controlled.flusher.get().map(work) {
+        Some(Ok(())) => Outcome::Done,
+        Some(Err(error)) => Outcome::Failed {
+            errno: Some(error.errno),
+            message: error.to_string(),
+        },
+        None => Outcome::Failed {
+            errno: Some(libc::EAGAIN),
+            message: "the mount does not serve yet; try again".to_owned(),
+        },
     }
 }
 
@@ -293,6 +304,11 @@ impl ControlClient {
     /// Brings every dirty page of the mount to the upper and makes the upper durable.
     pub fn flush(&self, timeout: Duration) -> io::Result<()> {
         self.call(Operation::Flush, timeout).map(drop)
+    }
+
+    /// Brings up all data that files of the upper still have in lower layers.
+    pub fn complete(&self, timeout: Duration) -> io::Result<()> {
+        self.call(Operation::Complete, timeout).map(drop)
     }
 
     /// Asks the process to end: it goes on serving until the mount is gone or its connection is

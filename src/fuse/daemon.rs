@@ -34,6 +34,9 @@ use crate::sys::{mountinfo, process};
 /// Read-ahead of the mount, in KiB, where the host lets us set it.
 const READ_AHEAD_KB: u32 = 1024;
 
+/// How long a signal waits for the last users of the mount.
+const LAST_USERS: Duration = Duration::from_secs(1);
+
 /// What the command line says beside the options.
 #[derive(Clone, Debug)]
 pub struct Invocation {
@@ -302,14 +305,16 @@ fn serve(
         signals,
         ready,
     );
-    if own_mount || matches!(outcome, Ok(Ended::BySignal)) {
+    if own_mount {
         mount.remove();
     }
-    // Below plyd nobody else mounts the directories, and a commit completes what it makes a layer of.
-    if own_mount && let Err(error) = union.complete_partial() {
+    // Below plyd nobody else mounts the directories, and a commit completes what it makes a layer of. Nor is anything
+    // completed beside programs that go on writing to a mount which a signal has only detached.
+    let alone = own_mount && matches!(outcome, Ok(Ended::WithMount));
+    if alone && let Err(error) = union.complete_partial() {
         tracing::error!(%error, "files stay that are copied up in part: kernel overlayfs refuses the upper until plyfs has mounted and completed it");
     }
-    if own_mount
+    if alone
         && invocation.options.metacopy.is_none()
         && let Err(error) = union.complete_little()
     {
@@ -325,7 +330,9 @@ fn serve(
 }
 
 enum Ended {
+    /// Nobody uses it any more.
     WithMount,
+    /// Whoever is still in the mount gets errors from now on.
     BySignal,
 }
 
@@ -382,7 +389,12 @@ fn serve_mount(
         Ok(End::Signal(signal)) => {
             tracing::info!(%signal, "ending");
             flush(&flusher);
-            Ok(Ended::BySignal)
+            mount.remove();
+            // Unless somebody is still in it, the mount is gone with that.
+            match end.recv_timeout(LAST_USERS) {
+                Ok(End::Session(Ok(()))) => Ok(Ended::WithMount),
+                _ => Ok(Ended::BySignal),
+            }
         }
         Ok(End::Session(Err(error))) => {
             tracing::error!(%error, "the session failed");

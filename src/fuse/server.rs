@@ -95,6 +95,11 @@ impl Server {
 }
 
 impl Flusher {
+    /// Brings up all data that files of the upper still have in lower layers.
+    pub fn complete(&self) -> Result<(), UnionError> {
+        self.union.complete()
+    }
+
     /// Writes every dirty page of files that may be written to the upper, then makes the upper durable.
     pub fn flush(&self) -> Result<(), UnionError> {
         for node in self.union.writable_nodes() {

@@ -201,6 +201,19 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         .await
     }
 
+    async fn materialize(
+        &self,
+        request: Request<api::MaterializeRequest>,
+    ) -> Result<Response<api::MaterializeResponse>, Status> {
+        let request = request.into_inner();
+        self.with(move |snapshotter| {
+            let found = find(snapshotter, &request.key, &request.owner)?;
+            snapshotter.materialize(found.owner, &found.key)?;
+            Ok(api::MaterializeResponse {})
+        })
+        .await
+    }
+
     async fn export_overlay(
         &self,
         request: Request<api::ExportOverlayRequest>,

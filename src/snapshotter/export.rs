@@ -73,6 +73,8 @@ impl Snapshotter {
         if active {
             let data = self.data.join(&found.id);
             let from = data.join("upper");
+            // A file that is copied up in part has holes where the copy would have no map to tell of them.
+            self.complete_partial(found)?;
             self.mounts
                 .flush(&found.id)
                 .map_err(io_error("flush the mount of", &from))?;

@@ -43,6 +43,7 @@ mod locks;
 mod mounts;
 mod queries;
 mod recovery;
+mod settle;
 #[cfg(test)]
 mod tests;
 pub mod types;
@@ -62,7 +63,7 @@ use mounts::Mounts;
 use types::io_error;
 pub use types::*;
 
-use crate::cow::{self, Chunking, Union, UnionConfig, UpperConfig};
+use crate::cow::{Chunking, UnionConfig, UpperConfig};
 use crate::store::layer::{LayerId, LayerStore};
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
@@ -400,40 +401,6 @@ impl Snapshotter {
         }
     }
 
-    /// Hard links of lower files that were copied up hang together by the work directory's index.
-    fn has_link_index(&self, found: &Found) -> Result<bool> {
-        let index = self.data.join(&found.id).join("work/index");
-        match fs::read_dir(&index).map(|mut entries| entries.next()) {
-            Ok(entry) => Ok(entry.is_some()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(io_error("read", &index)(error)),
-        }
-    }
-
-    /// Whether the upper does not say all by itself.
-    fn needs_settling(&self, found: &Found) -> Result<bool> {
-        let config = self.union_of(found)?;
-        let upper = self.data.join(&found.id).join("upper");
-        let metacopies = cow::may_hold_metacopies(&upper, config.xattr_family)
-            .map_err(io_error("look into", &upper))?;
-        Ok(metacopies || self.has_link_index(found)?)
-    }
-
-    /// Makes links of the names in the index, for a layer has no index; then brings up the data of files
-    /// whose attributes alone were changed, for it has no parents to rely on.
-    fn settle(&self, found: &Found) -> Result<()> {
-        if !self.needs_settling(found)? {
-            return Ok(());
-        }
-        let upper = self.data.join(&found.id).join("upper");
-        let failed = |error: &dyn std::fmt::Display| {
-            io_error("make a whole layer of", &upper)(io::Error::other(error.to_string()))
-        };
-        let union = Union::open(self.union_of(found)?).map_err(|error| failed(&error))?;
-        union.settle_links().map_err(|error| failed(&error))?;
-        union.complete().map_err(|error| failed(&error))
-    }
-
     fn mounted_mark(&self, found: &Found) -> PathBuf {
         self.data.join(&found.id).join("mounted")
     }
@@ -458,6 +425,7 @@ impl Snapshotter {
                 Kind::Committed => layers.remove(0),
                 Kind::Active => {
                     let upper = self.data.join(&found.id).join("upper");
+                    self.complete_partial(&found)?;
                     self.mounts
                         .flush(&found.id)
                         .map_err(io_error("flush the mount of", &upper))?;

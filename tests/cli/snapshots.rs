@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -259,6 +259,7 @@ fn bad_requests_are_told_in_one_sentence() {
         (&["snapshot", "diff", "nope"], 1),
         (&["snapshot", "usage", "nope"], 1),
         (&["snapshot", "export-overlay", "nope", "/nowhere/x"], 1),
+        (&["snapshot", "materialize", "nope"], 1),
         (&["mount", "nope", "/mnt"], 1),
     ] {
         let done = plyd.snapctl(args);
@@ -307,6 +308,50 @@ fn seen(dir: &Path) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// Writes into the middle of a file.
+fn change(path: &Path, at: u64, data: &[u8]) {
+    let file = fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(data, at).unwrap();
+}
+
+#[test]
+fn a_file_that_is_copied_up_in_part_is_made_whole_when_asked() {
+    let plyd = Plyd::start();
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    let dir = mnt.to_str().unwrap();
+    let mut content = vec![b'x'; 3 << 20];
+    plyd.ok(["snapshot", "prepare", "first"]);
+    plyd.ok(["mount", "first", dir]);
+    fs::write(mnt.join("large"), &content).unwrap();
+    plyd.ok(["umount", dir]);
+    plyd.ok(["snapshot", "commit", "first", "base"]);
+    for (key, mounted, ask) in [
+        ("mounted", true, "materialize"),
+        ("unmounted", false, "materialize"),
+        ("compared", true, "diff"),
+    ] {
+        plyd.ok(["snapshot", "prepare", key, "base"]);
+        plyd.ok(["mount", key, dir]);
+        change(&mnt.join("large"), 2 << 20, b"changed");
+        content[2 << 20..][..7].copy_from_slice(b"changed");
+        let upper = plyd.json(["snapshot", "info", "--json", key])["upper_dir"].clone();
+        let upper = Path::new(upper.as_str().unwrap()).join("large");
+        assert!(upper.metadata().unwrap().blocks() < 1000, "{key}");
+        if !mounted {
+            plyd.ok(["umount", dir]);
+        }
+        plyd.ok(["snapshot", ask, key]);
+        assert!(fs::read(&upper).unwrap() == content, "{key}");
+        if mounted {
+            assert!(fs::read(mnt.join("large")).unwrap() == content);
+            plyd.ok(["umount", dir]);
+        }
+    }
+    // What is not written to has nothing missing.
+    plyd.ok(["snapshot", "materialize", "base"]);
+}
+
 #[test]
 fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
     let plyd = Plyd::start();
@@ -331,6 +376,7 @@ fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
     ] {
         write(name, name);
     }
+    write("large", &"large\n".repeat(500_000));
     fs::hard_link(mnt.join("one"), mnt.join("two")).unwrap();
     fs::hard_link(mnt.join("one"), mnt.join("a/three")).unwrap();
     std::os::unix::fs::symlink("one", mnt.join("link")).unwrap();
@@ -350,6 +396,8 @@ fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
     fs::remove_dir_all(mnt.join("whole")).unwrap();
     write("whole/new", "new");
     write("two", "by its second name");
+    // Copied up in part only.
+    change(&mnt.join("large"), 1_000_000, b"changed");
     fs::set_permissions(mnt.join("mode"), fs::Permissions::from_mode(0o4750)).unwrap();
     let active = seen(&mnt);
     plyd.ok(["umount", dir]);

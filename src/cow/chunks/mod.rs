@@ -82,11 +82,6 @@ impl Chunks {
             map: OnceLock::new(),
         })
     }
-
-    /// The map, if anybody has needed it.
-    pub(super) fn map(&self) -> Option<&map::Map> {
-        self.map.get().map(|map| &**map)
-    }
 }
 
 /// What a value of `overlay.metacopy` says.

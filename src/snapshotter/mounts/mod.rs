@@ -58,6 +58,8 @@ const ADOPTION: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a plyfs may take to bring everything to the disk.
 const FLUSH: Duration = Duration::from_secs(600);
+/// How long it may take to copy what is missing of all files.
+const COMPLETE: Duration = Duration::from_secs(3600);
 /// How long a plyfs may take to serve after its start.
 const START: Duration = Duration::from_secs(20);
 
@@ -348,6 +350,17 @@ impl Mounts {
             Some(control) => control.flush(FLUSH).map(|()| true),
             None => Ok(false),
         }
+    }
+
+    /// Brings up all data that files of the upper still have in lower layers. Answers whether there is a mount.
+    pub(super) fn complete(&self, id: &str) -> io::Result<bool> {
+        self.wait_for_arrival(id);
+        if self.control(id).is_none() {
+            return Ok(false);
+        }
+        // A connection of its own: it may take long, and the calls on one take turns.
+        let (control, _) = ControlClient::connect(&self.place(id).socket(), ANSWER)?;
+        control.complete(COMPLETE).map(|()| true)
     }
 
     /// Ends the mount, if there is one, and its process, and with them every copy of the mount that

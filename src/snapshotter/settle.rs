@@ -1,0 +1,78 @@
+//! Making the upper of a snapshot say all by itself.
+
+use std::fs;
+use std::io;
+
+use super::types::{Kind, Owner, Result, io_error};
+use super::{Found, Snapshotter};
+use crate::cow::{self, Union};
+
+impl Snapshotter {
+    /// Brings up all data that files of an active snapshot still have in the layers below, whether it is mounted or
+    /// not; who uses it meanwhile goes on. What changes while this runs may lack data again afterwards.
+    pub fn materialize(&self, owner: Owner, key: &str) -> Result<()> {
+        self.locked(owner, key, |found| match found.record.kind {
+            Kind::Active => self.complete(&found),
+            Kind::View | Kind::Committed => Ok(()),
+        })
+    }
+
+    /// As `materialize`, of an active snapshot that is locked.
+    pub(super) fn complete(&self, found: &Found) -> Result<()> {
+        let upper = self.data.join(&found.id).join("upper");
+        let failed = |error| io_error("bring up the data of files in", &upper)(error);
+        if self.mounts.complete(&found.id).map_err(failed)? {
+            return Ok(());
+        }
+        let union = Union::open(self.union_of(found)?)
+            .map_err(|error| failed(io::Error::other(error.to_string())))?;
+        union
+            .complete()
+            .map_err(|error| failed(io::Error::from_raw_os_error(error.errno)))
+    }
+
+    /// As `complete`, if there are files that are copied up in part: without their maps nobody can read those.
+    pub(super) fn complete_partial(&self, found: &Found) -> Result<()> {
+        // While there is one, this keeps kernel overlayfs from the upper (`docs/chunks.md`).
+        let incompat = self.data.join(&found.id).join("work/work/incompat");
+        match incompat.try_exists() {
+            Ok(true) => self.complete(found),
+            Ok(false) => Ok(()),
+            Err(error) => Err(io_error("look for", &incompat)(error)),
+        }
+    }
+
+    /// Hard links of lower files that were copied up hang together by the work directory's index.
+    fn has_link_index(&self, found: &Found) -> Result<bool> {
+        let index = self.data.join(&found.id).join("work/index");
+        match fs::read_dir(&index).map(|mut entries| entries.next()) {
+            Ok(entry) => Ok(entry.is_some()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io_error("read", &index)(error)),
+        }
+    }
+
+    /// Whether the upper does not say all by itself.
+    pub(super) fn needs_settling(&self, found: &Found) -> Result<bool> {
+        let config = self.union_of(found)?;
+        let upper = self.data.join(&found.id).join("upper");
+        let metacopies = cow::may_hold_metacopies(&upper, config.xattr_family)
+            .map_err(io_error("look into", &upper))?;
+        Ok(metacopies || self.has_link_index(found)?)
+    }
+
+    /// Makes links of the names in the index, for a layer has no index; then brings up the data of files
+    /// whose attributes alone were changed, for it has no parents to rely on.
+    pub(super) fn settle(&self, found: &Found) -> Result<()> {
+        if !self.needs_settling(found)? {
+            return Ok(());
+        }
+        let upper = self.data.join(&found.id).join("upper");
+        let failed = |error: &dyn std::fmt::Display| {
+            io_error("make a whole layer of", &upper)(io::Error::other(error.to_string()))
+        };
+        let union = Union::open(self.union_of(found)?).map_err(|error| failed(&error))?;
+        union.settle_links().map_err(|error| failed(&error))?;
+        union.complete().map_err(|error| failed(&error))
+    }
+}
