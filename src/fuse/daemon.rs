@@ -487,7 +487,8 @@ fn protect() {
 fn kept_descriptors() -> u64 {
     const MOST: u64 = 32_768;
     let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
-    limit.min(MOST) / 2
+    // A file that is copied up in part is held by three.
+    limit.min(MOST) / 4
 }
 
 fn log_refusal(what: &str, result: io::Result<()>) {

@@ -315,11 +315,6 @@ impl Map {
         Ok(())
     }
 
-    /// As `cut` for a file that is shorter than the map says, before anybody uses it.
-    pub(super) fn cap(&self, size: u64) {
-        self.limit.fetch_min(size, Ordering::AcqRel);
-    }
-
     /// Whether the file was cut off and a power cut could undo that: then it must not grow.
     pub(super) fn cut_is_pending(&self) -> bool {
         self.durable.lock().limit > self.limit()
@@ -343,12 +338,12 @@ impl Map {
     }
 
     /// Writes down what was taken, after the data was synced, and syncs that. `sync_name` makes the map's own
-    /// name durable; it is called once.
+    /// name durable; it is called once. Without it that is left to the next call with it.
     pub(super) fn make_durable(
         &self,
         fd: BorrowedFd<'_>,
         taken: &Taken,
-        sync_name: impl FnOnce() -> Result<()>,
+        sync_name: Option<&dyn Fn() -> Result<()>>,
     ) -> Result<()> {
         // Held while the disk is waited for: whoever finds nothing left to do may rely on it.
         let mut durable = self.durable.lock();
@@ -359,7 +354,8 @@ impl Map {
         if durable.is_retired {
             return Ok(());
         }
-        if durable.begun && limit == durable.limit && bits == durable.bits {
+        let begun = durable.begun || sync_name.is_none();
+        if begun && limit == durable.limit && bits == durable.bits {
             return Ok(());
         }
         let is_new = |n: &usize| bits[*n] != durable.bits[*n];
@@ -374,13 +370,14 @@ impl Map {
         }
         write_all(fd, &limit.to_le_bytes(), DURABLE_LIMIT_AT)?;
         fs::fsync(fd, true).context("making a chunk map durable")?;
-        if !durable.begun {
-            sync_name()?;
-        }
+        let begun = match sync_name {
+            Some(sync_name) if !durable.begun => sync_name().map(|()| true)?,
+            _ => durable.begun,
+        };
         *durable = Durable {
             bits,
             limit,
-            begun: true,
+            begun,
             is_retired: false,
         };
         Ok(())

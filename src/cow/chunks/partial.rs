@@ -63,7 +63,8 @@ impl Partial {
             return Ok(());
         }
         // A cut that a crash interrupted counts.
-        self.map.cap(self.size()?);
+        // Written down, so that after another crash nothing of the lower's comes back where others have written.
+        self.map.cut(self.map_fd.as_fd(), self.size()?)?;
         let limit = self.map.limit();
         let mut at = 0;
         while let Some(start) = self.map.next_lower(at) {
@@ -189,8 +190,7 @@ impl Partial {
         if !self.volatile && end > self.map.limit() && self.map.cut_is_pending() {
             let taken = self.map.take();
             fs::fsync(self.upper.as_fd(), false)?;
-            self.map
-                .make_durable(self.map_fd.as_fd(), &taken, || Ok(()))?;
+            self.map.make_durable(self.map_fd.as_fd(), &taken, None)?;
         }
         Ok(())
     }
@@ -294,7 +294,10 @@ impl Partial {
         let taken = self.map.take();
         // The mark on the file is no data.
         fs::fsync(self.upper.as_fd(), data_only && self.map.is_begun())?;
-        self.map
-            .make_durable(self.map_fd.as_fd(), &taken, || upper.maps.sync_names())
+        self.map.make_durable(
+            self.map_fd.as_fd(),
+            &taken,
+            Some(&|| upper.maps.sync_names()),
+        )
     }
 }

@@ -220,7 +220,7 @@ impl Maps {
         }
         sync()?;
         for (fd, map, part) in taken {
-            map.make_durable(fd.as_fd(), &part, || self.sync_names())?;
+            map.make_durable(fd.as_fd(), &part, Some(&|| self.sync_names()))?;
         }
         Ok(())
     }

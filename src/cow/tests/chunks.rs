@@ -372,6 +372,30 @@ fn what_was_cut_off_does_not_come_back() {
 }
 
 #[test]
+fn a_cut_that_a_kill_interrupts_holds_through_the_next_one() {
+    let content = pattern(20 * CHUNK, 1);
+    let mut fixture = fixture(&["f"], &content);
+    let config = config(&fixture);
+    write(&fixture, "f", 0, b"begun");
+    // Killed between the cut of the file and that of its map.
+    let upper = std::fs::File::options()
+        .write(true)
+        .open(fixture.upper().join("f"))
+        .unwrap();
+    upper.set_len(2 * CHUNK).unwrap();
+    reopen(&mut fixture, config.clone());
+    write(&fixture, "f", 10 * CHUNK + 5, b"new");
+    let node = fixture.node("f");
+    fixture.union().fsync(node, None, false).unwrap();
+    reopen(&mut fixture, config);
+    let mut expected = content[..2 * CHUNK as usize].to_vec();
+    expected[..5].copy_from_slice(b"begun");
+    expected.resize(10 * CHUNK as usize + 5, 0);
+    expected.extend_from_slice(b"new");
+    assert!(read_all(&fixture, "f") == expected);
+}
+
+#[test]
 fn a_restart_of_the_host_takes_back_no_more_than_was_not_synced() {
     let content = pattern(8 * CHUNK, 1);
     let mut fixture = fixture(&["f"], &content);
