@@ -90,7 +90,16 @@ impl Server {
 
     /// Serves until the mount is gone or the connection is aborted.
     pub fn run(self) -> io::Result<()> {
-        self.session.run()
+        end_of(self.session.run())
+    }
+}
+
+/// A read of the device says ENODEV when the mount has gone, which fuser takes for the end, and ECONNABORTED when it went
+/// while a request was being handed out (`fuse_dev_do_read`).
+fn end_of(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
+        result => result,
     }
 }
 
@@ -115,5 +124,17 @@ impl Flusher {
             }
         }
         self.union.sync()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_that_goes_while_a_request_is_handed_out_has_ended_well() {
+        let with = |code| end_of(Err(io::Error::from_raw_os_error(code)));
+        assert!(with(libc::ECONNABORTED).is_ok());
+        assert!(with(libc::EPERM).is_err() && end_of(Ok(())).is_ok());
     }
 }
