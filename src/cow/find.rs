@@ -15,7 +15,13 @@ impl Union {
     /// shown would have no bound.
     pub(super) fn lookup_number(&self, id: NodeId) -> Result<Entry> {
         if let Some(node) = self.table.count_lookup(id) {
-            return self.entry_of(node, None);
+            let entry = self.entry_of(node, None)?;
+            if entry.attr.nlink > 0 {
+                return Ok(entry);
+            }
+            // The kernel asks for what it has no inode of, so nobody has it open, and its FORGET is under way.
+            self.forget(id, 1);
+            return Err(Errno::ENOENT.into());
         }
         let mut pending = vec![self.node(NodeId::ROOT)?];
         let mut found = None;

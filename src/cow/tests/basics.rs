@@ -34,6 +34,24 @@ fn a_write_copies_up_and_leaves_the_lower_alone() {
 }
 
 #[test]
+fn a_removed_object_is_not_found_by_its_number_while_its_forget_is_under_way() {
+    let fixture = Fixture::new(1, |lowers| {
+        put(lowers[0].join("d/f"), "old");
+        put(lowers[0].join("e/f"), "old");
+    });
+    let union = fixture.union();
+    let by_number = |node| union.lookup(node, OsStr::new("."));
+    let (file, dir) = (fixture.find("d/f").unwrap(), fixture.find("d").unwrap());
+    assert_eq!(by_number(file.node).unwrap().attr.size, 3);
+    fixture.unlink("d/f").unwrap();
+    fixture.rmdir("d").unwrap();
+    for removed in [file, dir] {
+        assert_eq!(errno(by_number(removed.node)), libc::ENOENT);
+        assert_eq!(union.getattr(removed.node, None).unwrap().nlink, 0);
+    }
+}
+
+#[test]
 fn removed_lower_names_leave_whiteouts_and_upper_ones_nothing() {
     let mut fixture = Fixture::new(2, |lowers| {
         put(lowers[0].join("d/a"), "0");
