@@ -196,7 +196,7 @@ fn run_all(rows: &[Row], wanted: &Wanted, base: &Base) -> Vec<String> {
         for (n, outcome) in outcomes.iter().enumerate() {
             let Some(outcome) = outcome else { continue };
             let stated = stated.and_then(|cells| cells.get(n));
-            if stated == Some(outcome) {
+            if stated.is_some_and(|cell| table::allows(cell, outcome)) {
                 continue;
             }
             let stated = stated.map_or("nothing", String::as_str);
@@ -243,9 +243,12 @@ fn run_with_options(rows: &[Row], options: &str, base: &Base) -> Vec<String> {
 fn record(seen: &Mutex<Table>, row: &Row, outcomes: Vec<Option<String>>) {
     let mut seen = seen.lock().unwrap();
     let before = seen.remove(&row.name).unwrap_or_default();
-    let cells = outcomes
-        .into_iter()
-        .enumerate()
-        .map(|(n, outcome)| table::column(outcome.or_else(|| before.get(n).cloned())));
+    let cells = outcomes.into_iter().enumerate().map(|(n, outcome)| {
+        let stated = before.get(n).cloned();
+        match (outcome, stated) {
+            (Some(outcome), Some(cell)) if table::allows(&cell, &outcome) => cell,
+            (outcome, stated) => table::column(outcome.or(stated)),
+        }
+    });
     seen.insert(row.name.clone(), cells.collect());
 }

@@ -117,6 +117,11 @@ pub fn write(rows: &[Row], table: &Table) {
     fs::write(document(), format!("{before}{BEGIN}{text}{END}{after}")).unwrap();
 }
 
+/// Whether a cell says this outcome; where a peer's varies it has both, with an `or` between them.
+pub fn allows(cell: &str, outcome: &str) -> bool {
+    cell.split(" or ").any(|word| word == outcome)
+}
+
 /// A dash for what was not asked.
 pub fn column(outcome: Option<String>) -> String {
     outcome.unwrap_or_else(|| "-".to_owned())
