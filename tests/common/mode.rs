@@ -59,6 +59,16 @@ impl Mode {
         !self.options.contains("7.22")
     }
 
+    /// Whether the server is asked when a file is opened.
+    pub fn opens(&self) -> bool {
+        !self.options.contains("no_open")
+    }
+
+    /// Whether an open that truncates is one request; otherwise it opens for writing first, and cuts then.
+    pub fn truncates_at_open(&self) -> bool {
+        self.opens() && self.name != "all-off"
+    }
+
     /// Whether two names can be exchanged.
     pub fn exchanges(&self) -> bool {
         self.is_new() && !self.old_calls
