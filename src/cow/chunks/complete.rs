@@ -15,7 +15,6 @@ use super::super::node::Node;
 use super::super::types::FileKind;
 use super::super::union::Union;
 use super::super::upper::Upper;
-use super::map::Map;
 use super::{Chunks, MARK, Partial, name_of};
 use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
@@ -79,13 +78,14 @@ impl Union {
         let object = Object::Open(fd.as_fd());
         let name = name_of(object, attr.ino);
         // The map before the mark: a mark without a map is taken for damage.
-        let map = Map::new(self.chunking.shift(size), size);
+        let map = upper.maps.begin(self.chunking.shift(size), size);
         let (_, map) = upper.maps.create(&name, map)?;
-        map.is_scrubbed.store(true, Ordering::Release);
         if let Err(errno) = xattr::set(object, self.family.metacopy(), &MARK, 0) {
             upper.maps.remove(&name)?;
             return Err(errno).context("marking a file that is copied up in chunks");
         }
+        // After the mark: a sync of all that has begun before does not take it for durable.
+        map.is_scrubbed.store(true, Ordering::Release);
         let chunks = Chunks::new(name);
         // It is new, so nobody has set it.
         let _ = chunks.map.set(map);
@@ -127,7 +127,7 @@ impl Union {
         let (map_fd, map) = upper.maps.find(&chunks.name, || {
             let size = attr_of(&fs::fstat(fd.as_fd())?).size;
             let size = size.min(lower.attr().size);
-            Ok(Map::new(self.chunking.shift(size), size))
+            Ok(upper.maps.begin(self.chunking.shift(size), size))
         })?;
         // Kept for as long as the node is.
         let _ = chunks.map.set(Arc::clone(&map));
@@ -163,7 +163,10 @@ impl Union {
             let Some((start, end)) = partial.next_step(at)? else {
                 break;
             };
-            self.quietly(node, fd, || partial.bring_up(start, end))?;
+            self.quietly(node, fd, || {
+                partial.bring_up(start, end)?;
+                partial.catch_up()
+            })?;
             drop(turn);
             at = end;
             steps += 1;

@@ -4,10 +4,11 @@
 //! It holds every fact twice. The live half is written at once and counts as long as the host has not
 //! restarted, so a killed process loses nothing; the durable half is written after the data that it speaks of
 //! was synced, and counts after a restart, whatever of the live half has reached the disk before its data.
+//! Where nobody can tell whether the host has restarted, the durable half alone counts, and is kept up with every
+//! write ([`Map::is_behind`]).
 
 use std::fmt::Write;
 use std::os::fd::BorrowedFd;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::errno::Errno;
@@ -20,7 +21,7 @@ const MAGIC: [u8; 8] = *b"plychunk";
 const VERSION: u16 = 1;
 /// Before the bits.
 const HEADER: usize = 64;
-const BOOT_AT: u64 = 24;
+const RUN_AT: u64 = 24;
 const LIVE_LIMIT_AT: u64 = 40;
 const DURABLE_LIMIT_AT: u64 = 48;
 /// The parts of the header that never change.
@@ -29,14 +30,34 @@ const FIXED: usize = 24;
 const MAX_BYTES: usize = 128 << 20;
 
 /// Tells one run of the host's kernel from all others.
-static BOOT: LazyLock<[u8; 16]> = LazyLock::new(|| {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let hash = blake3::hash(text.trim().as_bytes());
-    let mut boot = [0; 16];
-    boot.copy_from_slice(&hash.as_bytes()[..16]);
-    // Where it cannot be told no run is like another.
-    if text.is_empty() { [0; 16] } else { boot }
-});
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run([u8; 16]);
+
+impl Run {
+    /// Of a process that cannot tell: like no other, not even itself.
+    pub(super) const UNKNOWN: Self = Self([0; 16]);
+
+    /// This one.
+    pub(super) fn current() -> Self {
+        match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+            Ok(text) if !text.trim().is_empty() => {
+                let hash = blake3::hash(text.trim().as_bytes());
+                let mut run = [0; 16];
+                run.copy_from_slice(&hash.as_bytes()[..16]);
+                Self(run)
+            }
+            Ok(_) => Self::UNKNOWN,
+            Err(error) => {
+                tracing::debug!(%error, "without /proc chunks are synced as they are copied up");
+                Self::UNKNOWN
+            }
+        }
+    }
+
+    fn is_known(self) -> bool {
+        self != Self::UNKNOWN
+    }
+}
 
 /// What is durable.
 struct Durable {
@@ -50,6 +71,7 @@ struct Durable {
 
 /// A map at work.
 pub(in super::super) struct Map {
+    run: Run,
     shift: u32,
     /// Bytes that it speaks of: the length of the file when it was begun.
     covers: u64,
@@ -65,6 +87,8 @@ pub(in super::super) struct Map {
     pub(super) is_scrubbed: AtomicBool,
     /// The upper may have other bytes than zeros in a chunk that is still the lower's.
     pub(super) has_remains: AtomicBool,
+    /// The live half does not count, and has something that the durable half has not.
+    is_behind: AtomicBool,
 }
 
 /// What of a map is about to be durable.
@@ -96,7 +120,7 @@ fn write_all(fd: BorrowedFd<'_>, bytes: &[u8], at: u64) -> Result<()> {
 
 impl Map {
     /// The map of a file of which nothing is in the upper yet.
-    pub(super) fn new(shift: u32, covers: u64) -> Self {
+    pub(super) fn new(run: Run, shift: u32, covers: u64) -> Self {
         let bits = vec![0; Self::words(shift, covers)];
         let durable = Durable {
             bits: bits.clone(),
@@ -104,11 +128,18 @@ impl Map {
             begun: false,
             is_retired: false,
         };
-        Self::with(shift, covers, bits, covers, durable)
+        Self::with(run, shift, covers, (bits, covers), durable)
     }
 
-    fn with(shift: u32, covers: u64, live: Vec<u64>, limit: u64, durable: Durable) -> Self {
+    fn with(
+        run: Run,
+        shift: u32,
+        covers: u64,
+        (live, limit): (Vec<u64>, u64),
+        durable: Durable,
+    ) -> Self {
         Self {
+            run,
             shift,
             covers,
             live: live.into_iter().map(AtomicU64::new).collect(),
@@ -117,6 +148,7 @@ impl Map {
             turn: RwLock::new(()),
             is_scrubbed: AtomicBool::new(false),
             has_remains: AtomicBool::new(false),
+            is_behind: AtomicBool::new(false),
         }
     }
 
@@ -135,7 +167,7 @@ impl Map {
         bytes.extend_from_slice(&self.shift.to_le_bytes());
         bytes.extend_from_slice(&self.covers.to_le_bytes());
         let check = blake3::hash(&bytes);
-        bytes.extend_from_slice(&*BOOT);
+        bytes.extend_from_slice(&self.run.0);
         bytes.extend_from_slice(&self.limit().to_le_bytes());
         bytes.extend_from_slice(&durable.limit.to_le_bytes());
         bytes.extend_from_slice(&check.as_bytes()[..8]);
@@ -149,7 +181,7 @@ impl Map {
     }
 
     /// Reads a map. None: nothing of it has reached the disk, so nothing that it knew was durable.
-    pub(super) fn load(fd: BorrowedFd<'_>) -> Result<Option<Self>> {
+    pub(super) fn load(fd: BorrowedFd<'_>, run: Run) -> Result<Option<Self>> {
         let stat = fs::fstat(fd)?;
         let len = usize::try_from(stat.st_size).unwrap_or(usize::MAX);
         if len > MAX_BYTES {
@@ -186,15 +218,26 @@ impl Map {
             begun: false,
             is_retired: false,
         };
-        let same_boot = bytes[BOOT_AT as usize..][..16] == *BOOT && *BOOT != [0; 16];
-        let (live, limit) = if same_boot {
-            let limit = word(&bytes, LIVE_LIMIT_AT as usize).min(covers);
-            ((0..words).map(|n| at(0, n)).collect(), limit)
-        } else {
-            (durable.bits.clone(), durable.limit)
+        let live: Vec<u64> = (0..words).map(|n| at(0, n)).collect();
+        let limit = word(&bytes, LIVE_LIMIT_AT as usize).min(covers);
+        let mut written_by = Run::UNKNOWN;
+        written_by
+            .0
+            .copy_from_slice(&bytes[RUN_AT as usize..][..16]);
+        let is_same_run = run.is_known() && written_by == run;
+        let differs = live != durable.bits || limit != durable.limit;
+        if differs && !run.is_known() && written_by.is_known() {
+            return Err(Error {
+                errno: libc::EIO,
+                context: "whether the host has restarted since an incompletely copied file was written cannot be told without /proc; mount /proc first".into(),
+            });
+        }
+        let live = match is_same_run {
+            true => (live, limit),
+            false => (durable.bits.clone(), durable.limit),
         };
-        let map = Self::with(shift, covers, live, limit, durable);
-        if !same_boot {
+        let map = Self::with(run, shift, covers, live, durable);
+        if !is_same_run {
             map.store_live(fd)?;
         }
         Ok(Some(map))
@@ -208,7 +251,7 @@ impl Map {
         }
         write_all(fd, &bytes, HEADER as u64)?;
         write_all(fd, &self.limit().to_le_bytes(), LIVE_LIMIT_AT)?;
-        write_all(fd, &*BOOT, BOOT_AT)
+        write_all(fd, &self.run.0, RUN_AT)
     }
 
     /// Bytes from here on are the upper's.
@@ -302,6 +345,7 @@ impl Map {
         for (word, bits) in live.iter().zip(new) {
             word.store(bits, Ordering::Release);
         }
+        self.fall_behind();
         Ok(())
     }
 
@@ -310,9 +354,27 @@ impl Map {
         if size < self.limit() {
             // Known here first: what was cut off must not come back, whatever fails.
             self.limit.store(size, Ordering::Release);
+            self.fall_behind();
             write_all(fd, &size.to_le_bytes(), LIVE_LIMIT_AT)?;
         }
         Ok(())
+    }
+
+    fn fall_behind(&self) {
+        if !self.run.is_known() {
+            self.is_behind.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether a kill would lose something that the durable half has not: then no write is answered before it has.
+    /// Asked and changed with the turn taken.
+    pub(super) fn is_behind(&self) -> bool {
+        self.is_behind.load(Ordering::Acquire)
+    }
+
+    /// The durable half has all that the live half has.
+    pub(super) fn has_caught_up(&self) {
+        self.is_behind.store(false, Ordering::Release);
     }
 
     /// Whether the file was cut off and a power cut could undo that: then it must not grow.
@@ -323,6 +385,20 @@ impl Map {
     /// Whether what is known is durable, the map and the mark on the file included.
     pub(super) fn is_begun(&self) -> bool {
         self.durable.lock().begun
+    }
+
+    /// All that is known is on the disk, which somebody else has seen to.
+    pub(super) fn is_durable(&self) {
+        self.durable.lock().begun = true;
+    }
+
+    /// Whether the durable half lacks something of what was taken.
+    pub(super) fn has_news(&self, taken: &Taken) -> bool {
+        let durable = self.durable.lock();
+        let is_new = |(known, taken): (&u64, &u64)| known | taken != *known;
+        !durable.is_retired
+            && (taken.limit < durable.limit
+                || std::iter::zip(&durable.bits, &taken.bits).any(is_new))
     }
 
     /// What can be made durable once the file's data is.

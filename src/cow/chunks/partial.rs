@@ -65,6 +65,7 @@ impl Partial {
         // A cut that a crash interrupted counts.
         // Written down, so that after another crash nothing of the lower's comes back where others have written.
         self.map.cut(self.map_fd.as_fd(), self.size()?)?;
+        self.catch_up()?;
         let limit = self.map.limit();
         let mut at = 0;
         while let Some(start) = self.map.next_lower(at) {
@@ -188,11 +189,33 @@ impl Partial {
     /// A file that was cut off and grows again must not show its old content after a power cut.
     fn before_growth(&self, end: u64) -> Result<()> {
         if !self.volatile && end > self.map.limit() && self.map.cut_is_pending() {
-            let taken = self.map.take();
-            fs::fsync(self.upper.as_fd(), false)?;
-            self.map.make_durable(self.map_fd.as_fd(), &taken, None)?;
+            self.make_durable()?;
         }
         Ok(())
+    }
+
+    fn make_durable(&self) -> Result<()> {
+        let taken = self.map.take();
+        if !self.volatile {
+            fs::fsync(self.upper.as_fd(), false)?;
+        }
+        self.map.make_durable(self.map_fd.as_fd(), &taken, None)
+    }
+
+    /// Called before anything that changed the map is answered. The turn is taken.
+    pub(super) fn catch_up(&self) -> Result<()> {
+        if self.map.is_behind() {
+            self.make_durable()?;
+            self.map.has_caught_up();
+        }
+        Ok(())
+    }
+
+    /// As `catch_up`, after something that may have failed.
+    fn caught_up<T>(&self, done: Result<T>) -> Result<T> {
+        let caught_up = self.catch_up();
+        let done = done?;
+        caught_up.map(|()| done)
     }
 
     /// Writes; an error after some bytes is reported as a short count.
@@ -201,12 +224,17 @@ impl Partial {
         {
             let _turn = self.map.turn.read();
             let grows = end > self.map.limit() && self.map.cut_is_pending();
-            if !grows && !self.touches_lower(offset, end) {
+            if !grows && !self.map.is_behind() && !self.touches_lower(offset, end) {
                 return Ok(fs::pwrite_full(self.upper.as_fd(), data, offset)?);
             }
         }
         let _turn = self.map.turn.write();
         self.before_growth(end)?;
+        self.caught_up(self.write_over_lower(data, offset, end))
+    }
+
+    /// Writes where chunks may be the lower's. The turn is taken.
+    fn write_over_lower(&self, data: &[u8], offset: u64, end: u64) -> Result<usize> {
         let whole = self.bring_up_edges(offset, end)?;
         let written = fs::pwrite_full(self.upper.as_fd(), data, offset);
         let reached = offset + *written.as_ref().unwrap_or(&0) as u64;
@@ -235,13 +263,17 @@ impl Partial {
             self.before_growth(size)?;
         }
         fs::ftruncate(self.upper.as_fd(), size)?;
-        self.map.cut(self.map_fd.as_fd(), size)
+        self.caught_up(self.map.cut(self.map_fd.as_fd(), size))
     }
 
     /// `mode` are fallocate(2)'s bits.
     pub(in super::super) fn fallocate(&self, mode: i32, offset: u64, len: u64) -> Result<()> {
         let end = offset.checked_add(len).ok_or(Errno::EFBIG)?;
         let _turn = self.map.turn.write();
+        self.caught_up(self.allocate(mode, offset, len, end))
+    }
+
+    fn allocate(&self, mode: i32, offset: u64, len: u64, end: u64) -> Result<()> {
         let mut whole = Vec::new();
         match mode & !libc::FALLOC_FL_KEEP_SIZE {
             0 => {}

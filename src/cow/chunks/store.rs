@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use nix::errno::Errno;
@@ -12,7 +13,7 @@ use parking_lot::Mutex;
 use super::super::error::{Context, Error, Result};
 use super::super::types::NodeId;
 use super::super::upper::remove_tree;
-use super::map::Map;
+use super::map::{Map, Run};
 use super::{DIRECTORY, INCOMPAT, os};
 use crate::sys::dirents;
 use crate::sys::fs;
@@ -21,6 +22,7 @@ use crate::sys::fs;
 pub(in super::super) struct Maps {
     /// `work/` of the work directory.
     work: Arc<OwnedFd>,
+    run: Run,
     open: Mutex<Open>,
 }
 
@@ -32,6 +34,42 @@ struct Open {
     maps: HashMap<OsString, Weak<Map>>,
     /// Nodes that were found to be incomplete.
     nodes: Vec<NodeId>,
+}
+
+impl Open {
+    /// A map's file; none if there is no such map.
+    fn file(&self, name: &OsStr) -> Result<Option<OwnedFd>> {
+        let Some(dir) = &self.dir else {
+            return Ok(None);
+        };
+        match fs::openat(dir.as_fd(), name, libc::O_RDWR, 0) {
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(errno).context("opening a chunk map"),
+        }
+    }
+
+    /// The map in a file, read if it is not in use; none if nothing of it had reached the disk when the host went
+    /// down.
+    fn map(&mut self, name: &OsStr, fd: BorrowedFd<'_>, run: Run) -> Result<Option<Arc<Map>>> {
+        if let Some(map) = self.maps.get(name).and_then(Weak::upgrade) {
+            return Ok(Some(map));
+        }
+        Ok(Map::load(fd, run)?.map(|map| self.keep(name, map)))
+    }
+
+    /// Shares a map with whoever asks for it next.
+    fn keep(&mut self, name: &OsStr, map: Map) -> Arc<Map> {
+        let map = Arc::new(map);
+        self.maps.insert(name.to_owned(), Arc::downgrade(&map));
+        map
+    }
+
+    /// Whether the file of this name is still this map's.
+    fn has(&self, name: &OsStr, map: &Arc<Map>) -> bool {
+        let known = self.maps.get(name);
+        known.is_some_and(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(map)))
+    }
 }
 
 const DIR_FLAGS: i32 = libc::O_RDONLY | libc::O_DIRECTORY;
@@ -87,11 +125,23 @@ impl Maps {
         };
         Ok(Self {
             work: Arc::clone(work),
+            run: Run::current(),
             open: Mutex::new(Open {
                 dir,
                 ..Open::default()
             }),
         })
+    }
+
+    /// As of a process that cannot tell whether the host has restarted.
+    #[cfg(test)]
+    pub(in super::super) fn forget_run(&mut self) {
+        self.run = Run::UNKNOWN;
+    }
+
+    /// The map of a file of which nothing is in the upper yet.
+    pub(super) fn begin(&self, shift: u32, covers: u64) -> Map {
+        Map::new(self.run, shift, covers)
     }
 
     /// Whether any file may be incomplete.
@@ -118,9 +168,7 @@ impl Maps {
             let _ = fs::unlinkat(dir.as_fd(), name);
             return Err(error);
         }
-        let map = Arc::new(map);
-        open.maps.insert(name.to_owned(), Arc::downgrade(&map));
-        Ok((fd, map))
+        Ok((fd, open.keep(name, map)))
     }
 
     /// Opens a map. `fresh` is used where nothing of it had reached the disk when the host went down.
@@ -130,31 +178,18 @@ impl Maps {
         fresh: impl FnOnce() -> Result<Map>,
     ) -> Result<(OwnedFd, Arc<Map>)> {
         let mut open = self.open.lock();
-        let missing = || {
-            Error {
-            errno: libc::EIO,
-            context: "the chunk map of an incompletely copied file is missing; use the work directory that belongs to the upper directory".into(),
-        }
+        let Some(fd) = open.file(name)? else {
+            return Err(Error {
+                errno: libc::EIO,
+                context: "the chunk map of an incompletely copied file is missing; use the work directory that belongs to the upper directory".into(),
+            });
         };
-        let dir = open.dir.as_ref().ok_or_else(missing)?;
-        let fd = match fs::openat(dir.as_fd(), name, libc::O_RDWR, 0) {
-            Err(Errno::ENOENT) => return Err(missing()),
-            opened => opened.context("opening a chunk map")?,
-        };
-        if let Some(map) = open.maps.get(name).and_then(Weak::upgrade) {
+        if let Some(map) = open.map(name, fd.as_fd(), self.run)? {
             return Ok((fd, map));
         }
-        let map = match Map::load(fd.as_fd())? {
-            Some(map) => map,
-            None => {
-                let map = fresh()?;
-                map.store(fd.as_fd())?;
-                map
-            }
-        };
-        let map = Arc::new(map);
-        open.maps.insert(name.to_owned(), Arc::downgrade(&map));
-        Ok((fd, map))
+        let map = fresh()?;
+        map.store(fd.as_fd())?;
+        Ok((fd, open.keep(name, map)))
     }
 
     /// Removes a map, and the directory with the last one, so that kernel overlayfs mounts again.
@@ -199,30 +234,67 @@ impl Maps {
         Ok(fs::fsync(self.work.as_fd(), false)?)
     }
 
-    /// Makes all that is in the upper durable, by `sync`, and then what the maps say of it.
+    /// Makes all that is in the upper durable, by `sync`, and then what the maps say of it. One map that cannot be
+    /// used keeps no other from it; the first error is answered when all the rest is done.
     pub(in super::super) fn sync(&self, sync: impl FnOnce() -> Result<()>) -> Result<()> {
-        let mut taken = Vec::new();
+        let mut failed = Ok(());
+        let mut fails = |name: &OsStr, error: Error| {
+            tracing::error!(%error, ?name, "a chunk map could not be made durable");
+            if failed.is_ok() {
+                failed = Err(error);
+            }
+        };
+        let mut in_use = Vec::new();
+        // There may be many: their files are not held open over the sync.
+        let mut behind = Vec::new();
         for name in self.names()? {
-            let fresh = || Err(Errno::ENODATA.into());
-            match self.find(&name, fresh) {
-                Ok((fd, map)) => {
-                    let part = map.take();
-                    taken.push((fd, map, part));
+            match self.existing(&name) {
+                Ok(Some(map)) => {
+                    let taken = map.take();
+                    if map.is_scrubbed.load(Ordering::Acquire) {
+                        in_use.push(Arc::downgrade(&map));
+                    }
+                    if map.has_news(&taken) {
+                        behind.push((name, map, taken));
+                    }
                 }
-                // Nobody has used it since the host went down, so there is nothing to note.
-                Err(error) if error.is(Errno::ENODATA) => {}
-                // Completed meanwhile.
-                Err(error) if error.is(Errno::EIO) => {
-                    tracing::warn!(%error, ?name, "a chunk map was passed over");
-                }
-                Err(error) => return Err(error),
+                // Completed meanwhile; or nobody has used it since the host went down, so there is nothing to note.
+                Ok(None) => {}
+                Err(error) => fails(&name, error),
             }
         }
         sync()?;
-        for (fd, map, part) in taken {
-            map.make_durable(fd.as_fd(), &part, Some(&|| self.sync_names()))?;
+        for (name, map, taken) in behind {
+            let noted = self.file_of(&name, &map).and_then(|fd| match fd {
+                // Its name is durable by now.
+                Some(fd) => map.make_durable(fd.as_fd(), &taken, Some(&|| Ok(()))),
+                None => Ok(()),
+            });
+            if let Err(error) = noted {
+                fails(&name, error);
+            }
         }
-        Ok(())
+        let in_use = in_use.iter().filter_map(Weak::upgrade);
+        in_use.for_each(|map| map.is_durable());
+        failed
+    }
+
+    /// A map, if there is one of this name and it knows anything.
+    fn existing(&self, name: &OsStr) -> Result<Option<Arc<Map>>> {
+        let mut open = self.open.lock();
+        match open.file(name)? {
+            Some(fd) => open.map(name, fd.as_fd(), self.run),
+            None => Ok(None),
+        }
+    }
+
+    /// The file of a map, unless that was removed meanwhile.
+    fn file_of(&self, name: &OsStr, map: &Arc<Map>) -> Result<Option<OwnedFd>> {
+        let open = self.open.lock();
+        match open.has(name, map) {
+            true => open.file(name),
+            false => Ok(None),
+        }
     }
 
     /// Notes that a node is incomplete.

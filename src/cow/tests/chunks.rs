@@ -4,17 +4,17 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::*;
 
-const CHUNK: u64 = 4096;
+pub(super) const CHUNK: u64 = 4096;
 const MAP_BOOT: u64 = 24;
 
 /// What `n` bytes of a lower file are; never zero.
-fn pattern(n: u64, seed: u8) -> Vec<u8> {
+pub(super) fn pattern(n: u64, seed: u8) -> Vec<u8> {
     (0..n)
         .map(|at| ((at >> 9) as u8 ^ at as u8 ^ seed) | 1)
         .collect()
 }
 
-fn config(fixture: &Fixture) -> UnionConfig {
+pub(super) fn config(fixture: &Fixture) -> UnionConfig {
     UnionConfig {
         chunking: Chunking {
             size: CHUNK,
@@ -25,19 +25,24 @@ fn config(fixture: &Fixture) -> UnionConfig {
 }
 
 /// Opens the union anew, as after a kill: nothing is finished or synced.
-fn reopen(fixture: &mut Fixture, config: UnionConfig) {
+pub(super) fn reopen(fixture: &mut Fixture, config: UnionConfig) {
+    reopen_as(fixture, config, true);
+}
+
+/// As `reopen`; without `/proc` unless it `knows_run`.
+pub(super) fn reopen_as(fixture: &mut Fixture, config: UnionConfig, knows_run: bool) {
     fixture.union = None;
-    let union = Union::open(config).unwrap();
+    let mut union = Union::open(config).unwrap();
+    let upper = union.upper.as_mut().unwrap();
     // So that a host that can share content does not spare us the chunks.
-    union
-        .upper()
-        .unwrap()
-        .clones
-        .store(false, std::sync::atomic::Ordering::Relaxed);
+    *upper.clones.get_mut() = false;
+    if !knows_run {
+        upper.maps.forget_run();
+    }
     fixture.union = Some(union);
 }
 
-fn fixture(names: &[&str], content: &[u8]) -> Fixture {
+pub(super) fn fixture(names: &[&str], content: &[u8]) -> Fixture {
     let mut fixture = Fixture::new(1, |lowers| {
         for name in names {
             put(lowers[0].join(name), "");
@@ -56,18 +61,18 @@ fn read_at(fixture: &Fixture, node: NodeId, offset: u64, len: usize) -> Vec<u8> 
     buf
 }
 
-fn read_all(fixture: &Fixture, path: &str) -> Vec<u8> {
+pub(super) fn read_all(fixture: &Fixture, path: &str) -> Vec<u8> {
     let attr = fixture.find(path).unwrap().attr;
     read_at(fixture, fixture.node(path), 0, attr.size as usize + 10)
 }
 
-fn write(fixture: &Fixture, path: &str, offset: u64, data: &[u8]) {
+pub(super) fn write(fixture: &Fixture, path: &str, offset: u64, data: &[u8]) {
     let node = fixture.node(path);
     let n = fixture.union().write(node, None, offset, data, false);
     assert_eq!(n.unwrap(), data.len());
 }
 
-fn cut(fixture: &Fixture, path: &str, size: u64) {
+pub(super) fn cut(fixture: &Fixture, path: &str, size: u64) {
     let set = SetAttr {
         size: Some(size),
         ..SetAttr::default()
@@ -77,7 +82,7 @@ fn cut(fixture: &Fixture, path: &str, size: u64) {
     assert_eq!(attr.unwrap().size, size);
 }
 
-fn maps(fixture: &Fixture) -> Vec<PathBuf> {
+pub(super) fn maps(fixture: &Fixture) -> Vec<PathBuf> {
     let dir = fixture
         .base
         .path()
@@ -89,7 +94,7 @@ fn maps(fixture: &Fixture) -> Vec<PathBuf> {
 }
 
 /// Lets the host look as if it had restarted.
-fn restart(fixture: &Fixture) {
+pub(super) fn restart(fixture: &Fixture) {
     for map in maps(fixture) {
         let file = std::fs::File::options().write(true).open(map).unwrap();
         file.write_all_at(&[7; 16], MAP_BOOT).unwrap();
@@ -189,8 +194,10 @@ fn every_operation_does_what_it_does_on_a_plain_file() {
         1 => Just(Op::Chmod),
     ];
     let holes = prop::collection::vec((0..SIZE / CHUNK, 1..4u64), 0..3);
-    let input = (holes, prop::collection::vec(op, 1..40));
-    let run = |(holes, ops): (Vec<(u64, u64)>, Vec<Op>)| {
+    // Without it all is synced, which takes its time.
+    let knows_run = prop::bool::weighted(0.9);
+    let input = (holes, prop::collection::vec(op, 1..40), knows_run);
+    let run = |(holes, ops, knows_run): (Vec<(u64, u64)>, Vec<Op>, bool)| {
         let mut model = pattern(SIZE, 3);
         let mut fixture = fixture(&["f"], &model);
         fixture.union = None;
@@ -207,7 +214,7 @@ fn every_operation_does_what_it_does_on_a_plain_file() {
         }
         let original = model.clone();
         let config = config(&fixture);
-        reopen(&mut fixture, config.clone());
+        reopen_as(&mut fixture, config.clone(), knows_run);
         let mut name = "f";
         for op in ops {
             let node = fixture.node(name);
@@ -299,7 +306,7 @@ fn every_operation_does_what_it_does_on_a_plain_file() {
                 }
                 Op::Sync => union.fsync(node, None, false).unwrap(),
                 Op::Remount => {
-                    reopen(&mut fixture, config.clone());
+                    reopen_as(&mut fixture, config.clone(), knows_run);
                 }
                 Op::Complete => {
                     let before = union.getattr(node, None).unwrap();
@@ -325,9 +332,9 @@ fn every_operation_does_what_it_does_on_a_plain_file() {
             assert_eq!(size, model.len() as u64);
         }
         assert!(read_all(&fixture, name) == model, "at the end");
-        reopen(&mut fixture, config.clone());
+        reopen_as(&mut fixture, config.clone(), knows_run);
         assert!(read_all(&fixture, name) == model, "after a remount");
-        reopen(&mut fixture, config);
+        reopen_as(&mut fixture, config, knows_run);
         fixture.union().complete().unwrap();
         fixture.union().complete_partial().unwrap();
         assert!(read_all(&fixture, name) == model, "when it is complete");

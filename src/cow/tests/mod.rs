@@ -1,6 +1,7 @@
 //! Tests of the union without a mount. They run as root, on a file system with `trusted.*` attributes.
 
 mod basics;
+mod chunk_maps;
 mod chunks;
 mod concurrency;
 mod kernel;

@@ -1,0 +1,148 @@
+//! What the maps of incompletely copied files hold through kills, and what a sync makes of them.
+
+use super::chunks::{CHUNK, config, cut, fixture, maps, pattern, read_all, reopen, reopen_as};
+use super::chunks::{restart, write};
+use super::*;
+
+/// Files of this process that lie in the directory of the maps.
+fn open_maps(fixture: &Fixture) -> usize {
+    let dir = fixture
+        .base
+        .path()
+        .join("work/work/incompat/plywood.chunks");
+    std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok())
+        .filter(|path| path.starts_with(&dir) && *path != dir)
+        .count()
+}
+
+#[test]
+fn a_sync_of_many_maps_holds_none_of_them_open() {
+    const FILES: usize = 300;
+    let names: Vec<String> = (0..FILES).map(|n| format!("f{n}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let content = pattern(2 * CHUNK, 1);
+    let mut fixture = fixture(&names, &content);
+    let config = config(&fixture);
+    for name in &names {
+        write(&fixture, name, CHUNK, b"new");
+    }
+    // Nobody has used them since: they are on the disk alone.
+    reopen(&mut fixture, config.clone());
+    let mut seen = None;
+    let maps = &fixture.union().upper().unwrap().maps;
+    maps.sync(|| {
+        seen = Some(open_maps(&fixture));
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(seen, Some(0));
+    fixture.union = None;
+    restart(&fixture);
+    reopen(&mut fixture, config);
+    let mut expected = content;
+    expected[CHUNK as usize..CHUNK as usize + 3].copy_from_slice(b"new");
+    for name in &names {
+        assert!(read_all(&fixture, name) == expected, "{name}");
+    }
+}
+
+#[test]
+fn a_damaged_map_fails_a_sync_and_keeps_no_other_from_it() {
+    let content = pattern(2 * CHUNK, 1);
+    let mut fixture = fixture(&["a", "b", "c"], &content);
+    let config = config(&fixture);
+    for name in ["a", "b", "c"] {
+        write(&fixture, name, 0, b"new");
+    }
+    fixture.union = None;
+    let damaged = maps(&fixture).remove(1);
+    let saved = std::fs::read(&damaged).unwrap();
+    std::fs::write(&damaged, vec![1; saved.len()]).unwrap();
+    reopen(&mut fixture, config.clone());
+    assert_eq!(errno(fixture.union().sync()), libc::EIO);
+    fixture.union = None;
+    // What could be noted is.
+    restart(&fixture);
+    std::fs::write(&damaged, saved).unwrap();
+    reopen(&mut fixture, config.clone());
+    let mut expected = content;
+    expected[..3].copy_from_slice(b"new");
+    for name in ["a", "b", "c"] {
+        assert!(read_all(&fixture, name) == expected, "{name}");
+    }
+    // A file whose map is gone is no reason to fail: it was completed, or removed.
+    std::fs::remove_file(&damaged).unwrap();
+    fixture.union().sync().unwrap();
+}
+
+#[test]
+fn a_sync_that_fails_notes_nothing() {
+    let content = pattern(2 * CHUNK, 1);
+    let mut fixture = fixture(&["f"], &content);
+    write(&fixture, "f", 0, b"new");
+    let maps = &fixture.union().upper().unwrap().maps;
+    let failed = maps.sync(|| Err(nix::errno::Errno::ENOSPC.into()));
+    assert_eq!(errno(failed), libc::ENOSPC);
+    fixture.union = None;
+    restart(&fixture);
+    let config = config(&fixture);
+    reopen(&mut fixture, config);
+    assert!(read_all(&fixture, "f") == content);
+}
+
+#[test]
+fn without_proc_a_kill_loses_no_answered_write() {
+    let content = pattern(12 * CHUNK, 1);
+    for volatile in [false, true] {
+        let mut fixture = fixture(&["f"], &content);
+        let config = UnionConfig {
+            volatile,
+            ..config(&fixture)
+        };
+        let mut expected = content.clone();
+        for round in 0..3u64 {
+            reopen_as(&mut fixture, config.clone(), false);
+            assert!(read_all(&fixture, "f") == expected, "{round}");
+            // Part of a chunk, two whole ones and part of a third.
+            let at = 3 * CHUNK * round + 5;
+            let data = vec![7; 2 * CHUNK as usize + 100];
+            write(&fixture, "f", at, &data);
+            expected[at as usize..at as usize + data.len()].copy_from_slice(&data);
+        }
+        reopen_as(&mut fixture, config.clone(), false);
+        let size = 10 * CHUNK + 9;
+        cut(&fixture, "f", size);
+        expected.truncate(size as usize);
+        reopen_as(&mut fixture, config.clone(), false);
+        cut(&fixture, "f", 11 * CHUNK);
+        expected.resize(11 * CHUNK as usize, 0);
+        // Also when the next server has it again, and when the host has gone down.
+        for knows_run in [false, true] {
+            reopen_as(&mut fixture, config.clone(), knows_run);
+            assert!(read_all(&fixture, "f") == expected);
+        }
+    }
+}
+
+#[test]
+fn what_was_written_with_proc_is_not_dropped_without() {
+    let content = pattern(4 * CHUNK, 1);
+    let mut fixture = fixture(&["f"], &content);
+    let config = config(&fixture);
+    write(&fixture, "f", CHUNK, b"not synced");
+    reopen_as(&mut fixture, config.clone(), false);
+    let node = fixture.node("f");
+    let refused = fixture.union().read(node, None, 0, &mut [0; 10]);
+    assert_eq!(errno(refused), libc::EIO);
+    assert_eq!(errno(fixture.union().sync()), libc::EIO);
+    let mut expected = content;
+    expected[CHUNK as usize..CHUNK as usize + 10].copy_from_slice(b"not synced");
+    reopen(&mut fixture, config.clone());
+    assert!(read_all(&fixture, "f") == expected);
+    // Once it is synced there is nothing to tell.
+    fixture.union().sync().unwrap();
+    reopen_as(&mut fixture, config, false);
+    assert!(read_all(&fixture, "f") == expected);
+}
