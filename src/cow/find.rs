@@ -5,6 +5,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::error::Result;
+use super::forget::Held;
 use super::node::Node;
 use super::types::{Entry, FileKind, NodeId};
 use super::union::Union;
@@ -23,23 +24,21 @@ impl Union {
             self.forget(id, 1);
             return Err(Errno::ENOENT.into());
         }
-        let mut pending = vec![self.node(NodeId::ROOT)?];
-        let mut found = None;
+        let mut pending = vec![self.hold(self.node(NodeId::ROOT)?)];
         while let Some(dir) = pending.pop() {
-            if found.is_none() {
-                found = self.find_in(&dir, id, &mut pending)?;
+            if let Some(found) = self.find_in(&dir, id, &mut pending)? {
+                return self.entry_of(found, None);
             }
-            self.let_go(dir);
         }
-        self.entry_of(found.ok_or(Errno::ENOENT)?, None)
+        Err(Errno::ENOENT.into())
     }
 
     /// Looks for a number in one directory; adds those below it to `pending`.
-    fn find_in(
-        &self,
+    fn find_in<'a>(
+        &'a self,
         dir: &Arc<Node>,
         id: NodeId,
-        pending: &mut Vec<Arc<Node>>,
+        pending: &mut Vec<Held<'a>>,
     ) -> Result<Option<Arc<Node>>> {
         let items = {
             let state = Self::directory(dir)?.state.read();
@@ -54,7 +53,7 @@ impl Union {
                 continue;
             }
             let node = match self.child(dir, &item.name, false) {
-                Ok((node, _)) => node,
+                Ok((node, _)) => self.hold(node),
                 // Removed since it was listed.
                 Err(error) if error.is(Errno::ENOENT) => continue,
                 Err(error) => return Err(error),
@@ -66,8 +65,6 @@ impl Union {
             }
             if is_directory {
                 pending.push(node);
-            } else {
-                self.let_go(node);
             }
         }
         Ok(None)

@@ -55,7 +55,7 @@ impl Union {
         if wanted.is_empty() {
             return Ok(());
         }
-        let mut pending = vec![self.node(NodeId::ROOT)?];
+        let mut pending = vec![self.hold(self.node(NodeId::ROOT)?)];
         while let Some(dir) = pending.pop() {
             let items = {
                 let state = Self::directory(&dir)?.state.read();
@@ -67,16 +67,13 @@ impl Union {
                     continue;
                 }
                 let (node, _) = self.child(&dir, &item.name, false)?;
+                let node = self.hold(node);
                 if is_directory {
                     pending.push(node);
-                } else {
-                    if node.has_upper() {
-                        self.bring_up(&node, &dir, &item.name)?;
-                    }
-                    self.let_go(node);
+                } else if node.has_upper() {
+                    self.bring_up(&node, &dir, &item.name)?;
                 }
             }
-            self.let_go(dir);
         }
         Ok(())
     }

@@ -5,22 +5,21 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
 use super::attr::attr_of;
 use super::chunks::{Chunks, Marked};
 use super::error::{Context, Result};
-use super::node::{DirState, Forgotten, LowerAt, Name, Node, Orphan, Place};
+use super::node::{DirState, LowerAt, Name, Node, Place};
 use super::origin::Origin;
 use super::redirect::Wanted;
 use super::types::{Attr, Entry, FileKind, NodeId};
 use super::union::Union;
-use super::upper::{Upper, remove_tree};
+use super::upper::Upper;
 use super::whiteout::is_whiteout;
 use crate::sys::fs::{self, Object};
-use crate::sys::{handle, process};
+use crate::sys::handle;
 
 /// What the layers have under a name.
 pub(super) struct Found {
@@ -136,98 +135,6 @@ impl Union {
                 self.forget(id, 1);
                 Err(error)
             }
-        }
-    }
-
-    /// Gives back lookups; the node is dropped when nothing refers to it any more.
-    pub fn forget(&self, node: NodeId, lookups: u64) {
-        self.settle(node, lookups);
-        if self.table.shrink() {
-            process::give_back_memory();
-        }
-        // What an operation held while it was forgotten is looked at again.
-        if self.busy_count.load(Ordering::Relaxed) > 0 {
-            let busy = std::mem::take(&mut *self.busy.lock());
-            self.busy_count.store(0, Ordering::Relaxed);
-            for id in busy {
-                self.settle(id, 0);
-            }
-        }
-    }
-
-    /// Drops a node that an operation has looked up for itself, unless somebody else refers to it.
-    pub(super) fn let_go(&self, node: Arc<Node>) {
-        let id = node.id;
-        drop(node);
-        self.settle(id, 0);
-    }
-
-    fn settle(&self, node: NodeId, lookups: u64) {
-        let mut pending = vec![(node, lookups)];
-        while let Some((id, lookups)) = pending.pop() {
-            match self.table.forget(id, lookups) {
-                Forgotten::Unknown | Forgotten::InUse => {}
-                Forgotten::Busy => {
-                    let is_parent = self.table.get(id).is_some_and(|node| {
-                        node.directory
-                            .as_ref()
-                            .is_some_and(|directory| !directory.state.read().children.is_empty())
-                    });
-                    // A parent is looked at again when its last child goes.
-                    if !is_parent {
-                        let mut busy = self.busy.lock();
-                        busy.push(id);
-                        self.busy_count.store(busy.len(), Ordering::Relaxed);
-                    }
-                }
-                Forgotten::Dropped(node) => {
-                    let (names, orphan, chunks) = {
-                        let mut place = node.place.write();
-                        (
-                            std::mem::take(&mut place.names),
-                            place.orphan.take(),
-                            place.chunks.take(),
-                        )
-                    };
-                    if let Some(orphan) = orphan {
-                        self.drop_orphan(orphan, chunks.as_deref());
-                    }
-                    drop(node);
-                    for name in names {
-                        if let Some(directory) = &name.parent.directory {
-                            let mut state = directory.state.write();
-                            if state.children.get(&name.name) == Some(&id)
-                                && self.table.get(id).is_none()
-                            {
-                                state.children.remove(&name.name);
-                            }
-                        }
-                        let parent = name.parent.id;
-                        drop(name);
-                        pending.push((parent, 0));
-                    }
-                }
-            }
-        }
-    }
-
-    pub(super) fn drop_orphan(&self, orphan: Orphan, chunks: Option<&Chunks>) {
-        let Some(upper) = &self.upper else { return };
-        let (stat, mine) = match &orphan {
-            Orphan::Fd(fd) => (fs::fstat(fd.as_fd()), 0),
-            Orphan::Work(name) => (fs::fstatat(upper.work(), name), 1),
-        };
-        // It may have names that nobody has looked up.
-        if let (Some(chunks), Ok(stat)) = (chunks, stat)
-            && stat.st_nlink <= mine
-        {
-            self.drop_chunks(chunks);
-        }
-        match orphan {
-            Orphan::Fd(_) => {
-                upper.orphan_fds.fetch_sub(1, Ordering::Relaxed);
-            }
-            Orphan::Work(name) => remove_tree(upper.work(), &name),
         }
     }
 

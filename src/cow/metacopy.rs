@@ -229,11 +229,11 @@ impl Union {
         wanted: impl Fn(&[u8]) -> bool,
         visit: &mut impl FnMut(&Arc<Node>) -> Result<ControlFlow<()>>,
     ) -> Result<()> {
-        let mut pending = vec![self.node(NodeId::ROOT)?];
-        'walk: while let Some(dir) = pending.pop() {
+        let mut pending = vec![self.hold(self.node(NodeId::ROOT)?)];
+        while let Some(dir) = pending.pop() {
             for (name, kind) in self.names_to_complete(&dir, &wanted)? {
                 let node = match self.child(&dir, &name, false) {
-                    Ok((node, _)) => node,
+                    Ok((node, _)) => self.hold(node),
                     Err(error) if error.is(Errno::ENOENT) => continue,
                     Err(error) => return Err(error),
                 };
@@ -242,16 +242,11 @@ impl Union {
                     continue;
                 }
                 let is_it = node.kind == FileKind::Regular && node.has_upper();
-                let broken = is_it && visit(&node)?.is_break();
-                self.let_go(node);
-                if broken {
-                    pending.push(dir);
-                    break 'walk;
+                if is_it && visit(&node)?.is_break() {
+                    return Ok(());
                 }
             }
-            self.let_go(dir);
         }
-        pending.into_iter().for_each(|dir| self.let_go(dir));
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //! topic: `lookup`, `attr`, `file` (open files), `dir` (listings), `create`, `remove`, `rename`,
 //! `xattr`. Beneath them:
 //!
-//! - `node`: what is known of an object, the table of all, and the order of locks;
+//! - `node`: what is known of an object, the table of all, and the order of locks; `forget`: its end;
 //! - `lower`, `dir_lower`: a read-only layer, and the one kind of it that there is;
 //! - `upper`: the writable layer and how an object in it is reached;
 //! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
@@ -32,6 +32,7 @@ pub mod export;
 mod fdcache;
 mod file;
 mod find;
+mod forget;
 mod index;
 mod lookup;
 mod lower;

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use super::chunks;
 use super::copyup::Content;
 use super::error::{Context, Result};
-use super::node::Node;
+use super::forget::Held;
 use super::types::NodeId;
 use super::union::Union;
 use super::upper::Upper;
@@ -48,7 +48,6 @@ impl Union {
         let mut files = files.into_iter();
         loop {
             if upper.is_wanted() {
-                files.for_each(|node| self.let_go(node));
                 return Ok(());
             }
             let batch: Vec<_> = files.by_ref().take(BATCH).collect();
@@ -56,7 +55,6 @@ impl Union {
                 break;
             }
             self.complete_batch(upper, &batch)?;
-            batch.into_iter().for_each(|node| self.let_go(node));
         }
         // A file of which no name is in the upper was not among them.
         if !self.index_has(|_| true)? {
@@ -69,7 +67,7 @@ impl Union {
     }
 
     /// The files that lack their data; none when that is more than little.
-    fn files_with_little(&self) -> Result<Option<Vec<Arc<Node>>>> {
+    fn files_with_little(&self) -> Result<Option<Vec<Held<'_>>>> {
         let statfs = self.statfs()?;
         let free = statfs.bavail.saturating_mul(u64::from(statfs.frsize));
         let most = LITTLE.min(free / OF_FREE);
@@ -86,18 +84,14 @@ impl Union {
             if total > most {
                 return Ok(ControlFlow::Break(()));
             }
-            files.push(Arc::clone(node));
+            files.push(self.hold(Arc::clone(node)));
             Ok(ControlFlow::Continue(()))
         })?;
-        if total > most {
-            files.into_iter().for_each(|node| self.let_go(node));
-            return Ok(None);
-        }
-        Ok(Some(files))
+        Ok((total <= most).then_some(files))
     }
 
-    fn complete_batch(&self, upper: &Upper, batch: &[Arc<Node>]) -> Result<()> {
-        let mut fetched: Vec<(&Arc<Node>, OwnedFd)> = Vec::with_capacity(batch.len());
+    fn complete_batch(&self, upper: &Upper, batch: &[Held<'_>]) -> Result<()> {
+        let mut fetched: Vec<(&Held<'_>, OwnedFd)> = Vec::with_capacity(batch.len());
         for node in batch {
             let data = node.place.read().lowers.last().cloned();
             let data = data.ok_or(Errno::ESTALE)?.object;

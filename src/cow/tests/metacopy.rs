@@ -227,6 +227,30 @@ fn at_its_end_a_mount_brings_up_data_that_is_little() {
     assert!(may_hold_metacopies(&fixture.upper(), XattrFamily::Trusted).unwrap());
 }
 
+#[test]
+fn an_end_that_fails_leaves_no_node() {
+    let mut fixture = Fixture::new(1, |lowers| {
+        for name in ["a", "d/b", "z"] {
+            put(lowers[0].join(name), &content(1));
+        }
+    });
+    for name in ["a", "d/b", "z"] {
+        chmod(&fixture, name, 0o604);
+    }
+    fixture.reopen();
+    let seen = [fixture.node("d/b"), fixture.node("d")];
+    std::fs::remove_file(fixture.lowers[0].join("d/b")).unwrap();
+    let completions: [fn(&Union) -> Result<()>; 2] = [Union::complete_little, Union::complete];
+    for complete in completions {
+        assert_ne!(errno(complete(fixture.union())), 0);
+    }
+    for node in seen {
+        fixture.union().forget(node, 2);
+    }
+    let left = fixture.union().table.all();
+    assert_eq!(left.len(), 1, "{:?}", left[1].name().map(|name| name.name));
+}
+
 fn needs_no_lower_after(complete: fn(&Union) -> Result<()>) {
     let mut fixture = Fixture::new(2, |lowers| {
         for name in ["a", "d/e/f", "d/cap"] {
