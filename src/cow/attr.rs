@@ -383,7 +383,9 @@ impl Union {
         match (&self.upper, self.lowers.first()) {
             (Some(upper), _) => {
                 use std::os::fd::AsFd;
-                Ok(statfs_of(&crate::sys::fs::fstatvfs(upper.root.as_fd())?))
+                Ok(statfs_of(&crate::sys::fs::fstatvfs(
+                    upper.root.get().0.as_fd(),
+                )?))
             }
             (None, Some(lower)) => lower.statfs(),
             (None, None) => Err(Errno::EIO.into()),

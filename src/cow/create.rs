@@ -191,7 +191,11 @@ impl Union {
         drop(state);
         if let Some(fd) = fd {
             node.written.store(true, Ordering::Relaxed);
-            let backing = Backing::Upper { fd, writable: true };
+            let backing = Backing::Upper {
+                fd,
+                writable: true,
+                sealed: false,
+            };
             node.io.set(&self.budget, Arc::new(backing));
         }
         let entry = self.entry_of(Arc::clone(&node), Some(attr))?;

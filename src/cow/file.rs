@@ -21,8 +21,12 @@ use crate::sys::fs;
 
 /// What serves the content of a node.
 pub(super) enum Backing {
-    /// The file in the upper.
-    Upper { fd: OwnedFd, writable: bool },
+    /// The file in the upper; whether it was opened after that was sealed.
+    Upper {
+        fd: OwnedFd,
+        writable: bool,
+        sealed: bool,
+    },
     /// A file of a lower layer.
     Lower(Arc<dyn LowerFile>),
     /// Both, as far as it has been copied up.
@@ -115,6 +119,14 @@ impl Union {
         self.forget(handle.node, 0);
     }
 
+    /// The descriptor that is at hand.
+    pub(super) fn known_io(&self, node: &Node) -> Option<Arc<Backing>> {
+        node.io.get().filter(|backing| match **backing {
+            Backing::Upper { sealed, .. } => sealed == self.is_sealed(),
+            Backing::Lower(_) | Backing::Partial(_) => true,
+        })
+    }
+
     /// The descriptor for reading, or for both, opened if it is not at hand.
     pub(super) fn io(&self, node: &Arc<Node>, write: bool) -> Result<Arc<Backing>> {
         if node.kind != FileKind::Regular {
@@ -129,7 +141,7 @@ impl Union {
             true => None,
             false => node.place.read().chunks.clone(),
         };
-        if let Some(backing) = node.io.get() {
+        if let Some(backing) = self.known_io(node) {
             match (&*backing, &chunks) {
                 (Backing::Upper { writable, .. }, _) if in_upper && (*writable || !write) => {
                     return Ok(backing);
@@ -155,6 +167,7 @@ impl Union {
             }
         } else if in_upper {
             let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
+            let sealed = self.is_sealed();
             let fd = self
                 .with_upper(node, |object| object.open(flags))
                 .context("opening a file of the upper layer")?;
@@ -165,6 +178,7 @@ impl Union {
             Backing::Upper {
                 fd,
                 writable: write,
+                sealed,
             }
         } else {
             let lower = node.place.read().lowers.last().cloned();
@@ -354,9 +368,9 @@ impl Union {
     /// Makes everything in the upper durable.
     pub fn sync(&self) -> Result<()> {
         match &self.upper {
-            Some(upper) => upper
-                .maps
-                .sync(|| fs::syncfs(upper.root.as_fd()).context("making the upper durable")),
+            Some(upper) => upper.maps.sync(|| {
+                fs::syncfs(upper.root.get().0.as_fd()).context("making the upper durable")
+            }),
             None => Ok(()),
         }
     }

@@ -49,7 +49,8 @@ impl Union {
     pub(super) fn mark_metacopy(&self, upper: &Upper, object: Object<'_>) -> Result<bool> {
         if !upper.metacopies.load(Ordering::Acquire) {
             // Said of the whole before the first has a name.
-            let root = Object::Open(upper.root.as_fd());
+            let (root, _) = upper.root.get();
+            let root = Object::Open(root.as_fd());
             xattr::set(root, self.family.metacopies(), b"y", 0)
                 .context("noting that the upper relies on the lower layers for data")?;
             upper.metacopies.store(true, Ordering::Release);

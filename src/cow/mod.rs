@@ -6,7 +6,7 @@
 //!
 //! - `node`: what is known of an object, the table of all, and the order of locks; `forget`: its end;
 //! - `lower`, `dir_lower`: a read-only layer, and the one kind of it that there is;
-//! - `upper`: the writable layer and how an object in it is reached;
+//! - `upper`: the writable layer and how an object in it is reached; `seal`: when it becomes a layer for others;
 //! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
 //! - `chunks`: large files, of which only what changes is copied up;
 //! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer; `plain`: what becomes of
@@ -15,7 +15,7 @@
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
 //!   fuse-overlayfs has written;
 //! - `export`: copies of layers for kernel overlayfs;
-//! - `room`: what removed files still take on the host;
+//! - `room`: what of the host's room is ours, and what removed files still take of it;
 //! - `number`: inode numbers; `find`: the way back from one; `fdcache`: a bounded number of descriptors;
 //!   `acl`: inheritance of ACLs.
 
@@ -47,6 +47,7 @@ mod redirect;
 mod remove;
 mod rename;
 mod room;
+mod seal;
 mod stat_override;
 #[cfg(test)]
 mod tests;

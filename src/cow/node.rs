@@ -28,6 +28,7 @@ use super::dir::Stream;
 use super::fdcache::Slot;
 use super::file::Backing;
 use super::lower::LowerObject;
+use super::seal::UpperDir;
 use super::types::{FileKind, NodeId, Timestamp};
 
 /// An object in a lower layer.
@@ -99,7 +100,7 @@ impl Place {
 pub(super) struct Directory {
     pub(super) state: RwLock<DirState>,
     /// Descriptor of the upper directory.
-    pub(super) fd: Slot<OwnedFd>,
+    pub(super) fd: Slot<UpperDir>,
 }
 
 /// Yes, no, or not asked yet.

@@ -20,6 +20,7 @@ use super::fdcache::Budget;
 use super::lower::Lower;
 use super::node::{LowerAt, Node, Place, Table};
 use super::number::Numbers;
+use super::seal::Root;
 use super::types::{Chunking, FileKind, NodeId, UnionConfig, UpperConfig, XattrFamily};
 use super::union::Union;
 use super::upper::{Upper, remove_tree};
@@ -138,7 +139,8 @@ impl Union {
                 path: given.dir.clone(),
                 source: errno.into(),
             };
-            let object = Object::Open(upper.root.as_fd());
+            let (root, _) = upper.root.get();
+            let object = Object::Open(root.as_fd());
             place.upper = Some(object.stat().map_err(failed)?.st_ino);
             opaque = xattr::get(object, self.family.opaque()).is_ok_and(|value| value == b"y");
         }
@@ -241,7 +243,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
     })?;
     let metacopies = xattr::get(Object::Open(root.as_fd()), family.metacopies()).is_ok();
     Ok(Upper {
-        root: Arc::new(root),
+        root: Root::new(dir.clone(), root),
         dev,
         gives_way: AtomicBool::new(false),
         maps: Maps::open(&scratch).map_err(work_failed)?,

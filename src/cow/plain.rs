@@ -58,7 +58,8 @@ impl Union {
         }
         // A file of which no name is in the upper was not among them.
         if !self.index_has(|_| true)? {
-            let root = fs::Object::Open(upper.root.as_fd());
+            let (root, _) = upper.root.get();
+            let root = fs::Object::Open(root.as_fd());
             xattr::remove(root, self.family.metacopies())
                 .context("noting that the upper has all its data")?;
             upper.metacopies.store(false, Ordering::Release);
@@ -99,7 +100,7 @@ impl Union {
             fetched.push((node, fd));
         }
         if !self.volatile {
-            fs::syncfs(upper.root.as_fd()).context("making the data of files durable")?;
+            fs::syncfs(upper.root.get().0.as_fd()).context("making the data of files durable")?;
         }
         for (node, fd) in fetched {
             self.data_is_here(node, fd.as_fd())?;

@@ -14,6 +14,7 @@ use super::chunks::Maps;
 use super::error::{Context, Result};
 use super::file::Backing;
 use super::node::{Node, Orphan};
+use super::seal::{Root, UpperDir};
 use super::stat_override::StatOverride;
 use super::types::{FileKind, NodeId};
 use super::union::Union;
@@ -23,7 +24,7 @@ use crate::sys::{dirents, xattr};
 /// The upper's descriptors.
 pub(super) struct Upper {
     /// Top of the layer.
-    pub(super) root: Arc<OwnedFd>,
+    pub(super) root: Root,
     /// Device of the file system of upper and work.
     pub(super) dev: u64,
     /// `work/`: objects on their way into the upper, and those that have lost their last name.
@@ -199,15 +200,18 @@ impl Union {
 
     fn try_dir_fd(&self, node: &Arc<Node>) -> Result<Arc<OwnedFd>> {
         let upper = self.upper()?;
+        let (root, sealed) = upper.root.get();
         let mut missing: Vec<(Arc<Node>, Arc<OsStr>)> = Vec::new();
         let mut at = Arc::clone(node);
         let mut fd = loop {
             if at.id == NodeId::ROOT {
-                break Arc::clone(&upper.root);
+                break root;
             }
             let directory = at.directory.as_ref().ok_or(Errno::ENOTDIR)?;
-            if let Some(fd) = directory.fd.get() {
-                break fd;
+            if let Some(known) = directory.fd.get()
+                && known.sealed == sealed
+            {
+                break Arc::clone(&known.fd);
             }
             let (name, orphan) = {
                 let place = at.place.read();
@@ -235,7 +239,10 @@ impl Union {
             }
             fd = Arc::new(opened);
             if let Some(directory) = &node.directory {
-                directory.fd.set(&self.budget, Arc::clone(&fd));
+                let fd = Arc::clone(&fd);
+                directory
+                    .fd
+                    .set(&self.budget, Arc::new(UpperDir { fd, sealed }));
             }
         }
         Ok(fd)
@@ -260,7 +267,7 @@ impl Union {
             return Ok(body(object)?);
         }
         let reach = loop {
-            if let Some(backing) = node.io.get()
+            if let Some(backing) = self.known_io(node)
                 && backing.upper_fd().is_some()
             {
                 break Reach::Io(backing);

@@ -1,6 +1,6 @@
 //! The control socket of a `plyfs` process: how plyd, or its successor, finds out that the process
 //! lives, gets a duplicate of its FUSE descriptor, and asks it to flush, to
-//! complete files, or to end.
+//! complete files, to seal the upper, or to end.
 //!
 //! `plyfs --control PATH` listens on a SOCK_SEQPACKET Unix socket, mode 0600. One message is one JSON object;
 //! descriptors travel with SCM_RIGHTS. The end of file on a connection is the death of the process.
@@ -55,6 +55,7 @@ enum Operation {
     FuseFd,
     Flush,
     Complete,
+    Seal,
     Stop,
 }
 
@@ -228,6 +229,7 @@ fn perform(operation: Operation, controlled: &Controlled) -> Outcome {
         Operation::FuseFd => Outcome::Done,
         Operation::Flush => by_flusher(controlled, Flusher::flush),
         Operation::Complete => by_flusher(controlled, Flusher::complete),
+        Operation::Seal => by_flusher(controlled, Flusher::seal),
         Operation::Stop => {
             (controlled.stop)();
             Outcome::Done
@@ -309,6 +311,11 @@ impl ControlClient {
     /// Brings up all data that files of the upper still have in lower layers.
     pub fn complete(&self, timeout: Duration) -> io::Result<()> {
         self.call(Operation::Complete, timeout).map(drop)
+    }
+
+    /// Has it leave the upper as it is from now on, access times included. For a mount that is read-only by now.
+    pub fn seal(&self, timeout: Duration) -> io::Result<()> {
+        self.call(Operation::Seal, timeout).map(drop)
     }
 
     /// Asks the process to end: it goes on serving until the mount is gone or its connection is

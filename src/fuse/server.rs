@@ -109,6 +109,11 @@ impl Flusher {
         self.union.complete()
     }
 
+    /// Leaves the upper as it is from now on.
+    pub fn seal(&self) -> Result<(), UnionError> {
+        self.union.seal()
+    }
+
     /// Writes every dirty page of files that may be written to the upper, then makes the upper durable.
     pub fn flush(&self) -> Result<(), UnionError> {
         for node in self.union.writable_nodes() {

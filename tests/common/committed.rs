@@ -34,12 +34,6 @@ impl Committed {
         }
     }
 
-    /// Takes what is known for nothing: for a mount that outlives its commit and reads what was its
-    /// upper, whose access times move.
-    pub fn forget(&self) {
-        self.seen.lock().unwrap().clear();
-    }
-
     /// Fails if a layer that is still there differs by one byte, time or attribute. Answers how many were compared.
     pub fn check(&self) -> usize {
         let seen = self.seen.lock().unwrap();

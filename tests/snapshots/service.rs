@@ -1,6 +1,9 @@
 //! containerd's Snapshots service.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::path::Path;
 
 use tonic::Code;
 
@@ -196,9 +199,25 @@ fn a_copy_of_a_committed_snapshots_mount_can_be_read_and_not_written() {
     let place = plyd.dir().join("consumer");
     let bind = Bind::new(&mounts, &place);
     fs::write(place.join("file"), "1").unwrap();
-    snapshots.commit("base", "a").unwrap();
-    plyd.committed().forget();
+    fs::create_dir(place.join("dir")).unwrap();
+    symlink("file", place.join("link")).unwrap();
+    // Known to the server, which is not to go on with what it has open.
     assert_eq!(fs::read(place.join("file")).unwrap(), b"1");
+    snapshots.commit("base", "a").unwrap();
+    // The layer is compared with what it was when this test ends, its access times too.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(place.join("file"));
+    let mut text = String::new();
+    file.unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "1");
+    assert_eq!(fs::read_dir(&place).unwrap().count(), 3);
+    assert_eq!(fs::read_dir(place.join("dir")).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_link(place.join("link")).unwrap(),
+        Path::new("file")
+    );
     let error = fs::write(place.join("file"), "2").unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
     let view = source(&snapshots.view("v", "base").unwrap());

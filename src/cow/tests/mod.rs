@@ -7,6 +7,7 @@ mod concurrency;
 mod kernel;
 mod limits;
 mod metacopy;
+mod seal;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};

@@ -21,6 +21,7 @@
 //! directory tells the next plyd whom to ask; whoever does not answer is cleared away.
 
 mod process;
+mod seal;
 
 use std::collections::HashMap;
 use std::fs;
@@ -35,7 +36,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::mount::{MntFlags, MsFlags};
+use nix::mount::MntFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -381,42 +382,6 @@ impl Mounts {
         }
         self.take_away(&live)?;
         live.end();
-        self.clear(id)
-    }
-
-    /// Ends the mount, if there is one. Copies that someone still holds go on, read-only; when this
-    /// returns, nobody writes to the upper any more.
-    pub(super) fn seal(&self, id: &str) -> Result<()> {
-        self.wait_for_arrival(id);
-        let Some(live) = self.shared.live.lock().remove(id) else {
-            return self.clear(id);
-        };
-        self.shared.wake_up();
-        // Of the whole file system, not of this mount alone. Refused while a file is open for writing.
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        let none: Option<&str> = None;
-        let sealed = nix::mount::mount(none, &live.point.path, none, flags, none);
-        if let Err(errno) = sealed {
-            tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
-            live.abort();
-        }
-        let copies = self.copies(&live)?;
-        self.take_away(&live)?;
-        if sealed.is_ok() && copies > 0 {
-            tracing::debug!(
-                id,
-                "a committed snapshot is still mounted elsewhere, read-only"
-            );
-            // Goes on being watched, to be reaped.
-            let left = format!("{id} (left)");
-            self.shared
-                .live
-                .lock()
-                .insert(left, Live { left: true, ..live });
-            self.shared.wake_up();
-        } else {
-            live.end();
-        }
         self.clear(id)
     }
 

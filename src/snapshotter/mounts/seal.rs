@@ -1,0 +1,58 @@
+//! The end of a mount whose upper is about to become a layer.
+
+use nix::mount::MsFlags;
+
+use super::super::types::Result;
+use super::{ANSWER, Live, Mounts};
+
+impl Mounts {
+    /// Ends the mount, if there is one. Copies that someone still holds go on, read-only; when this
+    /// returns, nobody writes to the upper any more, and who reads it leaves no trace in it.
+    pub(in super::super) fn seal(&self, id: &str) -> Result<()> {
+        self.wait_for_arrival(id);
+        let Some(live) = self.shared.live.lock().remove(id) else {
+            return self.clear(id);
+        };
+        self.shared.wake_up();
+        // Of the whole file system, not of this mount alone. Refused while a file is open for writing.
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        let none: Option<&str> = None;
+        let sealed = nix::mount::mount(none, &live.point.path, none, flags, none);
+        if let Err(errno) = sealed {
+            tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
+            live.abort();
+        }
+        let goes_on = sealed.is_ok() && self.copies(&live)? > 0 && live.seal(id);
+        self.take_away(&live)?;
+        if goes_on {
+            tracing::debug!(
+                id,
+                "a committed snapshot is still mounted elsewhere, read-only"
+            );
+            // Goes on being watched, to be reaped.
+            let left = format!("{id} (left)");
+            self.shared
+                .live
+                .lock()
+                .insert(left, Live { left: true, ..live });
+            self.shared.wake_up();
+        } else {
+            live.end();
+        }
+        self.clear(id)
+    }
+}
+
+impl Live {
+    /// Has the process leave the upper as it is; where it cannot, whoever uses the mount gets errors.
+    fn seal(&self, id: &str) -> bool {
+        match self.control.seal(ANSWER) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(id, %error, "a committed snapshot cannot go on being mounted elsewhere: its users get errors from now on");
+                self.abort();
+                false
+            }
+        }
+    }
+}
