@@ -1,9 +1,10 @@
-//! Room on the host that is about to come back.
+//! Room on the host: how much there is for us, and what is about to come back.
 //!
 //! A removed file goes on existing until the kernel says that it has forgotten it, because until then it may be used
 //! by number. The kernel says so before the removing program goes on, but without waiting to be heard: that
 //! program's next write could find a full disk that is not full any more.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
@@ -12,11 +13,24 @@ use nix::errno::Errno;
 
 use super::error::Result;
 use super::union::Union;
+use crate::sys::{fs, process};
 
 /// How long to wait before each further attempt, in milliseconds.
 const WAITS: [u64; 6] = [1, 2, 5, 10, 20, 50];
 
 impl Union {
+    /// Whether this process could write so many bytes to the upper's file system.
+    pub(super) fn has_room_for(&self, bytes: u64) -> Result<bool> {
+        let (root, _) = self.upper()?.root.get();
+        let stat = fs::fstatvfs(root.as_fd())?;
+        let fits = |blocks: u64| bytes <= blocks.saturating_mul(stat.f_frsize);
+        // What is free beyond that the host keeps for some, and this process may be one of them.
+        Ok(fits(stat.f_bavail)
+            || (fits(stat.f_bfree)
+                && fs::has_reserve(root.as_fd())?
+                && process::may_use_reserves()))
+    }
+
     /// Tries an operation again that the host has no room for while there are removed files. Must not be called with
     /// a lock held: forgetting takes them.
     pub(super) fn with_room<T>(&self, mut operation: impl FnMut() -> Result<T>) -> Result<T> {

@@ -358,6 +358,13 @@ pub fn fstatvfs(fd: BorrowedFd<'_>) -> Result<libc::statvfs, Errno> {
     Ok(unsafe { stat.assume_init() })
 }
 
+/// Whether a file system keeps free blocks for root: ext2, ext3 and ext4. What others count as free and do not give to
+/// all, they give to nobody.
+pub fn has_reserve(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let stat = nix::sys::statfs::fstatfs(fd)?;
+    Ok(stat.filesystem_type() == nix::sys::statfs::EXT4_SUPER_MAGIC)
+}
+
 /// Runs `body` with the `/proc/self/fd` path of a descriptor, or of a name below it.
 pub(super) fn with_proc_path<T>(
     fd: BorrowedFd<'_>,

@@ -18,6 +18,11 @@ pub fn in_initial_user_namespace() -> bool {
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
+/// Whether this process writes into blocks that a file system keeps for root.
+pub fn may_use_reserves() -> bool {
+    nix::unistd::geteuid().is_root() && in_initial_user_namespace()
+}
+
 /// The soft and the hard limit of open files before `raise_open_files`.
 static FIRST_OPEN_FILES: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
 
@@ -83,7 +88,7 @@ pub fn give_back_memory() {
 const CAP_SYS_RESOURCE: u32 = 1 << 24;
 
 /// Gives CAP_SYS_RESOURCE away for good, for this thread and those that it starts later: whoever has
-/// it writes beyond quotas and into the blocks that a file system reserves.
+/// it writes beyond quotas. (Into the blocks that a file system reserves root writes without it, too.)
 pub fn drop_sys_resource() -> io::Result<()> {
     let header = CapabilityHeader {
         version: CAPABILITY_VERSION_3,

@@ -47,8 +47,7 @@ impl Union {
             _ => attr.size,
         };
         let wanted = wanted.min(attr.blocks.saturating_mul(512));
-        let statfs = self.statfs()?;
-        if wanted <= statfs.bavail.saturating_mul(u64::from(statfs.frsize))
+        if self.has_room_for(wanted)?
             || (upper.clones.load(Ordering::Relaxed) && self.can_clone(upper, data)?)
         {
             return Ok(());
