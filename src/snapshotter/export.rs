@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::types::{Error, Kind, Owner, Result, io_error};
+use super::types::{Error, Kind, Owner, Result, io_error, plyfs_error};
 use super::{Found, Snapshotter};
 use crate::cow::export::{Links, copy_index, copy_layer, escaped};
 
@@ -75,9 +75,11 @@ impl Snapshotter {
             let from = data.join("upper");
             // A file that is copied up in part has holes where the copy would have no map to tell of them.
             self.complete_partial(found)?;
-            self.mounts
-                .flush(&found.id)
-                .map_err(io_error("flush the mount of", &from))?;
+            self.mounts.flush(&found.id).map_err(plyfs_error(
+                "flush the mount of",
+                &from,
+                &found.record.key,
+            ))?;
             let (to, work) = (dir.join("upper"), dir.join("work"));
             copy(&from, &to)?;
             let index = data.join("work/index");

@@ -60,8 +60,8 @@ pub use diff::{Change, ChangeKind};
 pub use export::ExportedOverlay;
 use locks::Locks;
 use mounts::Mounts;
-use types::io_error;
 pub use types::*;
+use types::{io_error, plyfs_error};
 
 use crate::cow::{Chunking, UnionConfig, UpperConfig};
 use crate::store::layer::{LayerId, LayerStore};
@@ -383,10 +383,11 @@ impl Snapshotter {
         end: impl FnOnce(&Mounts, &str) -> Result<()>,
     ) -> Result<()> {
         let mark = self.mounted_mark(found);
-        let flushed = self
-            .mounts
-            .flush(&found.id)
-            .map_err(io_error("flush the mount of", &self.data.join(&found.id)))?;
+        let flushed = self.mounts.flush(&found.id).map_err(plyfs_error(
+            "flush the mount of",
+            &self.data.join(&found.id),
+            &found.record.key,
+        ))?;
         if !flushed && mark.exists() {
             return Err(Error::WritesLost {
                 key: found.record.key.clone(),
@@ -426,9 +427,11 @@ impl Snapshotter {
                 Kind::Active => {
                     let upper = self.data.join(&found.id).join("upper");
                     self.complete_partial(&found)?;
-                    self.mounts
-                        .flush(&found.id)
-                        .map_err(io_error("flush the mount of", &upper))?;
+                    self.mounts.flush(&found.id).map_err(plyfs_error(
+                        "flush the mount of",
+                        &upper,
+                        key,
+                    ))?;
                     upper
                 }
             };

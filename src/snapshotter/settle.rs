@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 
-use super::types::{Kind, Owner, Result, io_error};
+use super::types::{Kind, Owner, Result, io_error, plyfs_error};
 use super::{Found, Snapshotter};
 use crate::cow::{self, Union};
 
@@ -20,10 +20,12 @@ impl Snapshotter {
     /// As `materialize`, of an active snapshot that is locked.
     pub(super) fn complete(&self, found: &Found) -> Result<()> {
         let upper = self.data.join(&found.id).join("upper");
-        let failed = |error| io_error("bring up the data of files in", &upper)(error);
-        if self.mounts.complete(&found.id).map_err(failed)? {
+        let action = "bring up the data of files in";
+        let unanswered = plyfs_error(action, &upper, &found.record.key);
+        if self.mounts.complete(&found.id).map_err(unanswered)? {
             return Ok(());
         }
+        let failed = |error| io_error(action, &upper)(error);
         let union = Union::open(self.union_of(found)?)
             .map_err(|error| failed(io::Error::other(error.to_string())))?;
         union

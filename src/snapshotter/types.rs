@@ -212,9 +212,7 @@ pub enum Error {
         key: String,
     },
     /// Others build on it.
-    #[error(
-        "cannot remove the snapshot {key:?}, for {children} others build on it; remove those first"
-    )]
+    #[error("cannot remove the snapshot {key:?}, for {}", builders(*.children))]
     HasChildren {
         /// Key.
         key: String,
@@ -280,6 +278,14 @@ pub enum Error {
     },
 }
 
+/// Who keeps a snapshot from being removed.
+fn builders(children: usize) -> String {
+    match children {
+        1 => "another one builds on it; remove that first".to_owned(),
+        several => format!("{several} others build on it; remove those first"),
+    }
+}
+
 /// Result of an operation on a snapshot.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -293,5 +299,22 @@ pub(super) fn io_error(
         action,
         path,
         source,
+    }
+}
+
+/// As `io_error`, of what a plyfs was asked for: when it ends on the way, the kernel has acknowledged
+/// writes that it never got.
+pub(super) fn plyfs_error(
+    action: &'static str,
+    path: &Path,
+    key: &str,
+) -> impl FnOnce(io::Error) -> Error + use<> {
+    let failed = io_error(action, path);
+    let key = key.to_owned();
+    move |source| match source.kind() {
+        io::ErrorKind::UnexpectedEof
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::BrokenPipe => Error::WritesLost { key },
+        _ => failed(source),
     }
 }

@@ -16,7 +16,7 @@ use super::client::{Snapshots, source};
 use super::common::{PATIENCE, Plyd, mounts_below, until};
 
 /// The plyfs processes whose command lines name `dir`.
-fn plyfs_of(dir: &Path) -> Vec<i32> {
+pub fn plyfs_of(dir: &Path) -> Vec<i32> {
     let needle = dir.to_str().unwrap();
     fs::read_dir("/proc")
         .unwrap()
@@ -39,7 +39,7 @@ fn count(dir: PathBuf) -> usize {
 }
 
 /// Exactly what the snapshots need is on disk, mounted and running.
-fn assert_tidy(plyd: &Plyd, snapshots: &Snapshots, mounted: usize) {
+pub fn assert_tidy(plyd: &Plyd, snapshots: &Snapshots, mounted: usize) {
     snapshots.cleanup().unwrap();
     let (committed, _) = snapshots.list(&["kind==committed"]).unwrap();
     let (others, _) = snapshots.list(&["kind!=committed"]).unwrap();
@@ -353,7 +353,10 @@ fn plyfs_can_be_killed_in_the_middle_of_anything() {
 
 /// Runs `work` on a thread of its own and waits for it as long as anything may take: a call that hangs
 /// fails the test, whose end lets it go.
-fn within_patience<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+pub fn within_patience<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
     let (answer, answered) = std::sync::mpsc::channel();
     std::thread::spawn(move || answer.send(work()));
     answered

@@ -2,6 +2,7 @@
 //!
 //! - `service`: containerd's service, and what the owners of snapshots cannot do to each other.
 //! - `crash`: deaths of plyfs and plyd, and damage of what lies on disk.
+//! - `commit`: deaths of both in the middle of a commit.
 //! - `daemon`: plyd as a program: command line, configuration, socket, signals.
 //! - `contrib`: the configurations for containerd.
 //! - `standard`: what gRPC itself defines, health and reflection.
@@ -13,6 +14,7 @@
 )]
 
 mod client;
+mod commit;
 #[path = "../cli/common.rs"]
 mod common;
 mod contrib;
