@@ -6,6 +6,7 @@
 //! - `crash`: plyd, plyshim and plyfs are killed.
 //! - `crun`: the other OCI runtime.
 //! - `ends`: what is left when a container has ended.
+//! - `interrupted`: what is left of one that nobody waited for.
 
 #![allow(
     clippy::unwrap_used,
@@ -26,6 +27,8 @@ mod crun;
 mod ends;
 #[path = "runtime/image.rs"]
 mod image;
+#[path = "runtime/interrupted.rs"]
+mod interrupted;
 #[path = "runtime/isolation.rs"]
 mod isolation;
 #[path = "runtime/shim.rs"]

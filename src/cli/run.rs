@@ -1,5 +1,6 @@
 //! `snapctl run` and `snapctl create`.
 
+use std::pin::pin;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -113,16 +114,36 @@ pub async fn create(args: ContainerArgs, client: &Client) -> Result<()> {
 
 /// Runs `snapctl run`; the exit code is the process's.
 pub async fn run(args: RunArgs, client: &Client) -> Result<ExitCode> {
+    let mut signals = Signals::catch()?;
     let request = args.container.into_request();
     if args.detach {
-        let remove = request.auto_remove;
-        let created = make(request, client).await?;
-        start(client, &created.id, remove).await?;
-        lines_out(&[created.id])?;
-        return Ok(ExitCode::SUCCESS);
+        detached(request, client, &mut signals).await
+    } else {
+        foreground(request, client, &mut signals).await
     }
-    let mut signals = Signals::catch()?;
-    foreground(request, client, &mut signals).await
+}
+
+async fn detached(
+    request: CreateContainerRequest,
+    client: &Client,
+    signals: &mut Signals,
+) -> Result<ExitCode> {
+    let remove = request.auto_remove;
+    let id = make_or_undo(request, client, signals).await?.id;
+    let interrupted = match remove {
+        true => "interrupted while the container was being started; it is removed",
+        false => "interrupted while the container was being started; `snapctl ps -a` tells of it",
+    };
+    let started = start(client, &id, remove);
+    match signals.interrupt(started, interrupted).await {
+        Err(error @ Error::Interrupted { .. }) => {
+            discard(client, &id, remove).await;
+            return Err(error);
+        }
+        started => started?,
+    }
+    lines_out(&[id])?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn foreground(
@@ -131,11 +152,7 @@ async fn foreground(
     signals: &mut Signals,
 ) -> Result<ExitCode> {
     let (stdin, tty, remove) = (request.open_stdin, request.tty, request.auto_remove);
-    let interrupted = "interrupted before the container was created";
-    let created = signals
-        .interrupt(make(request, client), interrupted)
-        .await?;
-    let id = created.id;
+    let id = make_or_undo(request, client, signals).await?.id;
     let attach = AttachStart {
         id: id.clone(),
         stdin,
@@ -182,6 +199,30 @@ async fn make(request: CreateContainerRequest, client: &Client) -> Result<Create
         note(&format!("snapctl: warning: {warning}"));
     }
     Ok(created)
+}
+
+/// Makes a container, or none if a signal comes meanwhile. Only plyd's answer tells whether one is made
+/// by then, so it is waited for, and what it tells of is removed. Whoever sends one more signal does not
+/// wait; a creation whose client goes away is undone by plyd.
+async fn make_or_undo(
+    request: CreateContainerRequest,
+    client: &Client,
+    signals: &mut Signals,
+) -> Result<CreateContainerResponse> {
+    let interrupted = "interrupted before the container was created";
+    let mut making = pin!(make(request, client));
+    let error = match signals.interrupt(making.as_mut(), interrupted).await {
+        Err(error @ Error::Interrupted { .. }) => error,
+        made => return made,
+    };
+    let undone = async {
+        if let Ok(made) = making.await {
+            discard(client, &made.id, true).await;
+        }
+        Ok(())
+    };
+    signals.interrupt(undone, interrupted).await?;
+    Err(error)
 }
 
 async fn start(client: &Client, id: &str, remove: bool) -> Result<()> {

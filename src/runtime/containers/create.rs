@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use tokio::runtime::Handle;
+
 use super::error::io_error;
 use super::{ContainerRecord, Containers, Entry, Error, Result, blocking, detached};
 use crate::image::ResolvedImage;
@@ -73,11 +75,54 @@ impl Drop for Reservation {
     }
 }
 
+/// A container that whoever asked for it has not heard of. If nobody does, nobody knows its id, so it is
+/// removed.
+struct Unclaimed {
+    containers: Containers,
+    made: Option<Arc<Entry>>,
+    runtime: Handle,
+}
+
+impl Unclaimed {
+    fn claim(mut self) -> Option<Arc<Entry>> {
+        self.made.take()
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        let Some(entry) = self.made.take() else {
+            return;
+        };
+        let containers = self.containers.clone();
+        self.runtime.spawn(async move {
+            // Not by force: somebody may have found it in a list and started it.
+            if let Err(error) = containers.remove(&entry.id, false).await {
+                tracing::warn!(
+                    container = entry.id,
+                    %error,
+                    "a container that nobody waited for stays"
+                );
+            }
+        });
+    }
+}
+
 impl Containers {
-    /// Makes a container of `image`: its root, its bundle, its record. Nothing runs yet.
+    /// Makes a container of `image`: its root, its bundle, its record. Nothing runs yet. If this is dropped
+    /// half-way, the container is removed when it is made.
     pub async fn create(&self, request: CreateRequest, image: ResolvedImage) -> Result<Arc<Entry>> {
         let this = self.clone();
-        detached(async move { this.create_whole(request, image).await }).await
+        let unclaimed = detached(async move {
+            let made = this.create_whole(request, image).await?;
+            Ok(Unclaimed {
+                containers: this,
+                made: Some(made),
+                runtime: Handle::current(),
+            })
+        })
+        .await?;
+        unclaimed.claim().ok_or(Error::Internal)
     }
 
     async fn create_whole(

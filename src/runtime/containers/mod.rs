@@ -70,7 +70,7 @@ pub struct ContainersConfig {
 }
 
 /// All containers of one plyd. Cheap to clone. Needs a tokio runtime. What a method has acknowledged is
-/// durable; a call that is dropped half-way is finished in the background.
+/// durable; a call that is dropped half-way is finished in the background, and a creation undone then.
 #[derive(Clone)]
 pub struct Containers(Arc<Inner>);
 
