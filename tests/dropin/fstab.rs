@@ -13,7 +13,15 @@ cd "$1"
 plyfs=$2
 options=lowerdir=$1/lower,upperdir=$1/upper,workdir=$1/work
 # Not before the server has ended is the work directory free for the next.
-gone() { umount mnt; while pgrep -f "$1/mnt" >/dev/null; do sleep 0.05; done; }
+gone() {
+  umount mnt
+  for _ in $(seq 1200); do
+    pgrep -f "$1/mnt" >/dev/null || return 0
+    sleep 0.05
+  done
+  echo "plyfs does not end"
+  return 1
+}
 shown() { sed -n "s,^\([^ ]*\) $1/mnt \([^ ]*\) \([a-z]*\).*,\1 \2 \3,p" /proc/mounts; }
 line() { printf '%s\n' "$*" >fstab; }
 "#;
