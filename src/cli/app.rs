@@ -8,7 +8,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use super::args::{address, is_engine_command};
-use super::client::{Address, Client, DEFAULT_ADDRESS};
+use super::client::{Address, Client};
 use super::error::{ENGINE, Error, Result, USAGE};
 use super::{container, exec, image, mount, output, run, snapshot, system};
 
@@ -26,15 +26,11 @@ const EXIT_CODES: &str = "Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "snapctl", version, after_help = EXIT_CODES, subcommand_required = true)]
 struct Cli {
-    /// Where plyd listens
-    #[arg(
-        long,
-        global = true,
-        env = "PLYWOOD_ADDRESS",
-        default_value = DEFAULT_ADDRESS,
-        value_parser = address()
-    )]
-    address: Address,
+    /// Where plyd listens [env: PLYWOOD_ADDRESS] [default: unix:///run/plywood/plyd.sock]
+    // The default and the variable are ours to look up: clap would show them in usage lines as if they
+    // had been given, and take an empty variable for an address.
+    #[arg(long, global = true, value_parser = address())]
+    address: Option<Address>,
     #[command(subcommand)]
     command: Command,
 }
@@ -173,7 +169,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
     if let Command::Completions { shell } = cli.command {
         return completions(shell).map(|()| ExitCode::SUCCESS);
     }
-    let client = Client::connect(&cli.address).await?;
+    let variable = std::env::var_os("PLYWOOD_ADDRESS");
+    let address = Address::choose(cli.address, variable).map_err(Error::Input)?;
+    let client = Client::connect(&address).await?;
     let client = &client;
     match cli.command {
         Command::Run(args) => return run::run(args, client).await,
@@ -236,6 +234,14 @@ mod tests {
     }
 
     #[test]
+    fn the_default_address_is_in_the_help() {
+        let help = Cli::command().render_help().to_string();
+        let words: Vec<_> = help.split_whitespace().collect();
+        let shown = format!("[default: {}]", super::super::client::DEFAULT_ADDRESS);
+        assert!(words.join(" ").contains(&shown), "{help}");
+    }
+
+    #[test]
     fn options_after_the_image_belong_to_the_command() {
         let cli = parse("snapctl run --rm busybox ls -l --rm");
         let text = format!("{:?}", cli.command);
@@ -259,6 +265,10 @@ mod tests {
             "snapctl snapshot ls --owner image --json",
             "snapctl snapshot prepare k parent --label a=b",
             "snapctl snapshot tree --json",
+            "snapctl image ls --no-trunc",
+            "snapctl ps --no-trunc",
+            "snapctl snapshot ls --no-trunc",
+            "snapctl snapshot tree --no-trunc",
             "snapctl mount k /mnt",
             "snapctl umount /mnt",
             "snapctl system info --json",

@@ -131,8 +131,9 @@ fn append(tar: &mut tar::Builder<&mut Sink>, path: &Path, entry: &Entry) -> Resu
 /// The files of an OCI layout that belong to it: `oci-layout`, `index.json` and the blobs.
 fn layout_entries(path: &Path) -> Result<Vec<Entry>> {
     if !path.join("oci-layout").is_file() {
-        return Err(Error::Input(format!(
-            "{} is not an OCI image layout: it has no file named oci-layout",
+        return Err(Error::Refused(format!(
+            "{} is not the directory of an OCI image layout, for it has no file named oci-layout; \
+             `skopeo copy SOURCE oci:DIR` makes one, and an archive is named as a file",
             path.display()
         )));
     }
@@ -153,7 +154,7 @@ fn entry_of(layout: &Path, name: PathBuf) -> Result<Entry> {
     let path = layout.join(&name);
     let meta = fs::metadata(&path).map_err(|e| failed("read", &path, e))?;
     if !meta.is_file() {
-        return Err(Error::Input(format!(
+        return Err(Error::Refused(format!(
             "{} is not a regular file, so this is not an OCI image layout",
             path.display()
         )));
@@ -296,7 +297,11 @@ mod tests {
     fn what_is_no_layout_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let error = Source::open(dir.path()).unwrap_err();
-        assert!(error.to_string().contains("not an OCI image layout"));
+        assert!(
+            error
+                .to_string()
+                .contains("is not the directory of an OCI image layout")
+        );
         let error = Source::open(&dir.path().join("none")).unwrap_err();
         assert!(error.to_string().starts_with("cannot open"));
     }

@@ -8,6 +8,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::client::Address;
 use crate::grpc::pb::plywood::Volume;
+use crate::runtime::signals;
 
 /// A clap parser for [`Address`].
 pub fn address() -> impl TypedValueParser<Value = Address> {
@@ -25,6 +26,14 @@ fn to_utf8(text: OsString) -> Result<String, String> {
             "{text:?} is not UTF-8, and plyd's protocol carries nothing else here; \
              rename it, or write it from inside the container"
         )
+    })
+}
+
+/// A clap parser for the name or number of a signal.
+pub fn signal() -> impl TypedValueParser<Value = String> {
+    utf8().try_map(|text| match signals::parse(&text) {
+        Some(_) => Ok(text),
+        None => Err(signals::unknown(&text)),
     })
 }
 

@@ -42,6 +42,18 @@ impl Address {
         }
         Ok(Self(PathBuf::from(OsString::from_vec(path.to_vec()))))
     }
+
+    /// What the flag says, else the variable unless it is empty, else the default.
+    pub fn choose(flag: Option<Self>, variable: Option<OsString>) -> Result<Self, String> {
+        let variable = variable.filter(|text| !text.is_empty());
+        match (flag, variable) {
+            (Some(flag), _) => Ok(flag),
+            (None, Some(text)) => {
+                Self::parse(&text).map_err(|problem| format!("PLYWOOD_ADDRESS: {problem}"))
+            }
+            (None, None) => Self::parse(DEFAULT_ADDRESS.as_ref()),
+        }
+    }
 }
 
 /// One connection to plyd and the services on it.
@@ -123,5 +135,21 @@ mod tests {
             let address = Address::parse(OsStr::new(text)).ok();
             assert_eq!(address, path.map(|p| Address(p.into())), "{text}");
         }
+    }
+
+    #[test]
+    fn an_empty_variable_is_none() {
+        let address = |path: &str| Address(path.into());
+        let choose = |flag: Option<&str>, variable: Option<&str>| {
+            Address::choose(flag.map(address), variable.map(OsString::from))
+        };
+        assert_eq!(choose(Some("/a"), Some("/b")), Ok(address("/a")));
+        assert_eq!(choose(Some("/a"), Some("nonsense")), Ok(address("/a")));
+        assert_eq!(choose(None, Some("unix:///b")), Ok(address("/b")));
+        let default = Ok(address("/run/plywood/plyd.sock"));
+        assert_eq!(choose(None, Some("")), default);
+        assert_eq!(choose(None, None), default);
+        let problem = choose(None, Some("nonsense")).unwrap_err();
+        assert!(problem.starts_with("PLYWOOD_ADDRESS: \"nonsense\""));
     }
 }

@@ -4,10 +4,10 @@ use clap::Args;
 use serde::Serialize;
 use tonic::Status;
 
-use super::args::utf8;
+use super::args::{signal, utf8};
 use super::client::Client;
 use super::error::{Error, Result};
-use super::output::{self, ListFormat, embedded, lines_out, or_dash, report, short};
+use super::output::{self, Cut, ListFormat, embedded, lines_out, or_dash, printable, report};
 use super::time::{age, rfc3339};
 use crate::grpc::pb::plywood::logs_response::Stream;
 use crate::grpc::pb::plywood::{
@@ -38,7 +38,7 @@ pub struct StopArgs {
 #[derive(Args, Debug)]
 pub struct KillArgs {
     /// Signal, by number or name
-    #[arg(short, long, default_value = "SIGKILL", value_parser = utf8())]
+    #[arg(short, long, default_value = "SIGKILL", value_parser = signal())]
     signal: String,
     #[command(flatten)]
     targets: Targets,
@@ -60,6 +60,8 @@ pub struct PsArgs {
     /// Show stopped containers, too
     #[arg(short, long)]
     all: bool,
+    #[command(flatten)]
+    cut: Cut,
     #[command(flatten)]
     format: ListFormat,
 }
@@ -165,7 +167,8 @@ fn state(container: &Container) -> String {
     }
 }
 
-/// Does `call` for every target in turn, prints what it returns, reports what fails and goes on.
+/// Does `call` for every target in turn, prints what it returns, reports what fails and goes on. What
+/// only does something returns the target as the user wrote it, as Docker does.
 async fn each<F>(targets: Targets, call: impl Fn(String) -> F) -> Result<()>
 where
     F: Future<Output = Result<String, Status>>,
@@ -173,7 +176,7 @@ where
     let mut failed = false;
     for container in targets.containers {
         match call(container).await {
-            Ok(line) => lines_out(&[line])?,
+            Ok(line) => lines_out(&[printable(&line)])?,
             Err(status) => {
                 failed = true;
                 report(&status.into());
@@ -235,11 +238,10 @@ pub async fn wait(targets: Targets, client: &Client) -> Result<()> {
 pub async fn remove(args: RemoveArgs, client: &Client) -> Result<()> {
     each(args.targets, async |id: String| {
         let request = RemoveContainerRequest {
-            id,
+            id: id.clone(),
             force: args.force,
         };
-        let response = client.containers().remove(request).await?;
-        Ok(response.into_inner().id)
+        client.containers().remove(request).await.map(|_| id)
     })
     .await
 }
@@ -255,10 +257,10 @@ pub async fn ps(args: PsArgs, client: &Client) -> Result<()> {
         |container| container.id.clone(),
         |container| {
             vec![
-                short(&container.id).to_owned(),
+                args.cut.id(&container.id).to_owned(),
                 container.name.clone(),
-                container.image.clone(),
-                command(&container.args),
+                args.cut.digests(&container.image),
+                command(&container.args, args.cut),
                 container.age.clone(),
                 container.state.clone(),
             ]
@@ -266,13 +268,13 @@ pub async fn ps(args: PsArgs, client: &Client) -> Result<()> {
     )
 }
 
-/// A command line that fits into a column.
-fn command(args: &[String]) -> String {
+/// A command line that fits into a column, unless nothing is to be cut.
+fn command(args: &[String], cut: Cut) -> String {
     const WIDTH: usize = 30;
     let line = args.join(" ");
     match line.char_indices().nth(WIDTH) {
-        Some((end, _)) => format!("{}...", &line[..end]),
-        None => or_dash(&line),
+        Some((end, _)) if !cut.no_trunc => format!("{}...", &line[..end]),
+        _ => or_dash(&line),
     }
 }
 
@@ -335,10 +337,13 @@ mod tests {
 
     #[test]
     fn long_commands_are_cut() {
+        let command = |args: &[String]| command(args, Cut::default());
         assert_eq!(command(&[]), "-");
         assert_eq!(command(&["a".into(), "b c".into()]), "a b c");
         assert_eq!(command(&["x".repeat(31)]), format!("{}...", "x".repeat(30)));
         assert_eq!(command(&["\u{e9}".repeat(30)]), "\u{e9}".repeat(30));
+        let whole = super::command(&["x".repeat(31)], Cut { no_trunc: true });
+        assert_eq!(whole, "x".repeat(31));
     }
 
     #[test]

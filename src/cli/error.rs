@@ -31,9 +31,12 @@ pub enum Error {
     /// plyd refused or failed a call.
     #[error("{}", status_message(.0))]
     Rpc(Box<Status>),
-    /// An argument that only the command itself can judge.
+    /// An argument that makes no sense, whatever plyd and the host have.
     #[error("{0}")]
     Input(String),
+    /// What the host has is not what the command needs.
+    #[error("{0}")]
+    Refused(String),
     /// A local file or directory.
     #[error("cannot {action} {}: {source}", .path.display())]
     File {
@@ -164,6 +167,7 @@ mod tests {
         assert_eq!(Error::from(status).exit_code(false), FAILURE);
         assert_eq!(Error::Input(String::new()).exit_code(false), USAGE);
         assert_eq!(Error::Input(String::new()).exit_code(true), ENGINE);
+        assert_eq!(Error::Refused(String::new()).exit_code(false), FAILURE);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::archive::Source;
 use super::args::utf8;
 use super::client::Client;
 use super::error::{Error, Result};
-use super::output::{self, ListFormat, embedded, lines_out, or_dash, report, short, size};
+use super::output::{self, Cut, ListFormat, embedded, lines_out, or_dash, report, short, size};
 use super::progress::Progress;
 use super::time::{age, rfc3339};
 use crate::grpc::pb::plywood::{
@@ -35,7 +35,7 @@ pub enum Command {
   snapctl image ls
   snapctl image ls --json | jq -r '.[].names[]'"
     )]
-    Ls(ListFormat),
+    Ls(LsArgs),
     /// Remove names of images, and images with their last name
     #[command(after_help = "Examples:
   snapctl image rm busybox:latest
@@ -45,6 +45,15 @@ pub enum Command {
     #[command(after_help = "Examples:
   snapctl image inspect busybox:latest | jq '.[0].config.config.Cmd'")]
     Inspect(InspectArgs),
+}
+
+/// Arguments of `image ls`.
+#[derive(Args, Debug)]
+pub struct LsArgs {
+    #[command(flatten)]
+    cut: Cut,
+    #[command(flatten)]
+    format: ListFormat,
 }
 
 /// Arguments of `image load`.
@@ -138,7 +147,7 @@ struct RemovedView {
 pub async fn run(command: Command, client: &Client) -> Result<()> {
     match command {
         Command::Load(args) => load(args, client).await,
-        Command::Ls(format) => list(format, client).await,
+        Command::Ls(args) => list(args, client).await,
         Command::Rm(args) => remove(args, client).await,
         Command::Inspect(args) => inspect(args, client).await,
     }
@@ -209,7 +218,7 @@ async fn receive(
     Ok(loaded)
 }
 
-async fn list(format: ListFormat, client: &Client) -> Result<()> {
+async fn list(args: LsArgs, client: &Client) -> Result<()> {
     let images = client.images().list(ListImagesRequest {}).await?;
     let images: Vec<ImageView> = images
         .into_inner()
@@ -217,14 +226,14 @@ async fn list(format: ListFormat, client: &Client) -> Result<()> {
         .into_iter()
         .map(ImageView::from)
         .collect();
-    format.print(
+    args.format.print(
         &images,
         &["NAME", "ID", "LAYERS", "CREATED", "SIZE"],
         |image| image.id.clone(),
         |image| {
             vec![
                 image.label(),
-                short(&image.id).to_owned(),
+                args.cut.id(&image.id).to_owned(),
                 image.diff_ids.len().to_string(),
                 image.age.clone(),
                 size(image.size),

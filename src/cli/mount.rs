@@ -11,6 +11,7 @@ use nix::mount::{MntFlags, MsFlags, mount as mount2, umount2};
 use super::args::utf8;
 use super::client::Client;
 use super::error::{Error, Result};
+use super::output::note;
 use super::snapshot::fetch_mounts;
 use crate::grpc::pb::plywood::{InfoSystemRequest, Mount};
 
@@ -37,7 +38,19 @@ pub struct UmountArgs {
 /// Runs `snapctl mount`.
 pub async fn mount(args: MountArgs, client: &Client) -> Result<()> {
     let dir = fs::canonicalize(&args.dir).map_err(|e| failed("mount at", &args.dir, e))?;
-    let mounts = fetch_mounts(args.key, client).await?;
+    let mounts = fetch_mounts(args.key.clone(), client).await?;
+    for one in &mounts {
+        let source = Path::new(&one.source);
+        let source = fs::canonicalize(source).unwrap_or_else(|_| source.to_owned());
+        if is_mounted(&mount_table()?, &dir, &source).map_err(Error::Refused)? {
+            note(&format!(
+                "snapctl: {} is mounted at {} already",
+                args.key,
+                dir.display()
+            ));
+            return Ok(());
+        }
+    }
     for (done, one) in mounts.iter().enumerate() {
         if let Err(error) = mount_one(one, &dir) {
             // What was mounted before the failure must not stay.
@@ -84,9 +97,7 @@ pub async fn umount(args: UmountArgs, client: &Client) -> Result<()> {
     let state = PathBuf::from(info.into_inner().state);
     let state = fs::canonicalize(&state).unwrap_or(state);
     let dir = real_path(&args.dir)?;
-    let table = fs::read("/proc/self/mountinfo")
-        .map_err(|e| failed("read", Path::new("/proc/self/mountinfo"), e))?;
-    may_unmount(&parse_mountinfo(&table), &dir, &state).map_err(Error::Input)?;
+    may_unmount(&mount_table()?, &dir, &state).map_err(Error::Refused)?;
     umount2(&dir, MntFlags::UMOUNT_NOFOLLOW).map_err(|e| failed("unmount", &dir, e.into()))
 }
 
@@ -112,6 +123,12 @@ struct MountLine {
     kind: Vec<u8>,
     /// What plyd mounts names its own place below the state directory here, and every bind of it as well.
     source: PathBuf,
+}
+
+fn mount_table() -> Result<Vec<MountLine>> {
+    let path = Path::new("/proc/self/mountinfo");
+    let table = fs::read(path).map_err(|e| failed("read", path, e))?;
+    Ok(parse_mountinfo(&table))
 }
 
 fn parse_mountinfo(table: &[u8]) -> Vec<MountLine> {
@@ -157,6 +174,28 @@ fn unescape(field: &[u8]) -> Vec<u8> {
         }
     }
     out
+}
+
+/// Whether what lies on top at `dir` is the snapshot's mount at `source` already; why nothing may be
+/// mounted there: one snapshot must not hide another, which would come to light when this one is taken
+/// away. Any other mount is a directory like any other.
+fn is_mounted(table: &[MountLine], dir: &Path, source: &Path) -> Result<bool, String> {
+    let at = |path: &Path| table.iter().rev().find(|line| line.path == path);
+    let Some(top) = at(dir).filter(|line| line.kind == PLYFS_TYPE) else {
+        return Ok(false);
+    };
+    let shown = dir.display();
+    match at(source) {
+        Some(own) if own.device == top.device => Ok(true),
+        Some(own) if own.source == top.source => Err(format!(
+            "{shown} still has the mount of a plyfs that died; take it away with \
+             `snapctl umount {shown}`, then repeat this"
+        )),
+        _ => Err(format!(
+            "{shown} has the mount {} already; unmount that first, or name another directory",
+            top.source.display()
+        )),
+    }
 }
 
 /// Whether the topmost mount at `dir` is a bind of one that plyd keeps, or kept, below `state`; why not.
@@ -221,6 +260,29 @@ mod tests {
         );
         assert!(check("/mnt/tmp").unwrap_err().contains("tmpfs"));
         assert!(check("/mnt").unwrap_err().contains("not a mount point"));
+    }
+
+    #[test]
+    fn a_snapshot_is_mounted_once_and_hides_no_other() {
+        let table = parse_mountinfo(TABLE);
+        let check = |dir: &str, source: &str| {
+            let source = Path::new("/run/plywood/mnt").join(source);
+            is_mounted(&table, Path::new(dir), &source)
+        };
+        assert_eq!(check("/mnt", "1"), Ok(false));
+        assert_eq!(check("/mnt/tmp", "1"), Ok(false));
+        assert_eq!(check("/mnt/with blank", "1"), Ok(true));
+        let other = check("/mnt/with blank", "2").unwrap_err();
+        assert!(other.contains("has the mount /run/plywood/mnt/1 already"));
+        // The snapshot has a new mount where the one had been that is bound here.
+        let mut text = TABLE.to_vec();
+        text.extend_from_slice(
+            b"41 21 0:61 / /run/plywood/mnt/gone rw - fuse.plyfs /run/plywood/mnt/gone rw\n",
+        );
+        let table = parse_mountinfo(&text);
+        let gone = Path::new("/run/plywood/mnt/gone");
+        let dead = is_mounted(&table, Path::new("/mnt/dead"), gone).unwrap_err();
+        assert!(dead.contains("`snapctl umount /mnt/dead`"), "{dead}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What goes to stdout: tables for people, lines and JSON for programs.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use comfy_table::{Table, presets};
 use serde::Serialize;
@@ -36,6 +36,48 @@ impl ListFormat {
         }
         table(header, items.iter().map(row))
     }
+}
+
+/// How much of a long id a table shows.
+#[derive(clap::Args, Clone, Copy, Debug, Default)]
+pub struct Cut {
+    /// Show ids, digests and commands whole in a table.
+    #[arg(long)]
+    pub no_trunc: bool,
+}
+
+impl Cut {
+    /// An id that commands take by its first digits.
+    pub fn id(self, id: &str) -> &str {
+        if self.no_trunc { id } else { short(id) }
+    }
+
+    /// A key with digests in it, which commands take whole: cut for people only, and so that it shows.
+    pub fn digests(self, key: &str) -> String {
+        if self.no_trunc || !io::stdout().is_terminal() {
+            key.to_owned()
+        } else {
+            cut_digests(key)
+        }
+    }
+}
+
+/// `text` with each sha256 digest in it cut to its first digits.
+fn cut_digests(text: &str) -> String {
+    /// Hexadecimal digits of a sha256 digest.
+    const DIGITS: usize = 64;
+    let is_hex = |c: char| c.is_ascii_hexdigit();
+    let mut cut = String::with_capacity(text.len());
+    for piece in text.split_inclusive(|c| !is_hex(c)) {
+        let digits = piece.trim_end_matches(|c| !is_hex(c));
+        if digits.len() == DIGITS {
+            let rest = &piece[DIGITS..];
+            cut.extend([short(digits), "...", rest]);
+        } else {
+            cut.push_str(piece);
+        }
+    }
+    cut
 }
 
 /// Prints a table without borders: a header, then a line for each row.
@@ -177,6 +219,25 @@ mod tests {
     fn control_characters_are_shown_not_sent() {
         assert_eq!(printable("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
         assert_eq!(printable("na\u{ef}ve"), "na\u{ef}ve");
+    }
+
+    #[test]
+    fn digests_are_cut_and_nothing_else() {
+        let digest = "0123456789abcdef".repeat(4);
+        for (text, cut) in [
+            (format!("sha256:{digest}"), "sha256:0123456789ab..."),
+            (digest.clone(), "0123456789ab..."),
+            (
+                format!("extract-1 sha256:{digest}/root"),
+                "extract-1 sha256:0123456789ab.../root",
+            ),
+            (digest[1..].to_owned(), &digest[1..]),
+            (format!("{digest}0"), &format!("{digest}0")),
+            ("\u{e9}0123".to_owned(), "\u{e9}0123"),
+            (String::new(), ""),
+        ] {
+            assert_eq!(cut_digests(&text), cut);
+        }
     }
 
     #[test]

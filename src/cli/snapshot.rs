@@ -6,11 +6,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use tonic::{Code, Status};
 
 use super::args::utf8;
 use super::client::Client;
 use super::error::{Error, Result};
-use super::output::{self, ListFormat, lines_out, or_dash, printable, report, size};
+use super::output::{self, Cut, ListFormat, lines_out, or_dash, printable, report, size};
 use super::time::{age, rfc3339};
 use super::tree;
 use crate::grpc::pb::plywood::diff_entry::Change;
@@ -19,6 +20,9 @@ use crate::grpc::pb::plywood::{
     MaterializeRequest, Mount, MountsRequest, PrepareRequest, RemoveRequest, Snapshot,
     SnapshotKind, UsageRequest,
 };
+
+/// Whom the snapshots belong to that are made and committed here.
+const OWNER: &str = "snapctl";
 
 /// The commands of `snapctl snapshot`.
 #[derive(Debug, Subcommand)]
@@ -45,8 +49,13 @@ pub enum Command {
   snapctl snapshot view look busybox:latest")]
     View(PrepareArgs),
     /// Turn a writable snapshot into a committed one
-    #[command(after_help = "Examples:
-  snapctl snapshot commit work my-layer --label purpose=test")]
+    #[command(
+        after_help = "The writable snapshot comes first and the name that it gets second; \
+`ctr snapshots commit` has them the other way round.
+
+Examples:
+  snapctl snapshot commit work my-layer --label purpose=test"
+    )]
     Commit(CommitArgs),
     /// Show what mount(2) has to be told to mount a snapshot
     #[command(after_help = "Examples:
@@ -87,6 +96,8 @@ pub enum Command {
 pub struct LsArgs {
     #[command(flatten)]
     owner: OwnerArg,
+    #[command(flatten)]
+    cut: Cut,
     #[command(flatten)]
     format: ListFormat,
 }
@@ -211,6 +222,8 @@ pub struct ExportOverlayArgs {
 pub struct TreeArgs {
     #[command(flatten)]
     owner: OwnerArg,
+    #[command(flatten)]
+    cut: Cut,
     /// Print nested JSON objects
     #[arg(long)]
     json: bool,
@@ -324,7 +337,7 @@ pub async fn run(command: Command, client: &Client) -> Result<()> {
             if args.json {
                 output::json(&tree::nested(snapshots))
             } else {
-                lines_out(&tree::lines(&snapshots))
+                lines_out(&tree::lines(&snapshots, |key| args.cut.digests(key)))
             }
         }
     }
@@ -346,10 +359,14 @@ async fn ls(args: LsArgs, client: &Client) -> Result<()> {
         |snapshot| snapshot.key.clone(),
         |snapshot| {
             vec![
-                snapshot.key.clone(),
+                args.cut.digests(&snapshot.key),
                 snapshot.owner.clone(),
                 snapshot.kind.to_owned(),
-                or_dash(snapshot.parent.as_deref().unwrap_or_default()),
+                or_dash(
+                    &args
+                        .cut
+                        .digests(snapshot.parent.as_deref().unwrap_or_default()),
+                ),
                 snapshot.age.clone(),
                 or_dash(snapshot.mountpoint.as_deref().unwrap_or_default()),
             ]
@@ -424,12 +441,35 @@ fn made(snapshot: Option<Snapshot>, json: bool) -> Result<()> {
 
 async fn commit(args: CommitArgs, client: &Client) -> Result<()> {
     let request = CommitRequest {
-        key: args.key,
-        name: args.name,
+        key: args.key.clone(),
+        name: args.name.clone(),
         labels: label_map(args.labels)?,
     };
-    let response = client.snapshots().commit(request).await?.into_inner();
-    made(response.snapshot, args.json)
+    match client.snapshots().commit(request).await {
+        Ok(response) => made(response.into_inner().snapshot, args.json),
+        Err(status) if status.code() == Code::NotFound => {
+            Err(or_swapped(status, &args.key, &args.name, client).await)
+        }
+        Err(status) => Err(status.into()),
+    }
+}
+
+/// Why `key` cannot be committed as `name`: if the names fit the other way round, that is said, too.
+async fn or_swapped(status: Status, key: &str, name: &str, client: &Client) -> Error {
+    let request = InfoRequest {
+        key: name.to_owned(),
+        owner: OWNER.to_owned(),
+    };
+    let other = client.snapshots().info(request).await;
+    let other = other.map(|response| response.into_inner().snapshot.unwrap_or_default());
+    match other {
+        Ok(other) if other.kind() == SnapshotKind::Active => Error::Refused(format!(
+            "{name:?} is the writable snapshot, which comes first: \
+             `snapctl snapshot commit {name} {key}` ({})",
+            status.message()
+        )),
+        _ => status.into(),
+    }
 }
 
 /// What plyd answers to Mounts.
@@ -489,7 +529,11 @@ async fn usage(args: InfoArgs, client: &Client) -> Result<()> {
             inodes: usage.inodes,
         });
     }
-    lines_out(&[format!("{} in {} inodes", size(usage.size), usage.inodes)])
+    let inodes = match usage.inodes {
+        1 => "1 inode".to_owned(),
+        several => format!("{several} inodes"),
+    };
+    lines_out(&[format!("{} in {inodes}", size(usage.size))])
 }
 
 async fn diff(args: DiffArgs, client: &Client) -> Result<()> {

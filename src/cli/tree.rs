@@ -51,8 +51,8 @@ fn children(parents: &[Option<usize>]) -> (Vec<Vec<usize>>, Vec<usize>) {
     (children, roots)
 }
 
-/// The tree as lines.
-pub fn lines(snapshots: &[SnapshotView]) -> Vec<String> {
+/// The tree as lines, with each key as `shown` has it.
+pub fn lines(snapshots: &[SnapshotView], shown: impl Fn(&str) -> String) -> Vec<String> {
     let (children, roots) = children(&parents(snapshots));
     let mut lines = Vec::new();
     // What is still to be printed, the next one last: an index, the prefix of its line, and the
@@ -70,7 +70,7 @@ pub fn lines(snapshots: &[SnapshotView]) -> Vec<String> {
         };
         lines.push(format!(
             "{prefix}{} ({} {}{mounted})",
-            printable(&snapshot.key),
+            printable(&shown(&snapshot.key)),
             snapshot.owner,
             snapshot.kind
         ));
@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn lines_show_who_stands_on_whom() {
         assert_eq!(
-            lines(&forest()),
+            lines(&forest(), str::to_owned),
             [
                 "a (image committed)",
                 "|-- b (image committed)",

@@ -385,11 +385,7 @@ fn from_window(window: api::WindowSize) -> Window {
 }
 
 fn parse_signal(name: &str) -> Result<i32, Status> {
-    signals::parse(name).ok_or_else(|| {
-        Status::invalid_argument(format!(
-            "there is no signal {name:?}; use a number from 1 to 64 or a name such as SIGTERM"
-        ))
-    })
+    signals::parse(name).ok_or_else(|| Status::invalid_argument(signals::unknown(name)))
 }
 
 impl From<Error> for Status {

@@ -241,6 +241,7 @@ impl From<image::Error> for Status {
             Error::Ambiguous { .. }
             | Error::BadName { .. }
             | Error::Archive { .. }
+            | Error::NoArchive { .. }
             | Error::Layer { .. }
             | Error::Input(_) => Code::InvalidArgument,
             Error::InUse { .. } => Code::FailedPrecondition,

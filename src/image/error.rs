@@ -44,6 +44,14 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// What was sent is something else.
+    #[error(
+        "this is no image archive, for {problem}; one is a tar of an OCI layout or of `docker save`, plain or compressed with gzip or zstd: `skopeo copy SOURCE oci-archive:FILE` makes one"
+    )]
+    NoArchive {
+        /// What it lacks.
+        problem: &'static str,
+    },
     /// A layer cannot be unpacked because of what it contains.
     #[error("cannot unpack the layer {layer}: {entry}: {problem}")]
     Layer {

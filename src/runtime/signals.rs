@@ -25,6 +25,17 @@ pub fn parse(text: &str) -> Option<i32> {
         .map(|signal| signal as i32)
 }
 
+/// What to say of a text that [`parse`] does not know.
+pub fn unknown(text: &str) -> String {
+    let names: Vec<_> = Signal::iterator()
+        .filter_map(|signal| signal.as_str().strip_prefix("SIG"))
+        .collect();
+    format!(
+        "there is no signal {text:?}; use a number from 1 to {HIGHEST} or a name: {}, RTMIN+N, RTMAX-N",
+        names.join(", ")
+    )
+}
+
 fn real_time(base: i32, offset: &str, sign: char) -> Option<i32> {
     let distance: i32 = match offset {
         "" => 0,
@@ -67,6 +78,16 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(parse(text), number, "{text}");
+        }
+    }
+
+    #[test]
+    fn every_name_that_is_offered_is_known() {
+        let text = unknown("BOGUS");
+        assert!(text.contains("\"BOGUS\"") && text.contains("SYS, RTMIN+N"));
+        let (_, names) = text.split_once("a name: ").unwrap();
+        for name in names.split(", ").filter(|name| !name.starts_with("RT")) {
+            assert!(parse(name).is_some(), "{name}");
         }
     }
 }

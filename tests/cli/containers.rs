@@ -180,6 +180,13 @@ fn a_container_from_create_to_rm() {
     let row: Vec<&str> = table.lines().nth(1).unwrap().split_whitespace().collect();
     assert_eq!(row[..3], [&id[..12], "job", BUSYBOX]);
     assert!(table.contains("running"), "{table}");
+    assert!(
+        table.contains("sh -c echo out; echo err >&2; ..."),
+        "{table}"
+    );
+    let whole = plyd.ok(["ps", "--no-trunc"]);
+    assert!(whole.contains(id), "{whole}");
+    assert!(whole.contains("echo err >&2; exec sleep 1000"), "{whole}");
     let inspected = plyd.json(["inspect", "job"]);
     assert_eq!(inspected[0]["status"], "running");
     assert!(inspected[0]["pid"].as_u64() > Some(1));
@@ -221,7 +228,7 @@ fn a_container_from_create_to_rm() {
     assert_eq!(plyd.json(["ps", "-a", "--json"])[0]["exit_code"], 137);
     assert_eq!(plyd.ok(["stop", "job"]), "job\n");
     assert_eq!(plyd.snapctl(["kill", "job"]).code, 1);
-    assert_eq!(plyd.ok(["rm", &id[..6]]), format!("{id}\n"));
+    assert_eq!(plyd.ok(["rm", &id[..6]]), format!("{}\n", &id[..6]));
     assert_eq!(plyd.ok(["ps", "-aq"]), "");
     let gone = plyd.snapctl(["inspect", "job"]);
     assert_eq!((gone.code, gone.stdout.as_str()), (1, "[]\n"));

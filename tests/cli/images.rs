@@ -89,6 +89,8 @@ fn images_are_listed_inspected_and_removed() {
     let id = image["id"].as_str().unwrap();
     assert_eq!(id.len(), 64);
 
+    let whole = plyd.ok(["image", "ls", "--no-trunc"]);
+    assert!(whole.contains(id), "{whole}");
     let table = plyd.ok(["image", "ls"]);
     let lines: Vec<Vec<&str>> = table
         .lines()
@@ -138,13 +140,29 @@ fn what_is_no_image_is_refused_and_leaves_nothing() {
     blob[middle] ^= 1;
     fs::write(&largest, blob).unwrap();
     let digest = largest.file_name().unwrap().to_str().unwrap();
+    // One that is not there.
+    let missing = plyd.dir().join("missing");
+    let copied = Command::new("cp").arg("-r").args([&dir, &missing]).status();
+    assert!(copied.unwrap().success());
+    fs::remove_file(missing.join("blobs/sha256").join(digest)).unwrap();
 
     for (path, code, words) in [
         ("/no/such/archive", 1, "cannot open /no/such/archive"),
-        (no_layout.to_str().unwrap(), 2, "is not an OCI image layout"),
-        ("/dev/null", 1, ""),
-        (truncated.to_str().unwrap(), 1, ""),
+        (
+            no_layout.to_str().unwrap(),
+            1,
+            "is not the directory of an OCI image layout",
+        ),
+        ("/dev/null", 1, "this is no image archive, for it is empty"),
+        (
+            "/etc/passwd",
+            1,
+            "this is no image archive, for it does not begin as a tar does; one is a tar of an \
+             OCI layout or of `docker save`",
+        ),
+        (truncated.to_str().unwrap(), 1, "ends within"),
         (dir.to_str().unwrap(), 1, digest),
+        (missing.to_str().unwrap(), 1, digest),
     ] {
         let done = plyd.snapctl(["image", "load", "-i", path]);
         assert_eq!(

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::common::{BUSYBOX, Plyd, mounts_below, until};
+use crate::stdio::OnTerminal;
 
 #[test]
 fn a_snapshot_from_prepare_to_removal() {
@@ -72,15 +73,68 @@ fn a_snapshot_from_prepare_to_removal() {
         "{usage}"
     );
 
-    let busy = plyd.snapctl(["snapshot", "rm", "base"]);
-    assert_eq!(busy.code, 1);
-    assert!(busy.stderr.contains("base"), "{}", busy.stderr);
+    for (children, words) in [(1, "another one builds on it"), (2, "2 others build on it")] {
+        if children == 2 {
+            plyd.ok(["snapshot", "view", "look", "base"]);
+        }
+        let busy = plyd.snapctl(["snapshot", "rm", "base"]);
+        assert_eq!(busy.code, 1);
+        assert!(
+            busy.stderr.contains("\"base\"") && busy.stderr.contains(words),
+            "{}",
+            busy.stderr
+        );
+    }
+    plyd.ok(["snapshot", "rm", "look"]);
     assert_eq!(plyd.ok(["snapshot", "rm", "next", "base"]), "next\nbase\n");
     assert_eq!(
         plyd.json(["snapshot", "ls", "--json"]),
         serde_json::json!([])
     );
     assert_eq!(mounts_below(plyd.dir()), Vec::<std::path::PathBuf>::new());
+}
+
+#[test]
+fn a_commit_in_the_order_of_ctr_is_told_ours() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    let swapped = plyd.snapctl(["snapshot", "commit", "layer", "work"]);
+    assert_eq!((swapped.code, swapped.stdout.as_str()), (1, ""));
+    assert!(
+        swapped
+            .stderr
+            .contains("`snapctl snapshot commit work layer`"),
+        "{}",
+        swapped.stderr
+    );
+    let neither = plyd.snapctl(["snapshot", "commit", "nope", "layer"]);
+    assert_eq!(neither.code, 1);
+    assert!(
+        neither.stderr.contains("there is no snapshot \"nope\""),
+        "{}",
+        neither.stderr
+    );
+    let help = plyd.ok(["snapshot", "commit", "--help"]);
+    assert!(help.contains("ctr snapshots commit"), "{help}");
+    plyd.ok(["snapshot", "commit", "work", "layer"]);
+}
+
+#[test]
+fn digests_are_cut_on_a_terminal_alone() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let keys = plyd.ok(["snapshot", "ls", "-q"]);
+    let key = keys.lines().find(|key| key.starts_with("sha256:")).unwrap();
+    assert_eq!(key.len(), "sha256:".len() + 64);
+    for list in ["ls", "tree"] {
+        let piped = plyd.ok(["snapshot", list]);
+        assert!(piped.contains(key) && !piped.contains("..."), "{piped}");
+        let cut = format!("{}... ", &key[.."sha256:".len() + 12]);
+        OnTerminal::new(&plyd, &["snapshot", list]).expect(&cut);
+        OnTerminal::new(&plyd, &["snapshot", list, "--no-trunc"]).expect(key);
+    }
+    OnTerminal::new(&plyd, &["snapshot", "ls", "--json"]).expect(key);
+    OnTerminal::new(&plyd, &["snapshot", "ls", "--quiet"]).expect(key);
 }
 
 #[test]
@@ -195,15 +249,17 @@ fn only_mounts_of_snapshots_are_unmounted() {
     plyd.ok(["snapshot", "prepare", "work"]);
     let source = plyd.ok(["snapshot", "mounts", "-q", "work"]);
     let own = plyd.snapctl(["umount", source.trim_end()]);
-    assert_eq!(own.code, 2);
+    assert_eq!(own.code, 1);
     assert!(own.stderr.contains("plyd's own mount"), "{}", own.stderr);
     let none = plyd.snapctl(["umount", plyd.dir().to_str().unwrap()]);
+    assert_eq!(none.code, 1);
     assert!(
         none.stderr.contains("is not a mount point"),
         "{}",
         none.stderr
     );
     let foreign = plyd.snapctl(["umount", "/proc"]);
+    assert_eq!(foreign.code, 1);
     assert!(
         foreign.stderr.contains("is not the mount of a snapshot"),
         "{}",
@@ -216,6 +272,49 @@ fn only_mounts_of_snapshots_are_unmounted() {
         "{}",
         missing.stderr
     );
+}
+
+#[test]
+fn a_directory_shows_one_snapshot_and_that_once() {
+    let plyd = Plyd::start();
+    for key in ["work", "other"] {
+        plyd.ok(["snapshot", "prepare", key]);
+    }
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    let dir = mnt.to_str().unwrap();
+    let mounted = || {
+        let all = mounts_below(plyd.dir());
+        all.into_iter().filter(|mount| *mount == mnt).count()
+    };
+    plyd.ok(["mount", "work", dir]);
+    fs::write(mnt.join("file"), "1").unwrap();
+    let again = plyd.snapctl(["mount", "work", dir]);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    assert!(
+        again.stderr.contains("is mounted at") && again.stderr.contains("already"),
+        "{}",
+        again.stderr
+    );
+    let other = plyd.snapctl(["mount", "other", dir]);
+    assert_eq!(other.code, 1);
+    assert!(
+        other.stderr.contains("unmount that first"),
+        "{}",
+        other.stderr
+    );
+    assert_eq!(mounted(), 1);
+    assert!(mnt.join("file").exists());
+    plyd.ok(["umount", dir]);
+    assert_eq!(mounted(), 0);
+    // What is mounted there otherwise is a directory like any other.
+    let none: Option<&str> = None;
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("tmpfs"), &mnt, Some("tmpfs"), flags, none).unwrap();
+    plyd.ok(["mount", "other", dir]);
+    assert_eq!(mounted(), 2);
+    plyd.ok(["umount", dir]);
+    nix::mount::umount(&mnt).unwrap();
 }
 
 #[test]
@@ -233,6 +332,10 @@ fn a_mount_whose_plyfs_has_died_is_unmounted() {
         plyd.log().contains("plyfs died")
     });
     assert!(fs::read_dir(mnt).is_err());
+    let again = plyd.snapctl(["mount", "work", mnt]);
+    assert_eq!(again.code, 1);
+    let advice = format!("`snapctl umount {mnt}`");
+    assert!(again.stderr.contains(&advice), "{}", again.stderr);
     plyd.ok(["umount", mnt]);
     assert_eq!(fs::read_dir(mnt).unwrap().count(), 0);
     // The next one works.

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
@@ -146,7 +147,7 @@ fn a_pipeline_ends_when_its_reader_does() {
 }
 
 /// snapctl on a terminal of its own.
-struct OnTerminal {
+pub struct OnTerminal {
     child: Child,
     master: File,
     slave: OwnedFd,
@@ -155,7 +156,7 @@ struct OnTerminal {
 }
 
 impl OnTerminal {
-    fn new(plyd: &Plyd, args: &[&str]) -> Self {
+    pub fn new(plyd: &Plyd, args: &[&str]) -> Self {
         let size = Winsize {
             ws_row: 33,
             ws_col: 77,
@@ -198,14 +199,38 @@ impl OnTerminal {
         self.master.write_all(text.as_bytes()).unwrap();
     }
 
-    fn expect(&mut self, text: &str) {
+    pub fn expect(&mut self, text: &str) {
+        assert!(
+            self.sees(text, PATIENCE),
+            "waited for {text:?}, saw {:?}",
+            self.seen
+        );
+    }
+
+    /// Types again and again, for what a shell is not ready for is lost, until it answers.
+    fn type_until(&mut self, keys: &str, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        self.type_in(keys);
+        while !self.sees(text, Duration::from_millis(500)) {
+            assert!(
+                Instant::now() < deadline,
+                "typed {keys:?}, waited for {text:?}, saw {:?}",
+                self.seen
+            );
+            self.type_in(keys);
+        }
+    }
+
+    /// Whether it writes `text`. As long as it writes anything, more is waited for.
+    fn sees(&mut self, text: &str, pause: Duration) -> bool {
         while !self.seen.contains(text) {
-            match self.output.recv_timeout(PATIENCE) {
+            match self.output.recv_timeout(pause) {
                 Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
-                Err(_) => panic!("waited for {text:?}, saw {:?}", self.seen),
+                Err(_) => return false,
             }
         }
         self.seen.clear();
+        true
     }
 
     /// Whether the terminal echoes and edits lines itself: not in raw mode.
@@ -241,11 +266,8 @@ fn a_terminal_is_the_process_s_and_is_given_back() {
     // Ctrl-C is the shell's, not ours.
     term.type_in("echo go; sleep 1000\r");
     term.expect("go\r\n");
-    term.type_in("\x03");
-    // What is typed before the shell reads again may be thrown away with the interrupted line.
-    term.expect("# ");
-    term.type_in("echo still; echo here\r");
-    term.expect("still\r\nhere");
+    term.type_until("\x03", "# ");
+    term.type_until("echo still; echo here\r", "still\r\nhere");
     term.type_in("exit 4\r");
     assert_eq!(wait_for(&mut term.child).expect("it ends").code(), Some(4));
     assert!(term.is_cooked());

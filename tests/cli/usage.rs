@@ -40,6 +40,9 @@ fn a_bad_command_line_is_2_and_125_where_other_codes_are_the_process_s() {
         (&["run", "-v", "data:/data", "image"], 125),
         (&["create", "--network", "bridge", "image"], 2),
         (&["--address", "tcp://localhost:1", "ps"], 2),
+        (&["--address", "", "ps"], 2),
+        (&["kill", "-s", "BOGUS", "container"], 2),
+        (&["kill", "-s", "65", "container"], 2),
     ] {
         let done = snapctl(args);
         assert_eq!((done.code, done.stdout.as_str()), (code, ""), "{args:?}");
@@ -48,7 +51,46 @@ fn a_bad_command_line_is_2_and_125_where_other_codes_are_the_process_s() {
             "{}",
             done.stderr
         );
+        let asked_for = args.contains(&"--address");
+        let shown = done.stderr.contains("--address <ADDRESS>");
+        assert!(asked_for || !shown, "{}", done.stderr);
     }
+}
+
+#[test]
+fn a_signal_that_is_none_is_told_which_there_are() {
+    let done = snapctl(&["kill", "-s", "BOGUS", "container"]);
+    for words in [
+        "there is no signal \"BOGUS\"",
+        "1 to 64",
+        "HUP, INT",
+        "RTMIN+N",
+    ] {
+        assert!(done.stderr.contains(words), "{}", done.stderr);
+    }
+}
+
+#[test]
+fn the_variable_names_plyd_unless_it_is_empty() {
+    let with = |variable: &str, args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_snapctl"));
+        command.env("PLYWOOD_ADDRESS", variable).args(args);
+        Done::from(command.stdin(Stdio::null()).output().unwrap())
+    };
+    for (args, code) in [(&["ps"][..], 2), (&["run", "image"], 125)] {
+        let wrong = with("tcp://localhost:1", args);
+        assert_eq!(wrong.code, code, "{}", wrong.stderr);
+        assert!(
+            wrong.stderr.starts_with("snapctl: PLYWOOD_ADDRESS: "),
+            "{}",
+            wrong.stderr
+        );
+    }
+    // Whether anybody serves the default is the host's affair.
+    let empty = with("", &["ps"]);
+    let reached = empty.code == 0;
+    let tried = empty.stderr.contains(" /run/plywood/plyd.sock");
+    assert!(reached || tried, "{}", empty.stderr);
 }
 
 #[test]

@@ -299,8 +299,14 @@ fn documents_that_make_no_sense() {
 fn archives_that_are_none() {
     let store = Store::new();
     let good = archive("x", &[Blob::plain(Layer::new().file("f", 0o644, b""))]);
-    store.refuses(b"", &["neither index.json nor manifest.json"]);
-    store.refuses(&[b'x'; 4096], &["checksum"]);
+    let what = "a tar of an OCI layout or of `docker save`";
+    store.refuses(b"", &["no image archive", "it is empty", what]);
+    for text in [&b"root:x:0:0:root:/root:/bin/bash\n"[..], &[b'x'; 4096]] {
+        store.refuses(text, &["no image archive", "as a tar does", what]);
+        store.refuses(&gzip(text), &["no image archive", "as a tar does", what]);
+    }
+    let other = Layer::new().file("etc/passwd", 0o644, b"root").tar();
+    store.refuses(&other, &["neither index.json nor manifest.json", what]);
     store.refuses(&good[..good.len() - 3000], &["ends within"]);
     store.refuses(&gzip(&good)[..200], &["could not be read to its end"]);
     let with = |name: &str, bytes: &[u8]| {

@@ -62,10 +62,9 @@ pub fn images(spool: &Spool, name: Option<&str>) -> Result<Vec<ArchivedImage>> {
     } else if spool.contains("manifest.json") {
         docker::images(spool, name.is_none())?
     } else {
-        return Err(refuse(
-            "the archive",
-            "it has neither index.json nor manifest.json; make one with `skopeo copy SOURCE oci-archive:FILE` or `docker save`",
-        ));
+        return Err(Error::NoArchive {
+            problem: "it has neither index.json nor manifest.json",
+        });
     };
     if let Some(name) = name {
         let [image] = images.as_mut_slice() else {

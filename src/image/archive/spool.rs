@@ -84,7 +84,18 @@ impl Spool {
             }
             tar::Error::Malformed { entry, problem } => refuse(shown(&entry), problem),
         };
-        while let Some(member) = archive.next_entry().map_err(fail)? {
+        loop {
+            let member = match archive.next_entry() {
+                Ok(Some(member)) => member,
+                Ok(None) => break,
+                // Not even the first header is one.
+                Err(tar::Error::Malformed { entry, .. }) if members == 0 && entry.is_empty() => {
+                    return Err(Error::NoArchive {
+                        problem: "it does not begin as a tar does",
+                    });
+                }
+                Err(error) => return Err(fail(error)),
+            };
             members += 1;
             if members > MOST_MEMBERS {
                 return Err(refuse(
@@ -119,6 +130,11 @@ impl Spool {
                     ));
                 }
             }
+        }
+        if members == 0 {
+            return Err(Error::NoArchive {
+                problem: "it is empty",
+            });
         }
         drain(archive.into_inner(), &mut buffer).map_err(|error| input(observer, error))
     }
