@@ -7,13 +7,18 @@ RELEASE := target/$(TARGET)/release
 STATIC := RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(TARGET)
 BENCH := RUSTFLAGS="-C target-feature=+crt-static" cargo bench --locked --target $(TARGET) --bench union
 PROGRAMS := plyd plyfs plyshim snapctl
+# Where `make install` puts everything; whoever makes a package sets DESTDIR.
+PREFIX := /usr/local
+DESTDIR :=
+# Of bash, zsh and fish.
+COMPLETIONS := share/bash-completion/completions/snapctl share/zsh/site-functions/_snapctl share/fish/vendor_completions.d/snapctl.fish
 # Root is needed to mount and to run containers.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What a build needs beside Rust.
 BUILD_PACKAGES := gcc libc6-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-full soak lint bench release
+.PHONY: help run test test-full soak lint bench release install
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,3 +54,13 @@ release: ## build the four programs fully static
 	@$(STATIC)
 	@for program in $(PROGRAMS); do file -b $(RELEASE)/$$program | grep -Eq 'static(-pie)?(ally)? linked' || { echo "$$program is not static" >&2; exit 1; }; done
 	@cd $(RELEASE) && ls -l $(PROGRAMS)
+
+install: ## put what `make release` has built below PREFIX=/usr/local, with the systemd unit and shell completions; DESTDIR= for packages
+	@test -x $(RELEASE)/snapctl || { echo "there is nothing to install yet; run \`make release\` first" >&2; exit 1; }
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin lib/systemd/system $(dir $(COMPLETIONS)))
+	install -m 755 $(addprefix $(RELEASE)/,$(PROGRAMS)) $(DESTDIR)$(PREFIX)/bin
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' contrib/systemd/plywood.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/plywood.service
+	$(RELEASE)/snapctl completions bash >$(DESTDIR)$(PREFIX)/$(word 1,$(COMPLETIONS))
+	$(RELEASE)/snapctl completions zsh >$(DESTDIR)$(PREFIX)/$(word 2,$(COMPLETIONS))
+	$(RELEASE)/snapctl completions fish >$(DESTDIR)$(PREFIX)/$(word 3,$(COMPLETIONS))
+	chmod 644 $(addprefix $(DESTDIR)$(PREFIX)/,lib/systemd/system/plywood.service $(COMPLETIONS))
