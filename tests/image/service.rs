@@ -114,6 +114,42 @@ fn an_archive_that_breaks_off_is_refused() {
 }
 
 #[test]
+fn each_bad_archive_has_a_message_of_its_own_and_leaves_nothing() {
+    let plyd = Plyd::start();
+    let good = Blob::plain(Layer::new().file("f", 0o644, b"f"));
+    let hostile = Blob::plain(Layer::new().file("../../out", 0o644, b"f"));
+    let mut wrong = Blob::plain(Layer::new().file("g", 0o644, b"g"));
+    wrong.bytes[600] ^= 1;
+    let mut missing = Layout::new();
+    let manifest = missing.image(std::slice::from_ref(&good), "");
+    missing.list(&manifest, Some("bad"));
+    missing.files.retain(|(_, bytes)| *bytes != good.bytes);
+    let of_wrong = wrong.digest.replace(':', "/");
+    for (archive, words) in [
+        (
+            archive("bad", std::slice::from_ref(&wrong)),
+            [&*of_wrong, "the blob's digest is"],
+        ),
+        (
+            missing.tar(),
+            [&good.digest, "the blob is missing from the archive"],
+        ),
+        (
+            archive("bad", std::slice::from_ref(&hostile)),
+            [&hostile.digest, "leads out of the layer"],
+        ),
+    ] {
+        let done = plyd.piped(["image", "load"], &archive);
+        assert_eq!((done.code, &*done.stdout), (1, ""), "{}", done.stderr);
+        let said = done.stderr.lines().last().unwrap();
+        assert!(said.starts_with("snapctl: "), "{said}");
+        assert!(words.iter().all(|word| said.contains(word)), "{said}");
+        until("nothing is left", || is_empty(&plyd));
+    }
+    still_loads(&plyd, &archive("slow", &[good]));
+}
+
+#[test]
 fn plyd_killed_in_an_import_clears_up_and_can_repeat_it() {
     let mut plyd = Plyd::start();
     let archive = slow();

@@ -9,6 +9,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::common::mode;
 use crate::common::mount::plyfs;
+use crate::common::snapshot::Snapshot;
 use crate::common::{Layers, Mount, errno};
 
 /// Exit code 1: the mount could not be made. 2: the command line is wrong.
@@ -51,52 +52,75 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
 fn directories_that_cannot_be_used_are_exit_code_1() {
     let layers = Layers::new(1);
     let (target, lower) = (layers.mnt(), layers.lower(0));
-    let file = layers.path("file");
-    fs::write(&file, "").unwrap();
-    fs::create_dir(lower.join("inside")).unwrap();
-    let lower_options = layers.lower_options();
-    let text = |path: &Path| path.to_str().unwrap().to_owned();
-    let missing = text(&layers.path("missing"));
-
-    refused(&format!("lowerdir={missing}"), &target, 1, &missing);
-    refused(&format!("lowerdir={}", text(&file)), &target, 1, "file");
-    refused(&lower_options, &layers.path("missing"), 1, &missing);
-    refused(&lower_options, &file, 1, "file");
-    refused(&lower_options, &lower, 1, "contain itself");
-    refused(&lower_options, &lower.join("inside"), 1, "contain itself");
-    refused(
-        &format!("lowerdir_file={missing}"),
-        &target,
-        1,
-        "lowerdir_file",
-    );
-    let upper_and_work = |upper: &Path, work: &Path| {
-        format!(
-            "{lower_options},upperdir={},workdir={}",
-            upper.display(),
-            work.display()
-        )
-    };
     let (upper, work) = (layers.upper(), layers.path("work"));
-    refused(
-        &upper_and_work(&layers.path("missing"), &work),
-        &target,
-        1,
-        "upper",
-    );
-    refused(
-        &upper_and_work(&upper, &layers.path("missing")),
-        &target,
-        1,
-        "work",
-    );
-    refused(&upper_and_work(&file, &work), &target, 1, "upper");
-    refused(&upper_and_work(&upper, &file), &target, 1, "work");
-    refused(&upper_and_work(&upper, &upper), &target, 1, "work");
-    let below = upper.join("below");
-    fs::create_dir(&below).unwrap();
-    refused(&upper_and_work(&upper, &below), &target, 1, "work");
-    refused(&upper_and_work(&lower, &work), &target, 1, "lower");
+    let (file, missing) = (layers.path("file"), layers.path("missing"));
+    fs::write(&file, "").unwrap();
+    for dir in [&lower, &upper] {
+        fs::create_dir(dir.join("inside")).unwrap();
+        fs::write(dir.join("inside/file"), "precious").unwrap();
+    }
+    let lower_options = layers.lower_options();
+    let before = Snapshot::of(&layers.path(""));
+    let shown = |path: &Path| path.to_str().unwrap().to_owned();
+    let check = |options: String, target: &Path, message: String| {
+        refused(&options, target, 1, &message);
+        before.assert_same(&layers.path(""));
+    };
+
+    for (dir, message) in [
+        (&missing, "cannot open the lower directory {}"),
+        (&file, "the lower layer {} is not a directory"),
+    ] {
+        let message = message.replace("{}", &shown(dir));
+        check(format!("lowerdir={}", shown(dir)), &target, message);
+    }
+    let list = format!("lowerdir_file={}", shown(&missing));
+    check(list.clone(), &target, format!("cannot read `{list}`"));
+    for (target, message) in [
+        (&missing, format!("cannot mount on {}", shown(&missing))),
+        (&file, format!("cannot mount on {}", shown(&file))),
+        (&lower, "would contain itself".to_owned()),
+        (&lower.join("inside"), "would contain itself".to_owned()),
+    ] {
+        check(lower_options.clone(), target, message);
+    }
+    let both = |upper: &Path, work: &Path| {
+        let (upper, work) = (shown(upper), shown(work));
+        format!("{lower_options},upperdir={upper},workdir={work}")
+    };
+    for (upper, work, message) in [
+        (&missing, &work, "cannot open the upper directory {upper}"),
+        (&upper, &missing, "cannot use the work directory {work}"),
+        (&file, &work, "the upper layer {upper} is not a directory"),
+        (
+            &upper,
+            &file,
+            "the work directory {work} is not a directory",
+        ),
+    ] {
+        let message = message.replace("{upper}", &shown(upper));
+        let message = message.replace("{work}", &shown(work));
+        check(both(upper, work), &target, message);
+    }
+    for (upper, work, one, other) in [
+        (&upper, &upper, "upper", "work"),
+        (&upper, &upper.join("inside"), "upper", "work"),
+        (&upper.join("inside"), &upper, "upper", "work"),
+        (&lower, &work, "upper", "lower"),
+        (&lower.join("inside"), &work, "upper", "lower"),
+        (&upper, &lower.join("inside"), "work", "lower"),
+    ] {
+        let (a, b) = (
+            if one == "work" { work } else { upper },
+            if other == "work" { work } else { &lower },
+        );
+        let message = format!(
+            "the {one} directory {} and the {other} directory {} overlap",
+            shown(a),
+            shown(b)
+        );
+        check(both(upper, work), &target, message);
+    }
 }
 
 #[test]

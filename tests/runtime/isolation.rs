@@ -153,6 +153,9 @@ fn volumes_stay_inside_the_root() {
     fs::write(source.join("file"), "content\n").unwrap();
     symlink(&outside, image.root().join("way-out")).unwrap();
     symlink("/srv", image.root().join("link")).unwrap();
+    symlink("../../../../../etc/ply-volume", image.root().join("up")).unwrap();
+    symlink("/nowhere/at/all", image.root().join("dangling")).unwrap();
+    symlink("loop", image.root().join("loop")).unwrap();
     fs::create_dir(image.root().join("srv")).unwrap();
     image.load(&plyd, "volumes");
     let source = source.to_str().unwrap();
@@ -173,9 +176,24 @@ fn volumes_stay_inside_the_root() {
         "cat /etc/one/file; echo x >/etc/one/file",
     );
     assert_eq!((file.code, file.stdout.as_str()), (1, "content\n"));
-    run(&format!("{source}:/way-out/sub"), "true");
-    assert!(fs::read_dir(&outside).unwrap().next().is_none());
+    // A link that would lead out leads to the same path inside, for the volume as for the process.
+    for target in ["/way-out/sub", "/up/sub", "/way-out", "/dangling/sub"] {
+        let inside = run(
+            &format!("{source}:{target}:ro"),
+            &format!("cat {target}/file"),
+        );
+        assert_eq!(
+            (inside.code, inside.stdout.as_str()),
+            (0, "content\n"),
+            "{target}: {}",
+            inside.stderr
+        );
+        assert!(fs::read_dir(&outside).unwrap().next().is_none());
+        assert!(!fs::exists("/etc/ply-volume").unwrap());
+    }
     for (volume, word) in [
+        (format!("{source}:/loop/sub"), "/loop/sub"),
+        (format!("{source}:/etc/passwd/sub"), "/etc/passwd/sub"),
         (format!("{source}/missing:/srv"), "missing"),
         (format!("{source}/file:/srv"), "/srv"),
         (format!("{source}:/"), "root"),

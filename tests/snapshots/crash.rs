@@ -516,11 +516,17 @@ fn the_index_can_be_damaged_or_missing() {
     let mut plyd = Plyd::start();
     Snapshots::of(&plyd).layer("base", "", |_| {});
     let index = plyd.root().join("index");
-    let damages: [fn(&Path); 4] = [
-        |index| fs::remove_dir_all(index).unwrap(),
-        |index| fs::write(index.join("sled/db"), []).unwrap(),
-        |index| fs::write(index.join("sled/db"), [0xff; 300_000]).unwrap(),
-        |index| fs::write(index.join("sled/conf"), "garbage").unwrap(),
+    let truncated = |index: &Path, length: u64| {
+        let file = fs::File::options().write(true).open(index.join("sled/db"));
+        file.unwrap().set_len(length).unwrap();
+    };
+    let damages: [&dyn Fn(&Path); 6] = [
+        &|index| fs::remove_dir_all(index).unwrap(),
+        &|index| truncated(index, 0),
+        &|index| truncated(index, 100),
+        &|index| truncated(index, 300_000),
+        &|index| fs::write(index.join("sled/db"), [0xff; 300_000]).unwrap(),
+        &|index| fs::write(index.join("sled/conf"), "garbage").unwrap(),
     ];
     for damage in damages {
         plyd.signal(Signal::SIGTERM);
@@ -531,4 +537,7 @@ fn the_index_can_be_damaged_or_missing() {
         snapshots.prepare("a", "base").unwrap();
         snapshots.remove("a").unwrap();
     }
+    // Not of an index that is missing, nor where what is held is there all the same.
+    let told = plyd.log().matches("is unusable and is made anew").count();
+    assert!(told >= 2, "{}", plyd.log());
 }

@@ -232,7 +232,7 @@ fn writers_that_are_still_there_cannot_reach_a_committed_layer() {
     let plyd = Plyd::start();
     let snapshots = Snapshots::of(&plyd);
     let mounts = snapshots.prepare("a", "").unwrap();
-    let mut writer = fs::File::create(source(&mounts).join("file")).unwrap();
+    let mut writer = File::create(source(&mounts).join("file")).unwrap();
     writer.write_all(b"before").unwrap();
     snapshots.commit("base", "a").unwrap();
     let written = writer.write_all(b" after").and_then(|()| writer.sync_all());
