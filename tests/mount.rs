@@ -13,6 +13,7 @@ mod mount {
     mod dialects;
     mod directories;
     mod files;
+    mod large;
     mod mapping;
     mod modes;
     mod options;

@@ -2,6 +2,7 @@
 //! the proof that nothing below was changed.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub mod disk;
 pub mod layers;
 pub mod mapping;
 pub mod mode;

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -38,8 +38,22 @@ impl Mount {
 
     /// Mounts with these options.
     pub fn with_options(target: &Path, options: &str) -> Self {
+        Self::started_by(mode::plyfs(), target, options)
+    }
+
+    /// As `with_options`, by a server that may have no more files open than most shells allow.
+    pub fn with_few_files(target: &Path, options: &str) -> Self {
+        let plyfs = mode::plyfs();
+        let mut limited = Command::new("prlimit");
+        limited
+            .args(["--nofile=1024:1024".as_ref(), plyfs.get_program()])
+            .args(plyfs.get_args());
+        Self::started_by(limited, target, options)
+    }
+
+    fn started_by(mut plyfs: Command, target: &Path, options: &str) -> Self {
         let options = &format!("{},{options}", Mode::of_run().options);
-        let output = plyfs(&[OsStr::new("-o"), OsStr::new(options), target.as_os_str()]);
+        let output = plyfs.args(["-o", options]).arg(target).output().unwrap();
         assert!(
             output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(),
             "plyfs -o {options}: {output:?}"

@@ -1,14 +1,14 @@
 //! Large files that are copied up in chunks, on an upper that cannot share content with the lower.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
 use crate::common::mapping;
-use crate::common::mode;
+use crate::common::mode::Mode;
 use crate::common::mount::wait_until;
 use crate::common::{Layers, Mount, errno};
 
@@ -241,7 +241,7 @@ fn a_file_that_cannot_fit_is_refused_when_it_is_opened() {
             .custom_flags(flags)
             .open(mount.join("f"));
         // A kernel that opens by itself has the first write say it.
-        let written = opened.and_then(|file| match mode::Mode::of_run().opens() {
+        let written = opened.and_then(|file| match Mode::of_run().opens() {
             true => Ok(()),
             false => file.write_all_at(b"x", 0),
         });
@@ -250,7 +250,7 @@ fn a_file_that_cannot_fit_is_refused_when_it_is_opened() {
     assert!(!place.is_incomplete() && !place.copy().exists());
     assert!(fs::read(mount.join("f")).unwrap() == pattern(SIZE));
     // Of a file that is cut at once nothing has to fit.
-    if mode::Mode::of_run().truncates_at_open() {
+    if Mode::of_run().truncates_at_open() {
         fs::write(mount.join("f"), "short").unwrap();
     } else {
         nix::unistd::truncate(&mount.join("f"), 0).unwrap();
@@ -278,4 +278,132 @@ fn a_new_mount_goes_on_where_the_last_one_was_completing() {
     }
     assert!(wait_until(|| !place.is_incomplete()));
     assert!(fs::read(place.copy()).unwrap() == expected);
+}
+
+#[test]
+fn a_server_that_is_told_to_end_loses_nothing_of_writers_that_go_on() {
+    const BLOCKS: usize = 1024;
+    const WRITERS: usize = 3;
+    let size = (BLOCKS * 4096) as u64;
+    let place = Place::new("64m", |file| file.write_all_at(&pattern(size), 0).unwrap());
+    let mut expected = pattern(size);
+    // What the kernel has gathered is nobody's promise: there each write is synced.
+    let gathers = Mode::of_run().options.contains("writeback");
+    let flags = if gathers { libc::O_SYNC } else { 0 };
+    for round in 0..3u8 {
+        let mount = place.mount("chunk_size=4K,copy_whole=0,complete=1");
+        assert!(fs::read(mount.join("f")).unwrap() == expected, "{round}");
+        let mount = &mount;
+        let (told, heard) = std::sync::mpsc::channel();
+        let written: Vec<_> = std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..WRITERS)
+                .map(|writer| {
+                    let told = told.clone();
+                    scope.spawn(move || write_until_it_fails(mount, flags, writer, round, &told))
+                })
+                .collect();
+            // All of them are at work.
+            for _ in 0..100 * WRITERS {
+                heard.recv().unwrap();
+            }
+            mount.signal(Signal::SIGTERM);
+            assert!(mount.wait_for_end());
+            writers.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        let again = place.mount("complete=off");
+        let seen = fs::read(again.join("f")).unwrap();
+        for (answered, last) in written {
+            for (block, value) in answered {
+                expected[block * 4096..][..4096].fill(value);
+            }
+            // The one that was under way may have come through, chunk by chunk.
+            let (block, value) = last;
+            if seen[block * 4096] == value {
+                expected[block * 4096..][..4096].fill(value);
+            }
+        }
+        assert!(seen == expected, "{round}");
+        again.unmount();
+    }
+    assert!(!place.is_incomplete());
+
+    /// Answers what was written, block by block, and what was not answered.
+    fn write_until_it_fails(
+        mount: &Mount,
+        flags: i32,
+        writer: usize,
+        round: u8,
+        told: &std::sync::mpsc::Sender<()>,
+    ) -> (Vec<(usize, u8)>, (usize, u8)) {
+        let file = open(mount, flags);
+        let mut answered = Vec::new();
+        for n in 0.. {
+            // Each has blocks of its own, here and there in the file.
+            let block = (n * 37 % (BLOCKS / WRITERS)) * WRITERS + writer;
+            let value = (n / 7) as u8 ^ round << 6 | 1;
+            if file
+                .write_all_at(&[value; 4096], (block * 4096) as u64)
+                .is_err()
+            {
+                return (answered, (block, value));
+            }
+            answered.push((block, value));
+            // Nobody listens any more after the first hundreds.
+            let _ = told.send(());
+        }
+        unreachable!("the server ends")
+    }
+}
+
+#[test]
+fn attributes_that_change_beside_a_completion_keep_their_values() {
+    const SIZE: u64 = 6 * MIB;
+    let place = Place::new("64m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
+    // The completion may come before or after all changes of a round, but hardly of each.
+    for round in 0..4 {
+        let mount = place.mount("chunk_size=4K,copy_whole=0,complete=1");
+        let file = open(&mount, 0);
+        file.write_all_at(&vec![3; SIZE as usize / 2 + 4096], 0)
+            .unwrap();
+        // A kernel that gathers writes has not begun yet.
+        file.sync_data().unwrap();
+        let path = mount.join("f");
+        let mut changes = 0u32;
+        let mut last = (0, 0, 0, 0);
+        while place.is_incomplete() || changes < 20 {
+            changes += 1;
+            last = (
+                0o4600 | (changes & 0o77),
+                1000 + changes % 7,
+                2000 + changes % 5,
+                i64::from(1_000_000 + changes),
+            );
+            let (mode, uid, gid, mtime) = last;
+            std::os::unix::fs::chown(&path, Some(uid), Some(gid)).unwrap();
+            // chown(2) takes setuid away, so it comes first.
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            let value = changes.to_le_bytes();
+            rustix::fs::setxattr(&path, "user.k", &value, rustix::fs::XattrFlags::empty()).unwrap();
+            let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(mtime as u64);
+            file.set_modified(time).unwrap();
+            check(&path, last, changes);
+        }
+        check(&path, last, changes);
+        drop(file);
+        mount.unmount();
+        check(&place.copy(), last, changes);
+        let copy = fs::read(place.copy()).unwrap();
+        assert!(copy[SIZE as usize / 2 + 4096..] == pattern(SIZE)[SIZE as usize / 2 + 4096..]);
+        assert!(!place.is_incomplete(), "{round}");
+        fs::remove_file(place.copy()).unwrap();
+    }
+
+    fn check(path: &std::path::Path, expected: (u32, u32, u32, i64), changes: u32) {
+        let stat = fs::metadata(path).unwrap();
+        let seen = (stat.mode() & 0o7777, stat.uid(), stat.gid(), stat.mtime());
+        assert_eq!(seen, expected, "{}", path.display());
+        let mut value = [0; 4];
+        rustix::fs::getxattr(path, "user.k", &mut value).unwrap();
+        assert_eq!(u32::from_le_bytes(value), changes);
+    }
 }

@@ -30,7 +30,10 @@ fn a_tree_comes_through_tar_cp_and_rsync_as_it_was() {
         "cp -a --reflink=auto --sparse=always tree",
         "rsync -aHAX --devices --specials --inplace tree",
         "rsync -aHAXS --devices --specials tree",
+        "rsync -aHAX --checksum --devices --specials tree",
     ];
+    // Tells what differs and copies nothing; contents are compared, too.
+    const COMPARE: &str = "rsync -aHAXni --checksum --delete --devices --specials";
     for (number, copy) in copies.iter().enumerate() {
         let (out, inside) = (
             outside.join(number.to_string()),
@@ -51,6 +54,11 @@ fn a_tree_comes_through_tar_cp_and_rsync_as_it_was() {
             want,
             "into the mount by {copy}"
         );
+        let differs = ground.sh(&format!(
+            "{COMPARE} tree {out}/; {COMPARE} {out}/tree .; {COMPARE} {out}/tree in{number}/; {COMPARE} in{number}/tree {out}/",
+            out = out.display()
+        ));
+        assert_eq!(differs, "", "as rsync sees the copies by {copy}");
     }
     ground.remount();
     for number in 0..copies.len() {

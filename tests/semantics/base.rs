@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, statfs};
 use tempfile::TempDir;
 
-use crate::disk::{Attached, Disk};
+use crate::common::disk::{Attached, Disk};
 
 /// A directory on ext4. Where the temporary directory is on something else, a file in it is mounted.
 pub struct Base {
@@ -29,7 +29,11 @@ impl Base {
         let is_ext4 = || statfs(&path).unwrap().filesystem_type() == EXT4_SUPER_MAGIC;
         let disk = match is_ext4() {
             true => None,
-            false => Disk::Ext4 { mib: MIB }.attach(&path),
+            false => Disk::Ext4 {
+                mib: MIB,
+                reserved: 0,
+            }
+            .attach(&path),
         };
         Self {
             is_ext4: is_ext4(),

@@ -23,7 +23,6 @@ mod common;
 
 mod base;
 mod directories;
-mod disk;
 mod errors;
 mod files;
 mod fill;

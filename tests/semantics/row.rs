@@ -1,6 +1,6 @@
 //! A row of the table: one sentence and the function that finds out whether it holds.
 
-use crate::disk::Disk;
+use crate::common::disk::Disk;
 use crate::fill::Fill;
 use crate::outcome::Outcome;
 use crate::place::Place;
@@ -26,7 +26,7 @@ pub struct Row {
 impl Row {
     /// The tree lies on an ext4 file system of its own, which the row may fill or break.
     pub fn on_disk_of(mut self, mib: u32) -> Self {
-        self.disk = Some(Disk::Ext4 { mib });
+        self.disk = Some(Disk::Ext4 { mib, reserved: 0 });
         self
     }
 
