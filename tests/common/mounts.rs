@@ -24,6 +24,8 @@ pub struct Dirs {
     pub mountpoint: PathBuf,
     /// More options for plyfs, with a comma before each.
     pub profile: &'static str,
+    /// The upper is left out.
+    pub is_read_only: bool,
 }
 
 impl Dirs {
@@ -35,6 +37,7 @@ impl Dirs {
             work: base.join("work"),
             mountpoint: base.join("mnt"),
             profile: "",
+            is_read_only: false,
         };
         for dir in [base, &dirs.upper, &dirs.work, &dirs.mountpoint] {
             fs::create_dir_all(dir).unwrap();
@@ -48,6 +51,9 @@ impl Dirs {
             .iter()
             .map(|dir| dir.to_str().unwrap())
             .collect();
+        if self.is_read_only {
+            return format!("lowerdir={}", lowers.join(":"));
+        }
         format!(
             "lowerdir={},upperdir={},workdir={}",
             lowers.join(":"),

@@ -768,7 +768,7 @@ impl Subject for Direct {
 pub fn open(dirs: &Dirs) -> Union {
     let config = UnionConfig {
         lowers: dirs.lowers.clone(),
-        upper: Some(UpperConfig {
+        upper: (!dirs.is_read_only).then(|| UpperConfig {
             dir: dirs.upper.clone(),
             work: dirs.work.clone(),
         }),

@@ -147,6 +147,8 @@ fn perform(slots: &mut Slots, op: &Op) -> Result<Outcome> {
             slots[*slot] = None;
             let flags =
                 OFlags::from_bits_retain(u32::try_from(flags.bits()).unwrap()) | OFlags::NONBLOCK;
+            // Or the server of another mount would keep this one busy.
+            let flags = flags | OFlags::CLOEXEC;
             slots[*slot] =
                 Some(rustix::fs::open(at(path), flags, Mode::from_raw_mode(*mode))?.into());
         }
@@ -330,7 +332,7 @@ fn perform(slots: &mut Slots, op: &Op) -> Result<Outcome> {
 
 /// Never waits for the other end of a fifo.
 fn read_all(path: &str) -> Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let mut file: File = rustix::fs::open(path, flags, Mode::empty())?.into();
     let mut data = Vec::new();
     file.read_to_end(&mut data).map_err(io)?;
@@ -339,7 +341,8 @@ fn read_all(path: &str) -> Result<Vec<u8>> {
 
 /// Name, type and inode number of each entry but `.` and `..`; a name that comes twice is a failure.
 pub fn list(path: &str) -> Result<Vec<(String, Kind, u64)>> {
-    let dir: OwnedFd = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir: OwnedFd = rustix::fs::open(path, flags, Mode::empty())?;
     let mut buf = [MaybeUninit::<u8>::uninit(); 4096];
     let mut raw = RawDir::new(&dir, &mut buf);
     let mut found: BTreeMap<String, (Kind, u64)> = BTreeMap::new();

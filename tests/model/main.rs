@@ -29,7 +29,7 @@ mod tree;
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestError, TestRunner};
 
-use crate::replay::{Hosts, Which, replay_on};
+use crate::replay::{Hosts, Which, replay_beside, replay_on};
 
 fn from_env(name: &str, default: u32) -> u32 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
@@ -102,6 +102,36 @@ fn a_mount_that_copies_in_chunks_agrees_with_the_model() {
 #[test]
 fn a_mount_without_kernel_features_agrees_with_the_model() {
     agrees_with_the_model(Which::Plyfs(",kernel_features=-all"), false, 60);
+}
+
+/// Two that write to the same layers, each in its own way, and two that only look at them.
+fn do_not_see_each_other(which: Which, cases: u32) {
+    let config = ProptestConfig {
+        cases: from_env("PLYWOOD_MODEL_CASES", cases),
+        failure_persistence: None,
+        max_shrink_iters: 400,
+        ..ProptestConfig::default()
+    };
+    let most = from_env("PLYWOOD_MODEL_OPS", 40) as usize;
+    let ops = || prop::collection::vec(ops::op(), 1..most);
+    TestRunner::new(config)
+        .run(
+            &(layers::stack(false), ops(), ops()),
+            |(stack, one, two)| {
+                replay_beside(which, &stack, [&one, &two]).map_err(TestCaseError::fail)
+            },
+        )
+        .unwrap_or_else(|error| panic!("{which:?}: {error}"));
+}
+
+#[test]
+fn unions_of_the_same_layers_do_not_see_each_other() {
+    do_not_see_each_other(Which::Direct, 40);
+}
+
+#[test]
+fn mounts_of_the_same_layers_do_not_see_each_other() {
+    do_not_see_each_other(Which::Plyfs(",chunk_size=4K,copy_whole=0"), 10);
 }
 
 /// Inode numbers of two host file systems, whose own numbers collide.

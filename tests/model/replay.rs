@@ -159,16 +159,7 @@ pub fn replay_on(hosts: Hosts, which: Which, stack: &[Layer], ops: &[Op]) -> Res
     }
     let ops = &which.possible(ops);
     let before: Vec<_> = lowers.iter().map(|dir| layers::fingerprint(dir)).collect();
-    let root = Meta::plain(0o755);
-    let mut run = Run {
-        which,
-        model: layers::merge(stack, &root),
-        inodes: InodeMap::default(),
-        began: now(),
-        done: String::new(),
-    };
-    let dirs = Dirs::make(base.path(), &lowers);
-    layers::set_mtime(&dirs.upper, root.mtime);
+    let (mut run, dirs) = Run::new(which, stack, base.path(), &lowers);
     // The last third of the operations is for the commit that follows.
     let (first, rest) = ops.split_at(ops.len() - ops.len() / 3);
     run.ops(&dirs, first)?;
@@ -188,7 +179,11 @@ pub fn replay_on(hosts: Hosts, which: Which, stack: &[Layer], ops: &[Op]) -> Res
     if !loses_links {
         run.ops_above(base.path(), &dirs, rest)?;
     }
-    for (dir, before) in lowers.iter().zip(&before) {
+    are_unchanged(&lowers, &before)
+}
+
+fn are_unchanged(lowers: &[PathBuf], before: &[Vec<String>]) -> Result<(), String> {
+    for (dir, before) in lowers.iter().zip(before) {
         let after = layers::fingerprint(dir);
         if after != *before {
             let changed: Vec<_> = after.iter().filter(|line| !before.contains(line)).collect();
@@ -196,6 +191,59 @@ pub fn replay_on(hosts: Hosts, which: Which, stack: &[Layer], ops: &[Op]) -> Res
         }
     }
     Ok(())
+}
+
+/// Runs `ops`, in turns, on two unions of the same lowers with an upper each, beside two without any that look on:
+/// none may notice another.
+pub fn replay_beside(which: Which, stack: &[Layer], ops: [&[Op]; 2]) -> Result<(), String> {
+    let base = tempfile::Builder::new()
+        .prefix("plywood-model")
+        .tempdir()
+        .unwrap();
+    let lowers: Vec<PathBuf> = (0..stack.len())
+        .map(|at| base.path().join(format!("l{at}")))
+        .collect();
+    for (layer, dir) in stack.iter().zip(&lowers) {
+        std::fs::create_dir(dir).unwrap();
+        layer.write(dir);
+    }
+    // Without an upper this is the root.
+    layers::set_mtime(&lowers[0], Meta::plain(0o755).mtime);
+    let before: Vec<_> = lowers.iter().map(|dir| layers::fingerprint(dir)).collect();
+    let mut onlookers = Vec::new();
+    for name in ["third", "fourth"] {
+        let (mut run, mut dirs) = Run::new(which, stack, &base.path().join(name), &lowers);
+        dirs.is_read_only = true;
+        let mut subject = which.start(&dirs);
+        run.look(subject.as_mut(), "without an upper")?;
+        onlookers.push((run, subject));
+    }
+    let mut actors = Vec::new();
+    for (name, ops) in ["one", "two"].into_iter().zip(ops) {
+        let (run, dirs) = Run::new(which, stack, &base.path().join(name), &lowers);
+        let subject = which.start(&dirs);
+        actors.push((run, subject, which.possible(ops).into_iter()));
+    }
+    loop {
+        let mut done = true;
+        for (run, subject, ops) in &mut actors {
+            if let Some(op) = ops.next() {
+                run.op(subject.as_mut(), &op)?;
+                done = false;
+            }
+        }
+        if done {
+            break;
+        }
+    }
+    for (run, subject, _) in &mut actors {
+        run.end(subject.as_mut())?;
+    }
+    for (run, subject) in &mut onlookers {
+        run.look(subject.as_mut(), "beside two that write")?;
+    }
+    drop((actors, onlookers));
+    are_unchanged(&lowers, &before)
 }
 
 struct Run {
@@ -207,41 +255,64 @@ struct Run {
 }
 
 impl Run {
+    /// Of one union below `base`, which has nothing in its upper.
+    fn new(which: Which, stack: &[Layer], base: &HostPath, lowers: &[PathBuf]) -> (Self, Dirs) {
+        let root = Meta::plain(0o755);
+        let run = Self {
+            which,
+            model: layers::merge(stack, &root),
+            inodes: InodeMap::default(),
+            began: now(),
+            done: String::new(),
+        };
+        let dirs = Dirs::make(base, lowers);
+        layers::set_mtime(&dirs.upper, root.mtime);
+        (run, dirs)
+    }
+
     fn ops(&mut self, dirs: &Dirs, ops: &[Op]) -> Result<(), String> {
         let mut subject = self.which.start(dirs);
         self.look(subject.as_mut(), "right after mounting")?;
         for op in ops {
-            let want = self.model.run(op);
-            if want == Outcome::Skip {
-                continue;
-            }
-            let _ = writeln!(self.done, "  {op:?}");
-            if *op == Op::Remount {
-                self.look(subject.as_mut(), "before a remount")?;
-                subject.remount();
-                self.look(subject.as_mut(), "after a remount")?;
-                continue;
-            }
-            if self.which == Which::Kernel {
-                differences::blur_for_kernel(&mut self.model, op, &want);
-            }
-            let got = subject.perform(op);
-            let Some(why) = self.disagree(&want, &got) else {
-                continue;
-            };
-            if self.which != Which::Kernel || differences::of_kernel(op, &want, &got).is_none() {
-                return Err(format!("after\n{}{why}", self.done));
-            }
-            // From here on the two open files are no longer the same.
-            if let Op::ChmodOpen { slot, .. } = op {
-                self.model.run(&Op::Close { slot: *slot });
-                subject.perform(&Op::Close { slot: *slot });
-            }
+            self.op(subject.as_mut(), op)?;
         }
-        self.look(subject.as_mut(), "at the end")?;
+        self.end(subject.as_mut())
+    }
+
+    fn op(&mut self, subject: &mut dyn Subject, op: &Op) -> Result<(), String> {
+        let want = self.model.run(op);
+        if want == Outcome::Skip {
+            return Ok(());
+        }
+        let _ = writeln!(self.done, "  {op:?}");
+        if *op == Op::Remount {
+            self.look(subject, "before a remount")?;
+            subject.remount();
+            return self.look(subject, "after a remount");
+        }
+        if self.which == Which::Kernel {
+            differences::blur_for_kernel(&mut self.model, op, &want);
+        }
+        let got = subject.perform(op);
+        let Some(why) = self.disagree(&want, &got) else {
+            return Ok(());
+        };
+        if self.which != Which::Kernel || differences::of_kernel(op, &want, &got).is_none() {
+            return Err(format!("after\n{}{why}", self.done));
+        }
+        // From here on the two open files are no longer the same.
+        if let Op::ChmodOpen { slot, .. } = op {
+            self.model.run(&Op::Close { slot: *slot });
+            subject.perform(&Op::Close { slot: *slot });
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, subject: &mut dyn Subject) -> Result<(), String> {
+        self.look(subject, "at the end")?;
         self.model.run(&Op::Remount);
         subject.remount();
-        self.look(subject.as_mut(), "after the last remount")
+        self.look(subject, "after the last remount")
     }
 
     fn disagree(&self, want: &Outcome, got: &Outcome) -> Option<String> {
