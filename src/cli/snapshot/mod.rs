@@ -1,24 +1,24 @@
 //! `snapctl snapshot`: snapshots of every owner, to look at and to work on by hand.
 
-use std::collections::{BTreeMap, HashMap};
-use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+mod args;
+mod view;
 
-use clap::{Args, Subcommand};
-use serde::Serialize;
+use std::collections::HashMap;
+use std::os::unix::ffi::OsStringExt;
+
+use clap::Subcommand;
 use tonic::{Code, Status};
 
-use super::args::utf8;
+use self::args::*;
+pub use self::view::SnapshotView;
+use self::view::{ExportView, MountView, UsageView, diff_view, letter};
 use super::client::Client;
 use super::error::{Error, Result};
-use super::output::{self, Cut, ListFormat, lines_out, or_dash, printable, report, size};
-use super::time::{age, rfc3339};
+use super::output::{self, lines_out, or_dash, printable, report, size};
 use super::tree;
-use crate::grpc::pb::plywood::diff_entry::Change;
 use crate::grpc::pb::plywood::{
-    CommitRequest, DiffEntry, DiffRequest, ExportOverlayRequest, InfoRequest, ListRequest,
-    MaterializeRequest, Mount, MountsRequest, PrepareRequest, RemoveRequest, Snapshot,
-    SnapshotKind, UsageRequest,
+    CommitRequest, DiffRequest, ExportOverlayRequest, InfoRequest, ListRequest, MaterializeRequest,
+    Mount, MountsRequest, PrepareRequest, RemoveRequest, Snapshot, SnapshotKind, UsageRequest,
 };
 
 /// Whom the snapshots belong to that are made and committed here.
@@ -89,216 +89,6 @@ Examples:
   mount -t overlay overlay -o \"$(snapctl snapshot export-overlay work /srv/work)\" /mnt"
     )]
     ExportOverlay(ExportOverlayArgs),
-}
-
-/// Arguments of `snapshot ls`.
-#[derive(Args, Debug)]
-pub struct LsArgs {
-    #[command(flatten)]
-    owner: OwnerArg,
-    #[command(flatten)]
-    cut: Cut,
-    #[command(flatten)]
-    format: ListFormat,
-}
-
-/// Whose snapshots a command is about.
-#[derive(Args, Debug)]
-struct OwnerArg {
-    /// Only snapshots of this owner
-    #[arg(long, value_parser = ["containerd", "snapctl", "image", "container"])]
-    owner: Option<String>,
-}
-
-/// Arguments of `snapshot info` and `snapshot usage`.
-#[derive(Args, Debug)]
-pub struct InfoArgs {
-    /// Key of the snapshot
-    #[arg(value_parser = utf8())]
-    key: String,
-    #[command(flatten)]
-    owner: OwnerArg,
-    /// Print a JSON object
-    #[arg(long)]
-    json: bool,
-}
-
-/// Arguments of `snapshot prepare` and `snapshot view`.
-#[derive(Args, Debug)]
-pub struct PrepareArgs {
-    /// Key of the new snapshot
-    #[arg(value_parser = utf8())]
-    key: String,
-    /// Key of a committed snapshot, or name of an image
-    #[arg(value_parser = utf8(), default_value = "", hide_default_value = true)]
-    parent: String,
-    #[command(flatten)]
-    labels: Labels,
-    /// Print the snapshot as a JSON object
-    #[arg(long)]
-    json: bool,
-}
-
-/// Arguments of `snapshot commit`.
-#[derive(Args, Debug)]
-pub struct CommitArgs {
-    /// Key of the writable snapshot
-    #[arg(value_parser = utf8())]
-    key: String,
-    /// Key of the committed snapshot that it becomes
-    #[arg(value_parser = utf8())]
-    name: String,
-    #[command(flatten)]
-    labels: Labels,
-    /// Print the snapshot as a JSON object
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Args, Debug)]
-struct Labels {
-    /// Set a label
-    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = utf8())]
-    labels: Vec<String>,
-}
-
-/// Arguments of `snapshot mounts`.
-#[derive(Args, Debug)]
-pub struct MountsArgs {
-    /// Key of the snapshot
-    #[arg(value_parser = utf8())]
-    key: String,
-    #[command(flatten)]
-    format: ListFormat,
-}
-
-/// Arguments of `snapshot rm`.
-#[derive(Args, Debug)]
-pub struct RemoveArgs {
-    /// Keys of the snapshots
-    #[arg(required = true, value_name = "KEY", value_parser = utf8())]
-    keys: Vec<String>,
-}
-
-/// Arguments of `snapshot diff`.
-#[derive(Args, Debug)]
-pub struct DiffArgs {
-    /// Key of the snapshot
-    #[arg(value_parser = utf8())]
-    key: String,
-    #[command(flatten)]
-    owner: OwnerArg,
-    #[command(flatten)]
-    format: ListFormat,
-}
-
-/// Arguments of `snapshot materialize`.
-#[derive(Args, Debug)]
-pub struct MaterializeArgs {
-    /// Key of the snapshot
-    #[arg(value_parser = utf8())]
-    key: String,
-    #[command(flatten)]
-    owner: OwnerArg,
-}
-
-/// Arguments of `snapshot export-overlay`.
-#[derive(Args, Debug)]
-pub struct ExportOverlayArgs {
-    /// Key of the snapshot
-    #[arg(value_parser = utf8())]
-    key: String,
-    /// Directory to be made
-    dir: PathBuf,
-    #[command(flatten)]
-    owner: OwnerArg,
-    /// Print a JSON object
-    #[arg(long)]
-    json: bool,
-}
-
-/// Arguments of `snapshot tree`.
-#[derive(Args, Debug)]
-pub struct TreeArgs {
-    #[command(flatten)]
-    owner: OwnerArg,
-    #[command(flatten)]
-    cut: Cut,
-    /// Print nested JSON objects
-    #[arg(long)]
-    json: bool,
-}
-
-/// A snapshot as JSON.
-#[derive(Serialize)]
-pub struct SnapshotView {
-    pub id: String,
-    pub key: String,
-    pub parent: Option<String>,
-    pub kind: &'static str,
-    pub owner: String,
-    pub labels: BTreeMap<String, String>,
-    pub created: Option<String>,
-    pub updated: Option<String>,
-    pub mountpoint: Option<String>,
-    pub plyfs_pid: Option<u32>,
-    pub upper_dir: Option<String>,
-    pub layer_dirs: Vec<String>,
-    #[serde(skip)]
-    age: String,
-}
-
-impl From<Snapshot> for SnapshotView {
-    fn from(snapshot: Snapshot) -> Self {
-        let some = |text: String| Some(text).filter(|text| !text.is_empty());
-        Self {
-            kind: match snapshot.kind() {
-                SnapshotKind::View => "view",
-                SnapshotKind::Active => "active",
-                SnapshotKind::Committed => "committed",
-                SnapshotKind::Unspecified => "unknown",
-            },
-            age: age(snapshot.created.as_ref()),
-            created: snapshot.created.as_ref().map(rfc3339),
-            updated: snapshot.updated.as_ref().map(rfc3339),
-            id: snapshot.id,
-            key: snapshot.key,
-            parent: some(snapshot.parent),
-            owner: snapshot.owner,
-            labels: snapshot.labels.into_iter().collect(),
-            mountpoint: some(snapshot.mountpoint),
-            plyfs_pid: Some(snapshot.plyfs_pid).filter(|pid| *pid != 0),
-            upper_dir: some(snapshot.upper_dir),
-            layer_dirs: snapshot.layer_dirs,
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct MountView {
-    r#type: String,
-    source: String,
-    options: Vec<String>,
-}
-
-#[derive(Serialize)]
-struct UsageView {
-    size: u64,
-    inodes: u64,
-}
-
-#[derive(Serialize)]
-struct ExportView {
-    options: String,
-}
-
-#[derive(Serialize)]
-struct DiffView {
-    change: &'static str,
-    path: String,
-    /// The path's bytes in hexadecimal, where they are not UTF-8 and `path` only resembles them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    path_hex: Option<String>,
 }
 
 /// Runs one command.
@@ -582,55 +372,9 @@ async fn export_overlay(args: ExportOverlayArgs, client: &Client) -> Result<()> 
     output::bytes_out(&options)
 }
 
-fn letter(change: Change) -> u8 {
-    match change {
-        Change::Added => b'A',
-        Change::Modified => b'M',
-        Change::Deleted => b'D',
-        Change::Unspecified => b'?',
-    }
-}
-
-fn diff_view(entry: DiffEntry) -> DiffView {
-    let change = match entry.change() {
-        Change::Added => "added",
-        Change::Modified => "modified",
-        Change::Deleted => "deleted",
-        Change::Unspecified => "unknown",
-    };
-    match std::ffi::OsString::from_vec(entry.path).into_string() {
-        Ok(path) => DiffView {
-            change,
-            path,
-            path_hex: None,
-        },
-        Err(bytes) => DiffView {
-            change,
-            path: bytes.to_string_lossy().into_owned(),
-            path_hex: Some(
-                bytes
-                    .into_vec()
-                    .iter()
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect(),
-            ),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn paths_that_are_not_utf8_keep_their_bytes() {
-        let view = diff_view(DiffEntry {
-            change: Change::Added.into(),
-            path: b"/a\xff".to_vec(),
-        });
-        assert_eq!(view.path, "/a\u{fffd}");
-        assert_eq!(view.path_hex.as_deref(), Some("2f61ff"));
-    }
 
     #[test]
     fn labels() {
