@@ -102,6 +102,7 @@ impl ContainerArgs {
             tty: self.tty,
             open_stdin: self.interactive,
             auto_remove: self.rm,
+            starts_next: false,
         }
     }
 }
@@ -115,7 +116,10 @@ pub async fn create(args: ContainerArgs, client: &Client) -> Result<()> {
 /// Runs `snapctl run`; the exit code is the process's.
 pub async fn run(args: RunArgs, client: &Client) -> Result<ExitCode> {
     let mut signals = Signals::catch()?;
-    let request = args.container.into_request();
+    let request = CreateContainerRequest {
+        starts_next: true,
+        ..args.container.into_request()
+    };
     if args.detach {
         detached(request, client, &mut signals).await
     } else {

@@ -373,6 +373,7 @@ fn from_request(request: api::CreateContainerRequest) -> CreateRequest {
         tty: request.tty,
         open_stdin: request.open_stdin,
         auto_remove: request.auto_remove,
+        starts_next: request.starts_next,
     }
 }
 

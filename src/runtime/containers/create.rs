@@ -61,6 +61,8 @@ pub struct CreateRequest {
     pub open_stdin: bool,
     /// It is removed when it ends.
     pub auto_remove: bool,
+    /// Whoever creates it starts it next.
+    pub starts_next: bool,
 }
 
 /// Keeps a name for a container that is being created.
@@ -188,6 +190,7 @@ impl Containers {
             tty: plan.request.tty,
             open_stdin: plan.request.open_stdin,
             auto_remove: plan.request.auto_remove,
+            starts_next: plan.request.starts_next,
             host_network,
             hostname,
             stop_signal: plan.stop_signal,

@@ -27,6 +27,9 @@ pub struct ContainerRecord {
     pub open_stdin: bool,
     /// It is removed when it ends.
     pub auto_remove: bool,
+    /// Who created it was about to start it.
+    #[serde(default)]
+    pub starts_next: bool,
     /// It shares the host's network.
     pub host_network: bool,
     /// Its host name.

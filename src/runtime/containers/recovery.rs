@@ -43,6 +43,11 @@ impl Containers {
             tasks.push(tokio::spawn(async move {
                 if let Err(error) = this.rediscover(&entry).await {
                     tracing::error!(container = entry.id, %error, "cannot find out how it is");
+                    return;
+                }
+                let was_to_start = entry.record.auto_remove && entry.record.starts_next;
+                if was_to_start && entry.state().status == Status::Created {
+                    this.remove_unstarted(&entry).await;
                 }
             }));
         }
@@ -99,6 +104,17 @@ impl Containers {
             Err(error) => return Err(error.into()),
         }
         Ok(())
+    }
+
+    /// Removes a container whose start the last plyd did not live to see: whoever wanted it was told that it failed.
+    async fn remove_unstarted(&self, entry: &Arc<Entry>) {
+        tracing::info!(
+            container = entry.id,
+            "removing what was created for a run that never began"
+        );
+        if let Err(error) = self.remove(&entry.id, true).await {
+            tracing::warn!(container = entry.id, %error, "it stays");
+        }
     }
 
     /// The state that the container's shim tells, and a connection that waits for the end.
