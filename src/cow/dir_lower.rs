@@ -34,6 +34,8 @@ struct Layer {
     budget: Arc<Budget>,
     /// Kept open for as long as the layer is used: with it goes the private mount.
     root: Arc<OwnedFd>,
+    /// It is reached through a private mount that is read-only.
+    sealed: bool,
     dev: u64,
     uuid: [u8; 16],
     decodes: bool,
@@ -79,6 +81,7 @@ impl DirLower {
         budget: &Arc<Budget>,
     ) -> std::io::Result<Self> {
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let sealed = mount.is_some();
         let root = match mount {
             Some(mount) => fs::openat(mount.as_fd(), OsStr::new("."), flags, 0)?,
             None => fs::open_path(path, flags)?,
@@ -101,6 +104,7 @@ impl DirLower {
             dev: stat.st_dev,
             uuid: handle::fs_uuid(root.as_fd()),
             root: Arc::new(root),
+            sealed,
             decodes,
             foreign: dialect.is_none(),
             stat_override,
@@ -544,6 +548,7 @@ impl LowerObject for DirObject {
         Ok(Arc::new(HostFile {
             fd,
             size: self.attr.size,
+            sealed: self.layer.sealed,
         }))
     }
 
@@ -561,6 +566,7 @@ struct HostFile {
     fd: OwnedFd,
     /// It never changes, so the end of the file needs no second read to be known.
     size: u64,
+    sealed: bool,
 }
 
 impl LowerFile for HostFile {
@@ -576,5 +582,9 @@ impl LowerFile for HostFile {
 
     fn host_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.fd.as_fd())
+    }
+
+    fn sealed_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.sealed.then(|| self.fd.as_fd())
     }
 }

@@ -206,26 +206,31 @@ impl Union {
         let backing = self.io(&node, false)?;
         let done = backing.read_at(buf, offset)?;
         if !matches!(*backing, Backing::Upper { .. }) {
-            let (in_upper, atime, lower) = {
-                let place = node.place.read();
-                (
-                    place.upper.is_some(),
-                    place.atime,
-                    place.lowers.first().cloned(),
-                )
-            };
-            match lower {
-                Some(_) if in_upper => {
-                    // What was asked for is the data, and that is there.
-                    if let Err(error) = self.touch_metacopy(&node, atime) {
-                        tracing::debug!(%error, "an access time could not be moved");
-                    }
-                }
-                Some(lower) => self.touch_lower(&node, atime, lower.object.attr()),
-                None => {}
-            }
+            self.touch_data(&node);
         }
         Ok(done)
+    }
+
+    /// Notes that data was read that lies in a lower layer, at least in part.
+    pub(super) fn touch_data(&self, node: &Arc<Node>) {
+        let (in_upper, atime, lower) = {
+            let place = node.place.read();
+            (
+                place.upper.is_some(),
+                place.atime,
+                place.lowers.first().cloned(),
+            )
+        };
+        match lower {
+            Some(_) if in_upper => {
+                // What was asked for is the data, and that is there.
+                if let Err(error) = self.touch_metacopy(node, atime) {
+                    tracing::debug!(%error, "an access time could not be moved");
+                }
+            }
+            Some(lower) => self.touch_lower(node, atime, lower.object.attr()),
+            None => {}
+        }
     }
 
     /// `kill_suidgid`: clear setuid, and setgid of a group-executable file.

@@ -86,4 +86,8 @@ pub trait LowerFile: Send + Sync {
     fn seek(&self, offset: i64, whence: i32) -> Result<i64>;
     /// The host descriptor that holds exactly this content, if there is one.
     fn host_fd(&self) -> Option<BorrowedFd<'_>>;
+    /// The same, if nobody can write the file by way of it, not by opening it again either.
+    fn sealed_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }

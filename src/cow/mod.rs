@@ -36,6 +36,7 @@ mod forget;
 mod index;
 mod lookup;
 mod lower;
+mod lower_data;
 mod metacopy;
 mod node;
 mod number;

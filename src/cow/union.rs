@@ -10,6 +10,7 @@ pub use super::error::{Error, OpenError, Result};
 use super::fdcache::Budget;
 pub use super::file::FileHandle;
 use super::lower::Lower;
+pub use super::lower_data::LowerData;
 use super::node::Table;
 use super::number::Numbers;
 use super::owner::Owners;

@@ -35,7 +35,7 @@ pub enum Feature {
     ExplicitInval,
     /// Requests of more than 128 KiB.
     MaxPages,
-    /// Reads and writes of open files go to the host's files without the server.
+    /// Lower files are read by the kernel itself.
     Passthrough,
     /// Pending requests can be sent again to a successor.
     Resend,
@@ -201,12 +201,11 @@ pub const ALL: [Description; 27] = [
         28,
         Offer::Init(InitFlags::FUSE_MAX_PAGES),
     ),
-    unused(
+    used(
         Feature::Passthrough,
         "passthrough",
         40,
         Offer::Init(InitFlags::FUSE_PASSTHROUGH),
-        "not used yet: excludes the writeback cache, and a write could reach a lower layer",
     ),
     unused(
         Feature::Resend,

@@ -4,8 +4,10 @@
 //! kernel on, out of the optional [`features`] of the protocol; [`options`] reads what the user
 //! wants. The kernel may keep everything it is told for good, because this process alone changes the
 //! tree. Of what the kernel itself keeps back, dirty pages, [`seek`] and [`server`] bring down what
-//! somebody is about to look at from below.
+//! somebody is about to look at from below. What it reads by itself, from files of lower layers, is kept account
+//! of by [`passing`].
 
+mod claims;
 pub mod control;
 pub mod convert;
 pub mod daemon;
@@ -14,6 +16,7 @@ pub mod handles;
 pub mod log;
 mod long;
 pub mod options;
+pub mod passing;
 pub mod policy;
 pub mod probe;
 pub mod seek;

@@ -5,12 +5,16 @@ use fuser::{InitFlags, KernelConfig, Version};
 
 use super::features::{self, Feature, FeatureSet, Offer};
 use super::options::SessionOptions;
+use crate::sys::process;
 
 /// The longest WRITE: 1 MiB, the most that `max_pages` allows by default.
 const MAX_WRITE: u32 = 1 << 20;
 
 /// Requests that the kernel may have under way on its own account, as read-ahead and write-back.
 const MAX_BACKGROUND: u16 = 64;
+
+/// Why the kernel lets a process pass no files through.
+pub const NEEDS_ADMIN: &str = "it takes CAP_SYS_ADMIN on the host";
 
 /// What was agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,8 @@ pub struct Policy {
     pub no_open: bool,
     /// The kernel gathers writes and keeps size and times of its own.
     pub writeback: bool,
+    /// The kernel reads lower files by itself.
+    pub passthrough: bool,
     /// The umask comes with the request and is the server's to apply.
     pub dont_mask: bool,
 }
@@ -34,6 +40,7 @@ impl Policy {
         offered: FeatureSet::EMPTY,
         no_open: false,
         writeback: false,
+        passthrough: false,
         dont_mask: false,
     };
 
@@ -56,7 +63,12 @@ impl Policy {
                 offered.insert(description.feature);
             }
         }
-        let mut policy = Self::choose(offered, options, no_acl);
+        let mut options = *options;
+        if options.passthrough && !process::administers_the_host() {
+            tracing::warn!("files are not passed through: {NEEDS_ADMIN}");
+            options.passthrough = false;
+        }
+        let mut policy = Self::choose(offered, &options, no_acl);
         for description in &features::ALL {
             let Offer::Init(flag) = description.offer else {
                 continue;
@@ -75,6 +87,17 @@ impl Policy {
             // 32 pages, which every kernel takes.
             128 << 10
         };
+        if policy.uses(Feature::Passthrough) {
+            // Lower layers on a stacked file system are beyond that, and their files served by requests; with more, kernel
+            // overlayfs could not be mounted on top.
+            let _ = config.set_max_stack_depth(1);
+        }
+        policy.passthrough = policy.uses(Feature::Passthrough);
+        if options.passthrough && !policy.passthrough {
+            tracing::warn!(
+                "files are not passed through: it takes Linux 6.9, and `kernel_features` must not mask it"
+            );
+        }
         // Each of these answers only with the nearest value that it would take; ours are in range.
         let _ = config.set_max_write(options.max_write.unwrap_or(limit).min(limit));
         let _ = config.set_max_background(MAX_BACKGROUND);
@@ -102,6 +125,9 @@ impl Policy {
             in_use.remove(Feature::NoOpen);
         }
         let no_open = in_use.contains(Feature::NoOpen);
+        if !options.passthrough || no_open || in_use.contains(Feature::Writeback) {
+            in_use.remove(Feature::Passthrough);
+        }
         if no_open {
             // Without OPEN there would be nobody to truncate.
             in_use.remove(Feature::AtomicTrunc);
@@ -114,6 +140,7 @@ impl Policy {
             offered,
             no_open,
             writeback: in_use.contains(Feature::Writeback),
+            passthrough: in_use.contains(Feature::Passthrough),
             dont_mask: in_use.contains(Feature::DontMask),
         }
     }
@@ -156,16 +183,36 @@ mod tests {
     }
 
     #[test]
+    fn passthrough_is_asked_for_and_yields_to_what_it_excludes() {
+        assert!(!choose(&SessionOptions::default()).passthrough);
+        let asked = SessionOptions {
+            passthrough: true,
+            ..SessionOptions::default()
+        };
+        assert!(choose(&asked).passthrough);
+        for (no_open, writeback) in [(true, false), (false, true)] {
+            let policy = choose(&SessionOptions {
+                no_open,
+                writeback,
+                ..asked
+            });
+            assert!(!policy.passthrough && !policy.uses(Feature::Passthrough));
+        }
+    }
+
+    #[test]
     fn an_old_kernel_or_a_mask_leaves_a_plain_connection() {
         let options = SessionOptions {
             allowed: FeatureSet::EMPTY,
             no_open: true,
             writeback: true,
+            passthrough: true,
             ..SessionOptions::default()
         };
         let masked = choose(&options);
         assert_eq!(masked.in_use, FeatureSet::EMPTY);
         assert!(!masked.no_open && !masked.writeback && !masked.dont_mask);
+        assert!(!masked.passthrough);
         let old = Policy::choose(FeatureSet::EMPTY, &SessionOptions::default(), false);
         assert_eq!(old.in_use, FeatureSet::EMPTY);
     }

@@ -12,8 +12,9 @@ use nix::sched::CloneFlags;
 
 use super::features;
 use super::options::SessionOptions;
-use super::policy::Policy;
+use super::policy::{NEEDS_ADMIN, Policy};
 use crate::sys::fuse_mount::{self, MountOptions};
+use crate::sys::process;
 
 /// One optional feature on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +76,11 @@ fn features(policy: &Result<Policy, String>) -> Vec<Feature> {
                 (Err(error), ..) => Some(error.clone()),
                 (_, false, ..) => Some("this kernel does not offer it".to_owned()),
                 (_, _, _, Some(why)) => Some(why.to_owned()),
+                _ if description.feature == features::Feature::Passthrough
+                    && !process::administers_the_host() =>
+                {
+                    Some(NEEDS_ADMIN.to_owned())
+                }
                 _ => Some(format!(
                     "off by default; -o {} switches it on",
                     description.name

@@ -18,7 +18,9 @@ use crate::cow::{NodeId, Union};
 
 /// A request that waits for its answer.
 pub struct SeekJob {
-    /// The file.
+    /// The file's number.
+    pub ino: INodeNo,
+    /// Its node.
     pub node: NodeId,
     /// Its handle, if it has one.
     pub handle: Option<Arc<FileHandle>>,
@@ -53,8 +55,8 @@ impl Seeker {
             .name("plyfs-seek".into())
             .spawn(move || {
                 for job in jobs {
-                    if let Err(error) = flush(&notifier, job.node) {
-                        tracing::warn!(%error, node = job.node.0, "dirty pages could not be flushed");
+                    if let Err(error) = flush(&notifier, job.ino) {
+                        tracing::warn!(%error, ino = job.ino.0, "dirty pages could not be flushed");
                     }
                     super::session::guarded("lseek", || job.answer(&union));
                 }
@@ -79,6 +81,6 @@ impl Seeker {
 
 /// Makes the kernel write the dirty pages of a file and waits until they are written. Never to be
 /// called by a request worker.
-pub fn flush(notifier: &Notifier, node: NodeId) -> std::io::Result<()> {
-    notifier.inval_inode(INodeNo(node.0), 0, 0)
+pub fn flush(notifier: &Notifier, ino: INodeNo) -> std::io::Result<()> {
+    notifier.inval_inode(ino, 0, 0)
 }

@@ -5,13 +5,15 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
-use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
+use fuser::{BackingId, Config, INodeNo, Notifier, Session, SessionACL};
 
+use super::claims::Claims;
 use super::long::Long;
 use super::options::SessionOptions;
+use super::passing::Passing;
 use super::policy::Policy;
 use super::seek::{self, Seeker};
-use super::session::UnionFs;
+use super::session::{Helpers, UnionFs};
 use crate::cow::Union;
 use crate::cow::union::Error as UnionError;
 
@@ -26,6 +28,7 @@ pub struct Server {
 #[derive(Clone)]
 pub struct Flusher {
     union: Arc<Union>,
+    passing: Arc<Passing<BackingId>>,
     notifier: Notifier,
 }
 
@@ -39,13 +42,19 @@ impl Server {
     ) -> io::Result<Self> {
         let policy = Arc::new(OnceLock::new());
         let (seeker, long) = (Seeker::default(), Long::default());
+        let (claims, claimed) = Claims::new();
+        let passing = Arc::new(Passing::default());
         let filesystem = UnionFs::new(
             union.clone(),
             options,
             no_acl,
             policy.clone(),
-            seeker.clone(),
-            long.clone(),
+            passing.clone(),
+            Helpers {
+                seeker: seeker.clone(),
+                long: long.clone(),
+                claims,
+            },
         );
         let mut config = Config::default();
         // Who may enter is checked by the kernel, before fuser is asked; of root alone it knows nothing.
@@ -59,6 +68,7 @@ impl Server {
         let notifier = session.notifier();
         long.start()?;
         seeker.start(union.clone(), notifier.clone())?;
+        claimed.serve(union.clone(), passing.clone(), notifier.clone())?;
         let teller = notifier.clone();
         union.on_side_effect(move |directory| {
             // Attributes alone: that never waits for a request, so a worker may say it.
@@ -69,7 +79,11 @@ impl Server {
         Ok(Self {
             session,
             policy,
-            flusher: Flusher { union, notifier },
+            flusher: Flusher {
+                union,
+                passing,
+                notifier,
+            },
         })
     }
 
@@ -117,7 +131,9 @@ impl Flusher {
     /// Writes every dirty page of files that may be written to the upper, then makes the upper durable.
     pub fn flush(&self) -> Result<(), UnionError> {
         for node in self.union.writable_nodes() {
-            if let Err(error) = seek::flush(&self.notifier, node) {
+            // What is written goes by the number that the names stand for.
+            let ino = INodeNo(self.passing.number(node).0);
+            if let Err(error) = seek::flush(&self.notifier, ino) {
                 // Without a mount there are no dirty pages any more.
                 if error.raw_os_error() == Some(libc::ENOTCONN) {
                     break;

@@ -84,26 +84,56 @@ pub fn give_back_memory() {
     }
 }
 
+/// Bit of CAP_SYS_ADMIN.
+const CAP_SYS_ADMIN: u32 = 1 << 21;
+
 /// Bit of CAP_SYS_RESOURCE.
 const CAP_SYS_RESOURCE: u32 = 1 << 24;
+
+static CAPABILITY_HEADER: CapabilityHeader = CapabilityHeader {
+    version: CAPABILITY_VERSION_3,
+    pid: 0,
+};
+
+/// The capabilities of this thread.
+fn capabilities() -> io::Result<[CapabilityData; 2]> {
+    let mut data = [CapabilityData::default(); 2];
+    // SAFETY: version 3 has a header and two sets of data, laid out as the kernel's structures; both
+    // live through the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_capget,
+            &raw const CAPABILITY_HEADER,
+            data.as_mut_ptr(),
+        )
+    };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(data)
+}
+
+/// Whether this process may do what the host reserves to CAP_SYS_ADMIN of its own.
+pub fn administers_the_host() -> bool {
+    in_initial_user_namespace()
+        && capabilities().is_ok_and(|data| data[0].effective & CAP_SYS_ADMIN != 0)
+}
 
 /// Gives CAP_SYS_RESOURCE away for good, for this thread and those that it starts later: whoever has
 /// it writes beyond quotas. (Into the blocks that a file system reserves root writes without it, too.)
 pub fn drop_sys_resource() -> io::Result<()> {
-    let header = CapabilityHeader {
-        version: CAPABILITY_VERSION_3,
-        pid: 0,
-    };
-    let mut data = [CapabilityData::default(); 2];
-    // SAFETY: version 3 has a header and two sets of data, laid out as the kernel's structures; both
-    // live through the call.
-    if unsafe { libc::syscall(libc::SYS_capget, &raw const header, data.as_mut_ptr()) } == -1 {
-        return Err(io::Error::last_os_error());
-    }
+    let mut data = capabilities()?;
     data[0].effective &= !CAP_SYS_RESOURCE;
     data[0].permitted &= !CAP_SYS_RESOURCE;
-    // SAFETY: as above; the kernel only reads.
-    if unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) } == -1 {
+    // SAFETY: the structures are as for capget, and the kernel only reads them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_capset,
+            &raw const CAPABILITY_HEADER,
+            data.as_ptr(),
+        )
+    };
+    if result == -1 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

@@ -2,6 +2,8 @@
 #![allow(unsafe_code, reason = "a test of mmap has to map")]
 
 use std::fs::File;
+use std::io;
+use std::path::Path;
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
 
@@ -11,14 +13,34 @@ pub fn shared(file: &File) -> Mmap {
     unsafe { Mmap::map(file) }.unwrap()
 }
 
+/// The same, of what is not empty.
+pub fn shared_or_none(path: &Path) -> Option<Mmap> {
+    let file = File::open(path).unwrap();
+    (file.metadata().unwrap().len() > 0).then(|| shared(&file))
+}
+
+/// Maps a whole file shared and writable, or says why not.
+pub fn try_shared_mut(file: &File) -> io::Result<MmapMut> {
+    // SAFETY: as above.
+    unsafe { MmapMut::map_mut(file) }
+}
+
 /// Maps a whole file shared and writable.
 pub fn shared_mut(file: &File) -> MmapMut {
-    // SAFETY: as above.
-    unsafe { MmapMut::map_mut(file) }.unwrap()
+    try_shared_mut(file).unwrap()
 }
 
 /// Maps a whole file privately and writable.
 pub fn private(file: &File) -> MmapMut {
     // SAFETY: as above.
     unsafe { MmapOptions::new().map_copy(file) }.unwrap()
+}
+
+/// How many pages of a mapping are in memory.
+pub fn resident(map: &Mmap) -> usize {
+    let mut pages = vec![0u8; map.len().div_ceil(4096)];
+    // SAFETY: the range is mapped for as long as `map` is borrowed, and there is a byte for each of its pages.
+    let result = unsafe { libc::mincore(map.as_ptr() as *mut _, map.len(), pages.as_mut_ptr()) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    pages.iter().filter(|page| **page & 1 != 0).count()
 }

@@ -15,20 +15,22 @@ const OLD_CALLS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/linux
 pub struct Mode {
     /// As `PLYWOOD_TEST_MODE` has it.
     pub name: &'static str,
-    /// What it adds to the options of every mount; what a test says itself comes later and counts.
-    pub options: &'static str,
+    options: &'static str,
     /// The server has only the system calls of Linux 3.10.
     pub old_calls: bool,
 }
 
+const PASSTHROUGH: &str = "passthrough";
+
 /// `tests/modes/run` knows them by name, too.
-const ALL: [Mode; 8] = [
+const ALL: [Mode; 9] = [
     mode("all-on", "", false),
     mode("all-off", "kernel_features=-all", false),
     mode("protocol-7.22", "kernel_features=7.22", false),
     mode("writeback", "writeback", false),
     mode("no_open", "no_open", false),
     mode("no_open+writeback", "no_open,writeback", false),
+    mode(PASSTHROUGH, PASSTHROUGH, false),
     mode("old-calls", "", true),
     mode("linux-3.10", "kernel_features=7.22", true),
 ];
@@ -54,6 +56,25 @@ impl Mode {
         })
     }
 
+    /// What it adds to the options of a mount; `own`, which a test says itself, come later and count. Where the two
+    /// exclude each other, it adds nothing: plyfs refuses a contradiction.
+    pub fn options_before(&self, own: &str) -> &'static str {
+        let has = |options: &str, words: [&str; 2]| {
+            let mut all = options.split(',');
+            all.any(|word| words.contains(&word))
+        };
+        let excluded = ["no_open", "writeback"];
+        let passthrough = [PASSTHROUGH; 2];
+        let contradicts = has(self.options, passthrough) && has(own, excluded)
+            || has(self.options, excluded) && has(own, passthrough);
+        if contradicts { "" } else { self.options }
+    }
+
+    /// Whether the kernel reads lower files by itself: who has one open before it is written goes on with its old data.
+    pub fn passes(&self) -> bool {
+        self.options == PASSTHROUGH && kernel_passes()
+    }
+
     /// Whether the kernel's part has what is newer than protocol 7.22.
     pub fn is_new(&self) -> bool {
         !self.options.contains("7.22")
@@ -73,6 +94,14 @@ impl Mode {
     pub fn exchanges(&self) -> bool {
         self.is_new() && !self.old_calls
     }
+}
+
+/// Whether this kernel can read lower files by itself: Linux 6.9 and later.
+pub fn kernel_passes() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|word| word.parse::<u32>());
+    let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
+    (next(), next()) >= (6, 9)
 }
 
 /// To start plyfs by, in the mode of this run.

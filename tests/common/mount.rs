@@ -52,7 +52,8 @@ impl Mount {
     }
 
     fn started_by(mut plyfs: Command, target: &Path, options: &str) -> Self {
-        let options = &format!("{},{options}", Mode::of_run().options);
+        let mode = Mode::of_run().options_before(options);
+        let options = &format!("{mode},{options}");
         let output = plyfs.args(["-o", options]).arg(target).output().unwrap();
         assert!(
             output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(),

@@ -107,7 +107,7 @@ impl Mount {
         let outside = fs::metadata(&dirs.mountpoint).unwrap().dev();
         let mut daemon = mode::plyfs()
             .arg("-f")
-            .args(["-o", mode::Mode::of_run().options])
+            .args(["-o", mode::Mode::of_run().options_before(dirs.profile)])
             .args(["-o", &(dirs.options() + dirs.profile)])
             .arg(&dirs.mountpoint)
             .stdin(Stdio::null())

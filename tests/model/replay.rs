@@ -10,7 +10,7 @@ use crate::layers::{self, Layer, Meta};
 use crate::model::Model;
 use crate::mounts::mode::Mode;
 use crate::mounts::{Dirs, Mount, Tmpfs};
-use crate::ops::{How, Op, Outcome};
+use crate::ops::{Access, How, Op, Outcome};
 use crate::tree::{InodeMap, Snapshot, compare, data_differs};
 
 /// Whatever claims to be a union.
@@ -32,7 +32,8 @@ pub enum Which {
 }
 
 impl Which {
-    /// The operations without those that the mode of this run has no request for: asked for plainly.
+    /// The operations without those that the mode of this run has no request for: asked for plainly. Nor does it hold with
+    /// what that mode does otherwise.
     fn possible(self, ops: &[Op]) -> Vec<Op> {
         let mode = Mode::of_run();
         let has = |how| match how {
@@ -45,6 +46,10 @@ impl Which {
             for op in &mut ops {
                 match op {
                     Op::Rename { how, .. } if !has(*how) => *how = How::Replace,
+                    // Who only reads a lower file would go on with its old data.
+                    Op::Open { flags, .. } if mode.passes() && flags.access == Access::Read => {
+                        flags.access = Access::Both;
+                    }
                     _ => {}
                 }
             }

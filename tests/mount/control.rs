@@ -34,7 +34,7 @@ impl Served {
                 "-o",
                 &format!(
                     "{},{},{more}",
-                    mode::Mode::of_run().options,
+                    mode::Mode::of_run().options_before(more),
                     layers.options()
                 ),
             ])

@@ -26,7 +26,12 @@ fn read_write(mount: &Mount) -> File {
 
 #[test]
 fn a_shared_mapping_from_before_the_copy_up_sees_later_writes() {
-    for options in ["", "no_open", "writeback", "no_open,writeback"] {
+    for options in [
+        "no_passthrough",
+        "no_open",
+        "writeback",
+        "no_open,writeback",
+    ] {
         let (_layers, mount) = with_file(options, &[b'a'; 8192]);
         let map = mapping::shared(&File::open(mount.join("f")).unwrap());
         assert_eq!(map[5000], b'a');
@@ -65,7 +70,7 @@ fn a_private_mapping_changes_nothing_and_copies_nothing_up() {
 
 #[test]
 fn a_lock_taken_before_the_copy_up_still_excludes_after_it() {
-    let (_layers, mount) = with_file("", b"lower");
+    let (_layers, mount) = with_file("no_passthrough", b"lower");
     let holder = Flock::lock(
         File::open(mount.join("f")).unwrap(),
         FlockArg::LockExclusiveNonblock,

@@ -39,6 +39,8 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
         ("xino=perhaps", "say `on`, `off` or `auto`"),
         ("kernel_features=-nonsense", "plyfs --probe"),
         ("threads=none", "1 to 64"),
+        ("passthrough,writeback", "`passthrough` and `writeback`"),
+        ("no_open,passthrough", "`passthrough` and `no_open`"),
     ] {
         refused(&format!("{lower},{more}"), &target, 2, message);
     }

@@ -52,8 +52,9 @@ fn a_killed_server_gives_its_clients_an_error_at_once() {
     // The second for a request that was sent while the last thread of the server was still ending.
     let over = [libc::ENOTCONN, libc::ECONNABORTED];
     assert!(over.contains(&errno(fs::read_dir(mount.join("")))));
-    let result = file.read(&mut [0; 1]);
-    assert!(over.contains(&errno(result)));
+    let result = errno(file.read(&mut [0; 1]));
+    // What the kernel reads by itself needs no server.
+    assert!(over.contains(&result) || mode::Mode::of_run().passes() && result == 0);
     drop(mount);
     // Nothing that the dead one left stands in the way.
     let mount = Mount::new(&layers, "");

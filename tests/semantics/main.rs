@@ -50,6 +50,7 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base::Base;
+use common::mode::kernel_passes;
 use place::Peer;
 use row::Row;
 use table::Table;
@@ -152,16 +153,20 @@ fn main() -> ExitCode {
 /// Other ways to mount: what the oldest kernels leave, and the others in turn, one a day.
 fn modes() -> Vec<&'static str> {
     const OLDEST: &str = "kernel_features=-all";
-    const IN_TURN: [&str; 3] = ["writeback", "no_open", "no_open,writeback"];
+    const IN_TURN: [&str; 4] = ["writeback", "no_open", "no_open,writeback", "passthrough"];
+    let turns: Vec<_> = IN_TURN
+        .into_iter()
+        .filter(|options| *options != "passthrough" || kernel_passes())
+        .collect();
     if run::full() {
-        return [OLDEST].into_iter().chain(IN_TURN).collect();
+        return [OLDEST].into_iter().chain(turns).collect();
     }
     let day = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap()
         .as_secs()
         / 86_400;
-    vec![OLDEST, IN_TURN[day as usize % IN_TURN.len()]]
+    vec![OLDEST, turns[day as usize % turns.len()]]
 }
 
 /// Calls `body` for every row, several at a time; gives the names of those that it answers false for.

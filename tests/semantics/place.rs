@@ -178,7 +178,8 @@ impl Place {
                 "fuse-overlayfs"
             }
             Peer::Plyfs => {
-                options += &format!(",{},{}", Mode::of_run().options, self.more);
+                let mode = Mode::of_run().options_before(&self.more);
+                options += &format!(",{mode},{}", self.more);
                 "plyfs"
             }
         };

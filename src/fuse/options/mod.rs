@@ -75,6 +75,8 @@ pub struct SessionOptions {
     pub no_open: bool,
     /// Gather writes in the kernel.
     pub writeback: bool,
+    /// Have the kernel read lower files by itself; excludes both of the above.
+    pub passthrough: bool,
     /// The longest WRITE, if it is to be less than what can be had.
     pub max_write: Option<u32>,
     /// Let in nobody but root and the user who mounted.
@@ -95,6 +97,7 @@ impl Default for SessionOptions {
             allowed: FeatureSet::ALL,
             no_open: false,
             writeback: false,
+            passthrough: false,
             max_write: None,
             root_and_owner: false,
         }
@@ -132,6 +135,9 @@ pub enum OptionError {
     /// Nothing of that name.
     #[error("unknown option `{0}`; docs/SEMANTICS.md lists what plyfs knows")]
     Unknown(String),
+    /// Two that exclude each other.
+    #[error("`passthrough` and `{0}` exclude each other in the kernel; leave one of them out")]
+    NotWithPassthrough(&'static str),
     /// A value is missing.
     #[error("option `{0}` needs a value, as in `{0}=VALUE`")]
     NeedsValue(&'static str),
@@ -220,6 +226,17 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
         let owners = &mut options.owners;
         for view in [&mut owners.users, &mut owners.groups] {
             view.squash = view.squash.or(Some(0));
+        }
+    }
+    let session = &options.session;
+    if session.passthrough {
+        for (other, name) in [
+            (session.no_open, "no_open"),
+            (session.writeback, "writeback"),
+        ] {
+            if other {
+                return Err(OptionError::NotWithPassthrough(name));
+            }
         }
     }
     if options.upper.is_none() {
@@ -489,6 +506,14 @@ mod tests {
     }
 
     #[test]
+    fn the_last_word_on_a_way_to_serve_counts() {
+        let session = root("lowerdir=/a,passthrough").unwrap().session;
+        assert!(session.passthrough);
+        let options = root("lowerdir=/a,passthrough,writeback,no_passthrough").unwrap();
+        assert!(options.session.writeback && !options.session.passthrough);
+    }
+
+    #[test]
     fn a_quoted_context_may_hold_commas() {
         let options = root("lowerdir=/a,context=\"u:r:t:s0:c1,c2\",noexec").unwrap();
         assert_eq!(options.mount.extra, ["context=\"u:r:t:s0:c1,c2\""]);
@@ -544,6 +569,14 @@ mod tests {
             ("ro", OptionError::NoLower),
             ("lowerdir=/a,upperdir=/u", OptionError::UpperWithoutWork),
             ("lowerdir=/a,workdir=/w", OptionError::WorkWithoutUpper),
+            (
+                "lowerdir=/a,passthrough,writeback",
+                OptionError::NotWithPassthrough("writeback"),
+            ),
+            (
+                "lowerdir=/a,no_open,passthrough",
+                OptionError::NotWithPassthrough("no_open"),
+            ),
         ];
         for (text, expected) in cases {
             assert_eq!(root(text).unwrap_err(), expected, "{text}");

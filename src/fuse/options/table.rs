@@ -131,6 +131,8 @@ pub(super) const TABLE: &[(&str, Action)] = &[
     ("no_open", Flag(|o| o.session.no_open = true)),
     ("open", Flag(|o| o.session.no_open = false)),
     ("writeback", Flag(|o| o.session.writeback = true)),
+    ("passthrough", Flag(|o| o.session.passthrough = true)),
+    ("no_passthrough", Flag(|o| o.session.passthrough = false)),
     ("no_writeback", Flag(|o| o.session.writeback = false)),
     (
         "writeback=",

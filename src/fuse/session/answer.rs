@@ -1,12 +1,18 @@
 //! How the outcome of an operation becomes a reply.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
 
-use fuser::{Errno, Generation, ReplyAttr, ReplyEmpty, ReplyEntry, ReplyWrite, ReplyXattr};
+use fuser::{
+    BackingId, Errno, FileAttr, Generation, INodeNo, ReplyAttr, ReplyEmpty, ReplyEntry, ReplyWrite,
+    ReplyXattr,
+};
 
 use crate::cow::union::Error;
-use crate::cow::{Attr, Entry};
+use crate::cow::{Attr, Entry, NodeId};
 use crate::fuse::convert::{self, FOREVER};
+use crate::fuse::passing::{Passing, Second};
 
 /// Runs a handler; a panic in it drops the reply, which fuser then answers with EIO.
 pub fn guarded(operation: &'static str, handler: impl FnOnce()) {
@@ -31,17 +37,6 @@ pub fn errno(error: &Error) -> Errno {
     convert::errno(error.errno)
 }
 
-pub fn entry(reply: ReplyEntry, result: Result<Entry, Error>) {
-    match result {
-        Ok(entry) => reply.entry(
-            &FOREVER,
-            &convert::file_attr(&entry.attr),
-            Generation(entry.generation),
-        ),
-        Err(error) => reply.error(errno(&error)),
-    }
-}
-
 pub fn empty(reply: ReplyEmpty, result: Result<(), Error>) {
     match result {
         Ok(()) => reply.ok(),
@@ -49,10 +44,53 @@ pub fn empty(reply: ReplyEmpty, result: Result<(), Error>) {
     }
 }
 
-pub fn attr(reply: ReplyAttr, result: Result<Attr, Error>) {
-    match result {
-        Ok(attr) => reply.attr(&FOREVER, &convert::file_attr(&attr)),
-        Err(error) => reply.error(errno(&error)),
+/// What the kernel is shown of nodes: those that have two numbers are looked up and looked at each time anew,
+/// because what is done by one number is no news to the kernel of the other.
+#[derive(Clone)]
+pub struct Seen(pub Arc<Passing<BackingId>>);
+
+impl Seen {
+    /// Attributes by a name, and how long they and the name are good for.
+    pub fn by_name(&self, node: NodeId, attr: &Attr) -> (FileAttr, Duration) {
+        let attr = convert::file_attr(attr);
+        match self.0.second(node) {
+            Some(Second { number, .. }) => {
+                let ino = INodeNo(number.0);
+                (FileAttr { ino, ..attr }, Duration::ZERO)
+            }
+            None => (attr, FOREVER),
+        }
+    }
+
+    /// Attributes by a number.
+    fn by_number(&self, ino: INodeNo, attr: &Attr) -> (FileAttr, Duration) {
+        let node = self.0.node(NodeId(ino.0));
+        match self.0.second(node) {
+            Some(second) if node.0 == ino.0 => {
+                (convert::file_attr(&second.was.shown(*attr)), Duration::ZERO)
+            }
+            _ => self.by_name(node, attr),
+        }
+    }
+
+    pub fn entry(&self, reply: ReplyEntry, result: Result<Entry, Error>) {
+        match result {
+            Ok(entry) => {
+                let (attr, good_for) = self.by_name(entry.node, &entry.attr);
+                reply.entry(&good_for, &attr, Generation(entry.generation));
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    pub fn attr(&self, ino: INodeNo, reply: ReplyAttr, result: Result<Attr, Error>) {
+        match result {
+            Ok(attr) => {
+                let (attr, good_for) = self.by_number(ino, &attr);
+                reply.attr(&good_for, &attr);
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
     }
 }
 

@@ -3,28 +3,59 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use fuser::{Errno, FileHandle as Fh, ReplyAttr, ReplyEmpty, ReplyXattr};
+use fuser::{Errno, FileHandle as Fh, INodeNo, ReplyAttr, ReplyEmpty, ReplyXattr};
 
 use super::{UnionFs, answer};
 use crate::cow::{Caller, NodeId, SetAttr, SetXattrMode};
+use crate::fuse::claims::Claimed;
+use crate::fuse::passing::Joined;
 
 impl UnionFs {
-    pub(super) fn attributes(&self, node: NodeId, fh: Option<Fh>, reply: ReplyAttr) {
-        let handle = fh.and_then(|fh| self.files.get(fh.0));
-        answer::attr(reply, self.union.getattr(node, handle.as_deref()));
+    pub(super) fn attributes(&self, ino: INodeNo, fh: Option<Fh>, reply: ReplyAttr) {
+        let handle = fh.and_then(|fh| self.files.get(fh));
+        let result = self.union.getattr(self.node(ino), handle.as_deref());
+        self.seen.attr(ino, reply, result);
     }
 
     pub(super) fn set_attributes(
         &self,
         caller: &Caller,
-        node: NodeId,
+        ino: INodeNo,
         fh: Option<Fh>,
-        set: &SetAttr,
+        set: SetAttr,
         reply: ReplyAttr,
     ) {
-        let handle = fh.and_then(|fh| self.files.get(fh.0));
-        let result = self.union.setattr(node, handle.as_deref(), set, caller);
-        answer::attr(reply, result);
+        let handle = fh.and_then(|fh| self.files.get(fh));
+        let (union, seen, caller) = (self.union.clone(), self.seen.clone(), *caller);
+        let node = self.node(ino);
+        let change = move |reply| {
+            let result = union.setattr(node, handle.as_deref(), &set, &caller);
+            seen.attr(ino, reply, result);
+        };
+        if set.size.is_none() || !self.policy().passthrough {
+            return change(reply);
+        }
+        match self.passing.serve(node) {
+            Joined::Served | Joined::Passed(_) => {
+                change(reply);
+                self.passing.leave(node);
+            }
+            Joined::Replaced if node.0 != ino.0 => change(reply),
+            // By a path, which the caller looks up again.
+            Joined::Replaced => reply.error(Errno::ESTALE),
+            Joined::Taken => {
+                let (passing, long) = (self.passing.clone(), self.helpers.long.clone());
+                self.helpers
+                    .claims
+                    .claim(node, move |claimed| match claimed {
+                        Claimed::Served => long.run("setattr", move || {
+                            change(reply);
+                            passing.leave(node);
+                        }),
+                        Claimed::Replaced => reply.error(Errno::ESTALE),
+                    });
+            }
+        }
     }
 
     pub(super) fn set_xattr(

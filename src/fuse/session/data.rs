@@ -1,22 +1,16 @@
-//! Open files and what is in them.
+//! What is in open files.
 //!
 //! A request that is masked is answered ENOSYS: the kernel does not send it again and does without,
 //! as one that does not know the request. FLUSH is answered so in any case, OPEN when opening is left
 //! to the kernel; nothing else ever is.
 
 use std::cell::RefCell;
-use std::ffi::OsStr;
 
-use fuser::{
-    Errno, FileHandle as Fh, FopenFlags, Generation, ReplyCreate, ReplyData, ReplyEmpty,
-    ReplyLseek, ReplyOpen, ReplyWrite,
-};
+use fuser::{Errno, FileHandle as Fh, INodeNo, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite};
 
 use super::{UnionFs, answer};
 use crate::cow::{Caller, NodeId};
-use crate::fuse::convert::{self, FOREVER};
 use crate::fuse::features::Feature;
-use crate::fuse::handles::STATELESS;
 use crate::fuse::seek::SeekJob;
 
 /// The most that one COPY_FILE_RANGE copies: the answer has 32 bits, and a caller that gets less goes
@@ -36,70 +30,8 @@ pub(super) struct Place {
 }
 
 impl UnionFs {
-    /// What the kernel has cached of a file stays, and closing it is no news to the server.
-    fn file_flags(&self) -> FopenFlags {
-        let mut flags = FopenFlags::FOPEN_KEEP_CACHE;
-        flags.set(
-            FopenFlags::FOPEN_NOFLUSH,
-            self.policy().uses(Feature::NoFlush),
-        );
-        flags
-    }
-
-    pub(super) fn open_node(&self, caller: &Caller, node: NodeId, flags: i32, reply: ReplyOpen) {
-        if self.policy().no_open {
-            // The kernel then opens every file by itself.
-            return reply.error(Errno::ENOSYS);
-        }
-        match self.union.open_file(node, flags, caller) {
-            Ok(handle) => {
-                self.writers.opened(node, flags);
-                reply.opened(Fh(self.files.insert(handle)), self.file_flags());
-            }
-            Err(error) => reply.error(answer::errno(&error)),
-        }
-    }
-
-    pub(super) fn create_file(
-        &self,
-        caller: &Caller,
-        parent: NodeId,
-        name: &OsStr,
-        mode: u32,
-        flags: i32,
-        reply: ReplyCreate,
-    ) {
-        match self.union.create(parent, name, mode, flags, caller) {
-            Ok((entry, handle)) => {
-                let fh = if self.policy().no_open {
-                    self.union.release(entry.node, handle);
-                    STATELESS
-                } else {
-                    self.writers.opened(entry.node, flags);
-                    self.files.insert(handle)
-                };
-                reply.created(
-                    &FOREVER,
-                    &convert::file_attr(&entry.attr),
-                    Generation(entry.generation),
-                    Fh(fh),
-                    self.file_flags(),
-                );
-            }
-            Err(error) => reply.error(answer::errno(&error)),
-        }
-    }
-
-    pub(super) fn close(&self, node: NodeId, fh: Fh, flags: i32, reply: ReplyEmpty) {
-        if let Some(handle) = self.files.remove(fh.0) {
-            self.writers.released(node, flags);
-            self.union.release(node, handle);
-        }
-        reply.ok();
-    }
-
     pub(super) fn read_at(&self, place: &Place, size: u32, reply: ReplyData) {
-        let handle = self.files.get(place.fh.0);
+        let handle = self.files.get(place.fh);
         READ_BUFFER.with_borrow_mut(|buffer| {
             let size = size as usize;
             if buffer.len() < size {
@@ -118,7 +50,7 @@ impl UnionFs {
 
     /// `kill`: the writer may not keep setuid, setgid and capabilities on the file.
     pub(super) fn write_at(&self, place: &Place, data: &[u8], kill: bool, reply: ReplyWrite) {
-        let handle = self.files.get(place.fh.0);
+        let handle = self.files.get(place.fh);
         let result = self
             .union
             .write(place.node, handle.as_deref(), place.offset, data, kill);
@@ -141,28 +73,39 @@ impl UnionFs {
         if !self.policy().uses(Feature::Fallocate) {
             return reply.error(Errno::ENOSYS);
         }
-        let handle = self.files.get(place.fh.0);
+        let handle = self.files.get(place.fh);
         let (union, caller, node, offset) = (self.union.clone(), *caller, place.node, place.offset);
-        self.long.run("fallocate", move || {
+        self.helpers.long.run("fallocate", move || {
             let handle = handle.as_deref();
             let result = union.fallocate(node, handle, mode, offset, length, &caller);
             answer::empty(reply, result);
         });
     }
 
-    pub(super) fn seek(&self, node: NodeId, fh: Fh, offset: i64, whence: i32, reply: ReplyLseek) {
+    pub(super) fn seek(&self, ino: INodeNo, fh: Fh, offset: i64, whence: i32, reply: ReplyLseek) {
         if !self.policy().uses(Feature::Lseek) {
             return reply.error(Errno::ENOSYS);
         }
+        if let Some(was) = self.replaced(ino) {
+            // Its readers have the data from elsewhere. That there is no hole is always a right answer.
+            return match u64::try_from(offset) {
+                Ok(at) if at >= was.size => reply.error(Errno::ENXIO),
+                Ok(_) if whence == libc::SEEK_HOLE => reply.offset(was.size as i64),
+                Ok(_) => reply.offset(offset),
+                Err(_) => reply.error(Errno::ENXIO),
+            };
+        }
+        let node = self.node(ino);
         let job = SeekJob {
+            ino,
             node,
-            handle: self.files.get(fh.0),
+            handle: self.files.get(fh),
             offset,
             whence,
             reply,
         };
-        let dirty = self.policy().no_open || self.writers.contains(node);
-        self.seeker.seek(&self.union, job, dirty);
+        let dirty = self.policy().no_open || self.files.are_written(node);
+        self.helpers.seeker.seek(&self.union, job, dirty);
     }
 
     pub(super) fn copy_range(
@@ -176,11 +119,11 @@ impl UnionFs {
         if !self.policy().uses(Feature::CopyFileRange) {
             return reply.error(Errno::ENOSYS);
         }
-        let (source, target) = (self.files.get(from.fh.0), self.files.get(to.fh.0));
+        let (source, target) = (self.files.get(from.fh), self.files.get(to.fh));
         let (union, caller) = (self.union.clone(), *caller);
         let (from, from_offset) = (from.node, from.offset);
         let (to, to_offset) = (to.node, to.offset);
-        self.long.run("copy_file_range", move || {
+        self.helpers.long.run("copy_file_range", move || {
             let result = union.copy_file_range(
                 from,
                 source.as_deref(),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use fuser::{
     FileAttr, FileHandle as Fh, FopenFlags, Generation, INodeNo, ReplyDirectory,
@@ -49,7 +50,8 @@ impl UnionFs {
         let result = self.listing(node, fh, offset).and_then(|listing| {
             self.union.read_dir(node, &listing, offset, &mut |entry| {
                 let kind = convert::file_type(entry.kind);
-                !reply.add(INodeNo(entry.ino), entry.next_offset, kind, entry.name)
+                let number = self.passing.number(NodeId(entry.ino));
+                !reply.add(INodeNo(number.0), entry.next_offset, kind, entry.name)
             })
         });
         match result {
@@ -68,7 +70,8 @@ impl UnionFs {
     ) {
         let result = self.listing(node, fh, offset).and_then(|listing| {
             let mut add = |entry: DirEntry, found: Option<Entry>| {
-                let Some((attr, generation)) = attributes_of(&entry, found) else {
+                let shown = self.attributes_of(&entry, found);
+                let Some((attr, good_for, generation)) = shown else {
                     // Deleted since the listing was taken.
                     return true;
                 };
@@ -76,7 +79,7 @@ impl UnionFs {
                     attr.ino,
                     entry.next_offset,
                     &entry.name,
-                    &FOREVER,
+                    &good_for,
                     &attr,
                     Generation(generation),
                 )
@@ -100,21 +103,26 @@ impl UnionFs {
         }
         Ok(listing.clone())
     }
-}
 
-/// What READDIRPLUS says of an entry: attributes and generation.
-fn attributes_of(entry: &DirEntry, found: Option<Entry>) -> Option<(FileAttr, u64)> {
-    if let Some(found) = found {
-        return Some((convert::file_attr(&found.attr), found.generation));
+    /// What READDIRPLUS says of an entry: attributes, how long they are good for, and generation.
+    fn attributes_of(
+        &self,
+        entry: &DirEntry,
+        found: Option<Entry>,
+    ) -> Option<(FileAttr, Duration, u64)> {
+        if let Some(found) = found {
+            let (attr, good_for) = self.seen.by_name(found.node, &found.attr);
+            return Some((attr, good_for, found.generation));
+        }
+        // The kernel makes no node of `.` and `..`, whatever their numbers say.
+        let own_name = entry.name == "." || entry.name == "..";
+        own_name.then(|| {
+            let attr = FileAttr {
+                ino: INodeNo(entry.ino),
+                kind: convert::file_type(entry.kind),
+                ..convert::negative_entry()
+            };
+            (attr, FOREVER, 0)
+        })
     }
-    // The kernel makes no node of `.` and `..`, whatever their numbers say.
-    let own_name = entry.name == "." || entry.name == "..";
-    own_name.then(|| {
-        let attr = FileAttr {
-            ino: INodeNo(entry.ino),
-            kind: convert::file_type(entry.kind),
-            ..convert::negative_entry()
-        };
-        (attr, 0)
-    })
 }

@@ -4,12 +4,13 @@
 //! protocol of xattr sizes, which answers the kernel may keep. A panic in the union is caught around
 //! every request, answered EIO and logged; the mount lives on.
 //!
-//! What takes more than a call lies in `names`, `attributes`, `data` and `directories`.
+//! What takes more than a call lies in `names`, `attributes`, `files`, `data` and `directories`.
 
 mod answer;
 mod attributes;
 mod data;
 mod directories;
+mod files;
 mod names;
 
 use std::ffi::OsStr;
@@ -20,26 +21,38 @@ use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle as Fh, Filesystem, INodeNo,
-    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
+    AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle as Fh, Filesystem,
+    INodeNo, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
     RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
     ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr,
     Request, TimeOrNow, WriteFlags,
 };
 
+use self::answer::Seen;
 pub(super) use self::answer::guarded;
 use self::data::Place;
 use self::directories::OpenDir;
+use self::files::Files;
+use super::claims::Claims;
 use super::convert;
 use super::features::Feature;
 use super::handles::HandleTable;
 use super::long::Long;
 use super::options::SessionOptions;
+use super::passing::{Passing, Was};
 use super::policy::Policy;
 use super::seek::Seeker;
-use super::writers::Writers;
-use crate::cow::union::FileHandle;
 use crate::cow::{Caller, NodeId, SetAttr, Union};
+
+/// Threads that do what no thread that answers requests may wait for.
+pub struct Helpers {
+    /// Answers LSEEK.
+    pub seeker: Seeker,
+    /// Does long work.
+    pub long: Long,
+    /// Takes files from readers without requests.
+    pub claims: Claims,
+}
 
 /// The union as a FUSE file system.
 pub struct UnionFs {
@@ -47,15 +60,11 @@ pub struct UnionFs {
     options: SessionOptions,
     no_acl: bool,
     policy: Arc<OnceLock<Policy>>,
-    files: HandleTable<FileHandle>,
+    files: Arc<Files>,
     dirs: HandleTable<OpenDir>,
-    writers: Writers,
-    seeker: Seeker,
-    long: Long,
-}
-
-fn node(ino: INodeNo) -> NodeId {
-    NodeId(ino.0)
+    passing: Arc<Passing<BackingId>>,
+    seen: Seen,
+    helpers: Helpers,
 }
 
 impl UnionFs {
@@ -65,20 +74,32 @@ impl UnionFs {
         options: SessionOptions,
         no_acl: bool,
         policy: Arc<OnceLock<Policy>>,
-        seeker: Seeker,
-        long: Long,
+        passing: Arc<Passing<BackingId>>,
+        helpers: Helpers,
     ) -> Self {
+        let files = Files::new(union.clone(), policy.clone(), passing.clone());
         Self {
             union,
             options,
             no_acl,
             policy,
-            files: HandleTable::default(),
+            files: Arc::new(files),
             dirs: HandleTable::default(),
-            writers: Writers::default(),
-            seeker,
-            long,
+            seen: Seen(passing.clone()),
+            passing,
+            helpers,
         }
+    }
+
+    /// The node that the kernel means.
+    fn node(&self, ino: INodeNo) -> NodeId {
+        self.passing.node(NodeId(ino.0))
+    }
+
+    /// What a file was, if this is a number that only those know who had it open then.
+    fn replaced(&self, ino: INodeNo) -> Option<Was> {
+        let second = self.passing.second(NodeId(ino.0))?;
+        Some(second.was)
     }
 
     fn policy(&self) -> Policy {
@@ -108,15 +129,19 @@ impl Filesystem for UnionFs {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guarded("lookup", || self.look_up(node(parent), name, reply));
+        guarded("lookup", || self.look_up(parent, name, reply));
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, lookups: u64) {
-        guarded("forget", || self.union.forget(node(ino), lookups));
+        guarded("forget", || {
+            let node = self.node(ino);
+            self.union.forget(node, lookups);
+            self.passing.forgotten(node, || self.union.knows(node));
+        });
     }
 
     fn getattr(&self, _request: &Request, ino: INodeNo, fh: Option<Fh>, reply: ReplyAttr) {
-        guarded("getattr", || self.attributes(node(ino), fh, reply));
+        guarded("getattr", || self.attributes(ino, fh, reply));
     }
 
     fn setattr(
@@ -146,12 +171,12 @@ impl Filesystem for UnionFs {
             mtime: mtime.map(convert::set_time),
         };
         guarded("setattr", || {
-            self.set_attributes(&self.caller(request, 0), node(ino), fh, &set, reply);
+            self.set_attributes(&self.caller(request, 0), ino, fh, set, reply);
         });
     }
 
     fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
-        guarded("readlink", || match self.union.readlink(node(ino)) {
+        guarded("readlink", || match self.union.readlink(self.node(ino)) {
             Ok(target) => reply.data(target.as_bytes()),
             Err(error) => reply.error(answer::errno(&error)),
         });
@@ -169,8 +194,10 @@ impl Filesystem for UnionFs {
     ) {
         guarded("mknod", || {
             let (caller, rdev) = (self.caller(request, umask), convert::decode_dev(rdev));
-            let result = self.union.mknod(node(parent), name, mode, rdev, &caller);
-            answer::entry(reply, result);
+            let result = self
+                .union
+                .mknod(self.node(parent), name, mode, rdev, &caller);
+            self.seen.entry(reply, result);
         });
     }
 
@@ -185,19 +212,22 @@ impl Filesystem for UnionFs {
     ) {
         guarded("mkdir", || {
             let caller = self.caller(request, umask);
-            answer::entry(reply, self.union.mkdir(node(parent), name, mode, &caller));
+            self.seen.entry(
+                reply,
+                self.union.mkdir(self.node(parent), name, mode, &caller),
+            );
         });
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         guarded("unlink", || {
-            answer::empty(reply, self.union.unlink(node(parent), name));
+            answer::empty(reply, self.union.unlink(self.node(parent), name));
         });
     }
 
     fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         guarded("rmdir", || {
-            answer::empty(reply, self.union.rmdir(node(parent), name));
+            answer::empty(reply, self.union.rmdir(self.node(parent), name));
         });
     }
 
@@ -213,8 +243,8 @@ impl Filesystem for UnionFs {
             let caller = self.caller(request, 0);
             let result = self
                 .union
-                .symlink(node(parent), name, target.as_os_str(), &caller);
-            answer::entry(reply, result);
+                .symlink(self.node(parent), name, target.as_os_str(), &caller);
+            self.seen.entry(reply, result);
         });
     }
 
@@ -228,7 +258,7 @@ impl Filesystem for UnionFs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let (from, to) = ((node(parent), name), (node(new_parent), new_name));
+        let (from, to) = ((self.node(parent), name), (self.node(new_parent), new_name));
         guarded("rename", || self.rename_entry(from, to, flags, reply));
     }
 
@@ -241,14 +271,16 @@ impl Filesystem for UnionFs {
         reply: ReplyEntry,
     ) {
         guarded("link", || {
-            let result = self.union.link(node(ino), node(new_parent), new_name);
-            answer::entry(reply, result);
+            let result = self
+                .union
+                .link(self.node(ino), self.node(new_parent), new_name);
+            self.seen.entry(reply, result);
         });
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         guarded("open", || {
-            self.open_node(&self.caller(request, 0), node(ino), flags.0, reply);
+            self.open_node(&self.caller(request, 0), ino, flags.0, reply);
         });
     }
 
@@ -264,7 +296,7 @@ impl Filesystem for UnionFs {
     ) {
         guarded("create", || {
             let caller = self.caller(request, umask);
-            self.create_file(&caller, node(parent), name, mode, flags, reply);
+            self.create_file(&caller, self.node(parent), name, mode, flags, reply);
         });
     }
 
@@ -280,7 +312,7 @@ impl Filesystem for UnionFs {
         reply: ReplyData,
     ) {
         let place = Place {
-            node: node(ino),
+            node: self.node(ino),
             fh,
             offset,
         };
@@ -300,7 +332,7 @@ impl Filesystem for UnionFs {
         reply: ReplyWrite,
     ) {
         let place = Place {
-            node: node(ino),
+            node: self.node(ino),
             fh,
             offset,
         };
@@ -331,15 +363,15 @@ impl Filesystem for UnionFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        guarded("release", || self.close(node(ino), fh, flags.0, reply));
+        guarded("release", || self.close(ino, fh, flags.0, reply));
     }
 
     fn fsync(&self, _request: &Request, ino: INodeNo, fh: Fh, datasync: bool, reply: ReplyEmpty) {
         guarded("fsync", || {
-            let handle = self.files.get(fh.0);
-            let (union, node) = (self.union.clone(), node(ino));
+            let handle = self.files.get(fh);
+            let (union, node) = (self.union.clone(), self.node(ino));
             let writeback = self.policy().writeback;
-            self.long.run("fsync", move || {
+            self.helpers.long.run("fsync", move || {
                 let result = union.fsync(node, handle.as_deref(), datasync);
                 if writeback {
                     // As after a write, and before the answer: whoever waits for it has the file open.
@@ -351,7 +383,7 @@ impl Filesystem for UnionFs {
     }
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        guarded("opendir", || self.open_directory(node(ino), reply));
+        guarded("opendir", || self.open_directory(self.node(ino), reply));
     }
 
     fn readdir(
@@ -362,7 +394,7 @@ impl Filesystem for UnionFs {
         offset: u64,
         reply: ReplyDirectory,
     ) {
-        guarded("readdir", || self.list(node(ino), fh, offset, reply));
+        guarded("readdir", || self.list(self.node(ino), fh, offset, reply));
     }
 
     fn readdirplus(
@@ -374,7 +406,7 @@ impl Filesystem for UnionFs {
         reply: ReplyDirectoryPlus,
     ) {
         guarded("readdirplus", || {
-            self.list_plus(node(ino), fh, offset, reply)
+            self.list_plus(self.node(ino), fh, offset, reply)
         });
     }
 
@@ -401,8 +433,8 @@ impl Filesystem for UnionFs {
         reply: ReplyEmpty,
     ) {
         guarded("fsyncdir", || {
-            let (union, node) = (self.union.clone(), node(ino));
-            self.long.run("fsyncdir", move || {
+            let (union, node) = (self.union.clone(), self.node(ino));
+            self.helpers.long.run("fsyncdir", move || {
                 answer::empty(reply, union.fsync_dir(node, datasync));
             });
         });
@@ -428,7 +460,7 @@ impl Filesystem for UnionFs {
         reply: ReplyEmpty,
     ) {
         guarded("setxattr", || {
-            self.set_xattr(node(ino), name, value, flags, reply)
+            self.set_xattr(self.node(ino), name, value, flags, reply)
         });
     }
 
@@ -441,19 +473,19 @@ impl Filesystem for UnionFs {
         reply: ReplyXattr,
     ) {
         guarded("getxattr", || {
-            answer::xattr(reply, size, self.union.getxattr(node(ino), name));
+            answer::xattr(reply, size, self.union.getxattr(self.node(ino), name));
         });
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         guarded("listxattr", || {
-            self.list_xattrs(request.uid(), node(ino), size, reply)
+            self.list_xattrs(request.uid(), self.node(ino), size, reply)
         });
     }
 
     fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         guarded("removexattr", || {
-            answer::empty(reply, self.union.removexattr(node(ino), name));
+            answer::empty(reply, self.union.removexattr(self.node(ino), name));
         });
     }
 
@@ -501,7 +533,7 @@ impl Filesystem for UnionFs {
         reply: ReplyEmpty,
     ) {
         let place = Place {
-            node: node(ino),
+            node: self.node(ino),
             fh,
             offset,
         };
@@ -519,7 +551,7 @@ impl Filesystem for UnionFs {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        guarded("lseek", || self.seek(node(ino), fh, offset, whence, reply));
+        guarded("lseek", || self.seek(ino, fh, offset, whence, reply));
     }
 
     fn copy_file_range(
@@ -536,16 +568,20 @@ impl Filesystem for UnionFs {
         reply: ReplyWrite,
     ) {
         let from = Place {
-            node: node(ino_in),
+            node: self.node(ino_in),
             fh: fh_in,
             offset: offset_in,
         };
         let to = Place {
-            node: node(ino_out),
+            node: self.node(ino_out),
             fh: fh_out,
             offset: offset_out,
         };
         guarded("copy_file_range", || {
+            if self.replaced(ino_in).is_some() {
+                // Its readers have the data from elsewhere: the kernel copies it by itself.
+                return reply.error(Errno::EXDEV);
+            }
             self.copy_range(&self.caller(request, 0), &from, &to, len, reply);
         });
     }

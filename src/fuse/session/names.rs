@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 
-use fuser::{Errno, Generation, RenameFlags, ReplyEmpty, ReplyEntry};
+use fuser::{Errno, Generation, INodeNo, RenameFlags, ReplyEmpty, ReplyEntry};
 
 use super::{UnionFs, answer};
 use crate::cow::{NodeId, RenameMode};
@@ -13,15 +13,19 @@ use crate::fuse::features::Feature;
 const NAME_MAX: usize = 255;
 
 impl UnionFs {
-    pub(super) fn look_up(&self, parent: NodeId, name: &OsStr, reply: ReplyEntry) {
+    pub(super) fn look_up(&self, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         if name.len() > NAME_MAX {
             return reply.error(Errno::ENAMETOOLONG);
         }
-        match self.union.lookup(parent, name) {
+        if self.replaced(parent).is_some() {
+            // A file handle of what the file's names do not stand for any more.
+            return reply.error(Errno::ESTALE);
+        }
+        match self.union.lookup(self.node(parent), name) {
             Err(error) if error.errno == libc::ENOENT => {
                 reply.entry(&FOREVER, &convert::negative_entry(), Generation(0));
             }
-            result => answer::entry(reply, result),
+            result => self.seen.entry(reply, result),
         }
     }
 

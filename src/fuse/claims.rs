@@ -1,0 +1,134 @@
+//! Opening a file for writing that others read without requests (`passing`).
+//!
+//! A close is told to the server after it was made, and by two threads it may learn of an open first that came later.
+//! So whoever claims such a file waits a moment for its readers to leave. When they stay, the file gets a second
+//! number, and the kernel is told to look its names up again; that waits for whatever is under way in their
+//! directories. All this is done by one thread of its own, which no request waits for but those that claim.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{self, Receiver, Sender};
+use fuser::{BackingId, INodeNo, Notifier};
+
+use super::passing::{Joined, Passing, Second, Was};
+use super::session::guarded;
+use crate::cow::{NodeId, Union};
+
+/// How long the readers of a file that is to be written have to close it.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// What became of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claimed {
+    /// It is served, and counted as an open.
+    Served,
+    /// It has a second number, which is to be opened in its place.
+    Replaced,
+}
+
+struct Claim {
+    node: NodeId,
+    deadline: Instant,
+    done: Box<dyn FnOnce(Claimed) + Send>,
+}
+
+/// Takes claims.
+pub struct Claims(Sender<Claim>);
+
+/// Claims that nobody looks at yet.
+pub struct Pending(Receiver<Claim>);
+
+impl Claims {
+    /// Claims may be made before anybody looks at them.
+    pub fn new() -> (Self, Pending) {
+        let (sender, claims) = channel::unbounded();
+        (Self(sender), Pending(claims))
+    }
+
+    /// Has `done` called once the file can be served, or has a second number.
+    pub fn claim(&self, node: NodeId, done: impl FnOnce(Claimed) + Send + 'static) {
+        let claim = Claim {
+            node,
+            deadline: Instant::now() + PATIENCE,
+            done: Box::new(done),
+        };
+        if let Err(unsent) = self.0.send(claim) {
+            // The session is ending.
+            (unsent.into_inner().done)(Claimed::Replaced);
+        }
+    }
+}
+
+impl Pending {
+    /// Starts the thread that looks at them. It ends when `Claims` is gone.
+    pub fn serve(
+        self,
+        union: Arc<Union>,
+        passing: Arc<Passing<BackingId>>,
+        notifier: Notifier,
+    ) -> std::io::Result<()> {
+        let settler = Settler {
+            union,
+            passing,
+            notifier,
+        };
+        thread::Builder::new()
+            .name("plyfs-claims".into())
+            .spawn(move || {
+                for claim in self.0 {
+                    settler.passing.wait_until_left(claim.node, claim.deadline);
+                    guarded("claim", || (claim.done)(settler.settle(claim.node)));
+                }
+            })?;
+        Ok(())
+    }
+}
+
+struct Settler {
+    union: Arc<Union>,
+    passing: Arc<Passing<BackingId>>,
+    notifier: Notifier,
+}
+
+impl Settler {
+    fn settle(&self, node: NodeId) -> Claimed {
+        match self.passing.serve(node) {
+            Joined::Served | Joined::Passed(_) => return Claimed::Served,
+            Joined::Replaced => return Claimed::Replaced,
+            Joined::Taken => {}
+        }
+        let was = match self.union.getattr(node, None) {
+            Ok(attr) => Was::of(&attr),
+            Err(error) => {
+                tracing::warn!(%error, node = node.0, "a file that is read cannot be opened for writing");
+                return Claimed::Replaced;
+            }
+        };
+        let number = self.union.spare_number();
+        if self.passing.replace(node, Second { number, was }) {
+            self.tell(node, number);
+        } else {
+            // They left just now.
+            return self.settle(node);
+        }
+        Claimed::Replaced
+    }
+
+    /// Makes the kernel ask for the attributes of the first number again, and for what its names stand for.
+    fn tell(&self, node: NodeId, number: NodeId) {
+        tracing::debug!(
+            node = node.0,
+            number = number.0,
+            "a file that is read gets a second number"
+        );
+        let mut told = self.notifier.inval_inode(INodeNo(node.0), -1, 0);
+        for (directory, name) in self.union.names(node) {
+            told = told.and(self.notifier.inval_entry(INodeNo(directory.0), &name));
+        }
+        if let Err(error) = told {
+            tracing::debug!(%error, node = node.0, "the kernel could not be told of a second number");
+        }
+    }
+}
