@@ -1,12 +1,13 @@
 //! The union beside its peers: the same real tree under kernel overlayfs, Debian's fuse-overlayfs and
 //! plyfs, in turns, in one run.
 //!
-//! `cargo bench --bench union -- [--rounds N] [--rows SUBSTRING] [--plyfs NAME=OPTION,...]`
+//! `cargo bench --bench union -- [--rounds N] [--rows SUBSTRING] [--huge MIB] [--plyfs NAME=OPTION,...]`
 //!
 //! A row is one job on a fresh mount. The systems take turns within each round, so that the machine's
 //! moods hit all of them, and the figure of a row is the median over the rounds. What is printed are
 //! ratios, since the absolute times of a shared machine say nothing. `--plyfs` adds a column of plyfs with
-//! other options, to compare its modes.
+//! other options, to compare its modes. `--rows stall` alone measures what small requests wait for; `--huge` is the
+//! length of the file that is completed meanwhile.
 
 mod memory;
 mod rows;
@@ -24,6 +25,8 @@ use systems::{Image, System};
 struct Options {
     rounds: usize,
     rows: String,
+    /// MiB of the file that is completed.
+    huge: u64,
     extra: Vec<(String, String)>,
 }
 
@@ -31,6 +34,7 @@ fn options() -> Result<Options, String> {
     let mut options = Options {
         rounds: 5,
         rows: String::new(),
+        huge: 4096,
         extra: Vec::new(),
     };
     let mut args = std::env::args().skip(1);
@@ -42,6 +46,7 @@ fn options() -> Result<Options, String> {
                 options.rounds = value()?.parse().map_err(|e| format!("--rounds: {e}"))?;
             }
             "--rows" => options.rows = value()?,
+            "--huge" => options.huge = value()?.parse().map_err(|e| format!("--huge: {e}"))?,
             "--plyfs" => {
                 let v = value()?;
                 let (name, opts) = v.split_once('=').ok_or("--plyfs takes NAME=OPTIONS")?;
@@ -49,7 +54,7 @@ fn options() -> Result<Options, String> {
             }
             _ => {
                 return Err(format!(
-                    "unknown argument {arg}; known: --rounds N, --rows SUBSTRING, --plyfs NAME=OPTIONS"
+                    "unknown argument {arg}; known: --rounds N, --rows SUBSTRING, --huge MIB, --plyfs NAME=OPTIONS"
                 ));
             }
         }
@@ -162,6 +167,7 @@ fn run() -> Result<(), String> {
     // It takes its time and loads the disk: only when asked for by name.
     if options.rows == "stall" {
         stall::run(&systems, &image)?;
+        stall::complete(&image, options.huge << 20)?;
     }
     if "container start".contains(&options.rows) {
         start::run(options.rounds.max(10))?;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Runs a command to its end; its output is the error.
@@ -39,6 +40,16 @@ impl Image {
         }
         let layers = (1..=4).rev().map(|n| dir.join(n.to_string())).collect();
         Ok(Self { dir, layers })
+    }
+
+    /// This one with another layer on top.
+    pub fn below(&self, layer: PathBuf) -> Self {
+        let mut layers = vec![layer];
+        layers.extend(self.layers.iter().cloned());
+        Self {
+            dir: self.dir.clone(),
+            layers,
+        }
     }
 
     /// What the untar row unpacks.
@@ -105,7 +116,10 @@ impl System {
             base.join("work").display()
         );
         let root = base.join("mnt");
-        let mount = Mount { base };
+        let mount = Mount {
+            base,
+            is_gone: AtomicBool::new(false),
+        };
         let mut command = match &self.kind {
             Kind::Overlayfs => {
                 let mut c = Command::new("mount");
@@ -120,6 +134,7 @@ impl System {
             Kind::Plyfs(options) => {
                 let mut c = Command::new(env!("CARGO_BIN_EXE_plyfs"));
                 c.args(["-o", &layers, "-o", options]);
+                c.arg("--control").arg(mount.control());
                 c
             }
         };
@@ -131,18 +146,38 @@ impl System {
 /// A mount with its upper; gone when dropped.
 pub struct Mount {
     base: PathBuf,
+    is_gone: AtomicBool,
 }
 
 impl Mount {
     pub fn root(&self) -> PathBuf {
         self.base.join("mnt")
     }
+
+    /// The control socket, of plyfs alone.
+    pub fn control(&self) -> PathBuf {
+        self.base.join("ctl")
+    }
+
+    /// While a file in the upper is incomplete, this is there.
+    pub fn incomplete(&self) -> PathBuf {
+        self.base.join("work/work/incompat")
+    }
+}
+
+impl Mount {
+    /// Unmounts, and leaves the rest until it is dropped.
+    pub fn unmount(&self) -> Result<(), String> {
+        sh(Command::new("umount").arg(self.root()))?;
+        self.is_gone.store(true, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 impl Drop for Mount {
     fn drop(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while sh(Command::new("umount").arg(self.root())).is_err() {
+        while !*self.is_gone.get_mut() && sh(Command::new("umount").arg(self.root())).is_err() {
             if Instant::now() > deadline {
                 let _ = sh(Command::new("umount").arg("-l").arg(self.root()));
                 break;
