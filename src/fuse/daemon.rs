@@ -456,6 +456,7 @@ fn complete_now_and_then(union: Arc<Union>, every: Duration) -> io::Result<()> {
     thread::Builder::new()
         .name("plyfs-complete".into())
         .spawn(move || {
+            log_refusal("the priority of completions", process::give_way());
             loop {
                 thread::sleep(every);
                 match union.complete_hot() {

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use fuser::{BackingId, Config, INodeNo, Notifier, Session, SessionACL};
 
@@ -16,6 +17,7 @@ use super::seek::{self, Seeker};
 use super::session::{Helpers, UnionFs};
 use crate::cow::Union;
 use crate::cow::union::Error as UnionError;
+use crate::sys::process;
 
 /// A session whose INIT has been answered.
 pub struct Server {
@@ -120,7 +122,19 @@ fn end_of(result: io::Result<()>) -> io::Result<()> {
 impl Flusher {
     /// Brings up all data that files of the upper still have in lower layers.
     pub fn complete(&self) -> Result<(), UnionError> {
-        self.union.complete()
+        let complete = || {
+            // In a thread of its own, because it lets all requests go first.
+            if let Err(error) = process::give_way() {
+                tracing::debug!(%error, "the priority of a completion could not be set");
+            }
+            self.union.complete()
+        };
+        thread::scope(|scope| scope.spawn(complete).join()).unwrap_or_else(|_| {
+            Err(UnionError {
+                errno: libc::EIO,
+                context: "the completion panicked".into(),
+            })
+        })
     }
 
     /// Leaves the upper as it is from now on.

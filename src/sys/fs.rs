@@ -337,6 +337,22 @@ pub fn fsync(fd: BorrowedFd<'_>, data_only: bool) -> Result<(), Errno> {
     })
 }
 
+/// `sync_file_range`: has the data of a range written, without the metadata that finds it. `wait` until it is.
+pub fn write_out(fd: BorrowedFd<'_>, start: u64, end: u64, wait: bool) -> Result<(), Errno> {
+    let offset = libc::off64_t::try_from(start).map_err(|_| Errno::EFBIG)?;
+    let len = libc::off64_t::try_from(end - start).map_err(|_| Errno::EFBIG)?;
+    let flags = match wait {
+        true => {
+            libc::SYNC_FILE_RANGE_WAIT_BEFORE
+                | libc::SYNC_FILE_RANGE_WRITE
+                | libc::SYNC_FILE_RANGE_WAIT_AFTER
+        }
+        false => libc::SYNC_FILE_RANGE_WRITE,
+    };
+    // SAFETY: plain values.
+    check(unsafe { libc::sync_file_range(fd.as_raw_fd(), offset, len, flags) })
+}
+
 /// `syncfs` of the file system that `fd` lies on.
 pub fn syncfs(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: plain values.

@@ -1,5 +1,6 @@
 //! How a file begins to be copied up in chunks, and how it is completed.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,8 +20,9 @@ use super::{Chunks, MARK, Partial, name_of};
 use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
 
-/// After so many steps what has come up is synced.
-const STEPS_TO_SYNC: u64 = 64;
+/// So many steps are on their way to the disk at a time: others who need it wait for these at most, and the last sync
+/// has little left to do.
+const STEPS_UNDER_WAY: usize = 8;
 
 impl Union {
     /// Whether what is needed of a node's lower file, which has this length, is copied up in chunks.
@@ -156,7 +158,7 @@ impl Union {
         let map = &partial.map;
         let fd = partial.upper.as_fd();
         let mut at = 0;
-        let mut steps = 0u64;
+        let mut under_way = VecDeque::with_capacity(STEPS_UNDER_WAY + 1);
         loop {
             let turn = map.turn.write();
             let Some((start, end)) = partial.next_step(at)? else {
@@ -168,10 +170,15 @@ impl Union {
             })?;
             drop(turn);
             at = end;
-            steps += 1;
-            if !self.volatile && steps.is_multiple_of(STEPS_TO_SYNC) {
-                // So that the last sync has little left to do.
-                fs::fsync(fd, true)?;
+            if !self.volatile {
+                // Not a sync: each would have the host's journal written, which others wait for, too.
+                fs::write_out(fd, start, end, false)?;
+                under_way.push_back((start, end));
+                if under_way.len() > STEPS_UNDER_WAY
+                    && let Some((start, end)) = under_way.pop_front()
+                {
+                    fs::write_out(fd, start, end, true)?;
+                }
             }
             if upper.gives_way.load(Ordering::Relaxed) && upper.is_wanted() {
                 return Err(Errno::EINTR).context("somebody else waits for the work directory");
