@@ -212,6 +212,19 @@ fn a_user_mounts_writes_and_unmounts() {
     });
 }
 
+/// Passing files through takes a capability on the host: they are served instead.
+#[test]
+fn a_user_who_asks_for_passthrough_is_served() {
+    in_a_home(|home| {
+        home.mounted(&format!("passthrough,{}", home.layers.options()));
+        let script = "cd \"$0\" && exec 5<file && echo more >>file && cat <&5";
+        let mnt = home.layers.mnt();
+        let output = home.run_as(NOBODY, "sh", &["-c", script, mnt.to_str().unwrap()]);
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), "lower\nmore\n");
+        home.unmounted();
+    });
+}
+
 #[test]
 fn others_may_enter_where_the_administrator_lets_users_allow_it() {
     in_a_home(|home| {
