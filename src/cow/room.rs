@@ -24,9 +24,11 @@ impl Union {
         let (root, _) = self.upper()?.root.get();
         let stat = fs::fstatvfs(root.as_fd())?;
         let fits = |blocks: u64| bytes <= blocks.saturating_mul(stat.f_frsize);
-        // What is free beyond that the host keeps for some, and this process may be one of them.
+        // What is free beyond that the host keeps for some, and this process may be one of them. A part of it ext4 keeps
+        // from everybody (`ext4_calculate_resv_clusters`).
+        let kept_from_all = (stat.f_blocks / 50).min(4096);
         Ok(fits(stat.f_bavail)
-            || (fits(stat.f_bfree)
+            || (fits(stat.f_bfree.saturating_sub(kept_from_all))
                 && fs::has_reserve(root.as_fd())?
                 && process::may_use_reserves()))
     }

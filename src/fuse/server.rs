@@ -129,10 +129,16 @@ impl Flusher {
             }
             self.union.complete()
         };
-        thread::scope(|scope| scope.spawn(complete).join()).unwrap_or_else(|_| {
-            Err(UnionError {
-                errno: libc::EIO,
-                context: "the completion panicked".into(),
+        thread::scope(|scope| {
+            let builder = thread::Builder::new().name("plyfs-complete".into());
+            let Ok(thread) = builder.spawn_scoped(scope, complete) else {
+                return self.union.complete();
+            };
+            thread.join().unwrap_or_else(|_| {
+                Err(UnionError {
+                    errno: libc::EIO,
+                    context: "the completion panicked".into(),
+                })
             })
         })
     }

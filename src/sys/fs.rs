@@ -337,7 +337,8 @@ pub fn fsync(fd: BorrowedFd<'_>, data_only: bool) -> Result<(), Errno> {
     })
 }
 
-/// `sync_file_range`: has the data of a range written, without the metadata that finds it. `wait` until it is.
+/// `sync_file_range`: has the data of a range written, without the metadata that finds it. `wait` until it is. Nothing is
+/// durable by that, so where the call is missing or forbidden nothing happens.
 pub fn write_out(fd: BorrowedFd<'_>, start: u64, end: u64, wait: bool) -> Result<(), Errno> {
     let offset = libc::off64_t::try_from(start).map_err(|_| Errno::EFBIG)?;
     let len = libc::off64_t::try_from(end - start).map_err(|_| Errno::EFBIG)?;
@@ -350,7 +351,10 @@ pub fn write_out(fd: BorrowedFd<'_>, start: u64, end: u64, wait: bool) -> Result
         false => libc::SYNC_FILE_RANGE_WRITE,
     };
     // SAFETY: plain values.
-    check(unsafe { libc::sync_file_range(fd.as_raw_fd(), offset, len, flags) })
+    match check(unsafe { libc::sync_file_range(fd.as_raw_fd(), offset, len, flags) }) {
+        Err(Errno::ENOSYS | Errno::EPERM) => Ok(()),
+        result => result,
+    }
 }
 
 /// `syncfs` of the file system that `fd` lies on.

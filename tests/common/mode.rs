@@ -96,12 +96,13 @@ impl Mode {
     }
 }
 
-/// Whether this kernel can read lower files by itself: Linux 6.9 and later.
+/// Whether this kernel can read lower files by itself, as Linux 6.9 and later may.
 pub fn kernel_passes() -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release.split(['.', '-']).map(|word| word.parse::<u32>());
-    let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
-    (next(), next()) >= (6, 9)
+    let output = Command::new(PLYFS).arg("--probe").output().unwrap();
+    let table = String::from_utf8(output.stdout).unwrap();
+    let row = table.lines().find(|line| line.starts_with("passthrough "));
+    // Name, protocol, whether the kernel offers it.
+    row.and_then(|row| row.split_whitespace().nth(2)) == Some("yes")
 }
 
 /// To start plyfs by, in the mode of this run.

@@ -376,7 +376,12 @@ fn attributes_that_change_beside_a_completion_keep_their_values() {
         let path = mount.join("f");
         let mut changes = 0u32;
         let mut last = (0, 0, 0, 0);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
         while place.is_incomplete() || changes < 20 {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "it is never completed"
+            );
             changes += 1;
             last = (
                 0o4600 | (changes & 0o77),

@@ -57,7 +57,7 @@ fn cut_off(
     let mut plyd = Plyd::start();
     let mut snapshots = Arc::new(Snapshots::of(&plyd));
     snapshots.layer("base", "", fill_base);
-    let deadline = Instant::now() + PATIENCE;
+    let mut deadline = Instant::now() + PATIENCE;
     let (mut failed, mut round) = (0, 0);
     while failed < ENOUGH {
         assert!(
@@ -74,6 +74,7 @@ fn cut_off(
         strike(&mut plyd);
         if let Err(status) = commit.join().unwrap() {
             failed += 1;
+            deadline = Instant::now() + PATIENCE;
             snapshots = repeat(&mut plyd, status);
         } else if plyd.snapctl(["system", "info"]).code != 0 {
             // It was acknowledged before.

@@ -1,9 +1,14 @@
 //! The end of a mount whose upper is about to become a layer.
 
+use std::time::Duration;
+
 use nix::mount::MsFlags;
 
 use super::super::types::Result;
-use super::{ANSWER, Live, Mounts};
+use super::{Live, Mounts};
+
+/// How long a plyfs may take to leave its upper alone: whoever does not is ended, and what still reads there with it.
+const SEALING: Duration = Duration::from_secs(60);
 
 impl Mounts {
     /// Ends the mount, if there is one. Copies that someone still holds go on, read-only; when this
@@ -46,7 +51,7 @@ impl Mounts {
 impl Live {
     /// Has the process leave the upper as it is; where it cannot, whoever uses the mount gets errors.
     fn seal(&self, id: &str) -> bool {
-        match self.control.seal(ANSWER) {
+        match self.control.seal(SEALING) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!(id, %error, "a committed snapshot cannot go on being mounted elsewhere: its users get errors from now on");
