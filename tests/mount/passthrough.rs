@@ -312,14 +312,12 @@ fn opens_and_writes_at_once_fail_nobody() {
                     for name in &names {
                         let file = File::open(mount.join(name)).unwrap();
                         let content = read(&file);
-                        let possible: [&[u8]; 5] = [
-                            b"old old old",
-                            b"new old old",
-                            b"",
-                            b"new",
-                            b"old old old\0",
-                        ];
-                        assert!(possible.contains(&&content[..]), "{content:?}");
+                        // FUSE's kernel side reads up to the old length while a truncation is under way, and what is
+                        // gone by then are zeros.
+                        let end = content.iter().rposition(|byte| *byte != 0);
+                        let text = &content[..end.map_or(0, |last| last + 1)];
+                        let possible: [&[u8]; 4] = [b"old old old", b"new old old", b"", b"new"];
+                        assert!(possible.contains(&text), "{content:?}");
                         kept.push(file);
                         if kept.len() == 100 {
                             kept.clear();
