@@ -2,6 +2,9 @@
 //! other names than their own, [`layer`] keeps the content of committed snapshots, [`trash`] deletes
 //! trees.
 //!
+//! Packed layers (`docs/layer-format.md`): `format` and `pack` are the files, [`object`] finds contents
+//! by their names, [`layer::index`] is what a layer says.
+//!
 //! The rules that everything here follows:
 //! - A fact is true when its record file is in place. Every change of state is exactly one rename
 //!   or one unlink of a record; whatever it names was made durable before.
@@ -10,13 +13,21 @@
 //!   place and cleared when the store is opened.
 
 mod durable;
+mod error;
+mod format;
 pub mod index;
 pub mod layer;
 mod lock;
+pub mod object;
+mod pack;
 pub mod record;
 pub mod trash;
 mod usage;
 
 pub use durable::{create_dir, sync_dir};
+pub use error::{Error, Result};
+pub use format::tables::{Extent, Inode, Object, Xattrs};
+pub use format::{LayerName, NotAName, ObjectName, Time, ViewKey};
 pub use lock::{LockError, RootLock, lock_root};
+pub use pack::PackId;
 pub use usage::{Usage, usage};

@@ -11,6 +11,7 @@ pub mod fs;
 pub mod fuse_mount;
 pub mod handle;
 pub mod inroot;
+pub mod map;
 pub mod mountinfo;
 pub mod private_mount;
 pub mod process;

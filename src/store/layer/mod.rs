@@ -3,6 +3,9 @@
 //! Today a layer is a directory in overlayfs format, `DIR/ID`, and a union takes it as it is. This
 //! module and whoever opens a union know that, and the comparison of snapshots
 //! (`snapshotter::diff`), which has to change when layers are packed. Everyone else holds a [`LayerId`].
+//! [`index`] is that of a packed layer.
+
+pub mod index;
 
 use std::fs;
 use std::io;

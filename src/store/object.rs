@@ -1,0 +1,495 @@
+//! Objects: contents by their names, small ones in packs and large ones in files of their own.
+//!
+//! An [`Objects`] knows where every object is once somebody asks for one by its name; it learns that from the
+//! tables of the packs and the names of the files. Who has a view needs that only when an object is
+//! not where the view says.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use super::durable::{create_dir, sync_dir};
+use super::error::{Error, Result, damaged, io_error};
+use super::format::ObjectName;
+use super::format::tables::Object;
+use super::pack::{self, PackId, SealedPack, Slot, Wrong};
+
+const BUFFER: usize = 128 << 10;
+
+/// Where an object is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a pack.
+    Packed {
+        /// Which one.
+        pack: PackId,
+        /// Where its header starts.
+        offset: u64,
+        /// Bytes behind the header.
+        stored: u32,
+    },
+    /// In a file of its own.
+    File,
+}
+
+/// The content of an object.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// In memory.
+    Bytes(Arc<[u8]>),
+    /// In a file that holds exactly this content.
+    File(Arc<File>),
+}
+
+impl Content {
+    /// Fills `buffer` from `offset`; fewer bytes only at the end.
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        match self {
+            Self::Bytes(bytes) => {
+                let from = usize::try_from(offset)
+                    .unwrap_or(usize::MAX)
+                    .min(bytes.len());
+                let count = buffer.len().min(bytes.len() - from);
+                buffer[..count].copy_from_slice(&bytes[from..from + count]);
+                Ok(count)
+            }
+            Self::File(file) => {
+                let mut have = 0;
+                while have < buffer.len() {
+                    match file.read_at(&mut buffer[have..], offset + have as u64) {
+                        Ok(0) => break,
+                        Ok(count) => have += count,
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(have)
+            }
+        }
+    }
+}
+
+/// All objects of a store.
+#[derive(Debug)]
+pub struct Objects {
+    packs: PathBuf,
+    files: PathBuf,
+    /// Read when it is first needed.
+    places: RwLock<Option<HashMap<ObjectName, Place>>>,
+    /// Descriptors of packs that were read from. A view goes on with a pack that was removed meanwhile.
+    open: Mutex<HashMap<PackId, Arc<File>>>,
+}
+
+impl Objects {
+    /// The objects below `dir`.
+    pub fn new(dir: &Path) -> Self {
+        Self {
+            packs: dir.join("packs"),
+            files: dir.join("objects"),
+            places: RwLock::new(None),
+            open: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// Makes the directories and finds all objects.
+    pub(super) fn prepare(&self) -> Result<()> {
+        for dir in [&self.packs, &self.files] {
+            create_dir(dir, 0o700).map_err(io_error("make the directory", dir))?;
+        }
+        // A process that was killed may have renamed without syncing the directory; what is
+        // found from now on is as durable as what is written.
+        let dir = File::open(&self.packs).map_err(io_error("open", &self.packs))?;
+        nix::unistd::syncfs(dir)
+            .map_err(|errno| io_error("sync the file system of", &self.packs)(errno.into()))?;
+        *self.places.write() = Some(self.load()?);
+        Ok(())
+    }
+
+    /// Where an object is; `None` if the store does not have it.
+    pub fn find(&self, name: &ObjectName) -> Result<Option<Place>> {
+        if let Some(places) = &*self.places.read() {
+            return Ok(places.get(name).copied());
+        }
+        let places = self.load()?;
+        let place = places.get(name).copied();
+        *self.places.write() = Some(places);
+        Ok(place)
+    }
+
+    /// The content of an object, which is looked for at `place` first. With `verify` it is
+    /// compared with its name.
+    pub fn read(&self, object: &Object, place: Option<Place>, verify: bool) -> Result<Content> {
+        let mut failed = None;
+        if let Some(place) = place {
+            match self.read_from(object, place, verify) {
+                Err(error) => failed = Some(error),
+                found => return found,
+            }
+        }
+        match self.find(&object.name)? {
+            Some(known) if Some(known) != place => self.read_from(object, known, verify),
+            _ => Err(failed.unwrap_or_else(|| {
+                let path = self.path_of(&object.name);
+                damaged(&path, "neither it nor a pack has this object")
+            })),
+        }
+    }
+
+    fn read_from(&self, object: &Object, place: Place, verify: bool) -> Result<Content> {
+        let (id, slot) = match place {
+            Place::File => return self.open_file(object, verify),
+            Place::Packed {
+                pack,
+                offset,
+                stored,
+            } => (pack, Slot { offset, stored }),
+        };
+        let path = self.packs.join(id.file_name());
+        let file = self.pack(id, &path)?;
+        match pack::read(&file, object, slot, verify) {
+            Ok(bytes) => Ok(Content::Bytes(bytes.into())),
+            Err(Wrong::Io(error)) => Err(io_error("read", &path)(error)),
+            Err(Wrong::Moved) => Err(damaged(
+                &path,
+                format!("{} is not in its place", object.name),
+            )),
+            Err(Wrong::Damaged(problem)) => Err(damaged(
+                &path,
+                format!("its object {} cannot be used: {problem}", object.name),
+            )),
+        }
+    }
+
+    fn pack(&self, id: PackId, path: &Path) -> Result<Arc<File>> {
+        if let Some(file) = self.open.lock().get(&id) {
+            return Ok(Arc::clone(file));
+        }
+        let file = Arc::new(File::open(path).map_err(io_error("open", path))?);
+        self.open.lock().insert(id, Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn open_file(&self, object: &Object, verify: bool) -> Result<Content> {
+        let path = self.path_of(&object.name);
+        let mut file = File::open(&path).map_err(io_error("open", &path))?;
+        let length = file.metadata().map_err(io_error("look at", &path))?.len();
+        if length != object.size {
+            let problem = format!("it has {length} bytes and should have {}", object.size);
+            return Err(damaged(&path, problem));
+        }
+        if verify {
+            let mut hash = blake3::Hasher::new();
+            let mut buffer = vec![0; BUFFER];
+            loop {
+                match file.read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(count) => hash.update(&buffer[..count]),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(io_error("read", &path)(error)),
+                };
+            }
+            if *hash.finalize().as_bytes() != object.name.0 {
+                return Err(damaged(&path, "its content does not have its name"));
+            }
+        }
+        Ok(Content::File(Arc::new(file)))
+    }
+
+    fn path_of(&self, name: &ObjectName) -> PathBuf {
+        let digits = name.to_string();
+        self.files.join(&digits[..2]).join(digits)
+    }
+
+    /// Brings a durable pack and durable files to their places and makes the names durable. From then on they are found.
+    pub(super) fn publish(&self, pack: Option<SealedPack>, files: Vec<NewFile>) -> Result<()> {
+        let mut found = Vec::new();
+        if let Some(pack) = pack {
+            let path = self.packs.join(pack.id.file_name());
+            fs::rename(&pack.path, &path).map_err(io_error("make", &path))?;
+            sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
+            found.extend(pack.objects.into_iter().map(|(object, slot)| {
+                let place = Place::Packed {
+                    pack: pack.id,
+                    offset: slot.offset,
+                    stored: slot.stored,
+                };
+                (object.name, place)
+            }));
+        }
+        let mut dirs = Vec::new();
+        for file in files {
+            let path = self.path_of(&file.object.name);
+            if let Some(dir) = path.parent() {
+                create_dir(dir, 0o700).map_err(io_error("make the directory", dir))?;
+                dirs.push(dir.to_owned());
+            }
+            // If another import has brought the same content meanwhile, this one takes its place.
+            fs::rename(&file.path, &path).map_err(io_error("make", &path))?;
+            found.push((file.object.name, Place::File));
+            file.kept();
+        }
+        dirs.sort_unstable();
+        dirs.dedup();
+        for dir in dirs {
+            sync_dir(&dir).map_err(io_error("make durable", &dir))?;
+        }
+        if let Some(places) = &mut *self.places.write() {
+            places.extend(found);
+        }
+        Ok(())
+    }
+
+    fn load(&self) -> Result<HashMap<ObjectName, Place>> {
+        let mut places = HashMap::new();
+        for name in names(&self.packs)? {
+            let Some(id) = PackId::of_file(&name) else {
+                continue;
+            };
+            let path = self.packs.join(&name);
+            match pack::objects_of(&path, id) {
+                Ok(objects) => {
+                    places.extend(objects.into_iter().map(|(object, slot)| {
+                        let place = Place::Packed {
+                            pack: id,
+                            offset: slot.offset,
+                            stored: slot.stored,
+                        };
+                        (object.name, place)
+                    }));
+                }
+                // The others can be used; whoever needs something of this one is told.
+                Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
+                    tracing::warn!(%error, "a pack cannot be used");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        for dir in names(&self.files)? {
+            for name in names(&self.files.join(dir))? {
+                if let Ok(name) = name.parse() {
+                    places.insert(name, Place::File);
+                }
+            }
+        }
+        Ok(places)
+    }
+}
+
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+    Ok(entries
+        .map_err(io_error("list", dir))?
+        .into_iter()
+        // A name that is not UTF-8 is not one of ours.
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect())
+}
+
+/// A large object that is being written. Dropped before it is published, it removes its file.
+#[derive(Debug)]
+pub(super) struct FileWriter {
+    path: PathBuf,
+    file: File,
+    hash: blake3::Hasher,
+    size: u64,
+    kept: bool,
+}
+
+impl FileWriter {
+    /// Begins a file in `dir`.
+    pub(super) fn create(dir: &Path) -> Result<Self> {
+        let path = dir.join(format!("object-{:032x}", rand::random::<u128>()));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io_error("make", &path))?;
+        Ok(Self {
+            path,
+            file,
+            hash: blake3::Hasher::new(),
+            size: 0,
+            kept: false,
+        })
+    }
+
+    /// Adds bytes.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hash.update(bytes);
+        self.size += bytes.len() as u64;
+        let written = self.file.write_all(bytes);
+        written.map_err(io_error("write", &self.path))
+    }
+
+    /// Ends the content.
+    pub(super) fn finish(mut self) -> Result<NewFile> {
+        self.kept = true;
+        Ok(NewFile {
+            object: Object {
+                name: ObjectName(*self.hash.finalize().as_bytes()),
+                size: self.size,
+            },
+            path: self.path.clone(),
+            file: self
+                .file
+                .try_clone()
+                .map_err(io_error("keep", &self.path))?,
+            kept: false,
+        })
+    }
+}
+
+impl Drop for FileWriter {
+    fn drop(&mut self) {
+        if !self.kept {
+            // What stays is cleared when the store is opened.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A large object that is written, but neither durable nor in its place. Dropped, it removes its file.
+#[derive(Debug)]
+pub(super) struct NewFile {
+    pub(super) object: Object,
+    path: PathBuf,
+    file: File,
+    kept: bool,
+}
+
+impl NewFile {
+    /// Makes the content durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        let synced = self.file.sync_all();
+        synced.map_err(io_error("make durable", &self.path))
+    }
+
+    fn kept(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if !self.kept {
+            // What stays is cleared when the store is opened.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::pack::{Encoded, PackWriter};
+
+    fn object(content: &[u8]) -> Object {
+        Object {
+            name: ObjectName::of(content),
+            size: content.len() as u64,
+        }
+    }
+
+    fn bytes(content: &Content, size: usize) -> Vec<u8> {
+        let mut buffer = vec![0; size + 10];
+        let count = content.read_at(&mut buffer, 0).unwrap();
+        buffer.truncate(count);
+        buffer
+    }
+
+    fn packed(dir: &Path, content: &[u8]) -> SealedPack {
+        let mut pack = PackWriter::create(dir).unwrap();
+        let encoded = Encoded::new(object(content), content.to_vec(), 1).unwrap();
+        pack.append(&encoded).unwrap();
+        pack.seal().unwrap()
+    }
+
+    fn store(dir: &Path) -> Objects {
+        let objects = Objects::new(dir);
+        objects.prepare().unwrap();
+        objects
+    }
+
+    #[test]
+    fn objects_are_found_at_once_and_after_opening_again() {
+        let tmp = tempfile::tempdir().unwrap();
+        let objects = store(tmp.path());
+        let mut file = FileWriter::create(tmp.path()).unwrap();
+        file.write(b"large ").unwrap();
+        file.write(b"one").unwrap();
+        let pack = packed(tmp.path(), b"small one");
+        objects
+            .publish(Some(pack), vec![file.finish().unwrap()])
+            .unwrap();
+        for objects in [objects, store(tmp.path()), Objects::new(tmp.path())] {
+            for content in [&b"large one"[..], b"small one"] {
+                let read = objects.read(&object(content), None, true).unwrap();
+                assert_eq!(bytes(&read, content.len()), content);
+            }
+            assert_eq!(objects.find(&ObjectName::of(b"none")).unwrap(), None);
+            let error = objects.read(&object(b"none"), None, true).unwrap_err();
+            assert!(error.to_string().contains("neither"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_object_that_has_moved_is_looked_for_by_its_name() {
+        let tmp = tempfile::tempdir().unwrap();
+        let objects = store(tmp.path());
+        objects
+            .publish(Some(packed(tmp.path(), b"content")), Vec::new())
+            .unwrap();
+        let of = object(b"content");
+        let gone = Place::Packed {
+            pack: PackId([7; 16]),
+            offset: 64,
+            stored: 7,
+        };
+        let Some(Place::Packed { pack, stored, .. }) = objects.find(&of.name).unwrap() else {
+            panic!("it is in a pack");
+        };
+        let elsewhere = Place::Packed {
+            pack,
+            offset: 0,
+            stored,
+        };
+        for place in [gone, elsewhere, Place::File] {
+            let read = objects.read(&of, Some(place), true).unwrap();
+            assert_eq!(bytes(&read, 7), b"content");
+        }
+    }
+
+    #[test]
+    fn damage_to_a_file_is_seen_when_it_is_verified() {
+        let tmp = tempfile::tempdir().unwrap();
+        let objects = store(tmp.path());
+        let mut file = FileWriter::create(tmp.path()).unwrap();
+        file.write(b"content").unwrap();
+        objects.publish(None, vec![file.finish().unwrap()]).unwrap();
+        let of = object(b"content");
+        let path = objects.path_of(&of.name);
+        fs::write(&path, b"contend").unwrap();
+        assert!(objects.read(&of, None, false).is_ok());
+        let error = objects.read(&of, None, true).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        fs::write(&path, b"conten").unwrap();
+        assert!(objects.read(&of, None, false).is_err());
+    }
+
+    #[test]
+    fn what_is_not_published_is_removed() {
+        let tmp = tempfile::tempdir().unwrap();
+        let mut file = FileWriter::create(tmp.path()).unwrap();
+        file.write(b"content").unwrap();
+        drop(file.finish().unwrap());
+        drop(FileWriter::create(tmp.path()).unwrap());
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+    }
+}

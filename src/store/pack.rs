@@ -1,0 +1,522 @@
+//! Pack files: many small objects in one file that is written once and synced once.
+//!
+//! A pack describes itself. Its table is found from its end; a pack without a sound end is read object
+//! by object from its start, up to the first that is not whole.
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::error::{Result, damaged, io_error};
+use super::format::tables::Object;
+use super::format::{ObjectName, Record, check_features, short_sum};
+
+const MAGIC: &[u8; 8] = b"plypack\0";
+const END_MAGIC: &[u8; 8] = b"plypkend";
+const OBJECT_MAGIC: &[u8; 4] = b"PLOB";
+/// Bytes of the header of a pack, of that of an object, and of the end record.
+const HEADER: usize = 64;
+const TABLE_ENTRY: usize = 56;
+const BUFFER: usize = 1 << 20;
+/// Most bytes of an object in a pack.
+pub(super) const LARGEST: u64 = 16 << 20;
+
+/// Names a pack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PackId(pub [u8; 16]);
+
+impl fmt::Display for PackId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl PackId {
+    /// A name that no pack has.
+    fn new() -> Self {
+        Self(rand::random())
+    }
+
+    /// The pack of a file name.
+    pub(super) fn of_file(name: &str) -> Option<Self> {
+        let digits = name.strip_suffix(".pack")?;
+        let id = Self(u128::from_str_radix(digits, 16).ok()?.to_be_bytes());
+        (id.to_string() == digits).then_some(id)
+    }
+
+    /// The name of its file.
+    pub(super) fn file_name(self) -> String {
+        format!("{self}.pack")
+    }
+}
+
+/// Where an object lies in a pack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    /// Where its header starts.
+    pub(super) offset: u64,
+    /// Bytes behind the header.
+    pub(super) stored: u32,
+}
+
+/// An object as it is stored.
+#[derive(Debug)]
+pub(super) struct Encoded {
+    pub(super) object: Object,
+    compressed: bool,
+    bytes: Vec<u8>,
+}
+
+impl Encoded {
+    /// Takes `content`, which is compressed at `level` if that saves an eighth.
+    pub(super) fn new(object: Object, content: Vec<u8>, level: i32) -> io::Result<Self> {
+        // Too little for a frame to be smaller.
+        if content.len() >= 64 {
+            let compressed = zstd::bulk::compress(&content, level)?;
+            if compressed.len() <= content.len() - content.len() / 8 {
+                return Ok(Self {
+                    object,
+                    compressed: true,
+                    bytes: compressed,
+                });
+            }
+        }
+        Ok(Self {
+            object,
+            compressed: false,
+            bytes: content,
+        })
+    }
+}
+
+/// A pack that is being written. Dropped before it is sealed, it removes its file.
+#[derive(Debug)]
+pub(super) struct PackWriter {
+    id: PackId,
+    path: PathBuf,
+    file: BufWriter<File>,
+    at: u64,
+    objects: Vec<(Object, Slot)>,
+    sealed: bool,
+}
+
+impl PackWriter {
+    /// Begins a pack in `dir`.
+    pub(super) fn create(dir: &Path) -> Result<Self> {
+        let id = PackId::new();
+        let path = dir.join(id.file_name());
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io_error("make", &path))?;
+        let mut writer = Self {
+            id,
+            path,
+            file: BufWriter::with_capacity(BUFFER, file),
+            at: 0,
+            objects: Vec::new(),
+            sealed: false,
+        };
+        let mut header = [0; HEADER];
+        header[..8].copy_from_slice(MAGIC);
+        header[8..10].copy_from_slice(&1u16.to_le_bytes());
+        header[40..56].copy_from_slice(&id.0);
+        let sum = short_sum(&header[..56]);
+        header[56..].copy_from_slice(&sum);
+        writer.write(&header)?;
+        Ok(writer)
+    }
+
+    /// Adds an object.
+    pub(super) fn append(&mut self, encoded: &Encoded) -> Result<()> {
+        let object = encoded.object;
+        let slot = Slot {
+            offset: self.at,
+            // Not more than `LARGEST`.
+            stored: encoded.bytes.len() as u32,
+        };
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(OBJECT_MAGIC);
+        header[4] = u8::from(encoded.compressed);
+        header[8..16].copy_from_slice(&object.size.to_le_bytes());
+        header[16..24].copy_from_slice(&u64::from(slot.stored).to_le_bytes());
+        header[24..56].copy_from_slice(&object.name.0);
+        let sum = short_sum(&header[..56]);
+        header[56..].copy_from_slice(&sum);
+        self.write(&header)?;
+        self.write(&encoded.bytes)?;
+        self.write(&[0; 8][..padding(u64::from(slot.stored)) as usize])?;
+        self.objects.push((object, slot));
+        Ok(())
+    }
+
+    /// Whether nothing was added.
+    pub(super) fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    /// Ends the pack and makes it durable. It lies where it was begun and is the caller's.
+    pub(super) fn seal(mut self) -> Result<SealedPack> {
+        self.objects.sort_unstable_by_key(|(object, _)| object.name);
+        let start = self.at;
+        let mut table = Vec::with_capacity(self.objects.len() * TABLE_ENTRY);
+        for (object, slot) in &self.objects {
+            table.extend_from_slice(&object.name.0);
+            table.extend_from_slice(&slot.offset.to_le_bytes());
+            table.extend_from_slice(&u64::from(slot.stored).to_le_bytes());
+            table.extend_from_slice(&object.size.to_le_bytes());
+        }
+        let mut end = [0; HEADER];
+        end[..8].copy_from_slice(END_MAGIC);
+        end[8..16].copy_from_slice(&(self.objects.len() as u64).to_le_bytes());
+        end[16..24].copy_from_slice(&start.to_le_bytes());
+        let sum = table_sum(&table, &end);
+        end[32..].copy_from_slice(&sum);
+        self.write(&table)?;
+        self.write(&end)?;
+        let path = &self.path;
+        self.file.flush().map_err(io_error("write", path))?;
+        let synced = self.file.get_ref().sync_all();
+        synced.map_err(io_error("make durable", path))?;
+        self.sealed = true;
+        Ok(SealedPack {
+            id: self.id,
+            path: self.path.clone(),
+            bytes: self.at,
+            objects: std::mem::take(&mut self.objects),
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.at += bytes.len() as u64;
+        let written = self.file.write_all(bytes);
+        written.map_err(io_error("write", &self.path))
+    }
+}
+
+impl Drop for PackWriter {
+    fn drop(&mut self) {
+        if !self.sealed {
+            // What stays is cleared when the store is opened.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A pack that is whole and durable, but not in its place yet.
+#[derive(Debug)]
+pub(super) struct SealedPack {
+    pub(super) id: PackId,
+    pub(super) path: PathBuf,
+    pub(super) bytes: u64,
+    pub(super) objects: Vec<(Object, Slot)>,
+}
+
+/// The objects of a pack, by its table or else by what is in it.
+pub(super) fn objects_of(path: &Path, id: PackId) -> Result<Vec<(Object, Slot)>> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    let length = file.metadata().map_err(io_error("look at", path))?.len();
+    let mut header = [0; HEADER];
+    match file.read_exact_at(&mut header, 0) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            return Err(damaged(path, "it is cut off"));
+        }
+        result => result.map_err(io_error("read", path))?,
+    }
+    let fields = Record(&header);
+    if fields.array::<8>(0) != *MAGIC || fields.array::<8>(56) != short_sum(&header[..56]) {
+        return Err(damaged(path, "it does not start as a pack does"));
+    }
+    check_features(path, fields.u16(8), fields.u64(32))?;
+    if fields.array::<16>(40) != id.0 {
+        return Err(damaged(path, "it is another pack than its name says"));
+    }
+    if let Some(objects) = table_of(&file, path, length)? {
+        return Ok(objects);
+    }
+    tracing::warn!(path = %path.display(), "the table of a pack cannot be used; its objects are read instead");
+    scan(file, path, length)
+}
+
+/// The table at the end of a pack; `None` if there is no sound one.
+fn table_of(file: &File, path: &Path, length: u64) -> Result<Option<Vec<(Object, Slot)>>> {
+    let Some(end_at) = length.checked_sub(HEADER as u64) else {
+        return Ok(None);
+    };
+    let mut end = [0; HEADER];
+    file.read_exact_at(&mut end, end_at)
+        .map_err(io_error("read", path))?;
+    let fields = Record(&end);
+    let (count, start) = (fields.u64(8), fields.u64(16));
+    let bytes = count.checked_mul(TABLE_ENTRY as u64);
+    if fields.array::<8>(0) != *END_MAGIC
+        || bytes.and_then(|bytes| start.checked_add(bytes)) != Some(end_at)
+    {
+        return Ok(None);
+    }
+    let mut table = vec![0; (end_at - start) as usize];
+    file.read_exact_at(&mut table, start)
+        .map_err(io_error("read", path))?;
+    if fields.array::<32>(32) != table_sum(&table, &end) {
+        return Ok(None);
+    }
+    let mut objects = Vec::with_capacity(table.len() / TABLE_ENTRY);
+    for entry in table.chunks_exact(TABLE_ENTRY) {
+        let fields = Record(entry);
+        let object = Object {
+            name: ObjectName(fields.array(0)),
+            size: fields.u64(48),
+        };
+        let (offset, stored) = (fields.u64(32), fields.u64(40));
+        let to = offset.checked_add(HEADER as u64 + stored.min(LARGEST));
+        if object.size > LARGEST || stored > object.size || to.is_none_or(|to| to > start) {
+            return Ok(None);
+        }
+        let stored = stored as u32;
+        objects.push((object, Slot { offset, stored }));
+    }
+    Ok(Some(objects))
+}
+
+fn scan(file: File, path: &Path, length: u64) -> Result<Vec<(Object, Slot)>> {
+    let mut stream = BufReader::with_capacity(BUFFER, file);
+    let mut objects = Vec::new();
+    let mut at = HEADER as u64;
+    let mut header = [0; HEADER];
+    let fail = |error| io_error("read", path)(error);
+    io::copy(&mut stream.by_ref().take(at), &mut io::sink()).map_err(fail)?;
+    while at + HEADER as u64 <= length {
+        stream.read_exact(&mut header).map_err(fail)?;
+        let Some(found) = parse(&header) else {
+            break;
+        };
+        let stored = u64::from(found.stored);
+        let next = at + HEADER as u64 + stored + padding(stored);
+        if next > length {
+            break;
+        }
+        io::copy(
+            &mut stream.by_ref().take(stored + padding(stored)),
+            &mut io::sink(),
+        )
+        .map_err(fail)?;
+        let slot = Slot {
+            offset: at,
+            stored: found.stored,
+        };
+        objects.push((found.object, slot));
+        at = next;
+    }
+    Ok(objects)
+}
+
+struct Header {
+    object: Object,
+    stored: u32,
+    compressed: bool,
+}
+
+/// A sound header of an object.
+fn parse(header: &[u8; HEADER]) -> Option<Header> {
+    let fields = Record(header);
+    let (size, stored) = (fields.u64(8), fields.u64(16));
+    let sound = fields.array::<4>(0) == *OBJECT_MAGIC
+        && fields.array::<8>(56) == short_sum(&header[..56])
+        && fields.u8(4) <= 1
+        && fields.is_zero(5, 8)
+        && size <= LARGEST
+        && stored <= size;
+    sound.then(|| Header {
+        object: Object {
+            name: ObjectName(fields.array(24)),
+            size,
+        },
+        stored: stored as u32,
+        compressed: fields.u8(4) == 1,
+    })
+}
+
+/// What is wrong with an object in a pack.
+#[derive(Debug)]
+pub(super) enum Wrong {
+    /// Something else is there.
+    Moved,
+    /// It is not what it was.
+    Damaged(&'static str),
+    /// The host cannot read it.
+    Io(io::Error),
+}
+
+/// Reads an object. Its content is compared with its name if `verify` is set, and has its length in any case.
+pub(super) fn read(
+    file: &File,
+    object: &Object,
+    slot: Slot,
+    verify: bool,
+) -> Result<Vec<u8>, Wrong> {
+    if object.size > LARGEST || u64::from(slot.stored) > object.size {
+        return Err(Wrong::Moved);
+    }
+    let mut bytes = vec![0; HEADER + slot.stored as usize];
+    file.read_exact_at(&mut bytes, slot.offset)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => Wrong::Damaged("the pack is cut off"),
+            _ => Wrong::Io(error),
+        })?;
+    let header = bytes.first_chunk().and_then(parse);
+    let header = header.ok_or(Wrong::Damaged("its header is damaged"))?;
+    if header.object != *object || header.stored != slot.stored {
+        return Err(Wrong::Moved);
+    }
+    let stored = bytes.split_off(HEADER);
+    let content = if header.compressed {
+        zstd::bulk::decompress(&stored, object.size as usize)
+            .map_err(|_| Wrong::Damaged("it cannot be decompressed"))?
+    } else {
+        stored
+    };
+    if content.len() as u64 != object.size {
+        return Err(Wrong::Damaged("it does not have its length"));
+    }
+    if verify && ObjectName::of(&content) != object.name {
+        return Err(Wrong::Damaged("its content does not have its name"));
+    }
+    Ok(content)
+}
+
+fn table_sum(table: &[u8], end: &[u8; HEADER]) -> [u8; 32] {
+    let mut hash = blake3::Hasher::new();
+    hash.update(table);
+    hash.update(&end[..32]);
+    *hash.finalize().as_bytes()
+}
+
+fn padding(stored: u64) -> u64 {
+    stored.wrapping_neg() % 8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contents() -> Vec<Vec<u8>> {
+        vec![
+            b"a".to_vec(),
+            b"plywood ".repeat(100),
+            (0..=255).collect(),
+            vec![0; 5000],
+        ]
+    }
+
+    fn object(content: &[u8]) -> Object {
+        Object {
+            name: ObjectName::of(content),
+            size: content.len() as u64,
+        }
+    }
+
+    fn sealed(dir: &Path) -> SealedPack {
+        let mut writer = PackWriter::create(dir).unwrap();
+        for content in contents() {
+            let encoded = Encoded::new(object(&content), content, 1).unwrap();
+            writer.append(&encoded).unwrap();
+        }
+        writer.seal().unwrap()
+    }
+
+    fn sorted(mut objects: Vec<(Object, Slot)>) -> Vec<(Object, Slot)> {
+        objects.sort_unstable_by_key(|(object, _)| object.name);
+        objects
+    }
+
+    #[test]
+    fn objects_come_back_and_are_compressed_where_it_pays() {
+        let tmp = tempfile::tempdir().unwrap();
+        let pack = sealed(tmp.path());
+        assert_eq!(objects_of(&pack.path, pack.id).unwrap(), pack.objects);
+        let file = File::open(&pack.path).unwrap();
+        for content in contents() {
+            let of = object(&content);
+            let (_, slot) = pack.objects.iter().find(|(other, _)| *other == of).unwrap();
+            assert_eq!(read(&file, &of, *slot, true).unwrap(), content);
+            assert_eq!(
+                (slot.stored as usize) < content.len() / 2,
+                content.len() > 256
+            );
+        }
+    }
+
+    #[test]
+    fn a_pack_without_an_end_is_read_up_to_its_tail() {
+        let tmp = tempfile::tempdir().unwrap();
+        let pack = sealed(tmp.path());
+        let whole = fs::read(&pack.path).unwrap();
+        let mut ends: Vec<u64> = pack
+            .objects
+            .iter()
+            .map(|(_, slot)| {
+                let stored = u64::from(slot.stored);
+                slot.offset + HEADER as u64 + stored + padding(stored)
+            })
+            .collect();
+        ends.sort_unstable();
+        for length in HEADER..whole.len() {
+            fs::write(&pack.path, &whole[..length]).unwrap();
+            let found = sorted(objects_of(&pack.path, pack.id).unwrap());
+            let complete = ends.iter().filter(|end| **end <= length as u64).count();
+            assert_eq!(found.len(), complete, "cut at {length}");
+            assert!(found.iter().all(|entry| pack.objects.contains(entry)));
+        }
+        for length in 0..HEADER {
+            fs::write(&pack.path, &whole[..length]).unwrap();
+            assert!(objects_of(&pack.path, pack.id).is_err());
+        }
+    }
+
+    #[test]
+    fn every_damaged_byte_is_an_error_or_changes_nothing() {
+        let tmp = tempfile::tempdir().unwrap();
+        let pack = sealed(tmp.path());
+        let whole = fs::read(&pack.path).unwrap();
+        for at in 0..whole.len() {
+            let mut bad = whole.clone();
+            bad[at] ^= 0x41;
+            fs::write(&pack.path, &bad).unwrap();
+            let file = File::open(&pack.path).unwrap();
+            // By the slots that a view or an index in memory has.
+            for content in contents() {
+                let of = object(&content);
+                let (_, slot) = pack.objects.iter().find(|(other, _)| *other == of).unwrap();
+                if let Ok(seen) = read(&file, &of, *slot, true) {
+                    assert_eq!(seen, content, "byte {at}");
+                }
+            }
+            // By the slots that the pack itself gives.
+            for (object, slot) in objects_of(&pack.path, pack.id).unwrap_or_default() {
+                if let Ok(seen) = read(&file, &object, slot, true) {
+                    assert_eq!(ObjectName::of(&seen), object.name, "byte {at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_not_sealed_is_removed() {
+        let tmp = tempfile::tempdir().unwrap();
+        drop(PackWriter::create(tmp.path()).unwrap());
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn names_of_files_have_one_spelling() {
+        let id = PackId([0xab; 16]);
+        assert_eq!(PackId::of_file(&id.file_name()), Some(id));
+        for name in ["ab.pack", "x", &id.file_name().to_uppercase()] {
+            assert_eq!(PackId::of_file(name), None, "{name}");
+        }
+    }
+}
