@@ -21,6 +21,8 @@ mod lock;
 pub mod object;
 mod pack;
 pub mod record;
+#[allow(dead_code)]
+mod tar;
 pub mod trash;
 mod usage;
 
