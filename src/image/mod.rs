@@ -10,7 +10,6 @@
 
 mod apply;
 mod archive;
-mod compression;
 mod error;
 mod records;
 mod reference;

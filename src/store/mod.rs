@@ -3,7 +3,8 @@
 //! trees.
 //!
 //! Packed layers (`docs/layer-format.md`): `format` and `pack` are the files, [`object`] finds contents
-//! by their names, [`layer::index`] is what a layer says.
+//! by their names, [`layer::index`] is what a layer says, [`ingest`] takes layers in and `export` gives
+//! their streams back, [`layers`] has all of them.
 //!
 //! The rules that everything here follows:
 //! - A fact is true when its record file is in place. Every change of state is exactly one rename
@@ -12,16 +13,19 @@
 //! - What a crash can leave (temporaries, a layer without a record) is harmless, is recognised by its
 //!   place and cleared when the store is opened.
 
+pub(crate) mod compression;
 mod durable;
 mod error;
+mod export;
 mod format;
 pub mod index;
+pub mod ingest;
 pub mod layer;
+pub mod layers;
 mod lock;
 pub mod object;
 mod pack;
 pub mod record;
-#[allow(dead_code)]
 mod tar;
 pub mod trash;
 mod usage;

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -365,6 +366,12 @@ pub(super) struct NewFile {
 }
 
 impl NewFile {
+    /// Has the host begin to write, so that less is left to do for [`sync`](Self::sync).
+    pub(super) fn start_writing(&self) {
+        // Only `sync` promises anything.
+        let _ = crate::sys::fs::start_writeback(self.file.as_fd());
+    }
+
     /// Makes the content durable.
     pub(super) fn sync(&self) -> Result<()> {
         let synced = self.file.sync_all();

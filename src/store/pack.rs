@@ -186,7 +186,6 @@ impl PackWriter {
         Ok(SealedPack {
             id: self.id,
             path: self.path.clone(),
-            bytes: self.at,
             objects: std::mem::take(&mut self.objects),
         })
     }
@@ -212,7 +211,6 @@ impl Drop for PackWriter {
 pub(super) struct SealedPack {
     pub(super) id: PackId,
     pub(super) path: PathBuf,
-    pub(super) bytes: u64,
     pub(super) objects: Vec<(Object, Slot)>,
 }
 

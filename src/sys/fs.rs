@@ -325,6 +325,12 @@ pub fn clone_content(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), Err
     check(unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) })
 }
 
+/// `sync_file_range`: begins to write what is dirty of a file, and waits for nothing.
+pub fn start_writeback(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: no pointer is passed.
+    check(unsafe { libc::sync_file_range(fd.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) })
+}
+
 /// `fsync`, or `fdatasync`.
 pub fn fsync(fd: BorrowedFd<'_>, data_only: bool) -> Result<(), Errno> {
     // SAFETY: plain values.

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam::channel::{Receiver, Sender, bounded};
 use sha2::{Digest, Sha256};
 
-use super::super::{Error, Observer, Result, compression, io_error};
+use super::super::{Error, Observer, Result, io_error};
 use super::{Fault, Source};
+use crate::store::compression;
 
 const CHUNK: usize = 1 << 20;
 /// Chunks between the two threads.

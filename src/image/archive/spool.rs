@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::super::compression;
 use super::super::tar::{self, Kind};
 use super::super::{Error, Observer, Phase, Progress, Result, io_error};
 use super::refuse;
+use crate::store::compression;
 
 const BUFFER: usize = 1 << 20;
 /// Most members of an archive.

@@ -156,11 +156,6 @@ impl IndexFile {
         })
     }
 
-    /// The file.
-    pub(in crate::store) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The sum of the header, which covers everything.
     pub(in crate::store) fn sum(&self) -> [u8; 32] {
         self.sum

@@ -11,7 +11,7 @@ const ZSTD_SKIPPABLE: &[u8] = &[0x2a, 0x4d, 0x18];
 
 /// The content of `stream`: decompressed if it is gzip of any number of members or zstd of any number
 /// of frames, else as it is.
-pub(super) fn decompress<'a>(mut stream: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
+pub(crate) fn decompress<'a>(mut stream: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
     let mut start = Vec::with_capacity(4);
     stream.by_ref().take(4).read_to_end(&mut start)?;
     let gzip = start.starts_with(GZIP);

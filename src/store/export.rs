@@ -1,0 +1,99 @@
+//! The tar stream of a layer, given back bit for bit.
+
+use std::io::Write;
+
+use sha2::{Digest, Sha256};
+
+use super::error::{Error, Result};
+use super::ingest::recipe::{Part, Reader};
+use super::layer::index::{Action, LayerIndex};
+use super::object::Objects;
+
+const BUFFER: usize = 128 << 10;
+
+/// Writes the stream that `recipe` and the contents of `layer` make to `out`, and compares it with the layer's diff
+/// id. When it fails, part of the stream may be written.
+pub(super) fn export(
+    layer: &LayerIndex,
+    mut recipe: Reader,
+    objects: &Objects,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let Some(diff_id) = layer.diff_id() else {
+        return Err(Error::NoStream {
+            layer: layer.name().to_string(),
+        });
+    };
+    let mut hash = Sha256::new();
+    let mut bytes = 0u64;
+    let mut write = |part: &[u8]| {
+        bytes += part.len() as u64;
+        if bytes > layer.tar_bytes() {
+            return Err(layer.damaged("its stream turns out to be too long"));
+        }
+        hash.update(part);
+        out.write_all(part).map_err(Error::Output)
+    };
+    let mut next = 0;
+    let mut buffer = vec![0; BUFFER];
+    while let Some(part) = recipe.next()? {
+        match part {
+            Part::Raw(raw) => write(&raw)?,
+            Part::Content => {
+                for object in next_content(layer, &mut next)? {
+                    let object = layer.object(object)?;
+                    let content = objects.read(&object, None, true)?;
+                    let mut at = 0;
+                    while at < object.size {
+                        let most = buffer.len().min((object.size - at) as usize);
+                        let count = content
+                            .read_at(&mut buffer[..most], at)
+                            .map_err(|error| layer.damaged(format!("an object: {error}")))?;
+                        if count == 0 {
+                            return Err(layer.damaged("an object is too short"));
+                        }
+                        write(&buffer[..count])?;
+                        at += count as u64;
+                    }
+                }
+            }
+        }
+    }
+    let found: [u8; 32] = hash.finalize().into();
+    if found == diff_id && bytes == layer.tar_bytes() {
+        Ok(())
+    } else {
+        Err(Error::Digest {
+            what: "exported stream of the layer",
+            expected: sha256(&diff_id),
+            found: sha256(&found),
+        })
+    }
+}
+
+/// The objects of the next file that has any, from entry `next` on.
+fn next_content(layer: &LayerIndex, next: &mut u32) -> Result<Vec<u32>> {
+    while *next < layer.len() {
+        let entry = layer.entry(*next)?;
+        *next += 1;
+        if entry.action != Action::Make || entry.inode.kind() != libc::S_IFREG {
+            continue;
+        }
+        let mut objects: Vec<u32> = layer
+            .extents(&entry.inode)?
+            .iter()
+            .map(|extent| extent.object)
+            .collect();
+        objects.dedup();
+        if !objects.is_empty() {
+            return Ok(objects);
+        }
+    }
+    Err(layer.damaged("its stream has more contents than its index"))
+}
+
+/// A digest as it is written.
+pub(super) fn sha256(digest: &[u8; 32]) -> String {
+    let digits: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{digits}")
+}

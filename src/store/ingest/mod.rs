@@ -1,0 +1,273 @@
+//! The way of a layer's tar stream into the store.
+//!
+//! A pipeline whose memory is bounded: one thread reads, hashes and decompresses the stream, another
+//! hashes its content; the caller's parses it, writes large contents, the index and the recipe; workers hash and compress
+//! small contents; one thread writes the pack. Nothing is unpacked into the host's file system, so
+//! no name, link or device of a layer can reach it.
+//!
+//! The layer exists when its record does. Before that its pack, its large objects, its index and its
+//! recipe are durable and in their places; what a failure leaves is in `tmp` or is an object that no record
+//! reaches.
+
+pub(super) mod recipe;
+mod sink;
+mod source;
+
+use std::io::Read;
+use std::path::Path;
+
+use super::error::{Error, Result, refused};
+use super::format::Time;
+use super::format::tables::Extent;
+use super::layer::index::{Attributes, Body, LayerBuilder};
+use super::object::Objects;
+use super::tar::names::{Meaning, clean, meaning};
+use super::tar::{Entry, Kind, Reader};
+
+pub(super) use sink::Stored;
+pub(super) use source::Digests;
+
+const BUFFER: usize = 128 << 10;
+/// The last second that fits in 64 bits of nanoseconds; containerd takes later ones for damage.
+const LATEST_SECOND: i64 = i64::MAX / 1_000_000_000;
+
+/// What one layer may claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Uncompressed bytes.
+    pub bytes: u64,
+    /// Entries.
+    pub entries: u64,
+    /// Bytes of the names of all paths.
+    pub names: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            bytes: 1 << 40,
+            entries: 10_000_000,
+            names: 512 << 20,
+        }
+    }
+}
+
+/// How layers are taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Contents of more bytes become files of their own.
+    pub small: u64,
+    /// Level of zstd for what is packed.
+    pub level: i32,
+    /// Threads that hash and compress.
+    pub workers: usize,
+    /// Bytes for contents on their way. The index of the layer comes on top.
+    pub memory: u64,
+    /// What a layer may claim.
+    pub limits: Limits,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            small: 128 << 10,
+            level: 1,
+            workers: std::thread::available_parallelism().map_or(1, usize::from),
+            memory: 256 << 20,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Who wants to know how far an import is.
+pub trait Observer: Sync {
+    /// So many bytes of the stream as it came were read.
+    fn progress(&self, _bytes: u64) {}
+    /// Whether nobody wants the layer any more.
+    fn cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// Nobody.
+impl Observer for () {}
+
+/// A layer whose contents are in the store's files, but not durable yet.
+pub(super) struct Taken {
+    pub(super) index: LayerBuilder,
+    pub(super) recipe: recipe::Writer,
+    pub(super) stored: Stored,
+    pub(super) digests: Digests,
+}
+
+/// Takes in the layer that `stream` is: a tar, plain or compressed with gzip or zstd.
+pub(super) fn take(
+    stream: impl Read + Send,
+    objects: &Objects,
+    tmp: &Path,
+    recipe: recipe::Writer,
+    settings: &Settings,
+    observer: &dyn Observer,
+) -> Result<Taken> {
+    let taken = source::with_content(stream, settings.limits.bytes, observer, |content| {
+        sink::with_sink(objects, tmp, settings, |sink| {
+            let mut layer = Layer {
+                reader: Reader::new(content, recipe),
+                index: LayerBuilder::new(),
+                limits: &settings.limits,
+                buffer: vec![0; BUFFER],
+            };
+            layer.take(sink)?;
+            Ok((layer.index, layer.reader.finish()?))
+        })
+    });
+    let (((index, recipe), stored), digests) = taken?;
+    Ok(Taken {
+        index,
+        recipe,
+        stored,
+        digests,
+    })
+}
+
+struct Layer<'a, R> {
+    reader: Reader<R, recipe::Writer>,
+    index: LayerBuilder,
+    limits: &'a Limits,
+    buffer: Vec<u8>,
+}
+
+impl<R: Read> Layer<'_, R> {
+    fn take(&mut self, sink: &mut sink::Sink<'_>) -> Result<()> {
+        let mut entries = 0;
+        while let Some(entry) = self.reader.next_entry()? {
+            entries += 1;
+            if entries > self.limits.entries {
+                let problem = format!("the layer has more than {} entries", self.limits.entries);
+                return Err(refused(&entry.path, problem));
+            }
+            if self.index.name_bytes() > self.limits.names {
+                let problem = "the names in the layer have more bytes than a layer may have";
+                return Err(refused(&entry.path, problem));
+            }
+            match meaning(&entry.path).map_err(|problem| refused(&entry.path, problem))? {
+                Meaning::Nothing => {}
+                Meaning::Make(path) => self.make(&entry, &path, sink)?,
+                Meaning::Remove(path) => self.index.remove(&path)?,
+                Meaning::Clear(path) => self.index.clear(&path)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn make(&mut self, entry: &Entry, path: &[&[u8]], sink: &mut sink::Sink<'_>) -> Result<()> {
+        let (kind, body) = match entry.kind {
+            Kind::Regular => (libc::S_IFREG, self.content(entry, sink)?),
+            Kind::Directory => (libc::S_IFDIR, Body::Nothing),
+            Kind::Fifo => (libc::S_IFIFO, Body::Nothing),
+            Kind::Symlink if entry.link.is_empty() => {
+                return Err(refused(&entry.path, "it is a symbolic link to nothing"));
+            }
+            Kind::Symlink => (libc::S_IFLNK, Body::Target(entry.link.clone())),
+            Kind::BlockDevice => (libc::S_IFBLK, device(entry)?),
+            Kind::CharDevice if entry.device == (0, 0) => {
+                return Err(refused(
+                    &entry.path,
+                    "it is the character device 0:0, which marks a deletion in overlayfs and cannot be a file; write the deletion as a \".wh.\" entry",
+                ));
+            }
+            Kind::CharDevice => (libc::S_IFCHR, device(entry)?),
+            Kind::HardLink => {
+                let target = clean(&entry.link).map_err(|problem| {
+                    refused(&entry.path, format!("its hard link's target: {problem}"))
+                })?;
+                if target.is_empty() {
+                    return Err(refused(&entry.path, "it is a hard link to the root"));
+                }
+                let attributes = attributes(entry, 0);
+                return self.index.link(path, &attributes, &target.join(&b'/'));
+            }
+        };
+        let mut attributes = attributes(entry, kind);
+        if entry.kind == Kind::Symlink {
+            // The kernel knows no other.
+            attributes.mode = (libc::S_IFLNK | 0o777) as u16;
+        }
+        self.index.make(path, &attributes, &body)
+    }
+
+    /// Hands over the content of a regular file.
+    fn content(&mut self, entry: &Entry, sink: &mut sink::Sink<'_>) -> Result<Body> {
+        let mut number = 0;
+        if entry.stored > self.limits.bytes {
+            let problem = format!(
+                "it claims to have {} bytes, more than a layer may",
+                entry.stored
+            );
+            return Err(refused(&entry.path, problem));
+        }
+        if entry.stored != 0 {
+            let mut content = sink.begin(entry.stored)?;
+            self.reader.tape().content()?;
+            loop {
+                let count = self.reader.read(&mut self.buffer)?;
+                if count == 0 {
+                    break;
+                }
+                content.write(&self.buffer[..count])?;
+            }
+            number = sink.end(content)?;
+        }
+        let Some(parts) = &entry.parts else {
+            return Ok(Body::Whole {
+                size: entry.size,
+                content: number,
+            });
+        };
+        let mut object_offset = 0;
+        let extents = parts.iter().map(|part| {
+            let extent = Extent {
+                offset: part.offset,
+                length: part.length,
+                object_offset,
+                object: number,
+            };
+            object_offset += part.length;
+            extent
+        });
+        Ok(Body::Sparse {
+            size: entry.size,
+            extents: extents.collect(),
+        })
+    }
+}
+
+fn attributes(entry: &Entry, kind: u32) -> Attributes {
+    Attributes {
+        mode: kind as u16 | entry.perm,
+        uid: entry.uid,
+        gid: entry.gid,
+        mtime: bounded(entry.mtime),
+        atime: bounded(entry.atime.unwrap_or_default().max(entry.mtime)),
+        xattrs: entry.xattrs.clone(),
+    }
+}
+
+/// As containerd sets times: access no older than modification, and what cannot be a time is the
+/// epoch.
+fn bounded(time: Time) -> Time {
+    if (0..LATEST_SECOND).contains(&time.sec) {
+        time
+    } else {
+        Time::default()
+    }
+}
+
+/// The number of a device, if the kernel has such numbers.
+fn device(entry: &Entry) -> Result<Body, Error> {
+    let (major, minor) = entry.device;
+    if major >= 1 << 12 || minor >= 1 << 20 {
+        return Err(refused(&entry.path, "its device number is too large"));
+    }
+    Ok(Body::Device { major, minor })
+}

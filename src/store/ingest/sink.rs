@@ -1,0 +1,253 @@
+//! Contents on their way into the store: hashed and compressed by workers, written to a pack by one thread.
+//! Large contents are written by whoever reads the stream.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::thread;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use parking_lot::Mutex;
+
+use super::Settings;
+use crate::store::error::{Error, Result, io_error};
+use crate::store::format::ObjectName;
+use crate::store::format::tables::Object;
+use crate::store::object::{FileWriter, NewFile, Objects};
+use crate::store::pack::{Encoded, PackWriter};
+
+/// Contents between two threads.
+const MOST_WAITING: u64 = 256;
+
+/// A content on its way to a worker.
+struct Job {
+    number: u32,
+    content: Vec<u8>,
+}
+
+/// A content whose name is known. It comes with its bytes if the store does not have it.
+struct Done {
+    number: u32,
+    object: Object,
+    new: Option<Encoded>,
+}
+
+/// What came of the contents of a layer.
+#[derive(Debug)]
+pub(in crate::store) struct Stored {
+    /// Objects by the numbers of contents.
+    pub(in crate::store) contents: Vec<Object>,
+    /// What is new and small.
+    pub(in crate::store) pack: PackWriter,
+    /// What is new and large.
+    pub(in crate::store) files: Vec<NewFile>,
+}
+
+/// Takes the contents of one layer.
+pub(super) struct Sink<'a> {
+    objects: &'a Objects,
+    tmp: &'a Path,
+    small: u64,
+    seen: &'a Mutex<HashSet<ObjectName>>,
+    jobs: Sender<Job>,
+    done: Sender<Done>,
+    files: Vec<NewFile>,
+    contents: u32,
+}
+
+/// A content that is being handed over.
+pub(super) enum Incoming {
+    Small(Vec<u8>),
+    Large(FileWriter),
+}
+
+/// Calls `fill` with a sink and answers what came of it.
+pub(super) fn with_sink<T>(
+    objects: &Objects,
+    tmp: &Path,
+    settings: &Settings,
+    fill: impl FnOnce(&mut Sink<'_>) -> Result<T>,
+) -> Result<(T, Stored)> {
+    // A quarter of the memory for contents on the way to the workers, as much on the way from them.
+    let depth = (settings.memory / 4 / settings.small.max(1)).clamp(2, MOST_WAITING) as usize;
+    let (to_workers, jobs) = bounded::<Job>(depth);
+    let (to_writer, done) = bounded::<Done>(depth);
+    let seen = Mutex::new(HashSet::new());
+    let pack = PackWriter::create(tmp)?;
+    let spawned = |error| io_error("start a thread for", tmp)(error);
+    thread::scope(|scope| {
+        let writer = thread::Builder::new()
+            .name("layer-pack".to_owned())
+            .spawn_scoped(scope, move || write(pack, &done))
+            .map_err(spawned)?;
+        let mut workers = Vec::new();
+        for _ in 0..settings.workers.max(1) {
+            let (jobs, to_writer) = (jobs.clone(), to_writer.clone());
+            let seen = &seen;
+            let worker = thread::Builder::new()
+                .name("layer-worker".to_owned())
+                .spawn_scoped(scope, move || {
+                    work(objects, seen, settings.level, &jobs, &to_writer)
+                })
+                .map_err(spawned)?;
+            workers.push(worker);
+        }
+        drop(jobs);
+        let mut sink = Sink {
+            objects,
+            tmp,
+            small: settings.small,
+            seen: &seen,
+            jobs: to_workers,
+            done: to_writer,
+            files: Vec::new(),
+            contents: 0,
+        };
+        let filled = fill(&mut sink);
+        let Sink {
+            jobs,
+            done,
+            files,
+            contents: count,
+            ..
+        } = sink;
+        drop((jobs, done));
+        // The first who failed has the reason; those before it in the pipeline only saw its end.
+        let (pack, mut contents) = joined(writer.join(), tmp)?;
+        for worker in workers {
+            joined(worker.join(), tmp)?;
+        }
+        let filled = filled?;
+        contents.sort_unstable_by_key(|(number, _)| *number);
+        let contents: Vec<_> = contents.into_iter().map(|(_, object)| object).collect();
+        if contents.len() != count as usize {
+            return Err(ended_early(tmp));
+        }
+        Ok((
+            filled,
+            Stored {
+                contents,
+                pack,
+                files,
+            },
+        ))
+    })
+}
+
+fn joined<T>(outcome: thread::Result<Result<T>>, tmp: &Path) -> Result<T> {
+    outcome.unwrap_or_else(|_| Err(ended_early(tmp)))
+}
+
+/// What is said when a thread panicked; its own words are in the log.
+fn ended_early(tmp: &Path) -> Error {
+    io_error("write below", tmp)(std::io::Error::other("a thread of the import ended early"))
+}
+
+impl Sink<'_> {
+    /// Begins a content of `size` bytes.
+    pub(super) fn begin(&self, size: u64) -> Result<Incoming> {
+        if size > self.small {
+            FileWriter::create(self.tmp).map(Incoming::Large)
+        } else {
+            Ok(Incoming::Small(Vec::with_capacity(size as usize)))
+        }
+    }
+
+    /// Ends a content and answers its number.
+    pub(super) fn end(&mut self, content: Incoming) -> Result<u32> {
+        let number = self.contents;
+        self.contents += 1;
+        let sent = match content {
+            Incoming::Small(content) => self.jobs.send(Job { number, content }).is_ok(),
+            Incoming::Large(writer) => {
+                let file = writer.finish()?;
+                let object = file.object;
+                if is_new(self.objects, self.seen, &object.name)? {
+                    file.start_writing();
+                    self.files.push(file);
+                }
+                let new = None;
+                self.done
+                    .send(Done {
+                        number,
+                        object,
+                        new,
+                    })
+                    .is_ok()
+            }
+        };
+        // Whoever does not listen any more has the reason; see `with_sink`.
+        if sent {
+            Ok(number)
+        } else {
+            Err(ended_early(self.tmp))
+        }
+    }
+}
+
+impl Incoming {
+    /// Adds bytes.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        match self {
+            Self::Small(content) => {
+                content.extend_from_slice(bytes);
+                Ok(())
+            }
+            Self::Large(writer) => writer.write(bytes),
+        }
+    }
+}
+
+/// Whether neither the store nor this layer has brought the content yet.
+fn is_new(objects: &Objects, seen: &Mutex<HashSet<ObjectName>>, name: &ObjectName) -> Result<bool> {
+    Ok(objects.find(name)?.is_none() && seen.lock().insert(*name))
+}
+
+fn work(
+    objects: &Objects,
+    seen: &Mutex<HashSet<ObjectName>>,
+    level: i32,
+    jobs: &Receiver<Job>,
+    to_writer: &Sender<Done>,
+) -> Result<()> {
+    for Job { number, content } in jobs {
+        let object = Object {
+            name: ObjectName::of(&content),
+            size: content.len() as u64,
+        };
+        let new = if is_new(objects, seen, &object.name)? {
+            let encoded = Encoded::new(object, content, level);
+            let compressing =
+                |error| io_error("compress an object for", Path::new("a pack"))(error);
+            Some(encoded.map_err(compressing)?)
+        } else {
+            None
+        };
+        let done = Done {
+            number,
+            object,
+            new,
+        };
+        if to_writer.send(done).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+type Written = (PackWriter, Vec<(u32, Object)>);
+
+fn write(mut pack: PackWriter, done: &Receiver<Done>) -> Result<Written> {
+    let mut contents = Vec::new();
+    for Done {
+        number,
+        object,
+        new,
+    } in done
+    {
+        if let Some(encoded) = new {
+            pack.append(&encoded)?;
+        }
+        contents.push((number, object));
+    }
+    Ok((pack, contents))
+}

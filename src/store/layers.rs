@@ -1,0 +1,316 @@
+//! All packed layers of a node: import, export, and the records that say which there are.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::durable::{create_dir, sync_dir};
+use super::error::{Error, Result, io_error};
+use super::export::{self, sha256};
+use super::format::LayerName;
+use super::ingest::recipe;
+use super::ingest::{self, Digests, Observer, Settings, Stored, Taken};
+use super::layer::index::{FinishedLayer, LayerIndex};
+use super::object::Objects;
+use super::record::{Damaged, Record, RecordDir};
+
+/// What a record says of a layer; the index says the rest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// `sha256:` and the hash of the tar stream, if the layer came as one.
+    pub diff_id: Option<String>,
+    /// `sha256:` and the hash of the blob that it came as.
+    pub blob: Option<String>,
+    /// Bytes of the tar stream.
+    pub tar_bytes: u64,
+    /// Entries of the index.
+    pub entries: u32,
+    /// Bytes of the index.
+    pub index_bytes: u64,
+    /// Objects, each of them once, and their bytes.
+    pub objects: u32,
+    /// Bytes of the objects.
+    pub content_bytes: u64,
+}
+
+impl Record for LayerRecord {
+    const KIND: &'static str = "layer";
+    const VERSION: u32 = 1;
+}
+
+/// Digests that a stream should turn out to have, each `sha256:` and 64 digits.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Expected<'a> {
+    /// Of the stream as it comes.
+    pub blob: Option<&'a str>,
+    /// Of its content.
+    pub diff_id: Option<&'a str>,
+}
+
+/// All packed layers below one directory. One process has it open at a time; any thread may use it.
+#[derive(Debug)]
+pub struct Layers {
+    dir: PathBuf,
+    tmp: PathBuf,
+    settings: Settings,
+    objects: Arc<Objects>,
+    records: RecordDir<LayerRecord>,
+    known: Mutex<BTreeMap<LayerName, LayerRecord>>,
+}
+
+impl Layers {
+    /// Opens the store in `dir`, making it if it is missing, and clears what a crash left half-made.
+    /// Answers also the records that cannot be used.
+    pub fn open(dir: &Path, settings: Settings) -> Result<(Self, Vec<Damaged>)> {
+        let tmp = dir.join("tmp");
+        for dir in [&tmp, &dir.join("layers"), &dir.join("views")] {
+            create_dir(dir, 0o700).map_err(io_error("make the directory", dir))?;
+        }
+        let entries = fs::read_dir(&tmp).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        for entry in entries.map_err(io_error("list", &tmp))? {
+            let path = entry.path();
+            fs::remove_file(&path).map_err(io_error("remove the left-over", &path))?;
+        }
+        let objects = Objects::new(dir);
+        objects.prepare()?;
+        let records = RecordDir::open(&dir.join("records"))?;
+        let listing = records.list()?;
+        let known = listing
+            .records
+            .into_iter()
+            // `RecordDir` has checked the record; a name that is no layer's is nobody's.
+            .filter_map(|(id, record)| Some((id.parse().ok()?, record)))
+            .collect();
+        let layers = Self {
+            dir: dir.to_owned(),
+            tmp,
+            settings,
+            objects: Arc::new(objects),
+            records,
+            known: Mutex::new(known),
+        };
+        Ok((layers, listing.damaged))
+    }
+
+    /// The objects of all layers.
+    pub fn objects(&self) -> &Arc<Objects> {
+        &self.objects
+    }
+
+    /// Every layer with its record, in order of their names.
+    pub fn list(&self) -> Vec<(LayerName, LayerRecord)> {
+        let known = self.known.lock();
+        known
+            .iter()
+            .map(|(name, record)| (*name, record.clone()))
+            .collect()
+    }
+
+    /// What is recorded of a layer.
+    pub fn get(&self, name: LayerName) -> Option<LayerRecord> {
+        self.known.lock().get(&name).cloned()
+    }
+
+    /// A layer that came as the tar stream of that digest.
+    pub fn of_diff_id(&self, diff_id: &str) -> Option<LayerName> {
+        let known = self.known.lock();
+        let found = known
+            .iter()
+            .find(|(_, record)| record.diff_id.as_deref() == Some(diff_id));
+        found.map(|(name, _)| *name)
+    }
+
+    /// The index of a layer.
+    pub fn index(&self, name: LayerName) -> Result<LayerIndex> {
+        self.need(name)?;
+        LayerIndex::open(&self.index_path(name), name)
+    }
+
+    /// Takes in the layer that `stream` is: a tar, plain or compressed with gzip or zstd. It exists, and is
+    /// durable, when this returns; when it fails, nothing of it exists.
+    pub fn import(
+        &self,
+        stream: impl Read + Send,
+        expected: &Expected<'_>,
+        observer: &dyn Observer,
+    ) -> Result<LayerName> {
+        let recipe_path = self.temporary("recipe");
+        let recipe = recipe::Writer::create(&recipe_path)?;
+        let Taken {
+            index,
+            recipe,
+            stored,
+            digests,
+        } = ingest::take(
+            stream,
+            &self.objects,
+            &self.tmp,
+            recipe,
+            &self.settings,
+            observer,
+        )?;
+        check("blob of the layer", expected.blob, &digests.blob)?;
+        check("content of the layer", expected.diff_id, &digests.content)?;
+        recipe.finish()?;
+        let recipe = Temporary(Some(recipe_path));
+        let index = index.finish(&stored.contents)?;
+        self.keep(index, stored, Some((recipe, digests)))
+    }
+
+    /// Writes the tar stream that a layer came as to `out`. When it fails, part of it may be written.
+    pub fn export(&self, name: LayerName, out: &mut dyn Write) -> Result<()> {
+        let index = self.index(name)?;
+        if index.diff_id().is_none() {
+            return Err(Error::NoStream {
+                layer: name.to_string(),
+            });
+        }
+        let recipe = recipe::Reader::open(&self.recipe_path(name))?;
+        export::export(&index, recipe, &self.objects, out)
+    }
+
+    /// Removes a layer; durable on return. Its objects stay until they are collected.
+    pub fn remove(&self, name: LayerName) -> Result<bool> {
+        let was = self.records.remove(&name.to_string())?;
+        self.known.lock().remove(&name);
+        for path in [self.index_path(name), self.recipe_path(name)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(was)
+    }
+
+    /// Makes everything durable, and last of all the record.
+    fn keep(
+        &self,
+        index: FinishedLayer,
+        stored: Stored,
+        stream: Option<(Temporary, Digests)>,
+    ) -> Result<LayerName> {
+        let Stored { pack, files, .. } = stored;
+        let pack = (!pack.is_empty()).then(|| pack.seal()).transpose()?;
+        for file in &files {
+            file.sync()?;
+        }
+        self.objects.publish(pack, files)?;
+
+        let all = index.objects();
+        let (objects, content_bytes) =
+            (all.len() as u32, all.iter().map(|object| object.size).sum());
+        let (recipe, digests) = stream.unzip();
+        let diff_id = digests.map(|digests: Digests| digests.content);
+        let tar_bytes = digests.map_or(0, |digests| digests.bytes);
+        let mut temporary = Temporary(Some(self.temporary("index")));
+        let name = temporary.write(|file| index.write(file, diff_id, tar_bytes))?;
+        temporary.rename(&self.index_path(name))?;
+        if let Some(mut recipe) = recipe {
+            recipe.rename(&self.recipe_path(name))?;
+        }
+        let layers = self.dir.join("layers");
+        sync_dir(&layers).map_err(io_error("make durable", &layers))?;
+
+        let index = LayerIndex::open(&self.index_path(name), name)?;
+        let record = LayerRecord {
+            diff_id: diff_id.as_ref().map(sha256),
+            blob: digests.map(|digests| sha256(&digests.blob)),
+            tar_bytes,
+            entries: index.len(),
+            index_bytes: index.bytes(),
+            objects,
+            content_bytes,
+        };
+        self.records.put(&name.to_string(), &record)?;
+        self.known.lock().insert(name, record);
+        Ok(name)
+    }
+
+    fn need(&self, name: LayerName) -> Result<()> {
+        if self.known.lock().contains_key(&name) {
+            return Ok(());
+        }
+        Err(Error::NoLayer {
+            layer: name.to_string(),
+        })
+    }
+
+    fn index_path(&self, name: LayerName) -> PathBuf {
+        self.dir.join("layers").join(format!("{name}.index"))
+    }
+
+    fn recipe_path(&self, name: LayerName) -> PathBuf {
+        self.dir.join("layers").join(format!("{name}.tar"))
+    }
+
+    fn temporary(&self, what: &str) -> PathBuf {
+        let number = rand::random::<u128>();
+        self.tmp.join(format!("{what}-{number:032x}"))
+    }
+}
+
+/// A file on its way to its place. Dropped before, it is removed.
+struct Temporary(Option<PathBuf>);
+
+impl Temporary {
+    /// Makes the file, and makes what `write` writes durable.
+    fn write<T>(&self, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>) -> Result<T> {
+        let path = self.path();
+        let written = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .and_then(|file| {
+                let mut file = BufWriter::with_capacity(1 << 20, file);
+                let result = write(&mut file)?;
+                file.into_inner()
+                    .map_err(io::IntoInnerError::into_error)?
+                    .sync_all()?;
+                Ok(result)
+            });
+        written.map_err(io_error("write", path))
+    }
+
+    fn rename(&mut self, to: &Path) -> Result<()> {
+        fs::rename(self.path(), to).map_err(io_error("make", to))?;
+        self.0 = None;
+        Ok(())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.as_deref().unwrap_or(Path::new(""))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            // What stays is cleared when the store is opened.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn check(what: &'static str, expected: Option<&str>, found: &[u8; 32]) -> Result<()> {
+    let found = sha256(found);
+    match expected {
+        Some(expected) if expected != found => Err(Error::Digest {
+            what,
+            expected: expected.to_owned(),
+            found,
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;
