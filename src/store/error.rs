@@ -68,6 +68,12 @@ pub enum Error {
         /// Its name.
         layer: String,
     },
+    /// A content that a layer names is not in the store.
+    #[error("the store has lost the object {object}; import the layers that use it again")]
+    NoObject {
+        /// Its name.
+        object: String,
+    },
     /// A layer that did not come as a tar stream.
     #[error("the layer {layer} did not come as a tar stream, so there is none to give back")]
     NoStream {

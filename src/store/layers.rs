@@ -13,12 +13,13 @@ use serde::{Deserialize, Serialize};
 use super::durable::{create_dir, sync_dir};
 use super::error::{Error, Result, io_error};
 use super::export::{self, sha256};
-use super::format::LayerName;
+use super::format::{LayerName, ViewKey};
 use super::ingest::recipe;
 use super::ingest::{self, Digests, Observer, Settings, Stored, Taken};
 use super::layer::index::{FinishedLayer, LayerIndex};
 use super::object::Objects;
 use super::record::{Damaged, Record, RecordDir};
+use super::view::{self, Verify, View};
 
 /// What a record says of a layer; the index says the rest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,6 +176,30 @@ impl Layers {
         export::export(&index, recipe, &self.objects, out)
     }
 
+    /// The merged view of a chain of layers, the lowest first. It is built if it is not in the cache, or if
+    /// what is there cannot be used.
+    pub fn view(&self, chain: &[LayerName], verify: Verify) -> Result<View> {
+        let key = ViewKey::of(chain);
+        let path = self.dir.join("views").join(format!("{key}.view"));
+        match View::open(&path, key, Arc::clone(&self.objects), verify) {
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
+                tracing::warn!(%error, "a merged view is built again");
+            }
+            opened => return opened,
+        }
+        let layers = chain
+            .iter()
+            .map(|name| self.index(*name))
+            .collect::<Result<Vec<_>>>()?;
+        let built = view::build(&layers, &self.objects)?;
+        let mut temporary = Temporary(Some(self.temporary("view")));
+        // Not synced: what a power cut leaves of it is built again.
+        temporary.write(|file| built.write(file), false)?;
+        temporary.rename(&path)?;
+        View::open(&path, key, Arc::clone(&self.objects), verify)
+    }
+
     /// Removes a layer; durable on return. Its objects stay until they are collected.
     pub fn remove(&self, name: LayerName) -> Result<bool> {
         let was = self.records.remove(&name.to_string())?;
@@ -211,7 +236,7 @@ impl Layers {
         let diff_id = digests.map(|digests: Digests| digests.content);
         let tar_bytes = digests.map_or(0, |digests| digests.bytes);
         let mut temporary = Temporary(Some(self.temporary("index")));
-        let name = temporary.write(|file| index.write(file, diff_id, tar_bytes))?;
+        let name = temporary.write(|file| index.write(file, diff_id, tar_bytes), true)?;
         temporary.rename(&self.index_path(name))?;
         if let Some(mut recipe) = recipe {
             recipe.rename(&self.recipe_path(name))?;
@@ -261,8 +286,12 @@ impl Layers {
 struct Temporary(Option<PathBuf>);
 
 impl Temporary {
-    /// Makes the file, and makes what `write` writes durable.
-    fn write<T>(&self, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>) -> Result<T> {
+    /// Makes the file with what `write` writes, durable if that is asked for.
+    fn write<T>(
+        &self,
+        write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
+        durable: bool,
+    ) -> Result<T> {
         let path = self.path();
         let written = OpenOptions::new()
             .write(true)
@@ -272,9 +301,10 @@ impl Temporary {
             .and_then(|file| {
                 let mut file = BufWriter::with_capacity(1 << 20, file);
                 let result = write(&mut file)?;
-                file.into_inner()
-                    .map_err(io::IntoInnerError::into_error)?
-                    .sync_all()?;
+                let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+                if durable {
+                    file.sync_all()?;
+                }
                 Ok(result)
             });
         written.map_err(io_error("write", path))

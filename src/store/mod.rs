@@ -4,7 +4,8 @@
 //!
 //! Packed layers (`docs/layer-format.md`): `format` and `pack` are the files, [`object`] finds contents
 //! by their names, [`layer::index`] is what a layer says, [`ingest`] takes layers in and `export` gives
-//! their streams back, [`layers`] has all of them.
+//! their streams back, [`layers`] has all of them. A [`view`] is what a
+//! chain of layers looks like, in one index.
 //!
 //! The rules that everything here follows:
 //! - A fact is true when its record file is in place. Every change of state is exactly one rename
@@ -29,6 +30,7 @@ pub mod record;
 mod tar;
 pub mod trash;
 mod usage;
+pub mod view;
 
 pub use durable::{create_dir, sync_dir};
 pub use error::{Error, Result};

@@ -57,7 +57,7 @@ pub(super) struct Sink<'a> {
 /// A content that is being handed over.
 pub(super) enum Incoming {
     Small(Vec<u8>),
-    Large(FileWriter),
+    Large(Box<FileWriter>),
 }
 
 /// Calls `fill` with a sink and answers what came of it.
@@ -146,7 +146,8 @@ impl Sink<'_> {
     /// Begins a content of `size` bytes.
     pub(super) fn begin(&self, size: u64) -> Result<Incoming> {
         if size > self.small {
-            FileWriter::create(self.tmp).map(Incoming::Large)
+            let writer = FileWriter::create(self.tmp)?;
+            Ok(Incoming::Large(Box::new(writer)))
         } else {
             Ok(Incoming::Small(Vec::with_capacity(size as usize)))
         }

@@ -1,0 +1,252 @@
+//! Merged views: what a chain of layers looks like, flattened into one index.
+//!
+//! A lookup costs the same for one layer and for five hundred. A view needs nothing of the layers that it was
+//! built from, and of the store only the contents.
+
+mod build;
+mod file;
+mod tree;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::error::Result;
+use super::format::index_file::{IndexFile, Kind, Section};
+use super::format::tables::{Inode, Object};
+use super::format::{LayerName, Record, ViewKey};
+use super::layer::index::is_name;
+use super::object::{Content, Objects, Place};
+use super::pack::PackId;
+
+pub(super) use build::build;
+pub use file::ViewFile;
+
+/// When contents are compared with their names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verify {
+    /// Never.
+    Never,
+    /// When they are first read after the view was opened.
+    #[default]
+    First,
+    /// Whenever they are opened.
+    Always,
+}
+
+/// A name in a directory of a view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirEntry<'a> {
+    /// The name.
+    pub name: &'a [u8],
+    /// Number of the inode.
+    pub inode: u32,
+    /// Type bits of its mode.
+    pub kind: u32,
+    /// Number of the layer that wrote it.
+    pub layer: u16,
+}
+
+/// A merged view, open for reading. Any thread may use it.
+#[derive(Debug)]
+pub struct View {
+    file: IndexFile,
+    objects: Arc<Objects>,
+    verify: Verify,
+    /// A bit for each object that was compared with its name.
+    verified: Box<[AtomicU64]>,
+}
+
+impl View {
+    /// Number of the root's inode.
+    pub const ROOT: u32 = 0;
+
+    /// Opens the view at `path`, which has to be that of `key`.
+    pub fn open(path: &Path, key: ViewKey, objects: Arc<Objects>, verify: Verify) -> Result<Self> {
+        let file = IndexFile::open(path, Kind::View)?;
+        if file.identity().key != key.0 {
+            return Err(file.damaged("it is the view of another chain"));
+        }
+        let words = (file.count(Section::Objects) as usize).div_ceil(64);
+        let view = Self {
+            file,
+            objects,
+            verify,
+            verified: (0..words).map(|_| AtomicU64::new(0)).collect(),
+        };
+        if view.inode(Self::ROOT)?.kind() != libc::S_IFDIR {
+            return Err(view.file.damaged("its root is not a directory"));
+        }
+        Ok(view)
+    }
+
+    /// Number of inodes.
+    pub fn len(&self) -> u32 {
+        self.file.count(Section::Inodes)
+    }
+
+    /// Whether there is nothing but the root.
+    pub fn is_empty(&self) -> bool {
+        self.len() <= 1
+    }
+
+    /// Bytes of the index.
+    pub fn bytes(&self) -> u64 {
+        self.file.bytes()
+    }
+
+    /// What names the chain.
+    pub fn key(&self) -> ViewKey {
+        ViewKey(self.file.identity().key)
+    }
+
+    /// The layer of that number, the lowest first.
+    pub fn layer(&self, number: u16) -> Result<LayerName> {
+        let record = self.file.record(Section::Layers, u32::from(number))?;
+        Ok(LayerName(record.array(0)))
+    }
+
+    /// An inode.
+    pub fn inode(&self, number: u32) -> Result<Inode> {
+        self.file.inode(Section::Inodes, number)
+    }
+
+    /// Looks up a name in a directory. What is not a directory has no names.
+    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Result<Option<DirEntry<'_>>> {
+        let (first, count) = self.entries(directory)?;
+        let wanted = build::prefix(name);
+        let (mut low, mut high) = (0, count);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let record = self.file.record(Section::DirEntries, first + middle)?;
+            let order = match record.u32(8).cmp(&wanted) {
+                std::cmp::Ordering::Equal => self.name(record)?.cmp(name),
+                order => order,
+            };
+            match order {
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+                std::cmp::Ordering::Equal => return self.entry(record).map(Some),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The name of that place in a directory, counted from 0 in the order of the names; `None` past the last.
+    pub fn nth(&self, directory: &Inode, place: u32) -> Result<Option<DirEntry<'_>>> {
+        let (first, count) = self.entries(directory)?;
+        if place >= count {
+            return Ok(None);
+        }
+        let record = self.file.record(Section::DirEntries, first + place)?;
+        self.entry(record).map(Some)
+    }
+
+    /// The target of a symbolic link.
+    pub fn target(&self, link: &Inode) -> Result<&[u8]> {
+        if link.kind() != libc::S_IFLNK {
+            return Err(self
+                .file
+                .damaged("what is no symbolic link was read as one"));
+        }
+        self.file.target(link)
+    }
+
+    /// The extended attributes of an inode, in order of their names.
+    pub fn xattrs(&self, inode: &Inode) -> Result<Vec<(&[u8], &[u8])>> {
+        self.file.xattrs(inode.xattrs)
+    }
+
+    /// Opens a regular file.
+    pub fn open_file(&self, inode: &Inode) -> Result<ViewFile> {
+        let extents = self.file.extents(inode)?;
+        let mut contents: Vec<(u32, Content)> = Vec::new();
+        for extent in &extents {
+            if contents.iter().all(|(number, _)| *number != extent.object) {
+                contents.push((extent.object, self.content(extent.object)?));
+            }
+        }
+        Ok(ViewFile::new(inode.size, extents, contents))
+    }
+
+    /// Verifies every page.
+    pub fn verify(&self) -> Result<()> {
+        self.file.verify_all()
+    }
+
+    fn content(&self, number: u32) -> Result<Content> {
+        let object = self.file.object(number)?;
+        let (word, bit) = (number as usize / 64, 1u64 << (number % 64));
+        // Relaxed: at worst two threads verify the same content.
+        let verified = self.verified.get(word);
+        let known = verified.is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0);
+        let verify = match self.verify {
+            Verify::Never => false,
+            Verify::First => !known,
+            Verify::Always => true,
+        };
+        let content = self
+            .objects
+            .read(&object, self.place(number, &object)?, verify)?;
+        if verify && let Some(word) = verified {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+        Ok(content)
+    }
+
+    /// Where the view says that an object is.
+    fn place(&self, number: u32, object: &Object) -> Result<Option<Place>> {
+        let record = self.file.record(Section::Locations, number)?;
+        let (pack, stored) = (record.u32(0), record.u32(4));
+        if pack == u32::MAX {
+            return Ok(Some(Place::File));
+        }
+        if u64::from(stored) > object.size {
+            return Err(self
+                .file
+                .damaged("an object is stored in more bytes than it has"));
+        }
+        let pack = PackId(self.file.record(Section::Packs, pack)?.array(0));
+        Ok(Some(Place::Packed {
+            pack,
+            offset: record.u64(8),
+            stored,
+        }))
+    }
+
+    /// First entry of a directory and their number.
+    fn entries(&self, directory: &Inode) -> Result<(u32, u32)> {
+        if directory.kind() != libc::S_IFDIR {
+            return Ok((0, 0));
+        }
+        let first = u32::try_from(directory.start).ok();
+        let end = first.and_then(|first| first.checked_add(directory.count));
+        match first.zip(end) {
+            Some((first, end)) if end <= self.file.count(Section::DirEntries) => {
+                Ok((first, directory.count))
+            }
+            _ => Err(self.file.damaged("a directory has more entries than all")),
+        }
+    }
+
+    fn name(&self, entry: Record<'_>) -> Result<&[u8]> {
+        let (start, bytes) = (u64::from(entry.u32(0)), u64::from(entry.u8(12)));
+        self.file.slice(Section::Names, start, bytes)
+    }
+
+    fn entry(&self, record: Record<'_>) -> Result<DirEntry<'_>> {
+        let name = self.name(record)?;
+        if !is_name(name) || record.u32(4) >= self.len() {
+            return Err(self.file.damaged("an entry of a directory cannot be"));
+        }
+        Ok(DirEntry {
+            name,
+            inode: record.u32(4),
+            kind: u32::from(record.u8(13)) << 12,
+            layer: record.u16(14),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
