@@ -353,8 +353,12 @@ impl<'u> Layer<'u> {
         for (path, times) in std::mem::take(&mut self.directories) {
             let in_union = in_union(&path);
             let (parent, name) = split_last(&path);
-            let Some(parent) = self.tree.directory(parent).map_err(in_union)? else {
-                continue;
+            let parent = match self.tree.directory(parent) {
+                Ok(Some(parent)) => parent,
+                Ok(None) => continue,
+                // A later entry of the layer has replaced a parent by a file, or by a link that leads nowhere.
+                Err(error) if matches!(error.errno, libc::ENOTDIR | libc::ELOOP) => continue,
+                Err(error) => return Err(in_union(error)),
             };
             let found = self
                 .tree

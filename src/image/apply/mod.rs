@@ -8,6 +8,8 @@
 
 mod layer;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod written;
 
