@@ -97,6 +97,14 @@ pub enum OpenError {
         /// What the host said.
         source: std::io::Error,
     },
+    /// A merged view of packed layers cannot be used.
+    #[error("cannot use the packed layers of {path}: {problem}")]
+    View {
+        /// The view.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// A lower is something else than a directory.
     #[error("the lower layer {path} is not a directory; name a directory")]
     LowerNotDirectory {

@@ -5,7 +5,7 @@
 //! `xattr`. Beneath them:
 //!
 //! - `node`: what is known of an object, the table of all, and the order of locks; `forget`: its end;
-//! - `lower`, `dir_lower`: a read-only layer, and the one kind of it that there is;
+//! - `lower`, `dir_lower`, `view_lower`: a read-only layer, and the two kinds of it that there are;
 //! - `upper`: the writable layer and how an object in it is reached; `seal`: when it becomes a layer for others;
 //! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
 //! - `chunks`: large files, of which only what changes is copied up;
@@ -55,6 +55,7 @@ mod tests;
 pub mod types;
 pub mod union;
 mod upper;
+mod view_lower;
 mod whiteout;
 mod xattr;
 

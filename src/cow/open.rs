@@ -24,6 +24,7 @@ use super::seal::Root;
 use super::types::{Chunking, FileKind, NodeId, UnionConfig, UpperConfig, XattrFamily};
 use super::union::Union;
 use super::upper::{Upper, remove_tree};
+use super::view_lower::ViewLower;
 use crate::sys::fs::{self, Object};
 use crate::sys::{dirents, xattr};
 
@@ -62,7 +63,7 @@ impl Union {
     /// As `open`, keeping at most `limit` descriptors open (more if the lowers are as many), and half as many again of removed files.
     /// Those that operations hold while they run come on top.
     pub fn open_keeping(config: UnionConfig, limit: u64) -> Result<Self, OpenError> {
-        if config.lowers.is_empty() && config.upper.is_none() {
+        if config.lowers.is_empty() && config.view.is_none() && config.upper.is_none() {
             return Err(OpenError::NoLayer);
         }
         const LEAST: u64 = 32;
@@ -85,6 +86,13 @@ impl Union {
                 source,
             })?;
             lowers.push(Box::new(lower));
+        }
+        if let Some(view) = &config.view {
+            let opened = ViewLower::open(Arc::clone(view), family);
+            lowers.push(Box::new(opened.map_err(|error| OpenError::View {
+                path: view.path().to_owned(),
+                problem: error.to_string(),
+            })?));
         }
         let upper = match &config.upper {
             Some(upper) => Some(open_upper(upper, &config, limit)?),
@@ -150,7 +158,7 @@ impl Union {
             }
             let object = lower.root();
             let marks = object.marks().map_err(|error| OpenError::Lower {
-                path: config.lowers[layer].clone(),
+                path: config.lowers.get(layer).cloned().unwrap_or_default(),
                 source: io::Error::from_raw_os_error(error.errno),
             })?;
             opaque = marks.opaque;

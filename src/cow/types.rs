@@ -2,10 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub use super::chunks::Chunking;
 use super::owner::Owners;
 use super::stat_override::StatOverride;
+use crate::store::view::View;
 
 /// The identity of a file or directory of the union.
 ///
@@ -221,8 +223,10 @@ pub enum Xino {
 /// What a union is made of.
 #[derive(Clone, Debug, Default)]
 pub struct UnionConfig {
-    /// Read-only layers in overlayfs format, the topmost first. At least one unless there is an upper.
+    /// Read-only layers in overlayfs format, the topmost first. At least one unless there is a view or an upper.
     pub lowers: Vec<PathBuf>,
+    /// Packed layers, below all the directories.
+    pub view: Option<Arc<View>>,
     /// The writable layer; without it the union is read-only.
     pub upper: Option<UpperConfig>,
     /// Private xattrs honoured and written.

@@ -8,6 +8,7 @@ mod kernel;
 mod limits;
 mod metacopy;
 mod seal;
+mod view;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};

@@ -356,6 +356,7 @@ impl Options {
         };
         UnionConfig {
             lowers,
+            view: None,
             upper,
             xattr_family: if self.user_xattr {
                 XattrFamily::User

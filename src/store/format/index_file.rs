@@ -156,6 +156,16 @@ impl IndexFile {
         })
     }
 
+    /// Where it lies.
+    pub(in crate::store) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file.
+    pub(in crate::store) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// The sum of the header, which covers everything.
     pub(in crate::store) fn sum(&self) -> [u8; 32] {
         self.sum

@@ -5,8 +5,10 @@
 
 mod build;
 mod file;
+mod path;
 mod tree;
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,6 +57,13 @@ pub struct View {
     verify: Verify,
     /// A bit for each object that was compared with its name.
     verified: Box<[AtomicU64]>,
+}
+
+impl AsFd for View {
+    /// The file of its index, for questions about the file system that it lies on.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.file().as_fd()
+    }
 }
 
 impl View {
@@ -167,6 +176,20 @@ impl View {
             }
         }
         Ok(ViewFile::new(inode.size, extents, contents))
+    }
+
+    /// Bytes of a regular file that are not holes.
+    pub fn allocated(&self, file: &Inode) -> Result<u64> {
+        if file.whole {
+            return Ok(file.size);
+        }
+        let extents = self.file.extents(file)?;
+        Ok(extents.iter().map(|extent| extent.length).sum())
+    }
+
+    /// Where the index of the view lies.
+    pub fn path(&self) -> &Path {
+        self.file.path()
     }
 
     /// Verifies every page.

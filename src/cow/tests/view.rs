@@ -1,0 +1,192 @@
+//! A union over a merged view of packed layers.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use super::*;
+use crate::store::ingest::Settings;
+use crate::store::layers::{Expected, Layers};
+use crate::store::view::{Verify, View};
+
+/// A store with one layer, and a union over its view.
+struct Packed {
+    base: tempfile::TempDir,
+    view: Arc<View>,
+}
+
+impl Packed {
+    fn new(fill: impl FnOnce(&mut tar::Builder<Vec<u8>>)) -> Self {
+        let base = tempfile::tempdir().unwrap();
+        let mut builder = tar::Builder::new(Vec::new());
+        fill(&mut builder);
+        let stream = builder.into_inner().unwrap();
+        let settings = Settings {
+            small: 10_000,
+            ..Settings::default()
+        };
+        let (layers, _) = Layers::open(&base.path().join("store"), settings).unwrap();
+        let expected = Expected::default();
+        let layer = layers.import(stream.as_slice(), &expected, &()).unwrap();
+        let view = Arc::new(layers.view(&[layer], Verify::First).unwrap());
+        for name in ["upper", "work"] {
+            std::fs::create_dir(base.path().join(name)).unwrap();
+        }
+        Self { base, view }
+    }
+
+    fn open(&self) -> Union {
+        Union::open(UnionConfig {
+            view: Some(Arc::clone(&self.view)),
+            upper: Some(UpperConfig {
+                dir: self.base.path().join("upper"),
+                work: self.base.path().join("work"),
+            }),
+            volatile: true,
+            chunking: Chunking {
+                whole_up_to: 16 << 10,
+                ..Chunking::default()
+            },
+            ..UnionConfig::default()
+        })
+        .unwrap()
+    }
+}
+
+fn file(builder: &mut tar::Builder<Vec<u8>>, path: &str, content: &[u8]) {
+    let mut header = tar::Header::new_ustar();
+    header.set_size(content.len() as u64);
+    header.set_mode(0o644);
+    builder.append_data(&mut header, path, content).unwrap();
+}
+
+fn find(union: &Union, path: &str) -> Entry {
+    let mut entry = None;
+    for name in Path::new(path) {
+        let above = entry.map_or(NodeId::ROOT, |entry: Entry| entry.node);
+        entry = Some(union.lookup(above, name).unwrap());
+    }
+    entry.unwrap()
+}
+
+fn read(union: &Union, path: &str) -> Vec<u8> {
+    let mut buffer = vec![0; 1 << 20];
+    let count = union
+        .read(find(union, path).node, None, 0, &mut buffer)
+        .unwrap();
+    buffer.truncate(count);
+    buffer
+}
+
+fn write(union: &Union, path: &str, offset: u64, data: &[u8]) {
+    let node = find(union, path).node;
+    let handle = union.open_file(node, libc::O_RDWR, &Caller::ROOT).unwrap();
+    let count = union
+        .write(node, Some(&handle), offset, data, false)
+        .unwrap();
+    assert_eq!(count, data.len());
+    union.release(node, handle);
+}
+
+#[test]
+fn identity_and_content_last_over_copy_up_and_remount() {
+    let large: Vec<u8> = (0..100_000u32).flat_map(u32::to_le_bytes).collect();
+    let packed = Packed::new(|builder| {
+        file(builder, "d/a", b"small");
+        file(builder, "large", &large);
+        let mut link = tar::Header::new_ustar();
+        link.set_entry_type(tar::EntryType::Link);
+        link.set_mode(0o644);
+        link.set_size(0);
+        builder.append_link(&mut link, "d/hard", "d/a").unwrap();
+        builder.get_mut().flush().unwrap();
+    });
+    let numbers =
+        |union: &Union| ["d", "d/a", "d/hard", "large"].map(|path| find(union, path).attr.ino);
+    let union = packed.open();
+    let before = numbers(&union);
+    assert_eq!(before[1], before[2]);
+    assert_eq!(find(&union, "d/a").attr.nlink, 2);
+    write(&union, "d/hard", 0, b"SM");
+    write(&union, "large", 300_000, b"middle");
+    let mut expected = large.clone();
+    expected[300_000..300_006].copy_from_slice(b"middle");
+    // Twice: as it is served, and as the next mount finds it.
+    let mut served = Some(union);
+    for _ in 0..2 {
+        let union = served.take().unwrap_or_else(|| packed.open());
+        assert_eq!(numbers(&union), before);
+        assert_eq!(read(&union, "d/a"), b"SMall");
+        assert_eq!(read(&union, "d/hard"), b"SMall");
+        assert!(read(&union, "large") == expected);
+    }
+    let union = packed.open();
+    union
+        .unlink(find(&union, "d").node, OsStr::new("a"))
+        .unwrap();
+    union
+        .rename(
+            NodeId::ROOT,
+            OsStr::new("d"),
+            NodeId::ROOT,
+            OsStr::new("e"),
+            RenameMode::Replace,
+        )
+        .unwrap();
+    drop(union);
+    let union = packed.open();
+    assert_eq!(read(&union, "e/hard"), b"SMall");
+    assert_eq!(find(&union, "e/hard").attr.ino, before[1]);
+    let gone = union.lookup(find(&union, "e").node, OsStr::new("a"));
+    assert!(gone.is_err_and(|error| error.errno == libc::ENOENT));
+    // The layer is what it was.
+    let root = packed.view.inode(View::ROOT).unwrap();
+    assert!(packed.view.lookup(&root, b"d").unwrap().is_some());
+}
+
+#[test]
+fn attributes_that_look_like_marks_are_attributes() {
+    let packed = Packed::new(|builder| {
+        let name = "SCHILY.xattr.trusted.overlay.opaque";
+        builder.append_pax_extensions([(name, &b"y"[..])]).unwrap();
+        file(builder, "a", b"");
+    });
+    let union = packed.open();
+    let node = find(&union, "a").node;
+    let name = OsStr::new("trusted.overlay.opaque");
+    assert_eq!(union.listxattr(node).unwrap(), [name]);
+    assert_eq!(union.getxattr(node, name).unwrap(), b"y");
+    let other = OsStr::new("trusted.overlay.redirect");
+    let missing = union.getxattr(node, other).unwrap_err();
+    assert_eq!(missing.errno, libc::ENODATA);
+}
+
+#[test]
+fn damage_is_an_error_of_that_file_that_names_it() {
+    let packed = Packed::new(|builder| {
+        file(builder, "d/bad", &[b'b'; 20_000]);
+        file(builder, "good", &[b'g'; 20_000]);
+    });
+    let mut damaged = 0;
+    let objects = packed.base.path().join("store/objects");
+    for dir in std::fs::read_dir(objects).unwrap() {
+        for object in std::fs::read_dir(dir.unwrap().path()).unwrap() {
+            let path = object.unwrap().path();
+            if std::fs::read(&path).unwrap()[0] == b'b' {
+                std::fs::write(&path, [b'c'; 20_000]).unwrap();
+                damaged += 1;
+            }
+        }
+    }
+    assert_eq!(damaged, 1);
+    let union = packed.open();
+    assert_eq!(read(&union, "good"), [b'g'; 20_000]);
+    let node = find(&union, "d/bad").node;
+    let error = union.read(node, None, 0, &mut [0; 10]).unwrap_err();
+    assert_eq!(error.errno, libc::EIO);
+    let text = error.to_string();
+    let layer = packed.view.layer(0).unwrap().to_string();
+    assert!(
+        text.contains("/d/bad of the layer") && text.contains(&layer),
+        "{text}"
+    );
+}

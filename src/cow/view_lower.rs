@@ -1,0 +1,321 @@
+//! A lower layer that is a merged view of packed layers.
+//!
+//! An object is the number of its inode. A view has no marks of the union: whiteouts and opaque directories were resolved when it was
+//! built, and an attribute of a layer that looks like a mark is shown as what it is, an attribute of
+//! that name.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::attr::statfs_of;
+use super::error::{Error, Result};
+use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject};
+use super::origin::Origin;
+use super::types::{Attr, FileKind, StatFs, Timestamp, XattrFamily};
+use crate::store::view::{View, ViewFile};
+use crate::store::{self, Inode, Time};
+use crate::sys::fs;
+use crate::sys::handle::Handle;
+
+/// Length and units of 512 bytes that directories are shown with.
+const DIRECTORY: (u64, u64) = (4096, 8);
+/// Type of the handles by which copies of a view's objects are told. A file system's own handles have the
+/// file system's UUID beside them, so none is mistaken for one of these.
+const HANDLE: i32 = 0xfa;
+
+/// What all objects of one view share.
+struct Shared {
+    view: Arc<View>,
+    family: XattrFamily,
+    /// Stands where a file system's device number and UUID do.
+    space: u64,
+    uuid: [u8; 16],
+}
+
+/// A merged view as a lower layer.
+pub(super) struct ViewLower {
+    shared: Arc<Shared>,
+    root: Arc<ViewObject>,
+}
+
+impl ViewLower {
+    /// Uses `view` as a lower of a mount that honours `family`.
+    pub(super) fn open(view: Arc<View>, family: XattrFamily) -> Result<Self> {
+        let (mut space, mut uuid) = ([0; 8], [0; 16]);
+        let key = view.key().0;
+        space.copy_from_slice(&key[..8]);
+        uuid.copy_from_slice(&key[8..24]);
+        let shared = Arc::new(Shared {
+            view,
+            family,
+            // No host has device numbers that high.
+            space: u64::from_le_bytes(space) | 1 << 63,
+            uuid,
+        });
+        let root = shared.object(View::ROOT)?;
+        Ok(Self { shared, root })
+    }
+}
+
+impl Lower for ViewLower {
+    fn root(&self) -> Arc<dyn LowerObject> {
+        Arc::clone(&self.root) as Arc<dyn LowerObject>
+    }
+
+    fn number_space(&self) -> u64 {
+        self.shared.space
+    }
+
+    fn decode_origin(&self, origin: &Origin) -> Option<u64> {
+        if origin.uuid != self.shared.uuid || origin.handle.kind != HANDLE {
+            return None;
+        }
+        let bytes = origin.handle.data.as_slice().try_into().ok()?;
+        let number = u32::from_le_bytes(bytes);
+        (number < self.shared.view.len()).then_some(number_of(number))
+    }
+
+    fn decodes_origins(&self) -> bool {
+        true
+    }
+
+    fn statfs(&self) -> Result<StatFs> {
+        Ok(statfs_of(&fs::fstatvfs(self.shared.view.as_fd())?))
+    }
+}
+
+impl Shared {
+    fn object(self: &Arc<Self>, number: u32) -> Result<Arc<ViewObject>> {
+        let inode = self
+            .view
+            .inode(number)
+            .map_err(|error| self.failed(number, &error))?;
+        let attr = self
+            .attr(number, &inode)
+            .map_err(|error| self.failed(number, &error))?;
+        Ok(Arc::new(ViewObject {
+            shared: Arc::clone(self),
+            number,
+            inode,
+            attr,
+        }))
+    }
+
+    fn attr(&self, number: u32, inode: &Inode) -> store::Result<Attr> {
+        let kind = kind_of(inode.kind());
+        let (size, blocks) = match kind {
+            FileKind::Directory => DIRECTORY,
+            FileKind::Symlink => (self.view.target(inode)?.len() as u64, 0),
+            FileKind::Regular => (inode.size, self.view.allocated(inode)?.div_ceil(512)),
+            _ => (0, 0),
+        };
+        let (major, minor) = inode.device();
+        let device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
+        Ok(Attr {
+            ino: number_of(number),
+            size,
+            blocks,
+            atime: timestamp(inode.atime),
+            mtime: timestamp(inode.mtime),
+            ctime: timestamp(inode.mtime),
+            kind,
+            perm: inode.mode & 0o7777,
+            nlink: inode.links,
+            uid: inode.uid,
+            gid: inode.gid,
+            rdev: if device {
+                libc::makedev(major, minor)
+            } else {
+                0
+            },
+            blksize: 4096,
+        })
+    }
+
+    /// EIO, with what is damaged and where.
+    fn failed(&self, number: u32, error: &store::Error) -> Error {
+        let place = match self.view.path_of(number) {
+            Ok(Some((path, layer))) => {
+                let path = path.escape_ascii();
+                match self.view.layer(layer) {
+                    Ok(layer) => format!("{path} of the layer {layer}"),
+                    Err(_) => path.to_string(),
+                }
+            }
+            // The view itself is what is damaged, and the error names it.
+            _ => format!("inode {number} of the view {}", self.view.key()),
+        };
+        Error {
+            errno: libc::EIO,
+            context: format!("{place}: {error}").into(),
+        }
+    }
+}
+
+/// An object of the view.
+struct ViewObject {
+    shared: Arc<Shared>,
+    number: u32,
+    inode: Inode,
+    attr: Attr,
+}
+
+impl ViewObject {
+    fn ok<T>(&self, result: store::Result<T>) -> Result<T> {
+        result.map_err(|error| self.shared.failed(self.number, &error))
+    }
+}
+
+impl LowerObject for ViewObject {
+    fn attr(&self) -> &Attr {
+        &self.attr
+    }
+
+    fn number_space(&self) -> u64 {
+        self.shared.space
+    }
+
+    fn lookup(self: Arc<Self>, name: &OsStr) -> Result<Option<LowerEntry>> {
+        let found = self.ok(self.shared.view.lookup(&self.inode, name.as_bytes()))?;
+        match found {
+            None => Ok(None),
+            Some(entry) => {
+                let object = self.shared.object(entry.inode)?;
+                Ok(Some(LowerEntry::Object(object)))
+            }
+        }
+    }
+
+    fn list(&self, sink: &mut dyn FnMut(&OsStr, ListedKind, u64)) -> Result<()> {
+        let mut place = 0;
+        while let Some(entry) = self.ok(self.shared.view.nth(&self.inode, place))? {
+            let kind = ListedKind::Object(kind_of(entry.kind));
+            sink(OsStr::from_bytes(entry.name), kind, number_of(entry.inode));
+            place += 1;
+        }
+        Ok(())
+    }
+
+    fn marks(&self) -> Result<DirMarks> {
+        Ok(DirMarks::default())
+    }
+
+    fn metacopy(&self) -> Result<Option<DirMarks>> {
+        Ok(None)
+    }
+
+    fn readlink(&self) -> Result<OsString> {
+        if self.attr.kind != FileKind::Symlink {
+            return Err(Errno::EINVAL.into());
+        }
+        let target = self.ok(self.shared.view.target(&self.inode))?;
+        Ok(OsString::from_vec(target.to_vec()))
+    }
+
+    fn xattr(&self, stored: &OsStr) -> Result<Vec<u8>> {
+        for (name, value) in self.ok(self.shared.view.xattrs(&self.inode))? {
+            if self.shared.family.stored_name(OsStr::from_bytes(name)) == stored {
+                return Ok(value.to_vec());
+            }
+        }
+        Err(Errno::ENODATA.into())
+    }
+
+    fn xattr_names(&self) -> Result<Vec<OsString>> {
+        let xattrs = self.ok(self.shared.view.xattrs(&self.inode))?;
+        Ok(xattrs
+            .into_iter()
+            .map(|(name, _)| self.shared.family.stored_name(OsStr::from_bytes(name)))
+            .collect())
+    }
+
+    fn open(&self) -> Result<Arc<dyn LowerFile>> {
+        match self.attr.kind {
+            FileKind::Regular => {}
+            FileKind::Directory => return Err(Errno::EISDIR.into()),
+            _ => return Err(Errno::ENXIO.into()),
+        }
+        let file = self.ok(self.shared.view.open_file(&self.inode))?;
+        Ok(Arc::new(OpenFile {
+            shared: Arc::clone(&self.shared),
+            number: self.number,
+            file,
+        }))
+    }
+
+    fn origin(&self) -> Option<Origin> {
+        Some(Origin {
+            uuid: self.shared.uuid,
+            handle: Handle {
+                kind: HANDLE,
+                data: self.number.to_le_bytes().to_vec(),
+            },
+        })
+    }
+}
+
+/// An open file of the view.
+struct OpenFile {
+    shared: Arc<Shared>,
+    number: u32,
+    file: ViewFile,
+}
+
+impl LowerFile for OpenFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        self.file.read_at(buf, offset).map_err(|source| {
+            let error = store::Error::Io {
+                action: "read a content of",
+                path: self.shared.view.path().to_owned(),
+                source,
+            };
+            self.shared.failed(self.number, &error)
+        })
+    }
+
+    fn seek(&self, offset: i64, whence: i32) -> Result<i64> {
+        let from = u64::try_from(offset).map_err(|_| Errno::ENXIO)?;
+        if from >= self.file.size() {
+            return Err(Errno::ENXIO.into());
+        }
+        let found = match whence {
+            libc::SEEK_DATA => self.file.next_data(from).ok_or(Errno::ENXIO)?,
+            libc::SEEK_HOLE => self.file.next_hole(from),
+            _ => return Err(Errno::EINVAL.into()),
+        };
+        i64::try_from(found).map_err(|_| Errno::EOVERFLOW.into())
+    }
+
+    fn host_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.file.host_file().map(AsFd::as_fd)
+    }
+}
+
+/// Inode numbers start at 1: 0 is none to many programs.
+fn number_of(inode: u32) -> u64 {
+    u64::from(inode) + 1
+}
+
+fn timestamp(time: Time) -> Timestamp {
+    Timestamp {
+        sec: time.sec,
+        nsec: time.nsec,
+    }
+}
+
+/// The kind of a type of a mode. A view has no others than these; a damaged one shows a fifo.
+fn kind_of(mode: u32) -> FileKind {
+    match mode {
+        libc::S_IFREG => FileKind::Regular,
+        libc::S_IFDIR => FileKind::Directory,
+        libc::S_IFLNK => FileKind::Symlink,
+        libc::S_IFCHR => FileKind::CharDevice,
+        libc::S_IFBLK => FileKind::BlockDevice,
+        libc::S_IFSOCK => FileKind::Socket,
+        _ => FileKind::Fifo,
+    }
+}
