@@ -168,7 +168,7 @@ fn a_content_is_kept_once_for_all_layers() {
 #[test]
 fn sparse_files_of_all_forms_are_taken_without_their_holes() {
     let source = tempfile::tempdir().unwrap();
-    let file = fs::File::create(source.path().join("sparse")).unwrap();
+    let file = File::create(source.path().join("sparse")).unwrap();
     file.set_len(20 << 20).unwrap();
     file.write_all_at(&[1; 5000], 1 << 20).unwrap();
     file.write_all_at(&[2; 5000], 10 << 20).unwrap();
@@ -360,7 +360,7 @@ fn what_a_crash_left_is_cleared_and_the_layers_stay() {
     // A pack that was renamed before it was whole cannot be; one that is cut off all the same is
     // used as far as it goes.
     let (pack, bytes) = tree(&tmp.path().join("packs")).remove(0);
-    let file = fs::OpenOptions::new().write(true).open(&pack).unwrap();
+    let file = OpenOptions::new().write(true).open(&pack).unwrap();
     file.set_len(bytes - 100).unwrap();
     let layers = open(tmp.path());
     assert!(tree(&tmp.path().join("tmp")).is_empty());
@@ -414,7 +414,7 @@ fn make(dir: &Path, things: &[(Vec<u8>, Thing)]) {
         }
         let made = match thing {
             Thing::File(content) => fs::write(&path, content),
-            Thing::Sparse(parts) => fs::File::create(&path).and_then(|file| {
+            Thing::Sparse(parts) => File::create(&path).and_then(|file| {
                 file.set_len(3 << 20)?;
                 parts.iter().try_for_each(|(at, length)| {
                     file.write_all_at(&vec![7; usize::from(*length)], u64::from(*at) << 13)
