@@ -323,3 +323,14 @@ proptest! {
         compare(&layers);
     }
 }
+
+#[test]
+fn a_path_that_was_removed_again_counts_as_written() {
+    let entry = |path: &str, thing| (path.to_owned(), thing, 1);
+    compare(&[vec![
+        entry("a/b/c", Thing::File(1)),
+        entry("a/b", Thing::Whiteout),
+        entry("a/b/x", Thing::Whiteout),
+        entry("a", Thing::Opaque),
+    ]]);
+}

@@ -218,6 +218,12 @@ fn an_opaque_marker_spares_what_its_layer_wrote_wherever_it_comes() {
         let view = fixture.view(vec![base(), stream]);
         assert_eq!(tree(&view), ["/a/", "/a/deep/", "/a/deep/new = n"]);
     }
+    // As containerd, which knows what was written by its path.
+    let again = new(Stream::new())
+        .file("a/.wh.deep", "")
+        .file("a/deep/.wh.x", "");
+    let view = fixture.view(vec![base(), marker(again)]);
+    assert_eq!(tree(&view), ["/a/", "/a/deep/"]);
     let root = fixture.view(vec![base(), Stream::new().file(".wh..wh..opq", "")]);
     assert!(root.is_empty());
 }

@@ -5,7 +5,7 @@
 //! layer itself did not write; a path passes through symbolic links as after `chroot` into the tree, its last
 //! name is never followed; missing parents are made; a hard link's entry speaks for the file that it goes to.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use crate::store::error::{Error, Result, refused};
 use crate::store::format::Time;
@@ -75,6 +75,9 @@ pub(super) struct Tree {
     nodes: Vec<Node>,
     sets: Vec<Xattrs>,
     known_sets: HashMap<Xattrs, u32>,
+    /// Paths that the layer at hand wrote and removed again. containerd knows what was written by its path, so opaque
+    /// markers also spare a directory that is made there later as a missing parent.
+    removed: HashSet<Vec<u8>>,
 }
 
 /// Number of the root.
@@ -87,6 +90,7 @@ impl Tree {
             nodes: vec![Node::directory(Directory::default())],
             sets: vec![Xattrs::new()],
             known_sets: HashMap::new(),
+            removed: HashSet::new(),
         }
     }
 
@@ -107,6 +111,7 @@ impl Tree {
 
     /// Applies the layer `index`, the one of that number.
     pub(super) fn apply(&mut self, index: &LayerIndex, layer: u16) -> Result<()> {
+        self.removed.clear();
         for number in 0..index.len() {
             let entry = index.entry(number)?;
             let path = index.path(entry.path)?;
@@ -142,7 +147,7 @@ impl Tree {
             result => result?,
         };
         if entry.action == Action::Remove {
-            self.remove(above, name);
+            self.remove(above, name, layer);
             return Ok(());
         }
         self.check_length(above, name)?;
@@ -152,7 +157,7 @@ impl Tree {
         let node = match merged {
             Some(child) => child.node,
             None => {
-                self.remove(above, name);
+                self.remove(above, name, layer);
                 self.create(index, entry, above, name)?
             }
         };
@@ -306,10 +311,37 @@ impl Tree {
         }
     }
 
-    fn remove(&mut self, directory: Id, name: &[u8]) {
-        if let Some(directory) = self.directory_mut(directory) {
-            directory.children.remove(name);
+    fn remove(&mut self, directory: Id, name: &[u8], layer: u16) {
+        let path = self.path_of(directory, name);
+        let removed = self
+            .directory_mut(directory)
+            .and_then(|directory| directory.children.remove(name));
+        let mut waiting: Vec<_> = removed.map(|child| (path, child)).into_iter().collect();
+        while let Some((path, child)) = waiting.pop() {
+            if child.written != layer {
+                continue;
+            }
+            if let Some(directory) = self.directory(child.node) {
+                let below = directory.children.iter();
+                waiting
+                    .extend(below.map(|(name, child)| ([&path, &b"/"[..], name].concat(), *child)));
+            }
+            self.removed.insert(path);
         }
+    }
+
+    /// The path of a name in a directory.
+    fn path_of(&self, directory: Id, name: &[u8]) -> Vec<u8> {
+        let mut names = vec![name];
+        let mut at = directory;
+        while at != ROOT
+            && let Some(directory) = self.directory(at)
+        {
+            names.push(&directory.name);
+            at = directory.above;
+        }
+        names.reverse();
+        names.join(&b'/')
     }
 
     /// The directory that `path` leads to; what is missing of it is made.
@@ -323,10 +355,11 @@ impl Tree {
             self.check_length(directory, &name)?;
             let below = self.directory_below(directory, &name);
             let node = self.add(Node::directory(below))?;
+            let again = self.removed.contains(&self.path_of(directory, &name));
             let child = Child {
                 node,
                 layer,
-                written: NO_LAYER,
+                written: if again { layer } else { NO_LAYER },
             };
             if let Some(above) = self.directory_mut(directory) {
                 above.children.insert(name.into(), child);
