@@ -177,6 +177,7 @@ fn run(checked: Checked) -> Result<(), Failure> {
         SnapshotterConfig {
             plyfs: settings.plyfs,
             index_prober: std::env::current_exe().ok(),
+            ..SnapshotterConfig::default()
         },
     )?);
     let images = Arc::new(ImageStore::open(&root, Arc::clone(&snapshotter))?);

@@ -28,6 +28,7 @@ use super::options::{Options, parse_lowerdir_file};
 use super::server::{Flusher, Server};
 use crate::cow::union::OpenError;
 use crate::cow::{Union, UnionConfig};
+use crate::store::{self, view::View};
 use crate::sys::fuse_mount::{self, MountError};
 use crate::sys::{mountinfo, process};
 
@@ -63,6 +64,9 @@ pub enum DaemonError {
     /// The union cannot be made of these directories.
     #[error(transparent)]
     Union(#[from] OpenError),
+    /// The packed layers cannot be used.
+    #[error(transparent)]
+    View(#[from] store::Error),
     /// Mounting failed.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -201,6 +205,12 @@ fn resolve(invocation: &mut Invocation) -> Result<UnionConfig, DaemonError> {
     let mut config = options.union_config(more);
     for lower in &mut config.lowers {
         *lower = absolute(lower);
+    }
+    if let Some(path) = &options.view {
+        config.view = Some(Arc::new(View::open_stored(
+            &absolute(path),
+            options.verify,
+        )?));
     }
     if let Some(upper) = &mut config.upper {
         upper.dir = absolute(&upper.dir);

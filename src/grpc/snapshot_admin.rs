@@ -347,6 +347,7 @@ fn describe(info: SnapshotInfo) -> api::Snapshot {
             .map_or_else(String::new, |mount| text(mount.path)),
         upper_dir: info.upper_dir.map_or_else(String::new, text),
         layer_dirs: info.layer_dirs.into_iter().map(text).collect(),
+        packed_layers: info.packed_layers.into_iter().map(String::from).collect(),
     }
 }
 

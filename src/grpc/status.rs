@@ -7,8 +7,8 @@ use std::io;
 
 use tonic::{Code, Status};
 
-use crate::snapshotter;
 use crate::store::record;
+use crate::{snapshotter, store};
 
 /// Runs `work` on a thread that may block, and words its error.
 pub(super) async fn blocking<T, E>(
@@ -51,6 +51,21 @@ pub(super) fn record_code(error: &record::Error) -> Code {
     }
 }
 
+/// The code for a failure of the packed layers.
+pub(super) fn store_code(error: &store::Error) -> Code {
+    use store::Error;
+    match error {
+        Error::Io { source, .. } => io_code(source),
+        Error::Damaged { .. } | Error::NoObject { .. } => Code::DataLoss,
+        Error::Refused { .. } | Error::Digest { .. } | Error::Input(_) => Code::InvalidArgument,
+        Error::Cancelled => Code::Cancelled,
+        Error::NoLayer { .. } => Code::NotFound,
+        Error::NoStream { .. } | Error::Unsupported { .. } => Code::FailedPrecondition,
+        Error::Output(source) => io_code(source),
+        Error::Record(error) => record_code(error),
+    }
+}
+
 impl From<snapshotter::Error> for Status {
     fn from(error: snapshotter::Error) -> Self {
         use snapshotter::Error;
@@ -64,7 +79,9 @@ impl From<snapshotter::Error> for Status {
             | Error::Mount(_)
             | Error::ForeignMount { .. }
             | Error::WritesLost { .. }
+            | Error::NotPacked { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
+            Error::Store(error) => store_code(error),
             Error::Record(error) => record_code(error),
             Error::Index(_) | Error::OpenUnion(_) => Code::Internal,
             Error::Union { source } => io_code(&io::Error::from_raw_os_error(source.errno)),

@@ -20,10 +20,11 @@ mod unpack;
 
 use std::path::Path;
 
-pub use apply::Limits;
 pub use error::{Error, Result};
 pub use store::ImageStore;
 pub use types::*;
+
+pub use crate::store::ingest::Limits;
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let path = path.to_owned();

@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 use super::records::{ImageRecord, Records};
 use super::unpack::Unpacker;
 use super::{
-    Error, Image, ImageConfig, ImageDetails, Limits, Observer, Removed, ResolvedImage, Result,
-    archive, io_error, reference, unpack,
+    Error, Image, ImageConfig, ImageDetails, Observer, Removed, ResolvedImage, Result, archive,
+    io_error, reference, unpack,
 };
 use crate::snapshotter::Snapshotter;
 use crate::store;
@@ -30,18 +30,13 @@ impl ImageStore {
     /// Reads the records below `root` (plyd's root) and clears what a crash left. Only one process
     /// may have a root open.
     pub fn open(root: &Path, snapshotter: Arc<Snapshotter>) -> Result<Self> {
-        Self::open_with(root, snapshotter, Limits::default())
-    }
-
-    /// As `open`, with other limits for a layer.
-    pub fn open_with(root: &Path, snapshotter: Arc<Snapshotter>, limits: Limits) -> Result<Self> {
         let dir = root.join("images");
         let spools = dir.join("spool");
         store::create_dir(&spools, 0o700).map_err(io_error("make", &spools))?;
         archive::clear(&spools)?;
         let this = Self {
             records: Mutex::new(Records::open(&dir)?),
-            unpacker: Unpacker::open(snapshotter, limits)?,
+            unpacker: Unpacker::open(snapshotter)?,
             spools,
         };
         this.sweep()?;

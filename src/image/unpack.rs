@@ -1,10 +1,12 @@
 //! Layers as committed snapshots: made once, shared, and removed when nobody needs them.
 //!
 //! A layer's snapshot is named by its chain id, which says what the layer and all below it contain. It
-//! is unpacked in an active snapshot, whose key starts with `unpack-`; those are nobody's after a crash
-//! and go when plyd starts.
+//! goes into the store as a packed layer. On layers that are directories, as an earlier plyd made them, it is unpacked in an
+//! active snapshot, whose key starts with `unpack-`; those are nobody's after a crash and go when plyd
+//! starts.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,9 +15,11 @@ use sha2::{Digest, Sha256};
 
 use super::apply::{Source, apply};
 use super::archive::ArchivedLayer;
-use super::{Error, Limits, Observer, Phase, Progress, Result};
+use super::{Error, Observer, Phase, Progress, Result, io_error};
 use crate::cow::Union;
 use crate::snapshotter::{self, Kind, Owner, ParentRef, Snapshotter};
+use crate::store::layers::Expected;
+use crate::store::{self, ingest};
 
 /// Two imports of one layer: how often the one that waits looks whether it is still wanted.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
@@ -24,7 +28,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(super) struct Unpacker {
     snapshotter: Arc<Snapshotter>,
-    limits: Limits,
     state: Mutex<State>,
     unpacked: Condvar,
 }
@@ -73,7 +76,7 @@ impl Drop for Turn<'_> {
 
 impl Unpacker {
     /// Clears what a crash left half-unpacked.
-    pub(super) fn open(snapshotter: Arc<Snapshotter>, limits: Limits) -> Result<Self> {
+    pub(super) fn open(snapshotter: Arc<Snapshotter>) -> Result<Self> {
         for snapshot in snapshotter.list(Some(Owner::Image))? {
             if snapshot.kind != Kind::Committed {
                 snapshotter.remove(Owner::Image, &snapshot.key)?;
@@ -81,7 +84,6 @@ impl Unpacker {
         }
         Ok(Self {
             snapshotter,
-            limits,
             state: Mutex::default(),
             unpacked: Condvar::new(),
         })
@@ -179,11 +181,15 @@ impl Unpacker {
         parent: Option<&String>,
         observer: &dyn Observer,
     ) -> Result<()> {
-        let key = format!("unpack-{chain_id}-{:016x}", rand::random::<u64>());
         let parent = parent.map(|parent| ParentRef {
             owner: Owner::Image,
             key: parent.clone(),
         });
+        match self.pack(layer, chain_id, parent.as_ref(), observer) {
+            Err(Error::Snapshot(snapshotter::Error::NotPacked { .. })) => {}
+            packed => return packed,
+        }
+        let key = format!("unpack-{chain_id}-{:016x}", rand::random::<u64>());
         self.snapshotter
             .prepare(Owner::Image, &key, parent.as_ref(), BTreeMap::new())?;
         let committed = self.fill(&key, layer, observer).and_then(|()| {
@@ -202,6 +208,34 @@ impl Unpacker {
         }
     }
 
+    fn pack(
+        &self,
+        layer: &ArchivedLayer,
+        chain_id: &str,
+        parent: Option<&ParentRef>,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let path = &layer.file.path;
+        let file = File::open(path).map_err(io_error("open", path))?;
+        let expected = Expected {
+            blob: None,
+            diff_id: Some(&layer.diff_id),
+        };
+        let packed = self.snapshotter.commit_layer(
+            Owner::Image,
+            chain_id,
+            parent,
+            BTreeMap::new(),
+            (file, &expected),
+            &Told { layer, observer },
+        );
+        match packed {
+            Ok(_) => Ok(()),
+            Err(snapshotter::Error::Store(error)) => Err(worded(error, layer)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn fill(&self, key: &str, layer: &ArchivedLayer, observer: &dyn Observer) -> Result<()> {
         let mut config = self.snapshotter.union_config(Owner::Image, key)?;
         // Nothing counts before the commit, which makes all of it durable.
@@ -213,7 +247,60 @@ impl Unpacker {
             file: &layer.file.path,
             size: layer.file.size,
         };
-        apply(&union, &source, &self.limits, observer)
+        apply(
+            &union,
+            &source,
+            &self.snapshotter.packing().limits,
+            observer,
+        )
+    }
+}
+
+/// Who wants to know how far the layer is.
+struct Told<'a> {
+    layer: &'a ArchivedLayer,
+    observer: &'a dyn Observer,
+}
+
+impl ingest::Observer for Told<'_> {
+    fn progress(&self, bytes: u64) {
+        self.observer.progress(Progress {
+            phase: Phase::Unpacking,
+            digest: self.layer.digest.clone(),
+            done: bytes,
+            total: self.layer.file.size,
+        });
+    }
+
+    fn cancelled(&self) -> bool {
+        self.observer.cancelled()
+    }
+}
+
+/// What the store says of a layer, in the words of an image.
+fn worded(error: store::Error, layer: &ArchivedLayer) -> Error {
+    let archive = |problem| Error::Archive {
+        subject: format!("the layer {}", layer.digest),
+        problem,
+    };
+    match error {
+        store::Error::Cancelled => Error::Cancelled,
+        store::Error::Refused { entry, problem } => Error::Layer {
+            layer: layer.digest.clone(),
+            entry: format!("\"{entry}\""),
+            problem,
+        },
+        store::Error::Digest {
+            expected, found, ..
+        } => archive(format!(
+            "its content has the digest {found}, and the image's config says {expected}"
+        )),
+        // Only the host's own errors have a number.
+        store::Error::Input(source) if source.raw_os_error().is_some() => {
+            io_error("read", &layer.file.path)(source)
+        }
+        store::Error::Input(source) => archive(source.to_string()),
+        error => snapshotter::Error::from(error).into(),
     }
 }
 

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::types::*;
+use crate::store::LayerName;
 use crate::store::index::Index;
 use crate::store::layer::LayerId;
 use crate::store::record::{self, Damaged, Record, RecordDir};
@@ -28,15 +29,19 @@ pub(super) struct SnapshotRecord {
     /// Nanoseconds since the epoch.
     pub(super) created: u64,
     pub(super) updated: u64,
-    /// Content, once it is committed.
+    /// Content, once it is committed: a directory,
     pub(super) layer: Option<LayerId>,
+    /// or a packed layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) packed: Option<LayerName>,
     /// What it takes, once it is committed.
     pub(super) usage: Option<Usage>,
 }
 
 impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
-    const VERSION: u32 = 1;
+    /// 2 has packed layers.
+    const VERSION: u32 = 2;
 }
 
 /// A snapshot with its id.

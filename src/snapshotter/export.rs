@@ -61,7 +61,7 @@ impl Snapshotter {
         let mut copy = |from: &Path, to: &Path| -> Result<(), Error> {
             copy_layer(from, to, &mut links).map_err(io_error("copy", from))
         };
-        let layers = self.lowers_of(found)?;
+        let layers = self.below(found)?.lowers;
         let mut lowers = Vec::new();
         for (n, layer) in layers.iter().enumerate() {
             let to = dir.join(format!("lower{n}"));

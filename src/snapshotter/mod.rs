@@ -9,7 +9,8 @@
 //! snapshots/data/ID/work        the union's scratch directory for it
 //! snapshots/data/ID/empty       the only lower of a snapshot on nothing
 //! snapshots/data/ID/mounted     the active snapshot is mounted, or was when its plyfs died
-//! layers/LAYER                  the content of a committed snapshot
+//! store/                        the packed layers of committed snapshots, and what was made of them
+//! layers/LAYER                  the content of a committed snapshot that was an upper
 //! index/                        names to ids; can be deleted while plyd is not running
 //! trash/                        trees on their way out
 //! ```
@@ -37,10 +38,12 @@
 //! A record that cannot be read keeps its id taken: none of its trees is an orphan.
 
 mod catalog;
+mod chain;
 mod diff;
 mod export;
 mod locks;
 mod mounts;
+mod packed;
 mod queries;
 mod recovery;
 mod settle;
@@ -51,7 +54,7 @@ mod upper;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -60,11 +63,13 @@ pub use diff::{Change, ChangeKind};
 pub use export::ExportedOverlay;
 use locks::Locks;
 use mounts::Mounts;
+use packed::Packed;
 pub use types::*;
 use types::{io_error, plyfs_error};
 
-use crate::cow::{Chunking, UnionConfig, UpperConfig};
+use crate::store::ingest::{Observer, Settings};
 use crate::store::layer::{LayerId, LayerStore};
+use crate::store::layers::Expected;
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
 
@@ -75,6 +80,8 @@ pub struct Snapshotter {
     catalog: Catalog,
     locks: Locks,
     layers: LayerStore,
+    packed: Packed,
+    packing: Settings,
     trash: Trash,
     data: PathBuf,
     mounts: Arc<Mounts>,
@@ -98,10 +105,14 @@ impl Snapshotter {
                 .any(|found| found.id == id && found.record.kind != Kind::Committed)
         })?;
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
+        let store = root.join("store");
+        let packed = Packed::open(&store, config.packing, &all, !damaged.is_empty())?;
         Ok(Self {
             catalog,
             locks: Locks::default(),
             layers,
+            packed,
+            packing: config.packing,
             trash,
             data,
             mounts,
@@ -160,6 +171,7 @@ impl Snapshotter {
             created: 0,
             updated: 0,
             layer: None,
+            packed: None,
             usage: None,
         };
         let id = catalog::new_id();
@@ -196,17 +208,18 @@ impl Snapshotter {
 
     fn make_directories(&self, dir: &Path, kind: Kind, parent: Option<&Found>) -> Result<()> {
         fs::create_dir(dir).map_err(io_error("make", dir))?;
-        let below = match parent.and_then(|parent| parent.record.layer.as_ref()) {
-            Some(top) => self.layers.lower_of(top),
-            None => {
-                let empty = dir.join("empty");
-                upper::make(&empty, None).map_err(io_error("make", &empty))?;
-                empty
-            }
-        };
+        let mut below = parent
+            .map(|parent| self.below(parent))
+            .transpose()?
+            .unwrap_or_default();
+        if below.is_empty() {
+            let empty = dir.join("empty");
+            upper::make(&empty, None).map_err(io_error("make", &empty))?;
+            below.lowers.push(empty);
+        }
         if kind == Kind::Active {
             let upper = dir.join("upper");
-            let root = upper::Root::of(&below)?;
+            let root = upper::Root::of(below.root())?;
             upper::make(&upper, Some(&root)).map_err(io_error("make", &upper))?;
             let work = dir.join("work");
             fs::create_dir(&work).map_err(io_error("make", &work))?;
@@ -269,6 +282,51 @@ impl Snapshotter {
         })
     }
 
+    /// Takes a layer in as the committed snapshot `name`. `stream` is its tar, plain or compressed; it is not read
+    /// if the store has the layer of that diff id already. The layers below have to be packed ones.
+    pub fn commit_layer(
+        &self,
+        owner: Owner,
+        name: &str,
+        parent: Option<&ParentRef>,
+        labels: BTreeMap<String, String>,
+        layer: (impl Read + Send, &Expected<'_>),
+        observer: &dyn Observer,
+    ) -> Result<SnapshotInfo> {
+        if name.is_empty() {
+            return Err(Error::EmptyKey);
+        }
+        self.catalog.check_free(owner, name)?;
+        let parent = parent
+            .map(|parent| self.resolve_parent(parent))
+            .transpose()?;
+        if let Some(parent) = &parent {
+            self.check_packed(parent)?;
+        }
+        let (stream, expected) = layer;
+        let imported = self.packed.import(stream, expected, observer)?;
+        let record = SnapshotRecord {
+            owner,
+            key: name.to_owned(),
+            kind: Kind::Committed,
+            parent: parent.map(|parent| parent.id),
+            labels,
+            created: 0,
+            updated: 0,
+            layer: None,
+            packed: Some(imported.name),
+            usage: Some(imported.usage),
+        };
+        let found = self.catalog.insert(&catalog::new_id(), record)?;
+        imported.used();
+        self.describe(found)
+    }
+
+    /// How layers are packed.
+    pub fn packing(&self) -> &Settings {
+        &self.packing
+    }
+
     /// Deletes a snapshot that has no children; unmounts it first.
     pub fn remove(&self, owner: Owner, key: &str) -> Result<()> {
         self.locked(owner, key, |found| {
@@ -276,6 +334,9 @@ impl Snapshotter {
             self.mounts.unmount(&found.id)?;
             self.catalog.remove(&found)?;
             self.throw_away(&self.data.join(&found.id));
+            if let Some(layer) = found.record.packed {
+                self.packed.release(layer);
+            }
             if let Some(layer) = &found.record.layer
                 && let Err(error) = self.layers.remove(layer, &self.trash)
             {
@@ -420,7 +481,7 @@ impl Snapshotter {
     /// Every path that the snapshot changes against its parent, in byte order.
     pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
         self.locked(owner, key, |found| {
-            let mut layers = self.lowers_of(&found)?;
+            let mut layers = self.below(&found)?.lowers;
             let own = match found.record.kind {
                 Kind::View => return Ok(Vec::new()),
                 Kind::Committed => layers.remove(0),
@@ -439,53 +500,6 @@ impl Snapshotter {
         })
     }
 
-    /// How to open the snapshot's union in this process, for work on an active snapshot that is not
-    /// mounted (unpacking a layer). The caller closes it before `mount`, `commit` or `remove`.
-    pub fn union_config(&self, owner: Owner, key: &str) -> Result<UnionConfig> {
-        let config = self.union_of(&self.catalog.resolve(owner, key)?)?;
-        Ok(UnionConfig {
-            // What is unpacked is about to be committed, and has to be whole then.
-            no_metacopy: true,
-            chunking: Chunking::OFF,
-            ..config
-        })
-    }
-
-    fn union_of(&self, found: &Found) -> Result<UnionConfig> {
-        let dir = self.data.join(&found.id);
-        let mut lowers = self.lowers_of(found)?;
-        let upper = match found.record.kind {
-            Kind::Active => Some(UpperConfig {
-                dir: dir.join("upper"),
-                work: dir.join("work"),
-            }),
-            _ => None,
-        };
-        if lowers.is_empty() {
-            lowers.push(dir.join("empty"));
-        }
-        Ok(UnionConfig {
-            lowers,
-            upper,
-            ..UnionConfig::default()
-        })
-    }
-
-    /// Its own layer, if it is committed, and those below, the topmost first.
-    fn lowers_of(&self, found: &Found) -> Result<Vec<PathBuf>> {
-        let ancestors = self.catalog.ancestors(&found.record)?;
-        let ancestors: Vec<&Found> = ancestors.iter().collect();
-        Ok(self.lowers_in(found, &ancestors))
-    }
-
-    fn lowers_in(&self, found: &Found, ancestors: &[&Found]) -> Vec<PathBuf> {
-        std::iter::once(found)
-            .chain(ancestors.iter().copied())
-            .filter_map(|found| found.record.layer.as_ref())
-            .map(|layer| self.layers.lower_of(layer))
-            .collect()
-    }
-
     fn describe(&self, found: Found) -> Result<SnapshotInfo> {
         let ancestors = self.catalog.ancestors(&found.record)?;
         let ancestors: Vec<&Found> = ancestors.iter().collect();
@@ -494,6 +508,7 @@ impl Snapshotter {
 
     fn info(&self, found: Found, ancestors: &[&Found]) -> SnapshotInfo {
         let layer_dirs = self.lowers_in(&found, ancestors);
+        let packed_layers = chain::packed_in(&found, ancestors);
         let upper_dir =
             (found.record.kind == Kind::Active).then(|| self.data.join(&found.id).join("upper"));
         let mount = self.mounts.point(&found.id);
@@ -513,6 +528,7 @@ impl Snapshotter {
             mount,
             upper_dir,
             layer_dirs,
+            packed_layers,
         }
     }
 

@@ -36,6 +36,7 @@ pub(super) fn mend(
                     );
                 }
             }
+            None if found.record.packed.is_some() => {}
             None => {
                 data_kept.insert(&found.id);
                 undo_half_commit(found, data, layers)?;

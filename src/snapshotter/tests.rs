@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use super::*;
-use crate::cow::{self, Union};
+use crate::cow::{self, Union, UnionConfig};
 use crate::sys::fs::Object;
 use crate::sys::xattr;
 

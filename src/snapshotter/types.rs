@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use crate::cow;
-use crate::store::{index, record};
+use crate::store::ingest::Settings;
+use crate::store::{self, LayerName, index, record};
 use crate::sys::fuse_mount;
 
 /// Who made a snapshot, and who alone may resolve or remove it through its own service.
@@ -68,10 +69,12 @@ pub struct SnapshotInfo {
     pub updated: SystemTime,
     /// The live mount, if there is one.
     pub mount: Option<MountPoint>,
-    /// Host directory of the upper while layers are directories; for humans and tests.
+    /// Host directory of the upper; for humans and tests.
     pub upper_dir: Option<PathBuf>,
-    /// Host directories of the layers, the topmost first; for humans and tests.
+    /// Host directories of those layers that are directories, the topmost first; for humans and tests.
     pub layer_dirs: Vec<PathBuf>,
+    /// The packed layers, which lie below the directories, the topmost first.
+    pub packed_layers: Vec<LayerName>,
 }
 
 /// A live mount of a snapshot.
@@ -111,6 +114,8 @@ pub struct SnapshotterConfig {
     /// A program that answers [`store::index::PROBE_ARGUMENT`](crate::store::index::PROBE_ARGUMENT):
     /// plyd. Without one the index is made anew at each open.
     pub index_prober: Option<PathBuf>,
+    /// How layers are packed.
+    pub packing: Settings,
 }
 
 impl Owner {
@@ -219,9 +224,20 @@ pub enum Error {
         /// How many.
         children: usize,
     },
+    /// A packed layer cannot lie on a directory.
+    #[error(
+        "the layers of snapshot {key:?} are directories, on which no packed layer can lie; unpack the layer into a snapshot instead"
+    )]
+    NotPacked {
+        /// Key of the parent.
+        key: String,
+    },
     /// A key must not be empty.
     #[error("a snapshot needs a key that is not empty")]
     EmptyKey,
+    /// The packed layers.
+    #[error(transparent)]
+    Store(#[from] store::Error),
     /// The records.
     #[error(transparent)]
     Record(#[from] record::Error),

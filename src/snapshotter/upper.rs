@@ -23,12 +23,9 @@ pub(super) struct Root {
 }
 
 impl Root {
-    /// That of the union whose topmost layer is `top`: no other layer has a say in it.
-    pub(super) fn of(top: &Path) -> Result<Self> {
-        let union = Union::open(UnionConfig {
-            lowers: vec![top.to_owned()],
-            ..UnionConfig::default()
-        })?;
+    /// That of a union.
+    pub(super) fn of(union: UnionConfig) -> Result<Self> {
+        let union = Union::open(union)?;
         let mut xattrs = Vec::new();
         let names = match union.listxattr(NodeId::ROOT) {
             // A file system without any.

@@ -194,6 +194,7 @@ fn lists_are_tables_names_or_json() {
         "layer_dirs",
         "mountpoint",
         "owner",
+        "packed_layers",
         "parent",
         "plyfs_pid",
         "updated",

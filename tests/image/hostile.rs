@@ -181,7 +181,7 @@ fn bombs() {
     let store = Store::with(Limits {
         bytes: 1 << 20,
         entries: 100,
-        directory_names: 1000,
+        names: 1000,
     });
     let zeros = vec![0; 10 << 20];
     let trailer = Layer::new()

@@ -131,9 +131,10 @@ pub fn names(dir: &Path) -> Vec<std::ffi::OsString> {
 
 fn open(dir: &Path, limits: Limits) -> (Arc<ImageStore>, Arc<Snapshotter>) {
     let root = dir.join("root");
-    let snapshotter =
-        Snapshotter::open(&root, &dir.join("state"), SnapshotterConfig::default()).unwrap();
+    let mut config = SnapshotterConfig::default();
+    config.packing.limits = limits;
+    let snapshotter = Snapshotter::open(&root, &dir.join("state"), config).unwrap();
     let snapshotter = Arc::new(snapshotter);
-    let images = ImageStore::open_with(&root, Arc::clone(&snapshotter), limits).unwrap();
+    let images = ImageStore::open(&root, Arc::clone(&snapshotter)).unwrap();
     (Arc::new(images), snapshotter)
 }

@@ -195,6 +195,9 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
     for dir in &view.layer_dirs {
         line("layer", dir);
     }
+    for name in &view.packed_layers {
+        line("packed layer", name);
+    }
     for (key, value) in &view.labels {
         line("label", &format!("{key}={value}"));
     }

@@ -24,6 +24,7 @@ pub struct SnapshotView {
     pub plyfs_pid: Option<u32>,
     pub upper_dir: Option<String>,
     pub layer_dirs: Vec<String>,
+    pub packed_layers: Vec<String>,
     #[serde(skip)]
     pub age: String,
 }
@@ -50,6 +51,7 @@ impl From<Snapshot> for SnapshotView {
             plyfs_pid: Some(snapshot.plyfs_pid).filter(|pid| *pid != 0),
             upper_dir: some(snapshot.upper_dir),
             layer_dirs: snapshot.layer_dirs,
+            packed_layers: snapshot.packed_layers,
         }
     }
 }

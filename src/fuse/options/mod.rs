@@ -18,6 +18,7 @@ use table::{Action, TABLE};
 
 use super::features::FeatureSet;
 use crate::cow::{Chunking, Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily, Xino};
+use crate::store::view::Verify;
 use crate::sys::fuse_mount::MountOptions;
 use crate::sys::process;
 
@@ -28,6 +29,10 @@ pub struct Options {
     pub lowers: Vec<PathBuf>,
     /// A file with more of them, one a line, below those of `lowerdir`.
     pub lowerdir_file: Option<PathBuf>,
+    /// `view`: packed layers of a store, below all directories.
+    pub view: Option<PathBuf>,
+    /// `verify`: when their contents are compared with their names.
+    pub verify: Verify,
     /// `upperdir`.
     pub upper: Option<PathBuf>,
     /// `workdir`.
@@ -138,6 +143,9 @@ pub enum OptionError {
     /// Two that exclude each other.
     #[error("`passthrough` and `{0}` exclude each other in the kernel; leave one of them out")]
     NotWithPassthrough(&'static str),
+    /// The kernel is not given files of a store, which it could be made to write to.
+    #[error("`passthrough` is for layers that are directories; leave it out, or `view`")]
+    PassthroughOfView,
     /// A value is missing.
     #[error("option `{0}` needs a value, as in `{0}=VALUE`")]
     NeedsValue(&'static str),
@@ -186,6 +194,8 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
     let mut options = Options {
         lowers: Vec::new(),
         lowerdir_file: None,
+        view: None,
+        verify: Verify::default(),
         upper: None,
         work: None,
         mount: MountOptions {
@@ -230,6 +240,9 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
     }
     let session = &options.session;
     if session.passthrough {
+        if options.view.is_some() {
+            return Err(OptionError::PassthroughOfView);
+        }
         for (other, name) in [
             (session.no_open, "no_open"),
             (session.writeback, "writeback"),
@@ -251,7 +264,8 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
         }
     }
     // A snapshot without a parent is an upper alone.
-    let lowers = !options.lowers.is_empty() || options.lowerdir_file.is_some();
+    let lowers =
+        !options.lowers.is_empty() || options.lowerdir_file.is_some() || options.view.is_some();
     if !lowers && options.upper.is_none() {
         return Err(OptionError::NoLower);
     }
@@ -339,7 +353,8 @@ pub fn parse_lowerdir_file(content: &[u8]) -> Vec<PathBuf> {
 }
 
 impl Options {
-    /// The union that the options describe. `more_lowers` are the lines of `lowerdir_file`.
+    /// The union that the options describe, without its view, which is to be opened. `more_lowers` are the lines of
+    /// `lowerdir_file`.
     pub fn union_config(&self, more_lowers: Vec<PathBuf>) -> UnionConfig {
         let mut lowers = self.lowers.clone();
         lowers.extend(more_lowers);

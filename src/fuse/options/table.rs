@@ -9,6 +9,7 @@ use super::copying;
 use super::{DEFAULT_THREADS, MAX_THREADS, OptionError, Options, split, unescape};
 use crate::cow::{IdRange, StatOverride, Xino};
 use crate::fuse::features::{Feature, FeatureSet};
+use crate::store::view::Verify;
 
 /// What an option does to the options read so far.
 pub(super) enum Action {
@@ -28,6 +29,11 @@ pub(super) const TABLE: &[(&str, Action)] = &[
         "lowerdir_file=",
         Value(|o, v| path("lowerdir_file", v).map(|p| o.lowerdir_file = Some(p))),
     ),
+    (
+        "view=",
+        Value(|o, v| path("view", v).map(|p| o.view = Some(p))),
+    ),
+    ("verify=", Value(set_verify)),
     (
         "upperdir=",
         Value(|o, v| path("upperdir", v).map(|p| o.upper = Some(p))),
@@ -228,6 +234,19 @@ fn set_lowers(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
             Ok(PathBuf::from(unescape(piece)))
         })
         .collect::<Result<_, _>>()?;
+    Ok(())
+}
+
+fn set_verify(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
+    options.verify = match value.as_bytes() {
+        b"never" => Verify::Never,
+        b"first" => Verify::First,
+        b"always" => Verify::Always,
+        _ => {
+            let expected = "say `never`, `first` or `always`";
+            return Err(bad_value("verify", value, expected));
+        }
+    };
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 
+use super::super::Limits;
 use super::super::tar::{Entry, Kind, Reader};
 use super::Fault;
 use super::tree::{self, Directory, Found, Tree};
@@ -23,27 +24,6 @@ const LONGEST_NAME: usize = 255;
 const LARGEST_XATTR: usize = 64 << 10;
 /// The last second that fits in 64 bits of nanoseconds; containerd takes later ones for damage.
 const LATEST_SECOND: i64 = i64::MAX / 1_000_000_000;
-
-/// What one layer may claim.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Uncompressed bytes.
-    pub bytes: u64,
-    /// Entries.
-    pub entries: u64,
-    /// Bytes of the names of all directories.
-    pub directory_names: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            bytes: 1 << 40,
-            entries: 10_000_000,
-            directory_names: 512 << 20,
-        }
-    }
-}
 
 type Result<T, E = Fault> = std::result::Result<T, E>;
 
@@ -175,7 +155,7 @@ impl<'u> Layer<'u> {
         self.set_metadata(entry, &made, &times)?;
         if entry.kind == Kind::Directory {
             self.directory_names += path.len() as u64;
-            if self.directory_names > self.limits.directory_names {
+            if self.directory_names > self.limits.names {
                 return Err(refuse(&entry.path, "the layer has too many directories"));
             }
             self.directories.push((path.clone(), times));

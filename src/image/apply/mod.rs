@@ -15,10 +15,8 @@ mod written;
 
 use std::path::Path;
 
-use super::{Error, Observer, Phase, Progress, Result, printable, tar};
+use super::{Error, Limits, Observer, Phase, Progress, Result, printable, tar};
 use crate::cow::{Union, union};
-
-pub use layer::Limits;
 
 /// What is to be unpacked.
 #[derive(Clone, Copy, Debug)]

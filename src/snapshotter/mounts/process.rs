@@ -173,6 +173,9 @@ fn options(place: &Place, union: &UnionConfig) -> OsString {
     if !union.lowers.is_empty() {
         add("lowerdir_file", &place.lowers());
     }
+    if let Some(view) = &union.view {
+        add("view", view.path());
+    }
     if let Some(upper) = &union.upper {
         add("upperdir", &upper.dir);
         add("workdir", &upper.work);

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::error::Result;
+use super::error::{Result, damaged};
 use super::format::index_file::{IndexFile, Kind, Section};
 use super::format::tables::{Inode, Object};
 use super::format::{LayerName, Record, ViewKey};
@@ -87,6 +87,21 @@ impl View {
             return Err(view.file.damaged("its root is not a directory"));
         }
         Ok(view)
+    }
+
+    /// Opens a view by its place in a store, as another process has named it.
+    pub fn open_stored(path: &Path, verify: Verify) -> Result<Self> {
+        let key = path
+            .file_stem()
+            .and_then(|stem| stem.to_str()?.parse().ok());
+        let store = path.parent().and_then(Path::parent);
+        let Some((key, store)) = key.zip(store) else {
+            return Err(damaged(
+                path,
+                "it does not lie where a store keeps its views",
+            ));
+        };
+        Self::open(path, key, Arc::new(Objects::new(store)), verify)
     }
 
     /// Number of inodes.

@@ -1,0 +1,122 @@
+//! What lies below a snapshot: directories, and below them packed layers as one merged view.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::catalog::Found;
+use super::types::*;
+use super::{Kind, Snapshotter};
+use crate::cow::{Chunking, UnionConfig, UpperConfig};
+use crate::store::LayerName;
+use crate::store::view::View;
+
+/// The layers of a chain as a union takes them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Below {
+    /// Those that are directories, the topmost first.
+    pub(super) lowers: Vec<PathBuf>,
+    /// The packed ones, which lie below all directories.
+    pub(super) view: Option<Arc<View>>,
+}
+
+impl Below {
+    pub(super) fn is_empty(&self) -> bool {
+        self.lowers.is_empty() && self.view.is_none()
+    }
+
+    /// A read-only union.
+    pub(super) fn union(self) -> UnionConfig {
+        UnionConfig {
+            lowers: self.lowers,
+            view: self.view,
+            ..UnionConfig::default()
+        }
+    }
+
+    /// A read-only union that has the same root directory.
+    pub(super) fn root(mut self) -> UnionConfig {
+        if !self.lowers.is_empty() {
+            self.lowers.truncate(1);
+            self.view = None;
+        }
+        self.union()
+    }
+}
+
+impl Snapshotter {
+    /// How to open the snapshot's union in this process, for work on an active snapshot that is not
+    /// mounted (unpacking a layer). The caller closes it before `mount`, `commit` or `remove`.
+    pub fn union_config(&self, owner: Owner, key: &str) -> Result<UnionConfig> {
+        let config = self.union_of(&self.catalog.resolve(owner, key)?)?;
+        Ok(UnionConfig {
+            // What is unpacked is about to be committed, and has to be whole then.
+            no_metacopy: true,
+            chunking: Chunking::OFF,
+            ..config
+        })
+    }
+
+    pub(super) fn union_of(&self, found: &Found) -> Result<UnionConfig> {
+        let dir = self.data.join(&found.id);
+        let mut below = self.below(found)?;
+        let upper = match found.record.kind {
+            Kind::Active => Some(UpperConfig {
+                dir: dir.join("upper"),
+                work: dir.join("work"),
+            }),
+            _ => None,
+        };
+        if below.is_empty() {
+            below.lowers.push(dir.join("empty"));
+        }
+        Ok(UnionConfig {
+            upper,
+            ..below.union()
+        })
+    }
+
+    /// Its own layer, if it is committed, and those below.
+    pub(super) fn below(&self, found: &Found) -> Result<Below> {
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        Ok(Below {
+            lowers: self.lowers_in(found, &ancestors),
+            view: self.packed.view(packed_in(found, &ancestors))?,
+        })
+    }
+
+    /// The directories of a chain, the topmost first.
+    pub(super) fn lowers_in(&self, found: &Found, ancestors: &[&Found]) -> Vec<PathBuf> {
+        chain(found, ancestors)
+            .filter_map(|found| found.record.layer.as_ref())
+            .map(|layer| self.layers.lower_of(layer))
+            .collect()
+    }
+
+    /// Fails if no packed layer can lie on `parent`.
+    pub(super) fn check_packed(&self, parent: &Found) -> Result<()> {
+        let ancestors = self.catalog.ancestors(&parent.record)?;
+        match chain(parent, &ancestors.iter().collect::<Vec<_>>())
+            .any(|found| found.record.layer.is_some())
+        {
+            true => Err(Error::NotPacked {
+                key: parent.record.key.clone(),
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The packed layers of a chain, the topmost first.
+pub(super) fn packed_in(found: &Found, ancestors: &[&Found]) -> Vec<LayerName> {
+    chain(found, ancestors)
+        .filter_map(|found| found.record.packed)
+        .collect()
+}
+
+fn chain<'a>(
+    found: &'a Found,
+    ancestors: &'a [&'a Found],
+) -> impl Iterator<Item = &'a Found> + use<'a> {
+    std::iter::once(found).chain(ancestors.iter().copied())
+}

@@ -1,0 +1,177 @@
+//! The packed layers of committed snapshots, and the end of those that no snapshot has any more.
+//!
+//! A layer may be the content of several snapshots. It is removed with the last of them, but never while an import
+//! is under way: that may have found it there already and be about to record a snapshot of it. A
+//! layer that a crash left without a snapshot goes when the store is opened.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::catalog::Found;
+use super::types::*;
+use crate::store::LayerName;
+use crate::store::ingest::{self, Settings};
+use crate::store::layers::{Expected, Layers};
+use crate::store::view::{Verify, View};
+
+#[derive(Debug)]
+pub(super) struct Packed {
+    layers: Layers,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By how many snapshots each layer is used.
+    uses: HashMap<LayerName, usize>,
+    /// Imports under way.
+    imports: usize,
+}
+
+/// A layer that an import has found or made. It is not removed while this lives.
+#[derive(Debug)]
+pub(super) struct Imported<'a> {
+    packed: &'a Packed,
+    pub(super) name: LayerName,
+    pub(super) usage: Usage,
+}
+
+/// Ends an import, however it ends.
+struct Import<'a>(&'a Packed);
+
+impl Packed {
+    /// Opens the store in `dir` for the snapshots `all`. If `incomplete`, there are others.
+    pub(super) fn open(
+        dir: &Path,
+        settings: Settings,
+        all: &[Found],
+        incomplete: bool,
+    ) -> Result<Self> {
+        let (layers, damaged) = Layers::open(dir, settings)?;
+        for damaged in &damaged {
+            tracing::error!("{damaged}");
+        }
+        let mut state = State::default();
+        for found in all {
+            let Some(layer) = found.record.packed else {
+                continue;
+            };
+            *state.uses.entry(layer).or_default() += 1;
+            if layers.get(layer).is_none() {
+                tracing::error!(
+                    snapshot = found.record.key,
+                    %layer,
+                    "the content of a committed snapshot is missing; remove the snapshot and pull its image again"
+                );
+            }
+        }
+        let packed = Self {
+            layers,
+            state: Mutex::new(state),
+        };
+        if !incomplete {
+            packed.remove_unused(&packed.state.lock());
+        }
+        Ok(packed)
+    }
+
+    /// The merged view of the layers, the topmost first.
+    pub(super) fn view(&self, mut layers: Vec<LayerName>) -> Result<Option<Arc<View>>> {
+        if layers.is_empty() {
+            return Ok(None);
+        }
+        layers.reverse();
+        let view = self.layers.view(&layers, Verify::default())?;
+        Ok(Some(Arc::new(view)))
+    }
+
+    /// Takes a layer in, unless it is there already.
+    pub(super) fn import(
+        &self,
+        stream: impl Read + Send,
+        expected: &Expected<'_>,
+        observer: &dyn ingest::Observer,
+    ) -> Result<Imported<'_>> {
+        self.state.lock().imports += 1;
+        let import = Import(self);
+        let known = expected
+            .diff_id
+            .and_then(|diff_id| self.layers.of_diff_id(diff_id));
+        let name = match known {
+            Some(name) => name,
+            None => self.layers.import(stream, expected, observer)?,
+        };
+        let usage = self.usage(name);
+        std::mem::forget(import);
+        Ok(Imported {
+            packed: self,
+            name,
+            usage,
+        })
+    }
+
+    fn usage(&self, name: LayerName) -> Usage {
+        let record = self.layers.get(name);
+        record.map_or_else(Usage::default, |record| Usage {
+            size: record.content_bytes + record.index_bytes,
+            inodes: record.entries.into(),
+        })
+    }
+
+    /// A snapshot has the layer no more.
+    pub(super) fn release(&self, name: LayerName) {
+        let mut state = self.state.lock();
+        if let Some(uses) = state.uses.get_mut(&name) {
+            *uses -= 1;
+            if *uses == 0 {
+                state.uses.remove(&name);
+            }
+        }
+        self.remove_unused(&state);
+    }
+
+    /// Whoever has `state` locked keeps an import from beginning.
+    fn remove_unused(&self, state: &State) {
+        if state.imports > 0 {
+            return;
+        }
+        for (name, _) in self.layers.list() {
+            if state.uses.contains_key(&name) {
+                continue;
+            }
+            if let Err(error) = self.layers.remove(name) {
+                tracing::error!(layer = %name, %error, "a layer stays until plyd starts again");
+            }
+        }
+    }
+
+    fn end_import(&self) {
+        let mut state = self.state.lock();
+        state.imports -= 1;
+        self.remove_unused(&state);
+    }
+}
+
+impl Imported<'_> {
+    /// A snapshot of the layer is recorded.
+    pub(super) fn used(self) {
+        let mut state = self.packed.state.lock();
+        *state.uses.entry(self.name).or_default() += 1;
+    }
+}
+
+impl Drop for Imported<'_> {
+    fn drop(&mut self) {
+        self.packed.end_import();
+    }
+}
+
+impl Drop for Import<'_> {
+    fn drop(&mut self) {
+        self.0.end_import();
+    }
+}
