@@ -300,6 +300,15 @@ fn worded(error: store::Error, layer: &ArchivedLayer) -> Error {
             io_error("read", &layer.file.path)(source)
         }
         store::Error::Input(source) => archive(source.to_string()),
+        store::Error::Io {
+            action,
+            path,
+            source,
+        } => Error::Io {
+            action,
+            path,
+            source,
+        },
         error => snapshotter::Error::from(error).into(),
     }
 }

@@ -93,17 +93,16 @@ impl Snapshotter {
             .collect()
     }
 
-    /// Fails if no packed layer can lie on `parent`.
-    pub(super) fn check_packed(&self, parent: &Found) -> Result<()> {
+    /// What a packed layer on `parent` lies on, the topmost first. Fails if none can lie there.
+    pub(super) fn packed_below(&self, parent: &Found) -> Result<Vec<LayerName>> {
         let ancestors = self.catalog.ancestors(&parent.record)?;
-        match chain(parent, &ancestors.iter().collect::<Vec<_>>())
-            .any(|found| found.record.layer.is_some())
-        {
-            true => Err(Error::NotPacked {
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        if chain(parent, &ancestors).any(|found| found.record.layer.is_some()) {
+            return Err(Error::NotPacked {
                 key: parent.record.key.clone(),
-            }),
-            false => Ok(()),
+            });
         }
+        Ok(packed_in(parent, &ancestors))
     }
 }
 

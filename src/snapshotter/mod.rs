@@ -300,11 +300,12 @@ impl Snapshotter {
         let parent = parent
             .map(|parent| self.resolve_parent(parent))
             .transpose()?;
-        if let Some(parent) = &parent {
-            self.check_packed(parent)?;
-        }
+        let below = match &parent {
+            Some(parent) => self.packed_below(parent)?,
+            None => Vec::new(),
+        };
         let (stream, expected) = layer;
-        let imported = self.packed.import(stream, expected, observer)?;
+        let imported = self.packed.import(below, stream, expected, observer)?;
         let record = SnapshotRecord {
             owner,
             key: name.to_owned(),

@@ -89,9 +89,10 @@ impl Packed {
         Ok(Some(Arc::new(view)))
     }
 
-    /// Takes a layer in, unless it is there already.
+    /// Takes a layer in, unless it is there already, which can lie on the layers `below`, the topmost first.
     pub(super) fn import(
         &self,
+        mut below: Vec<LayerName>,
         stream: impl Read + Send,
         expected: &Expected<'_>,
         observer: &dyn ingest::Observer,
@@ -105,6 +106,9 @@ impl Packed {
             Some(name) => name,
             None => self.layers.import(stream, expected, observer)?,
         };
+        below.reverse();
+        below.push(name);
+        self.layers.check(&below)?;
         let usage = self.usage(name);
         std::mem::forget(import);
         Ok(Imported {

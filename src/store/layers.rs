@@ -1,6 +1,6 @@
 //! All packed layers of a node: import, export, and the records that say which there are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -82,6 +82,9 @@ impl Layers {
         objects.prepare()?;
         let records = RecordDir::open(&dir.join("records"))?;
         let listing = records.list()?;
+        let taken = listing.damaged.iter().map(|damaged| &*damaged.id);
+        let taken = taken.chain(listing.records.iter().map(|(id, _)| &**id));
+        remove_unrecorded(&dir.join("layers"), &taken.collect())?;
         let known = listing
             .records
             .into_iter()
@@ -188,16 +191,22 @@ impl Layers {
             }
             opened => return opened,
         }
-        let layers = chain
-            .iter()
-            .map(|name| self.index(*name))
-            .collect::<Result<Vec<_>>>()?;
-        let built = view::build(&layers, &self.objects)?;
+        let built = view::build(&self.indexes(chain)?, &self.objects)?;
         let mut temporary = Temporary(Some(self.temporary("view")));
         // Not synced: what a power cut leaves of it is built again.
         temporary.write(|file| built.write(file), false)?;
         temporary.rename(&path)?;
         View::open(&path, key, Arc::clone(&self.objects), verify)
+    }
+
+    /// Fails if the topmost layer of a chain, the lowest first, has an entry that cannot be what it says on those below it:
+    /// what depends on them is not known when it is taken in.
+    pub fn check(&self, chain: &[LayerName]) -> Result<()> {
+        view::check(&self.indexes(chain)?)
+    }
+
+    fn indexes(&self, chain: &[LayerName]) -> Result<Vec<LayerIndex>> {
+        chain.iter().map(|name| self.index(*name)).collect()
     }
 
     /// Removes a layer; durable on return. Its objects stay until they are collected.
@@ -280,6 +289,19 @@ impl Layers {
         let number = rand::random::<u128>();
         self.tmp.join(format!("{what}-{number:032x}"))
     }
+}
+
+/// Removes what imports left that did not come to their records.
+fn remove_unrecorded(layers: &Path, taken: &HashSet<&str>) -> Result<()> {
+    let entries = fs::read_dir(layers).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+    for entry in entries.map_err(io_error("list", layers))? {
+        let path = entry.path();
+        let id = path.file_stem().and_then(|stem| stem.to_str());
+        if id.is_none_or(|id| !taken.contains(id)) {
+            fs::remove_file(&path).map_err(io_error("remove the left-over", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// A file on its way to its place. Dropped before, it is removed.

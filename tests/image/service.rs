@@ -61,6 +61,9 @@ fn is_empty(plyd: &Plyd) -> bool {
         "images/spool",
         "images/records",
         "layers",
+        "store/layers",
+        "store/records",
+        "store/tmp",
         "snapshots/data",
         "snapshots/records",
         "trash",
@@ -94,7 +97,7 @@ fn a_client_that_goes_away_leaves_nothing() {
     stdin.write_all(&archive).unwrap();
     drop(stdin);
     until("something is unpacked", || {
-        !names(&plyd.root().join("snapshots/data")).is_empty()
+        !names(&plyd.root().join("store/tmp")).is_empty()
     });
     client.kill().unwrap();
     client.wait().unwrap();
@@ -169,10 +172,10 @@ fn plyd_killed_in_an_import_clears_up_and_can_repeat_it() {
         assert_eq!(plyd.ok(["image", "ls", "-q"]), "");
     };
     kill(&mut plyd, &spooled, archive.len() / 2);
-    let data = |root: &Path| names(&root.join("snapshots/data"));
-    kill(&mut plyd, &|root| !data(root).is_empty(), archive.len());
+    let under_way = |root: &Path| !names(&root.join("store/tmp")).is_empty();
+    kill(&mut plyd, &under_way, archive.len());
     // Once the first layer is committed.
-    let layers = |root: &Path| !names(&root.join("layers")).is_empty();
+    let layers = |root: &Path| !names(&root.join("store/records")).is_empty();
     kill(&mut plyd, &layers, archive.len());
     still_loads(&plyd, &archive);
 }

@@ -98,6 +98,9 @@ impl Store {
             "images/records",
             "images/names",
             "layers",
+            "store/layers",
+            "store/records",
+            "store/tmp",
             "snapshots/data",
         ] {
             let left: Vec<_> = names(&self.root().join(dir));

@@ -36,18 +36,28 @@ impl Built {
     }
 }
 
-/// Builds the view of `layers`, the lowest first, whose contents are in `objects`.
-pub(in crate::store) fn build(layers: &[LayerIndex], objects: &Objects) -> Result<Built> {
+/// Fails if an entry of `layers`, the lowest first, cannot be what it says on those before it.
+pub(in crate::store) fn check(layers: &[LayerIndex]) -> Result<()> {
+    tree_of(layers).map(drop)
+}
+
+fn tree_of(layers: &[LayerIndex]) -> Result<Tree> {
     if layers.len() > MOST_LAYERS {
         let problem = format!("a chain of {} layers is too long", layers.len());
         return Err(refused(b"(all entries)", problem));
     }
-    let names: Vec<LayerName> = layers.iter().map(LayerIndex::name).collect();
     let mut tree = Tree::new();
     for (number, layer) in layers.iter().enumerate() {
         // Checked above.
         tree.apply(layer, number as u16)?;
     }
+    Ok(tree)
+}
+
+/// Builds the view of `layers`, the lowest first, whose contents are in `objects`.
+pub(in crate::store) fn build(layers: &[LayerIndex], objects: &Objects) -> Result<Built> {
+    let tree = tree_of(layers)?;
+    let names: Vec<LayerName> = layers.iter().map(LayerIndex::name).collect();
     let mut writer = IndexWriter::default();
     let mut builder = Builder::number(&tree);
     builder.add_all()?;

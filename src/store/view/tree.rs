@@ -533,7 +533,7 @@ impl Fault {
             Self::Other(error) => return error,
             Self::NotADirectory => "a parent of it is not a directory".to_owned(),
             Self::Loop => "the symbolic links on its way are too many or go in a circle".to_owned(),
-            Self::TooLong => "it is too long once its links are followed".to_owned(),
+            Self::TooLong => "it is longer than 4095 bytes once its links are followed".to_owned(),
             Self::Refused(problem) => problem,
         };
         refused(&path.join(&b'/'), problem)
