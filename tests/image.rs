@@ -3,6 +3,7 @@
 //!
 //! - `good`: what is accepted, and what comes of it;
 //! - `hostile`: what is refused, and that nothing of it stays;
+//! - `packed`: what stands on packed layers;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
 //! - `service`: the Images service of a running plyd, also killed in the middle.
 #![allow(
@@ -20,6 +21,8 @@ mod common;
 mod good;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "image/packed.rs"]
+mod packed;
 #[path = "image/real.rs"]
 mod real;
 #[path = "image/service.rs"]

@@ -45,10 +45,9 @@ pub(super) struct ViewLower {
 impl ViewLower {
     /// Uses `view` as a lower of a mount that honours `family`.
     pub(super) fn open(view: Arc<View>, family: XattrFamily) -> Result<Self> {
-        let (mut space, mut uuid) = ([0; 8], [0; 16]);
-        let key = view.key().0;
-        space.copy_from_slice(&key[..8]);
-        uuid.copy_from_slice(&key[8..24]);
+        let mut space = [0; 8];
+        space.copy_from_slice(&view.key().0[..8]);
+        let uuid = uuid_of(&view);
         let shared = Arc::new(Shared {
             view,
             family,
@@ -71,12 +70,7 @@ impl Lower for ViewLower {
     }
 
     fn decode_origin(&self, origin: &Origin) -> Option<u64> {
-        if origin.uuid != self.shared.uuid || origin.handle.kind != HANDLE {
-            return None;
-        }
-        let bytes = origin.handle.data.as_slice().try_into().ok()?;
-        let number = u32::from_le_bytes(bytes);
-        (number < self.shared.view.len()).then_some(number_of(number))
+        inode_of(&self.shared.view, origin).map(number_of)
     }
 
     fn decodes_origins(&self) -> bool {
@@ -293,6 +287,23 @@ impl LowerFile for OpenFile {
     fn host_fd(&self) -> Option<BorrowedFd<'_>> {
         self.file.host_file().map(AsFd::as_fd)
     }
+}
+
+/// The inode of `view` that `origin` names.
+pub(super) fn inode_of(view: &View, origin: &Origin) -> Option<u32> {
+    if origin.uuid != uuid_of(view) || origin.handle.kind != HANDLE {
+        return None;
+    }
+    let bytes = origin.handle.data.as_slice().try_into().ok()?;
+    let number = u32::from_le_bytes(bytes);
+    (number < view.len()).then_some(number)
+}
+
+/// Stands where a file system's UUID does.
+fn uuid_of(view: &View) -> [u8; 16] {
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&view.key().0[8..24]);
+    uuid
 }
 
 /// Inode numbers start at 1: 0 is none to many programs.

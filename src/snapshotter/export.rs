@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use super::types::{Error, Kind, Owner, Result, io_error, plyfs_error};
 use super::{Found, Snapshotter};
-use crate::cow::export::{Links, copy_index, copy_layer, escaped};
+use crate::cow::export::{Links, copy_index, copy_layer, copy_view, escaped};
 
 /// Directories that kernel overlayfs mounts.
 #[derive(Clone, Debug)]
 pub struct ExportedOverlay {
-    /// Lower directories, the topmost first.
+    /// Lower directories, the topmost first. All packed layers are one.
     pub lowers: Vec<PathBuf>,
     /// Upper and work directory of what was an active snapshot.
     pub upper: Option<(PathBuf, PathBuf)>,
@@ -58,14 +58,20 @@ impl Snapshotter {
 
     fn export_into(&self, found: &Found, dir: &Path) -> Result<ExportedOverlay> {
         let mut links = Links::default();
-        let mut copy = |from: &Path, to: &Path| -> Result<(), Error> {
-            copy_layer(from, to, &mut links).map_err(io_error("copy", from))
+        let copy = |from: &Path, to: &Path, links: &mut Links| -> Result<(), Error> {
+            copy_layer(from, to, links).map_err(io_error("copy", from))
         };
-        let layers = self.below(found)?.lowers;
+        let below = self.below(found)?;
         let mut lowers = Vec::new();
-        for (n, layer) in layers.iter().enumerate() {
-            let to = dir.join(format!("lower{n}"));
-            copy(layer, &to)?;
+        for layer in &below.lowers {
+            let to = dir.join(format!("lower{}", lowers.len()));
+            copy(layer, &to, &mut links)?;
+            lowers.push(to);
+        }
+        if let Some(view) = &below.view {
+            let to = dir.join(format!("lower{}", lowers.len()));
+            copy_view(view, &to, &mut links)
+                .map_err(io_error("write the packed layers to", &to))?;
             lowers.push(to);
         }
         let mut upper = None;
@@ -81,12 +87,12 @@ impl Snapshotter {
                 &found.record.key,
             ))?;
             let (to, work) = (dir.join("upper"), dir.join("work"));
-            copy(&from, &to)?;
+            copy(&from, &to, &mut links)?;
             let index = data.join("work/index");
-            match layers.first() {
-                Some(lower) if index.exists() => copy_index(&index, lower, &work, &links)
+            match index.exists() && !below.is_empty() {
+                true => copy_index(&index, below.view.as_deref(), &work, &links)
                     .map_err(io_error("copy the index of hard links of", &from))?,
-                _ => fs::create_dir(&work).map_err(io_error("make", &work))?,
+                false => fs::create_dir(&work).map_err(io_error("make", &work))?,
             }
             upper = Some((to, work));
         }

@@ -482,10 +482,13 @@ impl Snapshotter {
     /// Every path that the snapshot changes against its parent, in byte order.
     pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
         self.locked(owner, key, |found| {
-            let mut layers = self.below(&found)?.lowers;
+            let mut below = self.below(&found)?;
             let own = match found.record.kind {
                 Kind::View => return Ok(Vec::new()),
-                Kind::Committed => layers.remove(0),
+                Kind::Committed if found.record.packed.is_some() => {
+                    return self.diff_packed(&found);
+                }
+                Kind::Committed => below.lowers.remove(0),
                 Kind::Active => {
                     let upper = self.data.join(&found.id).join("upper");
                     self.complete_partial(&found)?;
@@ -497,8 +500,21 @@ impl Snapshotter {
                     upper
                 }
             };
-            diff::diff(&own, layers)
+            diff::diff(&own, below)
         })
+    }
+
+    fn diff_packed(&self, found: &Found) -> Result<Vec<Change>> {
+        let mut chain = self.packed_below(found)?;
+        let new = self.packed.view(chain.clone())?;
+        chain.remove(0);
+        // A view has no more layers than that.
+        let topmost = u16::try_from(chain.len()).unwrap_or(u16::MAX);
+        let old = self.packed.view(chain)?;
+        match new {
+            Some(new) => diff::diff_packed(&new, old.as_deref(), topmost),
+            None => Ok(Vec::new()),
+        }
     }
 
     fn describe(&self, found: Found) -> Result<SnapshotInfo> {

@@ -5,8 +5,10 @@
 //! merge with the one below it (opaque, or redirected) are both sides listed in full.
 //!
 //! This reads the own layer as what the upper of an active snapshot always is, a directory in
-//! overlayfs format that its container may change meanwhile, and takes a committed one for the same.
-//! So it has to change when committed layers are packed.
+//! overlayfs format that its container may change meanwhile, and takes a committed one for the same, unless it is
+//! packed: then two merged views are compared.
+
+mod packed;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -16,8 +18,10 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+use super::chain::Below;
 use super::types::*;
-use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union, UnionConfig};
+use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union};
+use crate::store::view::View;
 use crate::sys::fs::{Object, Stat};
 use crate::sys::tree::{self, Tree};
 use crate::sys::xattr;
@@ -45,14 +49,22 @@ pub struct Change {
     pub kind: ChangeKind,
 }
 
-/// Compares the layers `ancestors` with `own` on top of them, in byte order of the paths. Of a
+/// Compares the layers `below` with the directory `own` on top of them, in byte order of the paths. Of a
 /// directory that vanishes from `own` meanwhile, nothing below it is told.
-pub(super) fn diff(own: &Path, ancestors: Vec<PathBuf>) -> Result<Vec<Change>> {
-    let mut walk = Walk::new(own, ancestors)?;
+pub(super) fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
+    let mut walk = Walk::new(own, below)?;
     while walk.step()? {}
-    let key = |change: &Change| change.path.as_os_str().as_bytes().to_vec();
-    walk.changes.sort_by_cached_key(key);
-    Ok(walk.changes)
+    Ok(ordered(walk.changes))
+}
+
+/// As `diff`, of packed layers: `new` is the view of a chain whose topmost layer has that number, `old` of what is below it.
+pub(super) fn diff_packed(new: &View, old: Option<&View>, topmost: u16) -> Result<Vec<Change>> {
+    packed::compare(new, old, topmost).map(ordered)
+}
+
+fn ordered(mut changes: Vec<Change>) -> Vec<Change> {
+    changes.sort_by_cached_key(|change| change.path.as_os_str().as_bytes().to_vec());
+    changes
 }
 
 /// Not a recursion: a container decides how deep its directories are.
@@ -75,18 +87,14 @@ struct Directory {
 }
 
 impl Walk {
-    fn new(own: &Path, ancestors: Vec<PathBuf>) -> Result<Self> {
-        let open = |lowers: Vec<PathBuf>| {
-            Union::open(UnionConfig {
-                lowers,
-                ..UnionConfig::default()
-            })
-        };
-        let old = match ancestors.is_empty() {
+    fn new(own: &Path, below: Below) -> Result<Self> {
+        let old = match below.is_empty() {
             true => None,
-            false => Some(open(ancestors.clone())?),
+            false => Some(Union::open(below.clone().union())?),
         };
-        let new = open(std::iter::once(own.to_owned()).chain(ancestors).collect())?;
+        let mut all = below;
+        all.lowers.insert(0, own.to_owned());
+        let new = Union::open(all.union())?;
         let root = Directory {
             path: "/".into(),
             new: NodeId::ROOT,
@@ -300,8 +308,15 @@ mod tests {
 
     use super::*;
 
+    fn directory(path: &Path) -> Below {
+        Below {
+            lowers: vec![path.to_owned()],
+            view: None,
+        }
+    }
+
     fn changes(own: &Path, below: &Path) -> Vec<(String, ChangeKind)> {
-        let all = diff(own, vec![below.to_owned()]).unwrap();
+        let all = diff(own, directory(below)).unwrap();
         all.into_iter()
             .map(|change| (change.path.to_str().unwrap().to_owned(), change.kind))
             .collect()
@@ -359,7 +374,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         fs::create_dir(tmp.path().join("a")).unwrap();
         fs::write(tmp.path().join("a/b"), "").unwrap();
-        let all = diff(tmp.path(), Vec::new()).unwrap();
+        let all = diff(tmp.path(), Below::default()).unwrap();
         assert!(all.iter().all(|change| change.kind == ChangeKind::Added));
         assert_eq!(all.len(), 2);
     }
@@ -379,7 +394,7 @@ mod tests {
             fs::create_dir_all(own.join(name)).unwrap();
             fs::write(own.join(name).join("inside"), "").unwrap();
         }
-        let mut walk = Walk::new(&own, vec![below]).unwrap();
+        let mut walk = Walk::new(&own, directory(&below)).unwrap();
         walk.step().unwrap();
         assert_eq!(walk.waiting.len(), 4);
         for name in ["fifo", "link", "gone"] {

@@ -2,11 +2,14 @@
 //!
 //! What only holds where a layer lies now is left out: file handles of other layers, and plywood's own marks.
 //! Whiteouts, opaque marks, redirects and files without data stay as they are, and so do escaped attributes. The
-//! index of hard links is made anew, because it names the lower files by their handles.
+//! index of hard links is made anew, because it names the lower files by their handles. Packed layers become one
+//! directory.
+
+mod view;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{DirBuilder, File};
+use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -19,13 +22,22 @@ use super::attr::{attr_of, timespec};
 use super::copyup::type_bits;
 use super::origin::Origin;
 use super::types::{Attr, FileKind, XattrFamily};
+use super::view_lower;
+use crate::store::view::View;
 use crate::sys::fs::{self, Object};
 use crate::sys::tree::Tree;
 use crate::sys::{dirents, handle, private_mount, xattr};
 
-/// Files with several names that were copied so far, by device and inode number.
+/// Files with several names that were copied so far.
 #[derive(Debug, Default)]
-pub struct Links(HashMap<(u64, u64), PathBuf>);
+pub struct Links {
+    /// By device and inode number.
+    of_files: HashMap<(u64, u64), PathBuf>,
+    /// By number of the view's inode.
+    of_view: HashMap<u32, PathBuf>,
+}
+
+pub use view::copy_view;
 
 /// Copies the layer at `from` to `to`, which must not exist. A file that changes meanwhile is copied as it is
 /// found; the caller has seen to it that what was written before is there.
@@ -104,12 +116,12 @@ fn copy_entry(
     }
     if attr.nlink > 1 {
         let key = (stat.st_dev, stat.st_ino);
-        if let Some(first) = links.0.get(&key) {
+        if let Some(first) = links.of_files.get(&key) {
             let first = fs::open_path(first, libc::O_PATH | libc::O_NOFOLLOW)?;
             fs::link_fd(first.as_fd(), to, name)?;
             return Ok(false);
         }
-        links.0.insert(key, path.to_owned());
+        links.of_files.insert(key, path.to_owned());
     }
     let (source, target) = (Object::Entry(from, name), Object::Entry(to, name));
     match attr.kind {
@@ -209,15 +221,14 @@ fn is_bound(name: &OsStr) -> bool {
 }
 
 /// Makes the index below `work` for an upper that was copied with `links`, from the index of the
-/// original. `lower` is where one of the lower layers lies, all of which are on one file system.
-pub fn copy_index(index: &Path, lower: &Path, work: &Path, links: &Links) -> io::Result<()> {
+/// original. The lower layers are on its file system, and in `view`.
+pub fn copy_index(index: &Path, view: Option<&View>, work: &Path, links: &Links) -> io::Result<()> {
     let family = XattrFamily::Trusted;
     let to = work.join("index");
     for dir in [work, &to] {
         DirBuilder::new().mode(0o700).create(dir)?;
     }
     let (source, target) = (open_dir(index)?, open_dir(&to)?);
-    let on = File::open(lower)?;
     for name in names(source.as_fd())? {
         let entry = Object::Entry(source.as_fd(), &name);
         let stat = entry.stat()?;
@@ -231,8 +242,15 @@ pub fn copy_index(index: &Path, lower: &Path, work: &Path, links: &Links) -> io:
         let Some(origin) = Origin::decode(&stored) else {
             continue;
         };
-        let original = fs::fstat(handle::open(on.as_fd(), &origin.handle)?.as_fd())?;
-        let Some(copy) = links.0.get(&(original.st_dev, original.st_ino)) else {
+        let copy = match view.and_then(|view| view_lower::inode_of(view, &origin)) {
+            Some(number) => links.of_view.get(&number),
+            None => {
+                let original = handle::open(source.as_fd(), &origin.handle)?;
+                let original = fs::fstat(original.as_fd())?;
+                links.of_files.get(&(original.st_dev, original.st_ino))
+            }
+        };
+        let Some(copy) = copy else {
             continue;
         };
         let copy = fs::open_path(copy, libc::O_PATH | libc::O_NOFOLLOW)?;
@@ -243,7 +261,7 @@ pub fn copy_index(index: &Path, lower: &Path, work: &Path, links: &Links) -> io:
         let (Some(stored), Some(indexed)) = (origin.encode(), origin.index_name()) else {
             return Err(Errno::EOPNOTSUPP.into());
         };
-        match links.0.get(&(stat.st_dev, stat.st_ino)) {
+        match links.of_files.get(&(stat.st_dev, stat.st_ino)) {
             Some(first) => {
                 let first = fs::open_path(first, libc::O_PATH | libc::O_NOFOLLOW)?;
                 fs::link_fd(first.as_fd(), target.as_fd(), &indexed)?;

@@ -1,0 +1,210 @@
+//! What stands on packed layers: comparison, export, and the sharing and the end of layers.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Command;
+
+use plywood::snapshotter::{ChangeKind, Owner, ParentRef};
+
+use super::archive::*;
+use super::common::Plyd;
+use super::store::{Store, names};
+
+fn below() -> Layer {
+    Layer::new()
+        .dir("d", 0o755)
+        .file("d/same", 0o644, b"same")
+        .file("d/changed", 0o644, b"before")
+        .file("d/again", 0o644, b"again")
+        .file("d/mode", 0o644, b"mode")
+        .file("gone", 0o644, b"")
+        .dir("all/gone", 0o755)
+        .file("all/gone/file", 0o644, b"")
+        .dir("turns", 0o755)
+        .file("turns/inside", 0o644, b"")
+        .file("opaque/old", 0o644, b"")
+}
+
+fn above() -> Layer {
+    Layer::new()
+        .file("d/changed", 0o644, b"after it")
+        .file("d/again", 0o644, b"again")
+        .file("d/mode", 0o600, b"mode")
+        .file(".wh.gone", 0o644, b"")
+        .file("all/.wh.gone", 0o644, b"")
+        .file("turns", 0o644, b"a file now")
+        .file("opaque/.wh..wh..opq", 0o644, b"")
+        .file("opaque/new", 0o644, b"")
+        .file("fresh/deep/file", 0o644, b"")
+}
+
+#[test]
+fn a_packed_layer_is_compared_with_those_below_it() {
+    use ChangeKind::{Added, Deleted, Modified};
+
+    let store = Store::new();
+    let image = store.load_one(&archive("x", &[Blob::gzip(below()), Blob::zstd(above())]));
+    let changes = store.snapshotter.diff(Owner::Image, &image.chain_id);
+    let changes: Vec<_> = changes
+        .unwrap()
+        .into_iter()
+        .map(|change| (change.path.to_str().unwrap().to_owned(), change.kind))
+        // Parents that the layer does not list are not told apart from changed ones by their times.
+        .filter(|(path, _)| path != "/d" && path != "/all" && path != "/opaque")
+        .collect();
+    let expected = [
+        ("/all/gone", Deleted),
+        ("/d/again", Modified),
+        ("/d/changed", Modified),
+        ("/d/mode", Modified),
+        ("/fresh", Added),
+        ("/fresh/deep", Added),
+        ("/fresh/deep/file", Added),
+        ("/gone", Deleted),
+        ("/opaque/new", Added),
+        ("/opaque/old", Deleted),
+        ("/turns", Modified),
+    ];
+    let expected = expected.map(|(path, kind)| (path.to_owned(), kind));
+    assert_eq!(changes, expected);
+    let lowest = &store.snapshotter.list(None).unwrap()[0];
+    let all = store.snapshotter.diff(Owner::Image, &lowest.key).unwrap();
+    assert!(all.iter().all(|change| change.kind == Added));
+    assert_eq!(all.len(), 13);
+}
+
+#[test]
+fn a_layer_of_two_images_goes_with_the_last_of_them() {
+    let store = Store::new();
+    let of = |name: &str, layers: &[Layer]| {
+        let blobs: Vec<_> = layers.iter().cloned().map(Blob::gzip).collect();
+        store.load_one(&archive(name, &blobs))
+    };
+    // The same layer at the bottom of one chain and in the middle of another.
+    of("first", &[above()]);
+    let second = of("second", &[below(), above()]);
+    let layers = || names(&store.root().join("store/records")).len();
+    assert_eq!(layers(), 2);
+    let key = ParentRef {
+        owner: Owner::Image,
+        key: second.chain_id.clone(),
+    };
+    let tree = store.tree(&second);
+    store.images.remove("first", false, &|_| None).unwrap();
+    assert_eq!(layers(), 2);
+    assert_eq!(store.tree(&second), tree);
+    // A snapshot keeps what it stands on.
+    let on_it = store
+        .snapshotter
+        .prepare(Owner::Snapctl, "work", Some(&key), BTreeMap::new());
+    on_it.unwrap();
+    store.images.remove("second", false, &|_| None).unwrap();
+    assert_eq!(layers(), 2);
+    let store = store.reopen();
+    store.snapshotter.remove(Owner::Snapctl, "work").unwrap();
+    store.images.sweep().unwrap();
+    assert_eq!(names(&store.root().join("store/records")).len(), 0);
+    store.assert_empty();
+}
+
+/// Type, mode, owner, links, length, target and content of everything in a directory.
+fn seen(dir: &Path) -> BTreeMap<String, String> {
+    let shown = "%p %y %m %U:%G %n %s %l %T@\\0";
+    let listed = Command::new("find")
+        .args([".", "!", "-type", "d", "-printf", shown])
+        .args(["-o", "-printf", "%p %y %m %U:%G\\0"])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert!(listed.status.success(), "{listed:?}");
+    let text = String::from_utf8(listed.stdout).unwrap();
+    let lines = text.split_terminator('\0').map(|line| {
+        let (path, rest) = line.split_once(' ').unwrap();
+        let at = dir.join(path);
+        let content = match at.symlink_metadata().unwrap().is_file() {
+            true => fs::read(at).unwrap(),
+            false => Vec::new(),
+        };
+        let content = String::from_utf8_lossy(&content).into_owned();
+        (path.to_owned(), format!("{rest} {content:?}"))
+    });
+    lines.collect()
+}
+
+#[test]
+fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree() {
+    let plyd = Plyd::start();
+    let at = |name: &str| plyd.dir().join(name);
+    let large = "large\n".repeat(500_000);
+    let mark: (&[u8], &[u8]) = (b"SCHILY.xattr.trusted.overlay.opaque", b"y");
+    let image = archive(
+        "x",
+        &[
+            Blob::gzip(
+                below()
+                    .file("large", 0o644, large.as_bytes())
+                    .file("one", 0o644, b"one")
+                    .hardlink("two", "one", 0o644)
+                    .hardlink("d/three", "one", 0o644)
+                    .symlink("link", "one")
+                    .device("null", b'3', (1, 3))
+                    .pax(&[mark])
+                    .dir("marked", 0o755)
+                    .file("marked/file", 0o644, b""),
+            ),
+            Blob::zstd(above().file("marked/more", 0o644, b"")),
+        ],
+    );
+    let loaded = plyd.piped(["image", "load", "-q"], &image);
+    assert_eq!(loaded.code, 0, "{}", loaded.stderr);
+    let image = plyd.json(["image", "inspect", "x"]);
+    let chain = image[0]["chain_id"].as_str().unwrap();
+    let mnt = at("mnt");
+    fs::create_dir(&mnt).unwrap();
+    let dir = mnt.to_str().unwrap();
+    plyd.ok(["snapshot", "view", "look", chain]);
+    plyd.ok(["mount", "look", dir]);
+    let view = seen(&mnt);
+    plyd.ok(["umount", dir]);
+
+    plyd.ok(["snapshot", "prepare", "work", chain]);
+    plyd.ok(["mount", "work", dir]);
+    assert_eq!(seen(&mnt), view);
+    fs::rename(mnt.join("d"), mnt.join("moved")).unwrap();
+    fs::remove_dir_all(mnt.join("opaque")).unwrap();
+    fs::write(mnt.join("two"), "by its second name").unwrap();
+    symlink("nowhere", mnt.join("moved/dangling")).unwrap();
+    // Copied up in part only, and without data.
+    let file = fs::File::options().write(true).open(mnt.join("large"));
+    file.unwrap().write_all_at(b"changed", 1_000_000).unwrap();
+    fs::set_permissions(mnt.join("turns"), fs::Permissions::from_mode(0o4750)).unwrap();
+    let active = seen(&mnt);
+    plyd.ok(["umount", dir]);
+
+    for (key, expected) in [("work", &active), ("look", &view)] {
+        let to = at(&format!("exported-{key}"));
+        let options = plyd.ok(["snapshot", "export-overlay", key, to.to_str().unwrap()]);
+        nix::mount::mount(
+            Some("overlay"),
+            &mnt,
+            Some("overlay"),
+            nix::mount::MsFlags::empty(),
+            Some(options.trim_end()),
+        )
+        .unwrap_or_else(|error| panic!("{key}: {error}: {options}"));
+        let found = seen(&mnt);
+        nix::mount::umount(&mnt).unwrap();
+        assert_eq!(&found, expected, "{key}: {options}");
+    }
+    // A commit on packed layers is a directory on them.
+    plyd.ok(["snapshot", "commit", "work", "done"]);
+    let info = plyd.json(["snapshot", "info", "done", "--json"]);
+    assert_eq!(info["layer_dirs"].as_array().unwrap().len(), 1);
+    assert_eq!(info["packed_layers"].as_array().unwrap().len(), 2);
+    plyd.ok(["snapshot", "view", "again", "done"]);
+    plyd.ok(["mount", "again", dir]);
+    assert_eq!(seen(&mnt), active);
+    plyd.ok(["umount", dir]);
+}
