@@ -4,6 +4,7 @@
 //! that may block, and words the answer. [`status`] is the one place where errors become gRPC codes,
 //! [`server`] the one where the services meet the socket.
 
+mod care;
 mod container;
 mod filter;
 mod images;

@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::care;
 use super::pb::plywood as api;
 use super::status::blocking;
 use crate::fuse::probe;
@@ -47,6 +50,27 @@ impl Service {
 
 #[tonic::async_trait]
 impl api::system_server::System for Service {
+    type VerifyStream = ReceiverStream<Result<api::VerifyResponse, Status>>;
+
+    async fn collect(
+        &self,
+        request: Request<api::CollectRequest>,
+    ) -> Result<Response<api::CollectResponse>, Status> {
+        let dry_run = request.into_inner().dry_run;
+        let snapshotter = Arc::clone(&self.snapshotter);
+        blocking(move || Ok::<_, Status>(Response::new(care::collect(&snapshotter, dry_run)))).await
+    }
+
+    async fn verify(
+        &self,
+        request: Request<api::VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        let (answers, answered) = mpsc::channel(care::ANSWERS_WAITING);
+        let snapshotter = Arc::clone(&self.snapshotter);
+        care::start_verify(snapshotter, request.into_inner().deep, answers);
+        Ok(Response::new(ReceiverStream::new(answered)))
+    }
+
     async fn info(
         &self,
         _request: Request<api::InfoSystemRequest>,

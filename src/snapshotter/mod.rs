@@ -41,6 +41,7 @@ mod catalog;
 mod chain;
 mod diff;
 mod export;
+mod layers;
 mod locks;
 mod mounts;
 mod packed;
@@ -54,7 +55,7 @@ mod upper;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -67,9 +68,8 @@ use packed::Packed;
 pub use types::*;
 use types::{io_error, plyfs_error};
 
-use crate::store::ingest::{Observer, Settings};
+use crate::store::ingest::Settings;
 use crate::store::layer::{LayerId, LayerStore};
-use crate::store::layers::Expected;
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
 
@@ -282,52 +282,6 @@ impl Snapshotter {
         })
     }
 
-    /// Takes a layer in as the committed snapshot `name`. `stream` is its tar, plain or compressed; it is not read
-    /// if the store has the layer of that diff id already. The layers below have to be packed ones.
-    pub fn commit_layer(
-        &self,
-        owner: Owner,
-        name: &str,
-        parent: Option<&ParentRef>,
-        labels: BTreeMap<String, String>,
-        layer: (impl Read + Send, &Expected<'_>),
-        observer: &dyn Observer,
-    ) -> Result<SnapshotInfo> {
-        if name.is_empty() {
-            return Err(Error::EmptyKey);
-        }
-        self.catalog.check_free(owner, name)?;
-        let parent = parent
-            .map(|parent| self.resolve_parent(parent))
-            .transpose()?;
-        let below = match &parent {
-            Some(parent) => self.packed_below(parent)?,
-            None => Vec::new(),
-        };
-        let (stream, expected) = layer;
-        let imported = self.packed.import(below, stream, expected, observer)?;
-        let record = SnapshotRecord {
-            owner,
-            key: name.to_owned(),
-            kind: Kind::Committed,
-            parent: parent.map(|parent| parent.id),
-            labels,
-            created: 0,
-            updated: 0,
-            layer: None,
-            packed: Some(imported.name),
-            usage: Some(imported.usage),
-        };
-        let found = self.catalog.insert(&catalog::new_id(), record)?;
-        imported.used();
-        self.describe(found)
-    }
-
-    /// How layers are packed.
-    pub fn packing(&self) -> &Settings {
-        &self.packing
-    }
-
     /// Deletes a snapshot that has no children; unmounts it first.
     pub fn remove(&self, owner: Owner, key: &str) -> Result<()> {
         self.locked(owner, key, |found| {
@@ -375,6 +329,7 @@ impl Snapshotter {
     /// Waits until everything removed so far has left the disk.
     pub fn wait_until_deleted(&self) {
         self.trash.wait_until_empty();
+        self.packed.wait_until_collected();
     }
 
     /// What the snapshot takes for itself alone: as it was at commit, or what an active one has now.
@@ -502,19 +457,6 @@ impl Snapshotter {
             };
             diff::diff(&own, below)
         })
-    }
-
-    fn diff_packed(&self, found: &Found) -> Result<Vec<Change>> {
-        let mut chain = self.packed_below(found)?;
-        let new = self.packed.view(chain.clone())?;
-        chain.remove(0);
-        // A view has no more layers than that.
-        let topmost = u16::try_from(chain.len()).unwrap_or(u16::MAX);
-        let old = self.packed.view(chain)?;
-        match new {
-            Some(new) => diff::diff_packed(&new, old.as_deref(), topmost),
-            None => Ok(Vec::new()),
-        }
     }
 
     fn describe(&self, found: Found) -> Result<SnapshotInfo> {

@@ -13,14 +13,15 @@ use parking_lot::Mutex;
 
 use super::catalog::Found;
 use super::types::*;
-use crate::store::LayerName;
 use crate::store::ingest::{self, Settings};
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
+use crate::store::{Collector, LayerName};
 
 #[derive(Debug)]
 pub(super) struct Packed {
-    layers: Layers,
+    layers: Arc<Layers>,
+    collector: Collector,
     state: Mutex<State>,
 }
 
@@ -69,8 +70,12 @@ impl Packed {
                 );
             }
         }
+        let layers = Arc::new(layers);
+        let collector =
+            Collector::start(Arc::clone(&layers)).map_err(io_error("start a thread for", dir))?;
         let packed = Self {
             layers,
+            collector,
             state: Mutex::new(state),
         };
         if !incomplete {
@@ -118,6 +123,16 @@ impl Packed {
         })
     }
 
+    /// All packed layers.
+    pub(super) fn layers(&self) -> &Arc<Layers> {
+        &self.layers
+    }
+
+    /// Waits until what was removed has left the disk.
+    pub(super) fn wait_until_collected(&self) {
+        self.collector.wait_until_idle();
+    }
+
     fn usage(&self, name: LayerName) -> Usage {
         let record = self.layers.get(name);
         record.map_or_else(Usage::default, |record| Usage {
@@ -143,13 +158,18 @@ impl Packed {
         if state.imports > 0 {
             return;
         }
+        let mut removed = false;
         for (name, _) in self.layers.list() {
             if state.uses.contains_key(&name) {
                 continue;
             }
+            removed = true;
             if let Err(error) = self.layers.remove(name) {
                 tracing::error!(layer = %name, %error, "a layer stays until plyd starts again");
             }
+        }
+        if removed {
+            self.collector.ask();
         }
     }
 

@@ -5,8 +5,16 @@ use std::collections::{BTreeMap, HashMap};
 use super::Snapshotter;
 use super::catalog::Found;
 use super::types::*;
+use crate::store::LayerName;
 
 impl Snapshotter {
+    /// Keys of the snapshots whose content a packed layer is.
+    pub fn keys_of_layer(&self, layer: LayerName) -> Result<Vec<String>> {
+        let all = self.catalog.all()?.into_iter();
+        let of_layer = all.filter(|found| found.record.packed == Some(layer));
+        Ok(of_layer.map(|found| found.record.key).collect())
+    }
+
     /// What is known of one snapshot.
     pub fn stat(&self, owner: Owner, key: &str) -> Result<SnapshotInfo> {
         self.describe(self.catalog.resolve(owner, key)?)

@@ -74,6 +74,12 @@ pub enum Error {
         /// Its name.
         object: String,
     },
+    /// A content of a layer is not sound.
+    #[error("{problem}")]
+    Content {
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// A layer that did not come as a tar stream.
     #[error("the layer {layer} did not come as a tar stream, so there is none to give back")]
     NoStream {

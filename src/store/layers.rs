@@ -63,6 +63,10 @@ pub struct Layers {
     objects: Arc<Objects>,
     records: RecordDir<LayerRecord>,
     known: Mutex<BTreeMap<LayerName, LayerRecord>>,
+    /// Layers whose records cannot be used. What they name is needed still.
+    damaged: Vec<LayerName>,
+    /// Held by a collection.
+    pub(super) collecting: Mutex<()>,
 }
 
 impl Layers {
@@ -78,10 +82,14 @@ impl Layers {
             let path = entry.path();
             fs::remove_file(&path).map_err(io_error("remove the left-over", &path))?;
         }
-        let objects = Objects::new(dir);
+        let mut objects = Objects::new(dir);
         objects.prepare()?;
         let records = RecordDir::open(&dir.join("records"))?;
         let listing = records.list()?;
+        let damaged_names = listing.damaged.iter();
+        let damaged_names = damaged_names
+            .filter_map(|damaged| damaged.id.parse().ok())
+            .collect();
         let taken = listing.damaged.iter().map(|damaged| &*damaged.id);
         let taken = taken.chain(listing.records.iter().map(|(id, _)| &**id));
         remove_unrecorded(&dir.join("layers"), &taken.collect())?;
@@ -98,6 +106,8 @@ impl Layers {
             objects: Arc::new(objects),
             records,
             known: Mutex::new(known),
+            damaged: damaged_names,
+            collecting: Mutex::new(()),
         };
         Ok((layers, listing.damaged))
     }
@@ -144,6 +154,7 @@ impl Layers {
         expected: &Expected<'_>,
         observer: &dyn Observer,
     ) -> Result<LayerName> {
+        let _importing = self.objects.importing();
         let recipe_path = self.temporary("recipe");
         let recipe = recipe::Writer::create(&recipe_path)?;
         let Taken {
@@ -277,11 +288,30 @@ impl Layers {
         })
     }
 
-    fn index_path(&self, name: LayerName) -> PathBuf {
+    /// Layers whose records cannot be used.
+    pub(super) fn damaged(&self) -> &[LayerName] {
+        &self.damaged
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Where what is half-made lies.
+    pub(super) fn tmp(&self) -> &Path {
+        &self.tmp
+    }
+
+    /// Where merged views lie.
+    pub(super) fn views(&self) -> PathBuf {
+        self.dir.join("views")
+    }
+
+    pub(super) fn index_path(&self, name: LayerName) -> PathBuf {
         self.dir.join("layers").join(format!("{name}.index"))
     }
 
-    fn recipe_path(&self, name: LayerName) -> PathBuf {
+    pub(super) fn recipe_path(&self, name: LayerName) -> PathBuf {
         self.dir.join("layers").join(format!("{name}.tar"))
     }
 

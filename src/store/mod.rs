@@ -14,11 +14,13 @@
 //! - What a crash can leave (temporaries, a layer without a record) is harmless, is recognised by its
 //!   place and cleared when the store is opened.
 
+mod collector;
 pub(crate) mod compression;
 mod durable;
 mod error;
 mod export;
 mod format;
+pub mod gc;
 pub mod index;
 pub mod ingest;
 pub mod layer;
@@ -30,8 +32,10 @@ pub mod record;
 mod tar;
 pub mod trash;
 mod usage;
+pub mod verify;
 pub mod view;
 
+pub use collector::Collector;
 pub use durable::{create_dir, sync_dir};
 pub use error::{Error, Result};
 pub use format::tables::{Extent, Inode, Object, Xattrs};

@@ -208,3 +208,88 @@ fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree(
     assert_eq!(seen(&mnt), active);
     plyd.ok(["umount", dir]);
 }
+
+#[test]
+fn what_an_image_alone_had_leaves_the_disk_with_it() {
+    let store = Store::new();
+    let large = vec![7; 1 << 20];
+    let layer = || Layer::new().file("large", 0o644, &large);
+    store.load_one(&archive(
+        "first",
+        &[Blob::gzip(layer().file("a", 0o644, b"a"))],
+    ));
+    store.load_one(&archive(
+        "second",
+        &[Blob::gzip(layer().file("b", 0o644, b"b"))],
+    ));
+    let objects = || {
+        store.snapshotter.wait_until_deleted();
+        let dir = store.root().join("store/objects");
+        let files = names(&dir)
+            .into_iter()
+            .map(|name| names(&dir.join(name)).len());
+        files.sum::<usize>()
+    };
+    let packs = || names(&store.root().join("store/packs")).len();
+    // Both have the large file, which is there once.
+    assert_eq!((objects(), packs()), (1, 2));
+    store.images.remove("first", false, &|_| None).unwrap();
+    assert_eq!((objects(), packs()), (1, 1));
+    store.images.remove("second", false, &|_| None).unwrap();
+    assert_eq!((objects(), packs()), (0, 0));
+    store.assert_empty();
+}
+
+#[test]
+fn damage_is_named_by_verify_and_what_nobody_needs_by_gc() {
+    let plyd = Plyd::start();
+    let large = vec![7; 1 << 20];
+    let image = archive(
+        "x",
+        &[Blob::gzip(Layer::new().file("dir/large", 0o644, &large))],
+    );
+    plyd.piped(["image", "load", "-q"], &image);
+    let sound = plyd.ok(["system", "verify", "--deep"]);
+    assert!(
+        sound.contains("1 layers with 1 contents") && sound.contains("0 damaged"),
+        "{sound}"
+    );
+    assert_eq!(
+        plyd.ok(["system", "gc", "--dry-run"]),
+        "0 B would come free, of 0 files\n"
+    );
+
+    let objects = plyd.root().join("store/objects");
+    let dir = objects.join(&names(&objects)[0]);
+    let object = dir.join(&names(&dir)[0]);
+    let file = fs::File::options().write(true).open(&object).unwrap();
+    file.write_all_at(b"rot", 1000).unwrap();
+    assert_eq!(plyd.snapctl(["system", "verify"]).code, 0);
+    let damaged = plyd.snapctl(["system", "verify", "--deep"]);
+    assert_eq!(damaged.code, 1);
+    assert!(
+        damaged.stdout.contains("/dir/large: ") && damaged.stdout.contains("(of sha256:"),
+        "{}",
+        damaged.stdout
+    );
+    let told = plyd.snapctl(["system", "verify", "--deep", "--json"]);
+    let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    assert_eq!(told["faults"][0]["path"], "/dir/large");
+
+    // An orphan, as a crash in the middle of an import leaves it.
+    let orphan = objects.join("00").join("0".repeat(64));
+    fs::create_dir_all(orphan.parent().unwrap()).unwrap();
+    fs::write(&orphan, "x").unwrap();
+    let explained = plyd.ok(["system", "gc", "--dry-run", "--explain"]);
+    assert!(
+        explained.contains("no layer names this object"),
+        "{explained}"
+    );
+    assert!(orphan.exists());
+    assert_eq!(
+        plyd.ok(["system", "gc", "-q"]),
+        format!("{}\n", orphan.display())
+    );
+    assert!(!orphan.exists());
+    assert!(object.exists());
+}

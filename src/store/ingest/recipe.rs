@@ -134,6 +134,12 @@ pub(in crate::store) struct Reader {
 }
 
 impl Reader {
+    /// Reads all of it.
+    pub(in crate::store) fn verify(mut self) -> Result<()> {
+        while self.next()?.is_some() {}
+        Ok(())
+    }
+
     /// Opens the recipe at `path`.
     pub(in crate::store) fn open(path: &Path) -> Result<Self> {
         let fail = |error| io_error("open", path)(error);

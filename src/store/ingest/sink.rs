@@ -200,7 +200,7 @@ impl Incoming {
 
 /// Whether neither the store nor this layer has brought the content yet.
 fn is_new(objects: &Objects, seen: &Mutex<HashSet<ObjectName>>, name: &ObjectName) -> Result<bool> {
-    Ok(objects.find(name)?.is_none() && seen.lock().insert(*name))
+    Ok(objects.find_for_import(name)?.is_none() && seen.lock().insert(*name))
 }
 
 fn work(

@@ -49,6 +49,15 @@ pub struct DirEntry<'a> {
     pub layer: u16,
 }
 
+/// The layers of the view at `path`, the lowest first.
+pub(super) fn chain_of(path: &Path) -> Result<Vec<LayerName>> {
+    let file = IndexFile::open(path, Kind::View)?;
+    let numbers = 0..file.count(Section::Layers);
+    numbers
+        .map(|number| Ok(LayerName(file.record(Section::Layers, number)?.array(0))))
+        .collect()
+}
+
 /// A merged view, open for reading. Any thread may use it.
 #[derive(Debug)]
 pub struct View {

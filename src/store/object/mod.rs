@@ -4,11 +4,13 @@
 //! tables of the packs and the names of the files. Who has a view needs that only when an object is
 //! not where the view says.
 
-use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+mod file;
+mod sweep;
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,7 +22,15 @@ use super::format::ObjectName;
 use super::format::tables::Object;
 use super::pack::{self, PackId, SealedPack, Slot, Wrong};
 
+pub(super) use file::{FileWriter, NewFile};
+use sweep::Relied;
+pub(super) use sweep::{Live, Swept};
+
 const BUFFER: usize = 128 << 10;
+/// How often an object is looked for again when it has moved.
+const MOST_MOVES: usize = 8;
+/// Packs that are kept open: far fewer than a process may have files open.
+const MOST_OPEN: usize = 64;
 
 /// Where an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +92,12 @@ pub struct Objects {
     files: PathBuf,
     /// Read when it is first needed.
     places: RwLock<Option<HashMap<ObjectName, Place>>>,
-    /// Descriptors of packs that were read from. A view goes on with a pack that was removed meanwhile.
-    open: Mutex<HashMap<PackId, Arc<File>>>,
+    /// Packs that were read from, the last one at the end.
+    open: Mutex<VecDeque<(PackId, Arc<File>)>>,
+    /// Whether it is this process that collects, and so knows all places.
+    collects: bool,
+    /// What must not be collected, though no layer may name it yet.
+    relied: Mutex<Relied>,
 }
 
 impl Objects {
@@ -93,12 +107,14 @@ impl Objects {
             packs: dir.join("packs"),
             files: dir.join("objects"),
             places: RwLock::new(None),
-            open: Mutex::new(HashMap::new()),
+            open: Mutex::default(),
+            collects: false,
+            relied: Mutex::default(),
         }
     }
 
-    /// Makes the directories and finds all objects.
-    pub(super) fn prepare(&self) -> Result<()> {
+    /// Makes the directories and finds all objects, for the one process that changes the store.
+    pub(super) fn prepare(&mut self) -> Result<()> {
         for dir in [&self.packs, &self.files] {
             create_dir(dir, 0o700).map_err(io_error("make the directory", dir))?;
         }
@@ -108,6 +124,7 @@ impl Objects {
         nix::unistd::syncfs(dir)
             .map_err(|errno| io_error("sync the file system of", &self.packs)(errno.into()))?;
         *self.places.write() = Some(self.load()?);
+        self.collects = true;
         Ok(())
     }
 
@@ -125,20 +142,41 @@ impl Objects {
     /// The content of an object, which is looked for at `place` first. With `verify` it is
     /// compared with its name.
     pub fn read(&self, object: &Object, place: Option<Place>, verify: bool) -> Result<Content> {
-        let mut failed = None;
-        if let Some(place) = place {
-            match self.read_from(object, place, verify) {
-                Err(error) => failed = Some(error),
-                found => return found,
+        let mut tried = None;
+        let mut next = place;
+        let mut error = None;
+        // A collection may bring the object to another pack between a look and a try, but not often.
+        for _ in 0..MOST_MOVES {
+            if let Some(place) = next
+                && next != tried
+            {
+                match self.read_from(object, place, verify) {
+                    Ok(content) => return Ok(content),
+                    Err(failed) => error = Some(failed),
+                }
+                tried = next;
+                next = self.find(&object.name)?;
+                continue;
             }
+            let missing = matches!(&error, Some(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound);
+            if tried.is_none() && next.is_none() {
+                next = self.find(&object.name)?;
+                if next.is_some() {
+                    continue;
+                }
+            }
+            if self.collects || !(missing || tried.is_none()) {
+                break;
+            }
+            // Another process collects: the places are out of date.
+            *self.places.write() = Some(self.load()?);
+            next = self.find(&object.name)?;
+            tried = None;
         }
-        match self.find(&object.name)? {
-            Some(known) if Some(known) != place => self.read_from(object, known, verify),
-            _ => Err(failed.unwrap_or_else(|| {
-                let path = self.path_of(&object.name);
-                damaged(&path, "neither it nor a pack has this object")
-            })),
-        }
+        Err(error.unwrap_or_else(|| {
+            let path = self.path_of(&object.name);
+            damaged(&path, "neither it nor a pack has this object")
+        }))
     }
 
     fn read_from(&self, object: &Object, place: Place, verify: bool) -> Result<Content> {
@@ -167,11 +205,19 @@ impl Objects {
     }
 
     fn pack(&self, id: PackId, path: &Path) -> Result<Arc<File>> {
-        if let Some(file) = self.open.lock().get(&id) {
-            return Ok(Arc::clone(file));
+        let mut open = self.open.lock();
+        if let Some(at) = open.iter().position(|(known, _)| *known == id)
+            && let Some(found) = open.remove(at)
+        {
+            let file = Arc::clone(&found.1);
+            open.push_back(found);
+            return Ok(file);
         }
         let file = Arc::new(File::open(path).map_err(io_error("open", path))?);
-        self.open.lock().insert(id, Arc::clone(&file));
+        if open.len() >= MOST_OPEN {
+            open.pop_front();
+        }
+        open.push_back((id, Arc::clone(&file)));
         Ok(file)
     }
 
@@ -208,6 +254,23 @@ impl Objects {
 
     /// Brings a durable pack and durable files to their places and makes the names durable. From then on they are found.
     pub(super) fn publish(&self, pack: Option<SealedPack>, files: Vec<NewFile>) -> Result<()> {
+        let id = pack.as_ref().map(|pack| pack.id);
+        self.relied.lock().coming.extend(id);
+        let published = self.bring(pack, files);
+        if let Some(id) = id {
+            self.relied.lock().coming.remove(&id);
+        }
+        published
+    }
+
+    fn bring(&self, pack: Option<SealedPack>, files: Vec<NewFile>) -> Result<()> {
+        // Before they are in their places, where a collection would find nobody who needs them.
+        self.rely_on(
+            pack.iter()
+                .flat_map(|pack| &pack.objects)
+                .map(|(object, _)| object.name),
+        );
+        self.rely_on(files.iter().map(|file| file.object.name));
         let mut found = Vec::new();
         if let Some(pack) = pack {
             let path = self.packs.join(pack.id.file_name());
@@ -263,6 +326,8 @@ impl Objects {
                         (object.name, place)
                     }));
                 }
+                // Collected since they were listed.
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 // The others can be used; whoever needs something of this one is told.
                 Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
                     tracing::warn!(%error, "a pack cannot be used");
@@ -289,107 +354,6 @@ fn names(dir: &Path) -> Result<Vec<String>> {
         // A name that is not UTF-8 is not one of ours.
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect())
-}
-
-/// A large object that is being written. Dropped before it is published, it removes its file.
-#[derive(Debug)]
-pub(super) struct FileWriter {
-    path: PathBuf,
-    file: File,
-    hash: blake3::Hasher,
-    size: u64,
-    kept: bool,
-}
-
-impl FileWriter {
-    /// Begins a file in `dir`.
-    pub(super) fn create(dir: &Path) -> Result<Self> {
-        let path = dir.join(format!("object-{:032x}", rand::random::<u128>()));
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io_error("make", &path))?;
-        Ok(Self {
-            path,
-            file,
-            hash: blake3::Hasher::new(),
-            size: 0,
-            kept: false,
-        })
-    }
-
-    /// Adds bytes.
-    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hash.update(bytes);
-        self.size += bytes.len() as u64;
-        let written = self.file.write_all(bytes);
-        written.map_err(io_error("write", &self.path))
-    }
-
-    /// Ends the content.
-    pub(super) fn finish(mut self) -> Result<NewFile> {
-        self.kept = true;
-        Ok(NewFile {
-            object: Object {
-                name: ObjectName(*self.hash.finalize().as_bytes()),
-                size: self.size,
-            },
-            path: self.path.clone(),
-            file: self
-                .file
-                .try_clone()
-                .map_err(io_error("keep", &self.path))?,
-            kept: false,
-        })
-    }
-}
-
-impl Drop for FileWriter {
-    fn drop(&mut self) {
-        if !self.kept {
-            // What stays is cleared when the store is opened.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// A large object that is written, but neither durable nor in its place. Dropped, it removes its file.
-#[derive(Debug)]
-pub(super) struct NewFile {
-    pub(super) object: Object,
-    path: PathBuf,
-    file: File,
-    kept: bool,
-}
-
-impl NewFile {
-    /// Has the host begin to write, so that less is left to do for [`sync`](Self::sync).
-    pub(super) fn start_writing(&self) {
-        // Only `sync` promises anything.
-        let _ = crate::sys::fs::start_writeback(self.file.as_fd());
-    }
-
-    /// Makes the content durable.
-    pub(super) fn sync(&self) -> Result<()> {
-        let synced = self.file.sync_all();
-        synced.map_err(io_error("make durable", &self.path))
-    }
-
-    fn kept(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        if !self.kept {
-            // What stays is cleared when the store is opened.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -419,7 +383,7 @@ mod tests {
     }
 
     fn store(dir: &Path) -> Objects {
-        let objects = Objects::new(dir);
+        let mut objects = Objects::new(dir);
         objects.prepare().unwrap();
         objects
     }

@@ -1,11 +1,13 @@
 //! `snapctl system`.
 
+mod care;
+
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::client::Client;
-use super::error::Result;
-use super::output;
+use crate::cli::client::Client;
+use crate::cli::error::Result;
+use crate::cli::output;
 use crate::grpc::pb::plywood::{Feature, InfoSystemRequest, InfoSystemResponse};
 
 /// The commands of `snapctl system`.
@@ -16,6 +18,53 @@ pub enum Command {
   snapctl system info
   snapctl system info --json | jq '.features[] | select(.in_use | not)'")]
     Info(InfoArgs),
+    /// Remove what no layer needs any more; plyd does it by itself when layers are removed
+    #[command(after_help = "Exits with 1 if something could not be removed.
+
+Examples:
+  snapctl system gc --dry-run --explain
+  snapctl system gc")]
+    Gc(GcArgs),
+    /// Read what is stored of the layers and compare it with its checksums
+    #[command(
+        after_help = "Exits with 1 if something is damaged. Nothing is changed: to mend an image, remove it and load it again.
+
+Examples:
+  snapctl system verify
+  snapctl system verify --deep --json"
+    )]
+    Verify(VerifyArgs),
+}
+
+/// Arguments of `system gc`.
+#[derive(Args, Debug)]
+pub struct GcArgs {
+    /// Say what would go, and remove nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Name each file and why it goes
+    #[arg(long)]
+    explain: bool,
+    /// Print a JSON object
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the paths only
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// Arguments of `system verify`.
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// Read all contents, too
+    #[arg(long)]
+    deep: bool,
+    /// Print a JSON object
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the names of damaged layers only
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 /// Arguments of `system info`.
@@ -100,7 +149,14 @@ impl From<Feature> for FeatureView {
 
 /// Runs one command.
 pub async fn run(command: Command, client: &Client) -> Result<()> {
-    let Command::Info(args) = command;
+    match command {
+        Command::Info(args) => info(args, client).await,
+        Command::Gc(args) => care::gc(args, client).await,
+        Command::Verify(args) => care::verify(args, client).await,
+    }
+}
+
+async fn info(args: InfoArgs, client: &Client) -> Result<()> {
     let info = client.system().info(InfoSystemRequest {}).await?;
     let view = InfoView::from(info.into_inner());
     if args.json {

@@ -1,0 +1,78 @@
+//! Committed snapshots whose content is a packed layer.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::sync::Arc;
+
+use super::Snapshotter;
+use super::catalog::{self, Found, SnapshotRecord};
+use super::diff::{self, Change};
+use super::types::*;
+use crate::store::ingest::{Observer, Settings};
+use crate::store::layers::{Expected, Layers};
+
+impl Snapshotter {
+    /// Takes a layer in as the committed snapshot `name`. `stream` is its tar, plain or compressed; it is not read
+    /// if the store has the layer of that diff id already. The layers below have to be packed ones.
+    pub fn commit_layer(
+        &self,
+        owner: Owner,
+        name: &str,
+        parent: Option<&ParentRef>,
+        labels: BTreeMap<String, String>,
+        layer: (impl Read + Send, &Expected<'_>),
+        observer: &dyn Observer,
+    ) -> Result<SnapshotInfo> {
+        if name.is_empty() {
+            return Err(Error::EmptyKey);
+        }
+        self.catalog.check_free(owner, name)?;
+        let parent = parent
+            .map(|parent| self.resolve_parent(parent))
+            .transpose()?;
+        let below = match &parent {
+            Some(parent) => self.packed_below(parent)?,
+            None => Vec::new(),
+        };
+        let (stream, expected) = layer;
+        let imported = self.packed.import(below, stream, expected, observer)?;
+        let record = SnapshotRecord {
+            owner,
+            key: name.to_owned(),
+            kind: Kind::Committed,
+            parent: parent.map(|parent| parent.id),
+            labels,
+            created: 0,
+            updated: 0,
+            layer: None,
+            packed: Some(imported.name),
+            usage: Some(imported.usage),
+        };
+        let found = self.catalog.insert(&catalog::new_id(), record)?;
+        imported.used();
+        self.describe(found)
+    }
+
+    /// How layers are packed.
+    pub fn packing(&self) -> &Settings {
+        &self.packing
+    }
+
+    /// The packed layers, to collect, verify and look at.
+    pub fn packed_layers(&self) -> &Arc<Layers> {
+        self.packed.layers()
+    }
+
+    pub(super) fn diff_packed(&self, found: &Found) -> Result<Vec<Change>> {
+        let mut chain = self.packed_below(found)?;
+        let new = self.packed.view(chain.clone())?;
+        chain.remove(0);
+        // A view has no more layers than that.
+        let topmost = u16::try_from(chain.len()).unwrap_or(u16::MAX);
+        let old = self.packed.view(chain)?;
+        match new {
+            Some(new) => diff::diff_packed(&new, old.as_deref(), topmost),
+            None => Ok(Vec::new()),
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Collection: what no recorded layer needs any more goes.
+//!
+//! The objects of all recorded layers are alive, also those that only their streams name. Files of others are
+//! removed, packs without any alive are removed, and packs that are mostly dead are written anew; see
+//! [`Objects`](super::object::Objects) for how an import is kept from losing what it relies on. A merged
+//! view goes when a layer of its chain is gone. Where an index cannot be read, nobody knows what it names,
+//! and no object is removed at all.
+//!
+//! An error does not end a collection; what it could not do it says, and the next one tries again.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::error::{Error, Result, io_error};
+use super::format::LayerName;
+use super::ingest::Observer;
+use super::layer::index::LayerIndex;
+use super::layers::Layers;
+use super::object::{Live, Swept};
+use super::view;
+
+/// Below so many percent of it alive, a pack is written anew.
+const LEAST_ALIVE: u64 = 50;
+
+/// Why something goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// No recorded layer names the object.
+    NoLayerNamesIt,
+    /// No recorded layer names any object of the pack.
+    NothingAlive,
+    /// Most of the pack is not alive; what is goes into another pack.
+    MostlyDead,
+    /// A layer of the view's chain is gone, or the view cannot be read.
+    ChainIsGone,
+}
+
+impl Reason {
+    /// A sentence for people.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NoLayerNamesIt => "no layer names this object",
+            Self::NothingAlive => "no layer names any object of this pack",
+            Self::MostlyDead => {
+                "layers name less than half of this pack; that is moved to a new pack"
+            }
+            Self::ChainIsGone => {
+                "a layer of this view is gone, or it is damaged; a view is built again when it is needed"
+            }
+        }
+    }
+}
+
+/// Something that goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Orphan {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// How many bytes come free.
+    pub bytes: u64,
+    /// Why it goes.
+    pub reason: Reason,
+}
+
+/// What a collection did, or would do.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// What went.
+    pub orphans: Vec<Orphan>,
+    /// What could not be done.
+    pub errors: Vec<Error>,
+}
+
+impl Collected {
+    /// Bytes that came free.
+    pub fn bytes(&self) -> u64 {
+        self.orphans.iter().map(|orphan| orphan.bytes).sum()
+    }
+
+    fn note<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.errors.push(error)).ok()
+    }
+}
+
+impl Layers {
+    /// Collects; with `dry`, only says what would go. Imports and mounts go on meanwhile. Ends early when `observer`
+    /// wants that.
+    pub fn collect(&self, dry: bool, observer: &dyn Observer) -> Collected {
+        let _one_at_a_time = self.collecting.lock();
+        let collecting = self.objects().collecting();
+        let mut collected = Collected::default();
+        self.collect_views(dry, &mut collected);
+        if let Some(live) = self.live(&mut collected) {
+            self.collect_objects(&live, dry, observer, &mut collected);
+        }
+        drop(collecting);
+        collected
+    }
+
+    /// The objects of all layers; `None` if they cannot be told.
+    fn live(&self, collected: &mut Collected) -> Option<Live> {
+        let mut live = Live::new();
+        let mut whole = true;
+        let recorded = self.list().into_iter().map(|(name, _)| name);
+        for name in recorded.chain(self.damaged().iter().copied()) {
+            let path = self.index_path(name);
+            match LayerIndex::open(&path, name).and_then(|index| add(&index, &mut live)) {
+                Ok(()) => {}
+                // Removed since the list was made.
+                Err(_) if self.get(name).is_none() && !self.damaged().contains(&name) => {}
+                Err(error) => {
+                    collected.errors.push(error);
+                    whole = false;
+                }
+            }
+        }
+        whole.then_some(live)
+    }
+
+    fn collect_objects(
+        &self,
+        live: &Live,
+        dry: bool,
+        observer: &dyn Observer,
+        collected: &mut Collected,
+    ) {
+        let objects = self.objects();
+        let (tmp, level) = (self.tmp(), self.settings().level);
+        for id in collected.note(objects.all_packs()).unwrap_or_default() {
+            if observer.cancelled() {
+                return;
+            }
+            let swept = objects.sweep_pack(id, live, LEAST_ALIVE, tmp, level, dry);
+            let (bytes, reason) = match collected.note(swept) {
+                None | Some(Swept::Kept) => continue,
+                Some(Swept::Removed(bytes)) => (bytes, Reason::NothingAlive),
+                Some(Swept::Rewritten(bytes, now)) => {
+                    (bytes.saturating_sub(now), Reason::MostlyDead)
+                }
+            };
+            collected.orphans.push(Orphan {
+                path: objects.pack_path(id),
+                bytes,
+                reason,
+            });
+        }
+        for dir in collected.note(objects.file_dirs()).unwrap_or_default() {
+            if observer.cancelled() {
+                return;
+            }
+            let mut orphans = Vec::new();
+            let swept = objects.sweep_files(&dir, live, dry, &mut |path, bytes| {
+                let reason = Reason::NoLayerNamesIt;
+                orphans.push(Orphan {
+                    path,
+                    bytes,
+                    reason,
+                });
+            });
+            collected.note(swept);
+            collected.orphans.append(&mut orphans);
+        }
+    }
+
+    fn collect_views(&self, dry: bool, collected: &mut Collected) {
+        let dir = self.views();
+        let listed = fs::read_dir(&dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        let listed = listed.map_err(io_error("list", &dir));
+        for entry in collected.note(listed).unwrap_or_default() {
+            let path = entry.path();
+            let needed = view::chain_of(&path).is_ok_and(|chain| {
+                let known = |name: &LayerName| self.get(*name).is_some();
+                chain.iter().all(known)
+            });
+            if needed {
+                continue;
+            }
+            let bytes = entry.metadata().map_or(0, |metadata| metadata.len());
+            if !dry {
+                let removed = fs::remove_file(&path).map_err(io_error("remove", &path));
+                if collected.note(removed).is_none() {
+                    continue;
+                }
+            }
+            collected.orphans.push(Orphan {
+                path,
+                bytes,
+                reason: Reason::ChainIsGone,
+            });
+        }
+    }
+}
+
+fn add(index: &LayerIndex, live: &mut Live) -> Result<()> {
+    for number in 0..index.object_count() {
+        live.insert(index.object(number)?.name);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,280 @@
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+use crate::store::ingest::Settings;
+use crate::store::layers::Expected;
+use crate::store::verify::{Fault, Told};
+use crate::store::view::{Verify, View};
+
+fn open(dir: &Path) -> Layers {
+    let settings = Settings {
+        small: 4096,
+        workers: 2,
+        ..Settings::default()
+    };
+    let (layers, damaged) = Layers::open(dir, settings).unwrap();
+    assert!(damaged.is_empty(), "{damaged:?}");
+    layers
+}
+
+/// A layer of files whose contents are their names, `large` of them long ones.
+fn layer(names: &[&str]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for name in names {
+        let times = if name.starts_with("large") { 1000 } else { 100 };
+        // Nothing that a compression makes small.
+        let content: Vec<u8> = (0..times)
+            .flat_map(|number| *blake3::hash(format!("{name} {number}").as_bytes()).as_bytes())
+            .collect();
+        let mut header = tar::Header::new_ustar();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, &*content).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+fn import(layers: &Layers, names: &[&str]) -> LayerName {
+    let stream = layer(names);
+    layers.import(&*stream, &Expected::default(), &()).unwrap()
+}
+
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut waiting = vec![dir.to_owned()];
+    while let Some(dir) = waiting.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => waiting.push(path),
+                false => found.push(path),
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn collect(layers: &Layers) -> Vec<Reason> {
+    let collected = layers.collect(false, &());
+    assert!(collected.errors.is_empty(), "{:?}", collected.errors);
+    collected
+        .orphans
+        .iter()
+        .map(|orphan| orphan.reason)
+        .collect()
+}
+
+/// Nothing of the layers is missing or damaged.
+fn assert_sound(layers: &Layers) {
+    struct Sound;
+    impl Observer for Sound {}
+    impl Told for Sound {
+        fn fault(&self, fault: Fault) {
+            panic!("{fault:?}");
+        }
+        fn sum(&self, _layers: u64, _total: u64, _objects: u64, _bytes: u64) {}
+    }
+    layers.verify(true, &Sound);
+    for (name, record) in layers.list() {
+        let mut stream = Vec::new();
+        layers.export(name, &mut stream).unwrap();
+        assert_eq!(stream.len() as u64, record.tar_bytes);
+    }
+}
+
+#[test]
+fn what_no_layer_names_goes_and_nothing_else() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let first = import(&layers, &["a", "shared", "large one", "large shared"]);
+    let second = import(&layers, &["b", "shared", "large two", "large shared"]);
+    layers.view(&[first, second], Verify::First).unwrap();
+    assert_eq!(collect(&layers), []);
+    layers.remove(second).unwrap();
+    let before = files(tmp.path());
+    let dry = layers.collect(true, &());
+    assert_eq!(files(tmp.path()), before);
+    let reasons = collect(&layers);
+    let dry: Vec<_> = dry.orphans.iter().map(|orphan| orphan.reason).collect();
+    assert_eq!(reasons, dry);
+    let expected = [
+        Reason::ChainIsGone,
+        Reason::NothingAlive,
+        Reason::NoLayerNamesIt,
+    ];
+    assert_eq!(reasons, expected);
+    assert_sound(&layers);
+    assert_eq!(collect(&layers), []);
+    layers.remove(first).unwrap();
+    assert_eq!(collect(&layers).len(), 3);
+    assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_pack_that_is_mostly_dead_is_written_anew_under_a_mounted_view() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let large = import(&layers, &["a", "b", "c", "kept"]);
+    let small = import(&layers, &["kept"]);
+    layers.view(&[small], Verify::Always).unwrap();
+    let key = crate::store::ViewKey::of(&[small]);
+    let path = tmp.path().join("views").join(format!("{key}.view"));
+    // As plyfs opens it, which learns nothing of what the collection does.
+    let mounted = View::open_stored(&path, Verify::Always).unwrap();
+    let read = || {
+        let root = mounted.inode(View::ROOT).unwrap();
+        let entry = mounted.lookup(&root, b"kept").unwrap().unwrap();
+        let inode = mounted.inode(entry.inode).unwrap();
+        let file = mounted.open_file(&inode)?;
+        let mut content = vec![0; 5000];
+        let count = file.read_at(&mut content, 0).unwrap();
+        content.truncate(count);
+        Ok::<_, Error>(content)
+    };
+    let content = read().unwrap();
+    layers.remove(large).unwrap();
+    assert_eq!(collect(&layers), [Reason::MostlyDead]);
+    assert_eq!(read().unwrap(), content);
+    // Once more: the places that it has read meanwhile are out of date again.
+    let again = import(&layers, &["d", "e", "f", "kept"]);
+    layers.remove(small).unwrap();
+    layers.remove(again).unwrap();
+    let last = import(&layers, &["kept"]);
+    assert_eq!(last, small);
+    collect(&layers);
+    assert_eq!(read().unwrap(), content);
+    assert_sound(&layers);
+}
+
+#[test]
+fn of_a_pack_that_is_there_twice_after_a_crash_one_goes() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let large = import(&layers, &["a", "b", "c", "kept"]);
+    import(&layers, &["kept"]);
+    layers.remove(large).unwrap();
+    let packs = tmp.path().join("packs");
+    let old = files(&packs).remove(0);
+    let saved = fs::read(&old).unwrap();
+    collect(&layers);
+    // Killed before the old one was removed.
+    fs::write(&old, saved).unwrap();
+    drop(layers);
+    let layers = open(tmp.path());
+    assert_eq!(files(&packs).len(), 2);
+    collect(&layers);
+    assert_eq!(files(&packs).len(), 1);
+    assert_sound(&layers);
+}
+
+#[test]
+fn without_an_index_no_object_is_removed() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let damaged = import(&layers, &["a", "large one"]);
+    let removed = import(&layers, &["b", "large two"]);
+    layers.remove(removed).unwrap();
+    let index = tmp.path().join("layers").join(format!("{damaged}.index"));
+    let sound = fs::read(&index).unwrap();
+    fs::write(&index, &sound[..sound.len() / 2]).unwrap();
+    let before = files(tmp.path());
+    let collected = layers.collect(false, &());
+    assert_eq!(collected.errors.len(), 1, "{:?}", collected.errors);
+    assert_eq!(files(tmp.path()), before);
+    fs::write(&index, sound).unwrap();
+    assert_eq!(collect(&layers).len(), 2);
+    assert_sound(&layers);
+}
+
+#[test]
+fn damage_is_told_with_its_layer_and_path() {
+    use parking_lot::Mutex;
+
+    #[derive(Default)]
+    struct Noted(Mutex<Vec<Fault>>);
+    impl Observer for Noted {}
+    impl Told for Noted {
+        fn fault(&self, fault: Fault) {
+            self.0.lock().push(fault);
+        }
+        fn sum(&self, _layers: u64, _total: u64, _objects: u64, _bytes: u64) {}
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let first = import(&layers, &["a", "large"]);
+    let second = import(&layers, &["large", "b"]);
+    let faults = |deep| {
+        let noted = Noted::default();
+        layers.verify(deep, &noted);
+        let mut all = noted.0.into_inner();
+        all.sort_by_key(|fault| fault.layer != first);
+        all
+    };
+    assert!(faults(true).is_empty());
+    let object = files(&tmp.path().join("objects")).remove(0);
+    let mut content = fs::read(&object).unwrap();
+    content[7] ^= 1;
+    fs::write(&object, content).unwrap();
+    assert!(faults(false).is_empty());
+    let found = faults(true);
+    assert_eq!(found.len(), 2);
+    for (fault, layer) in found.iter().zip([first, second]) {
+        assert_eq!(
+            (fault.layer, fault.path.as_deref()),
+            (layer, Some("/large"))
+        );
+        assert!(fault.error.to_string().contains("does not have its name"));
+    }
+    let recipe = tmp.path().join("layers").join(format!("{second}.tar"));
+    fs::write(&recipe, b"cut").unwrap();
+    let found = faults(false);
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].layer, found[0].path.as_deref()), (second, None));
+}
+
+/// Imports, removals and collections at once: what is recorded is whole at any time.
+#[test]
+fn layers_come_and_go_while_it_is_collected() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let collector = scope.spawn(|| {
+            let mut rounds = 0;
+            while !done.load(Ordering::Acquire) || rounds < 10 {
+                collect(&layers);
+                rounds += 1;
+            }
+        });
+        let importers: Vec<_> = (0..3)
+            .map(|number| {
+                let layers = &layers;
+                scope.spawn(move || {
+                    for round in 0..25 {
+                        let own = format!("own {number} {round}");
+                        let large = format!("large {}", round % 3);
+                        // The same contents are found, brought and given up by all of them.
+                        let names = [&*own, "shared", "large shared", &large];
+                        let name = import(layers, &names);
+                        let mut stream = Vec::new();
+                        layers.export(name, &mut stream).unwrap();
+                        assert_eq!(stream, layer(&names));
+                        layers.remove(name).unwrap();
+                    }
+                })
+            })
+            .collect();
+        let ended: Vec<_> = importers
+            .into_iter()
+            .map(|importer| importer.join())
+            .collect();
+        // Before anybody fails: the collector waits for it.
+        done.store(true, Ordering::Release);
+        collector.join().unwrap();
+        assert!(ended.iter().all(Result::is_ok));
+    });
+    collect(&layers);
+    assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
+}

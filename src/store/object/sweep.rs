@@ -1,0 +1,259 @@
+//! What a collection does to objects.
+//!
+//! A collection knows which objects the recorded layers name. An import that is under way relies on others: on those
+//! that it found in the store, and on those that it has brought. So:
+//!
+//! - as long as an import or a collection is under way, the names of all objects that any import has relied on are kept;
+//! - an import comes to rely on what it finds while the places are locked for reading, and a collection takes a name
+//!   away while they are locked for writing, after a look at what is relied on. So an object is either found
+//!   and kept, or not found and brought again;
+//! - an import ends after its layer was recorded, a collection begins before it reads the records. So what an
+//!   import relied on is among the objects of a recorded layer, or is still kept;
+//! - a pack that is on its way to its place is left alone until the places know what is in it.
+//!
+//! Every step is one rename or unlink. Cut off between the two of a pack that is written anew, both packs have its
+//! objects: the places know each in one of them, and the next collection finds nothing alive in the other.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::PathBuf;
+
+use super::{Content, Objects, Place, names};
+use crate::store::durable::sync_dir;
+use crate::store::error::{Result, io_error};
+use crate::store::format::ObjectName;
+use crate::store::format::tables::Object;
+use crate::store::pack::{self, Encoded, PackId, PackWriter, Slot};
+
+/// Names of the objects of all recorded layers.
+pub(in crate::store) type Live = HashSet<ObjectName>;
+
+/// What imports rely on.
+#[derive(Debug, Default)]
+pub(super) struct Relied {
+    imports: usize,
+    collections: usize,
+    names: HashSet<ObjectName>,
+    /// Packs on their way to their places, which do not know their objects yet.
+    pub(super) coming: HashSet<PackId>,
+}
+
+impl Relied {
+    /// Whether neither an import nor a collection is under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.imports == 0 && self.collections == 0
+    }
+
+    fn forget_if_idle(&mut self) {
+        if self.is_idle() {
+            self.names = HashSet::new();
+        }
+    }
+}
+
+/// An import is under way. To be dropped when its layer is recorded, or is given up.
+#[derive(Debug)]
+pub(in crate::store) struct Importing<'a>(&'a Objects);
+
+impl Drop for Importing<'_> {
+    fn drop(&mut self) {
+        let mut relied = self.0.relied.lock();
+        relied.imports -= 1;
+        relied.forget_if_idle();
+    }
+}
+
+/// A collection is under way. To be made before the records are read.
+#[derive(Debug)]
+pub(in crate::store) struct Collecting<'a>(&'a Objects);
+
+impl Drop for Collecting<'_> {
+    fn drop(&mut self) {
+        let mut relied = self.0.relied.lock();
+        relied.collections -= 1;
+        relied.forget_if_idle();
+    }
+}
+
+/// What became of a pack or a file, or would.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::store) enum Swept {
+    /// It stays as it is.
+    Kept,
+    /// Nothing in it was alive; it had so many bytes.
+    Removed(u64),
+    /// What was alive is in another pack now; it had so many bytes and the other has so many.
+    Rewritten(u64, u64),
+}
+
+impl Objects {
+    /// Says that an import is under way.
+    pub(in crate::store) fn importing(&self) -> Importing<'_> {
+        self.relied.lock().imports += 1;
+        Importing(self)
+    }
+
+    /// Says that a collection is under way.
+    pub(in crate::store) fn collecting(&self) -> Collecting<'_> {
+        self.relied.lock().collections += 1;
+        Collecting(self)
+    }
+
+    /// Where an object is, for an import, which relies on it from now on.
+    pub(in crate::store) fn find_for_import(&self, name: &ObjectName) -> Result<Option<Place>> {
+        // Reads them if that was not done.
+        self.find(name)?;
+        let places = self.places.read();
+        let found = places.as_ref().and_then(|places| places.get(name).copied());
+        if found.is_some() {
+            self.rely_on([*name]);
+        }
+        Ok(found)
+    }
+
+    pub(super) fn rely_on(&self, names: impl IntoIterator<Item = ObjectName>) {
+        let mut relied = self.relied.lock();
+        if !relied.is_idle() {
+            relied.names.extend(names);
+        }
+    }
+
+    /// Every pack.
+    pub(in crate::store) fn all_packs(&self) -> Result<Vec<PackId>> {
+        let names = names(&self.packs)?;
+        Ok(names
+            .iter()
+            .filter_map(|name| PackId::of_file(name))
+            .collect())
+    }
+
+    /// The directories that objects which are files lie in.
+    pub(in crate::store) fn file_dirs(&self) -> Result<Vec<String>> {
+        names(&self.files)
+    }
+
+    /// The place of a pack.
+    pub(in crate::store) fn pack_path(&self, id: PackId) -> PathBuf {
+        self.packs.join(id.file_name())
+    }
+
+    /// Removes a pack without anything alive, and writes one anew of which less than `least` percent are. With
+    /// `dry`, only says so.
+    pub(in crate::store) fn sweep_pack(
+        &self,
+        id: PackId,
+        live: &Live,
+        least: u64,
+        tmp: &std::path::Path,
+        level: i32,
+        dry: bool,
+    ) -> Result<Swept> {
+        let path = self.pack_path(id);
+        let objects = pack::objects_of(&path, id)?;
+        let metadata = fs::metadata(&path).map_err(io_error("look at", &path))?;
+        let bytes = metadata.len();
+        let (keep, kept_bytes) = {
+            let mut places = self.places.write();
+            let relied = self.relied.lock();
+            if relied.coming.contains(&id) {
+                return Ok(Swept::Kept);
+            }
+            let here = |place: &Place| matches!(place, Place::Packed { pack, .. } if *pack == id);
+            let (keep, drop): (Vec<_>, Vec<_>) = objects.into_iter().partition(|(object, _)| {
+                let known = places.as_ref().and_then(|places| places.get(&object.name));
+                (live.contains(&object.name) || relied.names.contains(&object.name))
+                    && known.is_none_or(here)
+            });
+            let kept_bytes = keep
+                .iter()
+                .map(|(_, slot)| u64::from(slot.stored))
+                .sum::<u64>();
+            if drop.is_empty() || (!keep.is_empty() && kept_bytes * 100 >= bytes * least) {
+                return Ok(Swept::Kept);
+            }
+            if !dry && let Some(places) = &mut *places {
+                for (object, _) in drop {
+                    if places.get(&object.name).is_some_and(here) {
+                        places.remove(&object.name);
+                    }
+                }
+            }
+            (keep, kept_bytes)
+        };
+        let swept = match keep.is_empty() {
+            true => Swept::Removed(bytes),
+            false => Swept::Rewritten(bytes, kept_bytes),
+        };
+        if dry {
+            return Ok(swept);
+        }
+        if !keep.is_empty() {
+            self.write_anew(id, &keep, tmp, level)?;
+        }
+        fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        self.open.lock().retain(|(known, _)| *known != id);
+        sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
+        Ok(swept)
+    }
+
+    fn write_anew(
+        &self,
+        id: PackId,
+        keep: &[(Object, Slot)],
+        tmp: &std::path::Path,
+        level: i32,
+    ) -> Result<()> {
+        let mut writer = PackWriter::create(tmp)?;
+        for (object, slot) in keep {
+            let place = Place::Packed {
+                pack: id,
+                offset: slot.offset,
+                stored: slot.stored,
+            };
+            let Content::Bytes(content) = self.read_from(object, place, true)? else {
+                continue;
+            };
+            let encoded = Encoded::new(*object, content.to_vec(), level);
+            let path = self.pack_path(id);
+            writer.append(&encoded.map_err(io_error("compress an object of", &path))?)?;
+        }
+        self.publish(Some(writer.seal()?), Vec::new())
+    }
+
+    /// Removes the files of one directory that nobody needs; what a caller is told of is gone, or would be.
+    pub(in crate::store) fn sweep_files(
+        &self,
+        dir: &str,
+        live: &Live,
+        dry: bool,
+        told: &mut dyn FnMut(PathBuf, u64),
+    ) -> Result<()> {
+        let dir = self.files.join(dir);
+        let mut dead: Vec<ObjectName> = names(&dir)?
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .filter(|name| !live.contains(name))
+            .collect();
+        {
+            let mut places = self.places.write();
+            let relied = self.relied.lock();
+            dead.retain(|name| !relied.names.contains(name));
+            if !dry && let Some(places) = &mut *places {
+                for name in &dead {
+                    if places.get(name) == Some(&Place::File) {
+                        places.remove(name);
+                    }
+                }
+            }
+        }
+        for name in &dead {
+            let path = self.path_of(name);
+            let metadata = fs::metadata(&path).map_err(io_error("look at", &path))?;
+            if !dry {
+                fs::remove_file(&path).map_err(io_error("remove", &path))?;
+            }
+            told(path, metadata.len());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! Verification: whether everything that was stored is what it was.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use super::error::{Error, Result};
+use super::format::tables::Object;
+use super::format::{LayerName, ObjectName};
+use super::ingest::Observer;
+use super::ingest::recipe;
+use super::layer::index::LayerIndex;
+use super::layers::Layers;
+
+/// Something that is not what it was.
+#[derive(Debug)]
+pub struct Fault {
+    /// The layer that needs it.
+    pub layer: LayerName,
+    /// The path in the layer, if it is a content; escaped.
+    pub path: Option<String>,
+    /// What is wrong.
+    pub error: Error,
+}
+
+/// Whoever wants to know what a verification finds.
+pub trait Told: Observer {
+    /// Something is not sound.
+    fn fault(&self, fault: Fault);
+    /// So many layers of all, contents and their bytes were looked at. Told after each layer, and at the end.
+    fn sum(&self, layers: u64, total: u64, objects: u64, bytes: u64);
+}
+
+/// What was looked at.
+#[derive(Default)]
+struct Sum {
+    objects: u64,
+    bytes: u64,
+    /// An object of several layers is read once, and its damage told for each.
+    known: HashMap<ObjectName, Option<String>>,
+}
+
+impl Layers {
+    /// Reads the index and the recipe of every layer and looks for all contents; with `deep`, reads each of these and
+    /// compares it with its name. Layers that are removed meanwhile are passed over. Ends early when `told` wants that.
+    pub fn verify(&self, deep: bool, told: &dyn Told) {
+        let layers = self.list();
+        let total = layers.len() as u64;
+        let mut sum = Sum::default();
+        told.sum(0, total, 0, 0);
+        for (done, (layer, _)) in (1..).zip(layers) {
+            let faults = self.verify_layer(layer, deep, told, &mut sum);
+            if told.cancelled() {
+                return;
+            }
+            // Removed meanwhile, it has nothing to be sound.
+            if self.get(layer).is_some() {
+                for (path, error) in faults {
+                    told.fault(Fault { layer, path, error });
+                }
+            }
+            told.sum(done, total, sum.objects, sum.bytes);
+        }
+    }
+
+    fn verify_layer(
+        &self,
+        layer: LayerName,
+        deep: bool,
+        told: &dyn Told,
+        sum: &mut Sum,
+    ) -> Vec<(Option<String>, Error)> {
+        let index = LayerIndex::open(&self.index_path(layer), layer)
+            .and_then(|index| index.verify().map(|()| index));
+        let index = match index {
+            Ok(index) => index,
+            Err(error) => return vec![(None, error)],
+        };
+        let mut faults = Vec::new();
+        if index.diff_id().is_some() {
+            let path = self.recipe_path(layer);
+            let recipe = recipe::Reader::open(&path).and_then(recipe::Reader::verify);
+            faults.extend(recipe.err().map(|error| (None, error)));
+        }
+        let bad = self.bad_objects(&index, deep, told, sum);
+        let mut paths = paths_of(&index, &bad);
+        let bad = bad
+            .into_iter()
+            .map(|(number, problem)| (paths.remove(&number), Error::Content { problem }));
+        faults.extend(bad);
+        faults
+    }
+
+    /// The objects of a layer that are not sound, by their numbers.
+    fn bad_objects(
+        &self,
+        index: &LayerIndex,
+        deep: bool,
+        told: &dyn Told,
+        sum: &mut Sum,
+    ) -> Vec<(u32, String)> {
+        let mut bad = Vec::new();
+        for number in 0..index.object_count() {
+            if told.cancelled() {
+                break;
+            }
+            let object = match index.object(number) {
+                Ok(object) => object,
+                Err(error) => {
+                    bad.push((number, error.to_string()));
+                    continue;
+                }
+            };
+            let problem = match sum.known.get(&object.name) {
+                Some(known) => known.clone(),
+                None => {
+                    sum.objects += 1;
+                    sum.bytes += if deep { object.size } else { 0 };
+                    let checked = self.check_object(&object, deep);
+                    let problem = checked.err().map(|error| error.to_string());
+                    sum.known.insert(object.name, problem.clone());
+                    problem
+                }
+            };
+            bad.extend(problem.map(|problem| (number, problem)));
+        }
+        bad
+    }
+
+    fn check_object(&self, object: &Object, deep: bool) -> Result<()> {
+        let objects = self.objects();
+        let place = objects.find(&object.name)?;
+        if deep {
+            objects.read(object, place, true).map(drop)
+        } else if place.is_some() {
+            Ok(())
+        } else {
+            Err(Error::NoObject {
+                object: object.name.to_string(),
+            })
+        }
+    }
+}
+
+/// A path for each of the objects.
+fn paths_of(index: &LayerIndex, bad: &[(u32, String)]) -> HashMap<u32, String> {
+    let wanted: HashSet<u32> = bad.iter().map(|(number, _)| *number).collect();
+    let mut paths = HashMap::new();
+    if wanted.is_empty() {
+        return paths;
+    }
+    for number in 0..index.len() {
+        let found = index.entry(number).and_then(|entry| {
+            let extents = match entry.inode.kind() == libc::S_IFREG {
+                true => index.extents(&entry.inode)?,
+                false => Vec::new(),
+            };
+            Ok((entry.path, extents))
+        });
+        // What cannot be read here was told when the index was verified.
+        let Ok((path, extents)) = found else { continue };
+        for extent in extents {
+            if wanted.contains(&extent.object)
+                && !paths.contains_key(&extent.object)
+                && let Ok(path) = index.path(path)
+            {
+                let path = path.join(&b'/').escape_ascii().to_string();
+                paths.insert(
+                    extent.object,
+                    Path::new("/").join(path).display().to_string(),
+                );
+            }
+        }
+    }
+    paths
+}
