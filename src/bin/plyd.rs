@@ -170,6 +170,8 @@ fn run(checked: Checked) -> Result<(), Failure> {
     let state = absolute(&state)?;
 
     let _lock = store::lock_root(&root)?;
+    // Whoever has the mounts below it would take those of another for left-overs.
+    let _state_lock = store::lock_root(&state)?;
     let listener = server::listen(&socket)?;
     let snapshotter = Arc::new(Snapshotter::open(
         &root,

@@ -41,15 +41,21 @@ enum Command {
     #[command(subcommand)]
     Image(image::Command),
     /// Run a command in a new container
-    #[command(after_help = "Examples:
+    #[command(
+        override_usage = "snapctl run [OPTIONS] IMAGE [COMMAND]...",
+        after_help = "Examples:
   snapctl run --rm busybox:latest echo hello
   snapctl run --rm -it busybox:latest sh
   snapctl run -d --name web --network host -v ./site:/www:ro busybox:latest httpd -f -h /www
-  tar c . | snapctl run --rm -i busybox:latest tar t")]
+  tar c . | snapctl run --rm -i busybox:latest tar t"
+    )]
     Run(run::RunArgs),
     /// Make a container without starting it
-    #[command(after_help = "Examples:
-  snapctl start $(snapctl create --name job busybox:latest true)")]
+    #[command(
+        override_usage = "snapctl create [OPTIONS] IMAGE [COMMAND]...",
+        after_help = "Examples:
+  snapctl start $(snapctl create --name job busybox:latest true)"
+    )]
     Create(run::ContainerArgs),
     /// Start containers that were made
     #[command(after_help = "Examples:
@@ -86,9 +92,12 @@ enum Command {
   snapctl logs -f --tail 10 web")]
     Logs(container::LogsArgs),
     /// Run one more command in a running container
-    #[command(after_help = "Examples:
+    #[command(
+        override_usage = "snapctl exec [OPTIONS] CONTAINER COMMAND...",
+        after_help = "Examples:
   snapctl exec web ps
-  snapctl exec -it web sh")]
+  snapctl exec -it web sh"
+    )]
     Exec(exec::ExecArgs),
     /// Look at snapshots, make and remove them
     #[command(subcommand)]

@@ -31,27 +31,22 @@ pub struct ExecArgs {
     /// User, instead of the container's
     #[arg(short, long, value_name = "USER[:GROUP]", value_parser = utf8(), default_value = "", hide_default_value = true)]
     user: String,
-    /// Name, id, or a prefix of an id
-    #[arg(value_parser = utf8())]
-    container: String,
-    /// Command and arguments
-    #[arg(
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "COMMAND",
-        value_parser = utf8()
-    )]
-    command: Vec<String>,
+    // As for `run`.
+    /// The container (name, id, or a prefix of an id), then command and arguments
+    #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_name = "CONTAINER AND COMMAND", value_parser = utf8())]
+    words: Vec<String>,
 }
 
 /// Runs `snapctl exec`; the exit code is the process's.
 pub async fn run(args: ExecArgs, client: &Client) -> Result<ExitCode> {
     let mut signals = Signals::catch()?;
     let (stdin, tty) = (args.interactive, args.tty);
+    let mut words = args.words.into_iter();
+    // The parser demands two.
+    let id = words.next().unwrap_or_default();
     let start = ExecStart {
-        id: args.container,
-        args: args.command,
+        id,
+        args: words.collect(),
         env: env_list(&args.env),
         working_dir: args.workdir,
         user: args.user,

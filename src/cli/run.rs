@@ -56,17 +56,11 @@ pub struct ContainerArgs {
     /// Network: the host's, or none but a loopback interface
     #[arg(long, value_parser = ["host", "none"], default_value = "none")]
     network: String,
-    /// The image: a name, a digest, or a prefix of an id
-    #[arg(value_parser = utf8())]
-    image: String,
-    /// Command and arguments, instead of the image's Cmd
-    #[arg(
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "COMMAND",
-        value_parser = utf8()
-    )]
-    command: Vec<String>,
+    // One argument for both: only after the first value of such a one is every word a value, as is right
+    // for all that follows the image.
+    /// The image (a name, a digest, or a prefix of an id), then command and arguments instead of its Cmd
+    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE AND COMMAND", value_parser = utf8())]
+    words: Vec<String>,
 }
 
 /// Arguments of `run`.
@@ -82,10 +76,13 @@ pub struct RunArgs {
 impl ContainerArgs {
     fn into_request(self) -> CreateContainerRequest {
         let set_entrypoint = self.entrypoint.is_some();
+        let mut words = self.words.into_iter();
+        // The parser demands one.
+        let image = words.next().unwrap_or_default();
         CreateContainerRequest {
-            image: self.image,
+            image,
             name: self.name,
-            args: self.command,
+            args: words.collect(),
             entrypoint: self
                 .entrypoint
                 .into_iter()

@@ -1,4 +1,4 @@
-//! One process for each root.
+//! One process for each root, and for each state directory.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -21,7 +21,7 @@ pub struct RootLock {
 pub enum LockError {
     /// Another process has it.
     #[error(
-        "{root} is in use by another plyd (process {pid}); end that one, or use another `--root`"
+        "{root} is in use by another plyd (process {pid}); end that one, or give this one another `--root` and `--state`"
     )]
     InUse {
         /// The root.
@@ -39,7 +39,7 @@ pub enum LockError {
     },
 }
 
-/// Locks `root`, making it (mode 0700) if it is missing.
+/// Locks `root`, or a state directory, making it (mode 0700) if it is missing.
 pub fn lock_root(root: &Path) -> Result<RootLock, LockError> {
     let io_error = |source| LockError::Io {
         root: root.to_owned(),

@@ -214,6 +214,15 @@ pub(super) struct SealedPack {
     pub(super) objects: Vec<(Object, Slot)>,
 }
 
+/// Whether a sound pack has no features that forbid who does not know them to write it anew.
+pub(super) fn may_be_rewritten(path: &Path) -> Result<bool> {
+    let mut header = [0; HEADER];
+    let file = File::open(path).map_err(io_error("open", path))?;
+    let read = file.read_exact_at(&mut header, 0);
+    read.map_err(io_error("read", path))?;
+    Ok(Record(&header).u64(24) == 0)
+}
+
 /// The objects of a pack, by its table or else by what is in it.
 pub(super) fn objects_of(path: &Path, id: PackId) -> Result<Vec<(Object, Slot)>> {
     let file = File::open(path).map_err(io_error("open", path))?;

@@ -286,3 +286,21 @@ fn writes_stay_in_their_own_container() {
         "{diff}"
     );
 }
+
+#[test]
+fn all_words_after_the_image_belong_to_its_command() {
+    let plyd = plyd();
+    let words = ["--name", "foo", "-d", "--rm", "--help", "--address", "x"];
+    let mut run = vec!["run", "--rm", "--entrypoint", "echo", BUSYBOX];
+    run.extend(words);
+    assert_eq!(plyd.ok(run), "--name foo -d --rm --help --address x\n");
+    assert_eq!(plyd.ok(["ps", "-aq"]), "");
+    plyd.ok(["run", "-d", "--name", "long", BUSYBOX, "sleep", "1000"]);
+    assert_eq!(
+        plyd.ok(["exec", "long", "echo", "-i", "--user"]),
+        "-i --user\n"
+    );
+    let unknown = plyd.snapctl(["run", "--nope", BUSYBOX]);
+    assert_eq!(unknown.code, 125);
+    assert!(unknown.stderr.contains("'--nope'"), "{}", unknown.stderr);
+}

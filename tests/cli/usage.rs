@@ -202,3 +202,26 @@ fn system_info_tells_of_plyd_and_the_host() {
         assert!(text.contains(word), "{text}");
     }
 }
+
+#[test]
+fn a_second_plyd_is_kept_off_the_root_and_off_the_state_directory() {
+    let plyd = Plyd::start();
+    let other = plyd.dir().join("other");
+    let address = format!("unix://{}", plyd.dir().join("other.sock").display());
+    for (root, state, taken) in [
+        (&plyd.root(), &other, &plyd.root()),
+        (&other, &plyd.state(), &plyd.state()),
+    ] {
+        let second = Command::new(env!("CARGO_BIN_EXE_plyd"))
+            .args(["--address", &address, "--root"])
+            .arg(root)
+            .arg("--state")
+            .arg(state)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(second.stderr).unwrap();
+        assert_eq!(second.status.code(), Some(1), "{said}");
+        let words = format!("{} is in use by another plyd", taken.display());
+        assert!(said.contains(&words), "{said}");
+    }
+}

@@ -170,6 +170,24 @@ fn of_a_pack_that_is_there_twice_after_a_crash_one_goes() {
 }
 
 #[test]
+fn a_pack_with_unknown_features_is_not_written_anew() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let large = import(&layers, &["a", "b", "c", "kept"]);
+    import(&layers, &["kept"]);
+    layers.remove(large).unwrap();
+    let pack = files(&tmp.path().join("packs")).remove(0);
+    let mut bytes = fs::read(&pack).unwrap();
+    // A read-only compatible one.
+    bytes[24] = 1;
+    let sum = crate::store::format::short_sum(&bytes[..56]);
+    bytes[56..64].copy_from_slice(&sum);
+    fs::write(&pack, bytes).unwrap();
+    assert_eq!(collect(&layers), []);
+    assert_sound(&layers);
+}
+
+#[test]
 fn without_an_index_no_object_is_removed() {
     let tmp = tempfile::tempdir().unwrap();
     let layers = open(tmp.path());

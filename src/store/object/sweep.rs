@@ -150,6 +150,7 @@ impl Objects {
     ) -> Result<Swept> {
         let path = self.pack_path(id);
         let objects = pack::objects_of(&path, id)?;
+        let rewritable = pack::may_be_rewritten(&path)?;
         let metadata = fs::metadata(&path).map_err(io_error("look at", &path))?;
         let bytes = metadata.len();
         let (keep, kept_bytes) = {
@@ -168,7 +169,8 @@ impl Objects {
                 .iter()
                 .map(|(_, slot)| u64::from(slot.stored))
                 .sum::<u64>();
-            if drop.is_empty() || (!keep.is_empty() && kept_bytes * 100 >= bytes * least) {
+            let worth_it = rewritable && kept_bytes * 100 < bytes * least;
+            if drop.is_empty() || (!keep.is_empty() && !worth_it) {
                 return Ok(Swept::Kept);
             }
             if !dry && let Some(places) = &mut *places {
