@@ -170,8 +170,10 @@ fn run(checked: Checked) -> Result<(), Failure> {
     let state = absolute(&state)?;
 
     let _lock = store::lock_root(&root)?;
-    // Whoever has the mounts below it would take those of another for left-overs.
-    let _state_lock = store::lock_root(&state)?;
+    // Whoever has the mounts below it would take those of another for left-overs. It may be the root itself.
+    let one = std::fs::canonicalize(&state)
+        .is_ok_and(|state| std::fs::canonicalize(&root).is_ok_and(|root| root == state));
+    let _state_lock = (!one).then(|| store::lock_root(&state)).transpose()?;
     let listener = server::listen(&socket)?;
     let snapshotter = Arc::new(Snapshotter::open(
         &root,

@@ -252,9 +252,13 @@ mod tests {
 
     #[test]
     fn options_after_the_image_belong_to_the_command() {
-        let cli = parse("snapctl run --rm busybox ls -l --rm");
+        let cli = parse("snapctl run --rm busybox --name ls -l --rm");
         let text = format!("{:?}", cli.command);
-        assert!(text.contains(r#"command: ["ls", "-l", "--rm"]"#), "{text}");
+        let words = r#"words: ["busybox", "--name", "ls", "-l", "--rm"]"#;
+        assert!(
+            text.contains(words) && text.contains("name: \"\""),
+            "{text}"
+        );
     }
 
     #[test]

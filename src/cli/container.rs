@@ -151,7 +151,12 @@ struct InspectView {
 /// The status in words, for people.
 fn state(container: &Container) -> String {
     match container.status() {
-        ContainerStatus::Created => "created".to_owned(),
+        // What went wrong is in `inspect`.
+        ContainerStatus::Created if container.error.is_empty() => "created".to_owned(),
+        ContainerStatus::Created => "created, its start failed".to_owned(),
+        ContainerStatus::Running if !container.error.is_empty() => {
+            "running, but its root has failed".to_owned()
+        }
         ContainerStatus::Running => format!("running, started {}", age(container.started.as_ref())),
         ContainerStatus::Stopped => format!(
             "exited ({}){} {}",

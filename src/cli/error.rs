@@ -139,6 +139,10 @@ fn status_message(status: &Status) -> String {
         Code::Unavailable => "the connection to plyd broke; its log says why",
         Code::Cancelled => "the call was cancelled",
         Code::DeadlineExceeded => "plyd took too long to answer",
+        // What HTTP/2 has to say of a plyd that was killed.
+        _ if message.starts_with("h2 protocol error") => {
+            return "the connection to plyd broke: it has ended, or its log says why; containers go on without it, and when plyd runs again `snapctl logs` and `snapctl wait` tell of them".to_owned();
+        }
         // plyd's own words say what happened and what to do.
         _ if !message.is_empty() => return message.to_owned(),
         code => return format!("plyd failed without a reason ({code})"),

@@ -413,6 +413,7 @@ fn code(error: &Error) -> Code {
         Error::Running { .. }
         | Error::RemoveRunning { .. }
         | Error::NotRunning { .. }
+        | Error::RootIsGone { .. }
         | Error::Start { .. }
         | Error::Exec { .. }
         | Error::Oci(_)

@@ -153,6 +153,14 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
     ) -> Result<Response<api::RemoveResponse>, Status> {
         let key = request.into_inner().key;
         self.with(move |snapshotter| {
+            if let Ok(places) = snapshotter.mounted_at(OWNER, &key)
+                && let Some(place) = places.first()
+            {
+                let place = place.display();
+                return Err(Status::failed_precondition(format!(
+                    "the snapshot {key:?} is mounted at {place}; take it away first: `snapctl umount {place}`"
+                )));
+            }
             match snapshotter.remove(OWNER, &key) {
                 Err(crate::snapshotter::Error::NotFound { .. }) => {
                     // It may be there and belong to someone who needs it.

@@ -1,6 +1,7 @@
 //! Questions about snapshots.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 
 use super::Snapshotter;
 use super::catalog::Found;
@@ -8,6 +9,11 @@ use super::types::*;
 use crate::store::LayerName;
 
 impl Snapshotter {
+    /// Where the snapshot's mount is to be seen beside its own place.
+    pub fn mounted_at(&self, owner: Owner, key: &str) -> Result<Vec<PathBuf>> {
+        self.mounts.places(&self.catalog.resolve(owner, key)?.id)
+    }
+
     /// Keys of the snapshots whose content a packed layer is.
     pub fn keys_of_layer(&self, layer: LayerName) -> Result<Vec<String>> {
         let all = self.catalog.all()?.into_iter();

@@ -28,6 +28,10 @@ fn a_snapshot_from_prepare_to_removal() {
     plyd.ok(["mount", "work", dir]);
     fs::create_dir(mnt.join("etc")).unwrap();
     fs::write(mnt.join("etc/hosts"), "localhost\n").unwrap();
+    let refused = plyd.snapctl(["snapshot", "rm", "work"]);
+    assert_eq!(refused.code, 1);
+    let cure = format!("snapctl umount {dir}");
+    assert!(refused.stderr.contains(&cure), "{}", refused.stderr);
     plyd.ok(["umount", dir]);
     assert_eq!(fs::read_dir(&mnt).unwrap().count(), 0);
 

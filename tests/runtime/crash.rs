@@ -510,7 +510,18 @@ fn a_root_that_fails_is_said_and_can_be_removed() {
             .as_str()
             .is_some_and(|error| error.contains("plyfs"))
     });
-    assert_ne!(plyd.snapctl(["exec", "job", "ls", "/"]).code, 0);
+    let exec = plyd.snapctl(["exec", "job", "ls", "/"]);
+    assert_eq!(exec.code, 125);
+    assert!(
+        exec.stderr.contains("the plyfs that served its root"),
+        "{}",
+        exec.stderr
+    );
+    let listed = plyd.ok(["ps"]);
+    assert!(
+        listed.contains("running, but its root has failed"),
+        "{listed}"
+    );
     plyd.ok(["rm", "-f", "job"]);
     assert_clean(&plyd);
 }

@@ -5,6 +5,10 @@ use tokio::sync::{Mutex, watch};
 use super::{ContainerRecord, Roots};
 use crate::runtime::state::{RunState, Status};
 
+/// What is said of a container whose mount has failed under it.
+pub(super) const ROOT_IS_GONE: &str =
+    "the plyfs that served its root has ended: every access to its files fails";
+
 /// A container, for whoever asks.
 #[derive(Clone, Debug)]
 pub struct Container {
@@ -111,9 +115,7 @@ impl Entry {
     pub(super) fn look(&self, roots: &dyn Roots) -> Container {
         let mut state = self.state();
         if state.status == Status::Running && !roots.is_served(&self.id).unwrap_or(false) {
-            state.error = "the plyfs that served its root has ended: every access to its files \
-                           fails; stop it and start it again"
-                .to_owned();
+            state.error = format!("{ROOT_IS_GONE}; stop it and start it again");
         }
         Container {
             id: self.id.clone(),

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::entry::ROOT_IS_GONE;
 use crate::runtime::{client, oci};
 use crate::snapshotter;
 use crate::store::record;
@@ -53,6 +54,14 @@ pub enum Error {
     /// It does not run.
     #[error("the container {name} does not run; start it first")]
     NotRunning {
+        /// Its name.
+        name: String,
+    },
+    /// Its mount has failed under it.
+    #[error(
+        "cannot execute in the container {name}, for {ROOT_IS_GONE}; stop it and start it again"
+    )]
+    RootIsGone {
         /// Its name.
         name: String,
     },

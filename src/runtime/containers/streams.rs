@@ -168,6 +168,11 @@ impl Containers {
             let name = entry.record.name.clone();
             return Err(Error::NotRunning { name });
         }
+        let (roots, id) = (Arc::clone(&self.0.roots), entry.id.clone());
+        if !blocking(move || Ok(roots.is_served(&id).unwrap_or(false))).await? {
+            let name = entry.record.name.clone();
+            return Err(Error::RootIsGone { name });
+        }
         let process = self.exec_process(&entry, &request).await?;
         let (tty, stdin) = (request.tty, request.stdin);
         let message = Request::Exec {

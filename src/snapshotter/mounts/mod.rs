@@ -20,6 +20,7 @@
 //! A plyfs is in a session of its own and is left running when plyd ends. What is below the state
 //! directory tells the next plyd whom to ask; whoever does not answer is cleared away.
 
+mod copies;
 mod process;
 mod seal;
 
@@ -34,6 +35,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use copies::copies;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::MntFlags;
@@ -376,7 +378,7 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
-        if self.copies(&live)? > 0 {
+        if !copies(&live.point.path, live.connection)?.is_empty() {
             tracing::warn!(id, "ending a mount that is still in use");
             live.abort();
         }
@@ -391,14 +393,6 @@ impl Mounts {
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
             Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path)),
         }
-    }
-
-    /// In how many other places a mount that is still at its own is to be seen.
-    fn copies(&self, live: &Live) -> Result<usize> {
-        let path = &live.point.path;
-        let table = mountinfo::read().map_err(io_error("look for copies of", path))?;
-        let is_it = |entry: &&MountEntry| connection(entry) == Some(live.connection);
-        Ok(table.iter().filter(is_it).count().saturating_sub(1))
     }
 
     /// Takes away whatever is at the place of a mount that nobody serves.

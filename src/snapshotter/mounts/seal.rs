@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::mount::MsFlags;
 
 use super::super::types::Result;
-use super::{Live, Mounts};
+use super::{Live, Mounts, copies};
 
 /// How long a plyfs may take to leave its upper alone: whoever does not is ended, and what still reads there with it.
 const SEALING: Duration = Duration::from_secs(60);
@@ -27,7 +27,9 @@ impl Mounts {
             tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
             live.abort();
         }
-        let goes_on = sealed.is_ok() && self.copies(&live)? > 0 && live.seal(id);
+        let goes_on = sealed.is_ok()
+            && !copies(&live.point.path, live.connection)?.is_empty()
+            && live.seal(id);
         self.take_away(&live)?;
         if goes_on {
             tracing::debug!(
