@@ -75,6 +75,21 @@ impl Snapshotter {
         };
         let union = Union::open(self.union_of(found)?).map_err(|error| failed(&error))?;
         union.settle_links().map_err(|error| failed(&error))?;
-        union.complete().map_err(|error| failed(&error))
+        union.complete().map_err(|error| failed(&error))?;
+        drop(union);
+        self.clear_link_index(found)
+    }
+
+    /// Removes the index, which counts as a link of every file in it: whoever sees a committed layer sees link counts
+    /// that stay. All that it said is in the upper now, so an active snapshot that is not committed after all loses
+    /// nothing.
+    fn clear_link_index(&self, found: &Found) -> Result<()> {
+        let index = self.data.join(&found.id).join("work/index");
+        match fs::remove_dir_all(&index) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &index)(error))
+            }
+            _ => Ok(()),
+        }
     }
 }

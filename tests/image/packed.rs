@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -203,6 +203,17 @@ fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree(
     let info = plyd.json(["snapshot", "info", "done", "--json"]);
     assert_eq!(info["layer_dirs"].as_array().unwrap().len(), 1);
     assert_eq!(info["packed_layers"].as_array().unwrap().len(), 2);
+    let lines = plyd.ok(["snapshot", "info", "done"]);
+    let name = info["packed_layers"][0].as_str().unwrap();
+    assert!(
+        lines.contains(&format!("\npacked layer {name}\n")),
+        "{lines}"
+    );
+    // Its link counts are final as soon as it is there: the work directory's index was one link more for a moment.
+    let layer = Path::new(info["layer_dirs"][0].as_str().unwrap());
+    for name in ["one", "two", "moved/three"] {
+        assert_eq!(fs::metadata(layer.join(name)).unwrap().nlink(), 3, "{name}");
+    }
     plyd.ok(["snapshot", "view", "again", "done"]);
     plyd.ok(["mount", "again", dir]);
     assert_eq!(seen(&mnt), active);

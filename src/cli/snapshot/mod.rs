@@ -177,7 +177,7 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
     let mut lines = Vec::new();
     let mut line = |key: &str, value: &str| {
         if !value.is_empty() {
-            lines.push(printable(&format!("{key:<12}{value}")));
+            lines.push(printable(&format!("{key:<12} {value}")));
         }
     };
     let or_empty = |text: &Option<String>| text.clone().unwrap_or_default();
