@@ -18,12 +18,12 @@ const USAGE: u8 = 2;
 ///
 /// Exits with 0 when the mount answers, 1 when it could not be made, 2 when the command line is wrong.
 #[derive(Parser)]
-#[command(name = "plyfs", version)]
+#[command(name = "plyfs", version, after_long_help = options::help::text())]
 struct Arguments {
     /// Where to mount; before it there may be a source as mount(8) gives it, which is shown in the mount table.
     #[arg(value_name = "[SOURCE] MOUNTPOINT", num_args = 0..=2, required_unless_present = "probe")]
     places: Vec<OsString>,
-    /// lowerdir=A:B:C (A on top), lowerdir_file=PATH, upperdir=U, workdir=W and others, separated by commas.
+    /// lowerdir=A:B:C (A on top), upperdir=U, workdir=W and others, separated by commas; --help lists all.
     #[arg(short = 'o', value_name = "OPTIONS")]
     options: Vec<OsString>,
     /// Stay in the foreground.

@@ -393,7 +393,8 @@ fn serve_mount(
         })
         .map_err(DaemonError::Session)?;
     mount.set_read_ahead();
-    tracing::info!(mountpoint = %invocation.mountpoint.display(), ?policy, "serving");
+    tracing::info!(mountpoint = %invocation.mountpoint.display(), "serving");
+    tracing::debug!(?policy, "how the kernel is served");
     ready().map_err(DaemonError::Background)?;
     match end.recv() {
         Ok(End::Signal(signal)) => {

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 mod copying;
+pub mod help;
 mod table;
 
 use table::{Action, TABLE};
