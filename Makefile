@@ -24,6 +24,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 run: ## build Plywood and run a container on it, from nothing to an exit code; IMAGE=archive.tar runs your image
+	@test -z "$(IMAGE)" || test -r "$(IMAGE)" || { echo "cannot read IMAGE=$(IMAGE); give the path of an image archive, or leave it out" >&2; exit 1; }
 	@contrib/install-packages $(BUILD_PACKAGES) runc busybox-static procps
 	@$(STATIC)
 	@$(SUDO) env IMAGE="$(IMAGE)" contrib/demo $(RELEASE)
