@@ -8,7 +8,11 @@ use plywood::runtime::lookup::{self, Question};
 use plywood::runtime::shim::{self, Config};
 
 #[derive(Parser)]
-#[command(version, about = "Owns one container's process; started by plyd")]
+#[command(
+    name = "plyshim",
+    version,
+    about = "Owns one container's process; started by plyd"
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,

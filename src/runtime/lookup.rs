@@ -56,7 +56,7 @@ pub enum Error {
     #[error(transparent)]
     User(#[from] user::Error),
     /// The working directory.
-    #[error("the working directory {path:?} cannot be used: {source}")]
+    #[error("the working directory {path:?} cannot be used: {}", why(.source))]
     WorkingDir {
         /// The directory.
         path: String,
@@ -72,7 +72,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A volume's target.
-    #[error("the volume's target {path:?} cannot be used: {source}")]
+    #[error("the volume's target {path:?} cannot be used: {}", why(.source))]
     Target {
         /// In the container.
         path: String,
@@ -100,6 +100,17 @@ pub enum Error {
     /// The root cannot be covered.
     #[error("a volume cannot have the container's root as its target")]
     Root,
+}
+
+/// What is wrong with a path inside the root, which the sentence has named already.
+fn why(error: &inroot::Error) -> String {
+    match error {
+        inroot::Error::Io { source, .. } if source.kind() == io::ErrorKind::NotADirectory => {
+            "it, or a part of it, is not a directory in the container".to_owned()
+        }
+        inroot::Error::Io { source, .. } => source.to_string(),
+        other => other.to_string(),
+    }
 }
 
 /// Answers the question.

@@ -11,6 +11,8 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::sys::spawn;
+
 /// Names to look for, the more widely proven first.
 const NAMES: [&str; 2] = ["runc", "crun"];
 /// Where distributions put them, should PATH not say so.
@@ -49,12 +51,24 @@ pub enum Error {
     )]
     Missing,
     /// The configured one is not a program.
-    #[error("the OCI runtime {path} cannot be executed: {source}; check --oci-runtime")]
+    #[error(
+        "the OCI runtime {path} cannot be executed: {source}; name runc or crun with --oci-runtime, or leave that out: the first that works is used then"
+    )]
     NotExecutable {
         /// The program.
         path: PathBuf,
         /// What the host said.
         source: io::Error,
+    },
+    /// The configured one refuses this host, or is none.
+    #[error(
+        "the OCI runtime {path} does not work on this host, it says: {problem}; name another one with --oci-runtime, or leave that out: the first of runc and crun that works is used then"
+    )]
+    Useless {
+        /// The program.
+        path: PathBuf,
+        /// What it said.
+        problem: String,
     },
     /// All that are installed refuse this host.
     #[error("no OCI runtime works on this host: {}; install another one, or name it with --oci-runtime", .problems.join("; "))]
@@ -77,22 +91,15 @@ impl OciRuntime {
     /// only candidate if it is given.
     pub fn find(configured: Option<&Path>, scratch: &Path) -> Result<Self, Error> {
         let candidates = match configured {
-            Some(path) if path.components().count() == 1 => on_path(&path.to_string_lossy()),
-            Some(path) => vec![path.to_owned()],
+            Some(path) => vec![named(path)?],
             None => NAMES.iter().flat_map(|name| on_path(name)).collect(),
         };
-        if let (Some(path), []) = (configured, &candidates[..]) {
-            return Err(Error::NotExecutable {
-                path: path.to_owned(),
-                source: io::ErrorKind::NotFound.into(),
-            });
-        }
         if candidates.is_empty() {
             return Err(Error::Missing);
         }
         let mut problems = Vec::new();
         for path in candidates {
-            let version = match version(&path) {
+            let version = match spawn::version(&path) {
                 Ok(version) => version,
                 Err(source) if configured.is_some() => {
                     return Err(Error::NotExecutable { path, source });
@@ -104,11 +111,39 @@ impl OciRuntime {
             };
             match trial(&path, scratch)? {
                 None => return Ok(Self { path, version }),
+                Some(problem) if configured.is_some() => {
+                    return Err(Error::Useless { path, problem });
+                }
                 Some(problem) => problems.push(format!("{} says: {problem}", path.display())),
             }
         }
         Err(Error::Refused { problems })
     }
+
+    /// Whether the program that is configured is there and answers. Whether it works on this host is for
+    /// [`find`](Self::find) to try.
+    pub fn check(configured: &Path) -> Result<(), Error> {
+        let path = named(configured)?;
+        match spawn::version(&path) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(Error::NotExecutable { path, source }),
+        }
+    }
+}
+
+/// The program of that name or path.
+fn named(configured: &Path) -> Result<PathBuf, Error> {
+    let fail = |source| Error::NotExecutable {
+        path: configured.to_owned(),
+        source,
+    };
+    if configured.components().count() > 1 || configured.is_absolute() {
+        // Shims run elsewhere.
+        return std::path::absolute(configured).map_err(fail);
+    }
+    let found = on_path(&configured.to_string_lossy());
+    let none = || io::Error::new(io::ErrorKind::NotFound, "there is none on PATH");
+    found.into_iter().next().ok_or_else(|| fail(none()))
 }
 
 /// The runtime's command line up to the subcommand; its errors go to `log` as JSON lines.
@@ -133,7 +168,28 @@ pub fn failure(log: &str, stderr: &str) -> (i32, String) {
             line.map(str::to_owned)
         })
         .unwrap_or_else(|| "the OCI runtime failed without saying why".to_owned());
-    (classify(&message), message)
+    match about_working_dir(&message) {
+        Some(message) => (CANNOT_EXECUTE, message),
+        None => (classify(&message), message),
+    }
+}
+
+/// What runc (`chdir to cwd ("/x") set in config.json failed: R`) and crun (``chdir to `/x`: R``, some
+/// releases without the path) say of a working directory that cannot be entered, in terms of the container.
+fn about_working_dir(message: &str) -> Option<String> {
+    let (_, rest) = message.split_once("chdir")?;
+    let (_, reason) = rest.rsplit_once(": ")?;
+    let quoted = rest.trim_start_matches(" to").trim_start_matches(" cwd");
+    let quoted = quoted.trim_start_matches([' ', '(', '"', '`', '\'']);
+    let path = match quoted.find(['"', '`', '\'']) {
+        Some(end) if quoted.starts_with('/') => format!(" {:?}", &quoted[..end]),
+        _ if quoted.starts_with(": ") => String::new(),
+        // Of another directory.
+        _ => return None,
+    };
+    Some(format!(
+        "the working directory{path} cannot be used in the container: {reason}"
+    ))
 }
 
 fn classify(message: &str) -> i32 {
@@ -175,18 +231,6 @@ fn on_path(name: &str) -> Vec<PathBuf> {
         }
     }
     found
-}
-
-fn version(path: &Path) -> io::Result<String> {
-    let output = Command::new(path)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    match text.lines().next() {
-        Some(line) if output.status.success() => Ok(line.trim().to_owned()),
-        _ => Err(io::Error::other("it does not answer --version")),
-    }
 }
 
 /// Creates a container that must fail at its missing program. Answers what else it failed at.
@@ -250,17 +294,22 @@ fn run_trial(program: &Path, dir: &Path, id: &str) -> io::Result<Option<String>>
         .output()?;
     let said = fs::read_to_string(&log).unwrap_or_default();
     // crun looks for the program only when the container is started.
-    let (said, stderr) = if create.status.success() {
+    let (said, stderr, failed) = if create.status.success() {
         fs::write(&log, "")?;
         let start = command(program, &root, &log).args(["start", id]).output()?;
-        (fs::read_to_string(&log).unwrap_or_default(), start.stderr)
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        (said, start.stderr, !start.status.success())
     } else {
-        (said, create.stderr)
+        (said, create.stderr, true)
     };
     // A container that failed to be created is usually gone already; then this has nothing to do.
     command(program, &root, &log)
         .args(["delete", "--force", id])
         .output()?;
+    if !failed {
+        let problem = "nothing, where a program that does not exist was to be started";
+        return Ok(Some(problem.to_owned()));
+    }
     let (code, message) = failure(&said, &String::from_utf8_lossy(&stderr));
     Ok((code != NOT_FOUND).then_some(message))
 }
@@ -295,6 +344,28 @@ mod tests {
             assert_eq!(failure(&log, ""), (code, message.to_owned()));
         }
         assert_eq!(failure("", "one\ntwo\n\n").1, "two");
+    }
+
+    #[test]
+    fn a_working_directory_is_told_in_terms_of_the_container() {
+        for (message, told) in [
+            (
+                r#"exec failed: unable to start container process: chdir to cwd ("/x") set in config.json failed: no such file or directory"#,
+                "the working directory \"/x\" cannot be used in the container: no such file or directory",
+            ),
+            (
+                "chdir to `/x`: Not a directory",
+                "the working directory \"/x\" cannot be used in the container: Not a directory",
+            ),
+            (
+                "chdir: Permission denied",
+                "the working directory cannot be used in the container: Permission denied",
+            ),
+        ] {
+            assert_eq!(failure("", message), (CANNOT_EXECUTE, told.to_owned()));
+        }
+        let other = "chdir to newroot: Invalid argument";
+        assert_eq!(failure("", other), (ENGINE_FAILED, other.to_owned()));
     }
 
     #[test]

@@ -26,12 +26,13 @@ const MOST_LINKS: usize = 40;
 /// Components that one path may have after its links are followed; bounds the descriptors held.
 const MOST_COMPONENTS: usize = 256;
 
-/// Why a path inside a root could not be used.
+/// Why a path inside a root could not be used. Whoever filled the root reads it, so it says nothing of where
+/// that lies on the host.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The host refused, e.g. because nothing is there.
-    #[error("cannot open {path} in the root {root}: {source}")]
+    #[error("cannot open {path} inside the root: {source}")]
     Io {
         /// The tree.
         root: PathBuf,
@@ -41,7 +42,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It is there, but it is a fifo, a device, a directory or a socket.
-    #[error("{path} in the root {root} is not a regular file")]
+    #[error("{path} inside the root is not a regular file")]
     NotRegular {
         /// The tree.
         root: PathBuf,
@@ -51,7 +52,7 @@ pub enum Error {
     /// A symbolic link on the way names something above the root, or by an absolute path something that
     /// is not inside.
     #[error(
-        "{path} is a symbolic link that leads out of the root {root}, and is not followed; put a regular file in its place"
+        "{path} is a symbolic link that leads out of the root, and is not followed; put a regular file in its place"
     )]
     LeadsOut {
         /// The tree.
@@ -60,7 +61,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// It has more bytes than the caller takes.
-    #[error("{path} in the root {root} has more than {limit} bytes")]
+    #[error("{path} inside the root has more than {limit} bytes")]
     TooLarge {
         /// The tree.
         root: PathBuf,

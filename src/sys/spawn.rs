@@ -1,8 +1,52 @@
-//! Starting a program that is to outlive this one, with descriptors under numbers of our choice.
+//! Starting a program that is to outlive this one, with descriptors under numbers of our choice; asking one what
+//! it is.
 
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// How long a program may take to say its version.
+const ANSWER: Duration = Duration::from_secs(30);
+/// Bytes of its answer that are read; more than a pipe takes would keep it from ending.
+const LONGEST_ANSWER: u64 = 4096;
+
+/// The first line that `program --version` prints.
+pub fn version(program: &Path) -> io::Result<String> {
+    let mut child = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let deadline = Instant::now() + ANSWER;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            let problem = format!(
+                "it has not answered --version for {} seconds",
+                ANSWER.as_secs()
+            );
+            return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
+        }
+        sleep(Duration::from_millis(2));
+    };
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout.take(LONGEST_ANSWER)).read_line(&mut line)?;
+    }
+    match line.trim() {
+        line if status.success() && !line.is_empty() => Ok(line.to_owned()),
+        _ => Err(io::Error::other("it does not answer --version")),
+    }
+}
 
 /// Makes the child the leader of a session of its own, so that no signal that this process's terminal
 /// or group gets reaches it, and gives it `fd` under the number `number`. The original stays
@@ -20,7 +64,7 @@ pub fn detached_with_fd(command: &mut Command, fd: OwnedFd, number: RawFd) {
                 libc::dup2(raw, number)
             };
             if result == -1 {
-                return Err(std::io::Error::last_os_error());
+                return Err(io::Error::last_os_error());
             }
             Ok(())
         });
@@ -30,7 +74,7 @@ pub fn detached_with_fd(command: &mut Command, fd: OwnedFd, number: RawFd) {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::io::{Read, Seek, Write};
+    use std::io::{Seek, Write};
 
     use super::*;
 
