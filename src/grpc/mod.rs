@@ -11,6 +11,7 @@ mod images;
 pub mod pb;
 pub mod server;
 mod snapshot_admin;
+mod snapshot_names;
 mod snapshots;
 mod status;
 mod system;

@@ -133,8 +133,11 @@ pub async fn serve(
     let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
-    let admin_service =
-        snapshot_admin::Service::new(Arc::clone(&snapshotter), Arc::clone(&image_store));
+    let admin_service = snapshot_admin::Service::new(
+        Arc::clone(&snapshotter),
+        Arc::clone(&image_store),
+        all_containers.clone(),
+    );
     let admin = SnapshotAdminServer::new(admin_service)
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use tonic::{Code, Request, Response, Status};
 
 use super::pb::plywood as api;
+use super::snapshot_names::Named;
 use super::status::blocking;
 use crate::image::ImageStore;
+use crate::runtime::containers::Containers;
 use crate::snapshotter::{
-    Change, ChangeKind, Kind, Mount, Owner, ParentRef, SnapshotInfo, Snapshotter,
+    Change, ChangeKind, Error, Kind, Mount, Owner, ParentRef, SnapshotInfo, Snapshotter,
 };
 
 /// Whom the snapshots made here belong to.
@@ -20,23 +22,26 @@ const OWNER: Owner = Owner::Snapctl;
 /// The service.
 pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
-    images: Arc<ImageStore>,
+    named: Named,
 }
 
 impl Service {
-    pub(super) fn new(snapshotter: Arc<Snapshotter>, images: Arc<ImageStore>) -> Self {
-        Self {
-            snapshotter,
-            images,
-        }
+    pub(super) fn new(
+        snapshotter: Arc<Snapshotter>,
+        images: Arc<ImageStore>,
+        containers: Containers,
+    ) -> Self {
+        let named = Named { images, containers };
+        Self { snapshotter, named }
     }
 
     async fn with<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Snapshotter) -> Result<T, Status> + Send + 'static,
+        work: impl FnOnce(&Snapshotter, &Named) -> Result<T, Status> + Send + 'static,
     ) -> Result<Response<T>, Status> {
         let snapshotter = Arc::clone(&self.snapshotter);
-        blocking(move || work(&snapshotter).map(Response::new)).await
+        let named = self.named.clone();
+        blocking(move || work(&snapshotter, &named).map(Response::new)).await
     }
 
     async fn make(
@@ -44,11 +49,10 @@ impl Service {
         request: api::PrepareRequest,
         kind: Kind,
     ) -> Result<Response<api::PrepareResponse>, Status> {
-        let images = Arc::clone(&self.images);
-        self.with(move |snapshotter| {
+        self.with(move |snapshotter, named| {
             let parent = match request.parent.as_str() {
                 "" => None,
-                key => find_parent(snapshotter, &images, key)?,
+                key => find_parent(snapshotter, named, key)?,
             };
             let labels = request.labels.into_iter().collect();
             let (key, parent) = (&request.key, parent.as_ref());
@@ -82,7 +86,7 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::ListRequest>,
     ) -> Result<Response<api::ListResponse>, Status> {
         let owner = owner_named(&request.into_inner().owner)?;
-        self.with(move |snapshotter| {
+        self.with(move |snapshotter, _| {
             let snapshots = snapshotter.list(owner)?;
             Ok(api::ListResponse {
                 snapshots: snapshots.into_iter().map(describe).collect(),
@@ -96,8 +100,8 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::InfoRequest>,
     ) -> Result<Response<api::InfoResponse>, Status> {
         let request = request.into_inner();
-        self.with(move |snapshotter| {
-            let found = find(snapshotter, &request.key, &request.owner)?;
+        self.with(move |snapshotter, named| {
+            let found = find(snapshotter, named, &request.key, &request.owner)?;
             Ok(api::InfoResponse {
                 snapshot: Some(describe(found)),
             })
@@ -124,7 +128,7 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::CommitRequest>,
     ) -> Result<Response<api::CommitResponse>, Status> {
         let request = request.into_inner();
-        self.with(move |snapshotter| {
+        self.with(move |snapshotter, _| {
             let labels = request.labels.into_iter().collect();
             let committed = snapshotter.commit(OWNER, &request.name, &request.key, labels)?;
             Ok(api::CommitResponse {
@@ -139,10 +143,14 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::MountsRequest>,
     ) -> Result<Response<api::MountsResponse>, Status> {
         let key = request.into_inner().key;
-        self.with(move |snapshotter| {
-            Ok(api::MountsResponse {
-                mounts: words(snapshotter.mounts(OWNER, &key)?),
-            })
+        self.with(move |snapshotter, named| {
+            let mounts = match snapshotter.mounts(OWNER, &key) {
+                Err(Error::NotFound { .. } | Error::NotMountable { .. }) => {
+                    return Err(no_mount(snapshotter, named, &key));
+                }
+                mounts => words(mounts?),
+            };
+            Ok(api::MountsResponse { mounts })
         })
         .await
     }
@@ -152,7 +160,7 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::RemoveRequest>,
     ) -> Result<Response<api::RemoveResponse>, Status> {
         let key = request.into_inner().key;
-        self.with(move |snapshotter| {
+        self.with(move |snapshotter, named| {
             if let Ok(places) = snapshotter.mounted_at(OWNER, &key)
                 && let Some(place) = places.first()
             {
@@ -162,12 +170,12 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
                 )));
             }
             match snapshotter.remove(OWNER, &key) {
-                Err(crate::snapshotter::Error::NotFound { .. }) => {
+                Err(Error::NotFound { .. }) => {
                     // It may be there and belong to someone who needs it.
-                    let found = find(snapshotter, &key, "")?;
+                    let found = find(snapshotter, named, &key, "")?;
                     return Err(Status::failed_precondition(format!(
-                        "the snapshot {key:?} belongs to {}; remove the image or container that needs it instead",
-                        found.owner
+                        "the snapshot {key:?} {}",
+                        named.how_to_remove(&found)
                     )));
                 }
                 result => result?,
@@ -182,8 +190,8 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::UsageRequest>,
     ) -> Result<Response<api::UsageResponse>, Status> {
         let request = request.into_inner();
-        self.with(move |snapshotter| {
-            let found = find(snapshotter, &request.key, &request.owner)?;
+        self.with(move |snapshotter, named| {
+            let found = find(snapshotter, named, &request.key, &request.owner)?;
             let usage = snapshotter.usage(found.owner, &found.key)?;
             Ok(api::UsageResponse {
                 size: usage.size,
@@ -200,8 +208,8 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::DiffRequest>,
     ) -> Result<Response<Self::DiffStream>, Status> {
         let request = request.into_inner();
-        self.with(move |snapshotter| {
-            let found = find(snapshotter, &request.key, &request.owner)?;
+        self.with(move |snapshotter, named| {
+            let found = find(snapshotter, named, &request.key, &request.owner)?;
             let changes = snapshotter.diff(found.owner, &found.key)?;
             let entries: Vec<_> = changes.into_iter().map(|c| Ok(entry(c))).collect();
             Ok(tokio_stream::iter(entries))
@@ -214,8 +222,8 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::MaterializeRequest>,
     ) -> Result<Response<api::MaterializeResponse>, Status> {
         let request = request.into_inner();
-        self.with(move |snapshotter| {
-            let found = find(snapshotter, &request.key, &request.owner)?;
+        self.with(move |snapshotter, named| {
+            let found = find(snapshotter, named, &request.key, &request.owner)?;
             snapshotter.materialize(found.owner, &found.key)?;
             Ok(api::MaterializeResponse {})
         })
@@ -227,7 +235,7 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::ExportOverlayRequest>,
     ) -> Result<Response<api::ExportOverlayResponse>, Status> {
         let request = request.into_inner();
-        self.with(move |snapshotter| {
+        self.with(move |snapshotter, named| {
             let dir = PathBuf::from(OsString::from_vec(request.dir));
             if !dir.is_absolute() {
                 return Err(Status::invalid_argument(format!(
@@ -241,7 +249,7 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
                     dir.display()
                 )));
             }
-            let found = find(snapshotter, &request.key, &request.owner)?;
+            let found = find(snapshotter, named, &request.key, &request.owner)?;
             let exported = snapshotter.export_overlay(found.owner, &found.key, &dir)?;
             Ok(api::ExportOverlayResponse {
                 options: exported.options().into_vec(),
@@ -264,23 +272,35 @@ fn entry(change: Change) -> api::DiffEntry {
 }
 
 /// The snapshot `key` of the owner named, or of the only owner that has one of that key.
-fn find(snapshotter: &Snapshotter, key: &str, owner: &str) -> Result<SnapshotInfo, Status> {
+fn find(
+    snapshotter: &Snapshotter,
+    named: &Named,
+    key: &str,
+    owner: &str,
+) -> Result<SnapshotInfo, Status> {
+    let missing = |otherwise: Status| match named.snapshot_of(key) {
+        Some(meant) => Status::not_found(format!("there is no snapshot {key:?}; {meant}")),
+        None => otherwise,
+    };
     if let Some(owner) = owner_named(owner)? {
-        return Ok(snapshotter.stat(owner, key)?);
+        return match snapshotter.stat(owner, key) {
+            Err(error @ Error::NotFound { .. }) => Err(missing(error.into())),
+            found => Ok(found?),
+        };
     }
     let mut found = Vec::new();
     for owner in Owner::ALL {
         match snapshotter.stat(owner, key) {
             Ok(info) => found.push(info),
-            Err(crate::snapshotter::Error::NotFound { .. }) => {}
+            Err(Error::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
     match <[SnapshotInfo; 1]>::try_from(found) {
         Ok([info]) => Ok(info),
-        Err(found) if found.is_empty() => Err(Status::not_found(format!(
+        Err(found) if found.is_empty() => Err(missing(Status::not_found(format!(
             "there is no snapshot {key:?}; `snapctl snapshot ls` names those that exist"
-        ))),
+        )))),
         Err(found) => {
             let owners: Vec<_> = found.iter().map(|info| info.owner.as_str()).collect();
             Err(Status::invalid_argument(format!(
@@ -291,17 +311,35 @@ fn find(snapshotter: &Snapshotter, key: &str, owner: &str) -> Result<SnapshotInf
     }
 }
 
+/// Why a snapshot of ours named `key` cannot be mounted, and what can be instead.
+fn no_mount(snapshotter: &Snapshotter, named: &Named, key: &str) -> Status {
+    match find(snapshotter, named, key, "") {
+        Ok(found) if found.kind == Kind::Committed => Status::failed_precondition(format!(
+            "the snapshot {key:?} is committed and has no mount of its own; make a snapshot on it and mount that: `snapctl snapshot view NEW {key}`, or `prepare` for one to write to"
+        )),
+        Ok(found) => Status::failed_precondition(format!(
+            "the snapshot {key:?} belongs to {}, who mounts it; `snapctl snapshot info --owner {} {key}` says where",
+            named.holder(&found),
+            found.owner
+        )),
+        Err(_) if named.image(key).is_some() => Status::not_found(format!(
+            "there is no snapshot {key:?}; make one on the image of that name and mount that: `snapctl snapshot view NEW {key}`, or `prepare` for one to write to"
+        )),
+        Err(status) => status,
+    }
+}
+
 /// A committed snapshot by its key, or the top of an image by its name; an image without layers is as
 /// good as no parent.
 fn find_parent(
     snapshotter: &Snapshotter,
-    images: &ImageStore,
+    named: &Named,
     name: &str,
 ) -> Result<Option<ParentRef>, Status> {
-    let parent = match find(snapshotter, name, "") {
-        Err(status) if status.code() == Code::NotFound => match images.inspect(name) {
-            Ok(details) => return Ok(details.image.parent()),
-            Err(_) => {
+    let parent = match find(snapshotter, named, name, "") {
+        Err(status) if status.code() == Code::NotFound => match named.image(name) {
+            Some(image) => return Ok(image.parent()),
+            None => {
                 return Err(Status::not_found(format!(
                     "there is no snapshot and no image {name:?} to be the parent; `snapctl snapshot ls` and `snapctl image ls` name those that exist"
                 )));

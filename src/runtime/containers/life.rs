@@ -25,8 +25,8 @@ use crate::sys::child;
 pub(super) const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long a process may take to end after SIGKILL, and its shim to clean up.
 pub(super) const END_LIMIT: Duration = Duration::from_secs(30);
-/// How long `stop` waits before SIGKILL if nothing else is asked for.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How many seconds `stop` waits before SIGKILL if nothing else is asked for.
+pub const STOP_SECONDS: u32 = 10;
 
 impl Containers {
     /// Runs the container's process.
@@ -211,7 +211,8 @@ impl Containers {
             Err(Error::NotRunning { .. }) => return self.end(&entry).await,
             Err(error) => return Err(error),
         }
-        let waited = timeout(limit.unwrap_or(STOP_LIMIT), stopped(&entry)).await;
+        let patience = Duration::from_secs(STOP_SECONDS.into());
+        let waited = timeout(limit.unwrap_or(patience), stopped(&entry)).await;
         match waited {
             Ok(()) => self.end(&entry).await,
             Err(_) => self.kill_and_wait(&entry).await,

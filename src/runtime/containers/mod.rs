@@ -51,6 +51,7 @@ pub use create::{CreateRequest, VolumeRequest};
 pub use entry::{Container, Entry};
 use error::io_error;
 pub use error::{Error, Result};
+pub use life::STOP_SECONDS;
 pub use record::ContainerRecord;
 pub use roots::{ImageRoots, Roots};
 pub use streams::{ExecRequest, Input, LogStream, Output, OutputEvent};
@@ -168,6 +169,12 @@ impl Containers {
         let entry = self.find(reference)?;
         let roots = Arc::clone(&self.0.roots);
         blocking(move || Ok(entry.look(&*roots))).await
+    }
+
+    /// Id and name of the container that a reference means, if there is one.
+    pub fn named(&self, reference: &str) -> Option<(String, String)> {
+        let entry = self.find(reference).ok()?;
+        Some((entry.id.clone(), entry.record.name.clone()))
     }
 
     /// The OCI runtime's config.json of a container.
