@@ -7,10 +7,10 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use super::args::{address, is_engine_command};
+use super::args::address;
 use super::client::{Address, Client};
 use super::error::{ENGINE, Error, Result, USAGE};
-use super::{container, exec, image, mount, output, run, snapshot, system};
+use super::{container, exec, image, mount, output, run, snapshot, system, usage};
 
 const EXIT_CODES: &str = "Exit codes:
   0    done
@@ -107,9 +107,10 @@ enum Command {
   snapctl snapshot prepare work busybox:latest
   snapctl mount work /mnt")]
     Mount(mount::MountArgs),
-    /// Take away a mount that `snapctl mount` made
+    /// Take away mounts that `snapctl mount` made
     #[command(after_help = "Examples:
-  snapctl umount /mnt")]
+  snapctl umount /mnt
+  snapctl umount /mnt/*")]
     Umount(mount::UmountArgs),
     /// Show what plyd is and what the host can do
     #[command(subcommand)]
@@ -148,15 +149,22 @@ pub fn main() -> ExitCode {
 
 /// Says what is wrong with a command line, or prints the help that it asks for.
 fn refuse(error: &clap::Error) -> ExitCode {
-    let printed = error.print();
-    match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion if printed.is_ok() => ExitCode::SUCCESS,
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            ExitCode::from(super::error::BROKEN_PIPE)
-        }
-        _ if is_engine_command(std::env::args_os()) => ExitCode::from(ENGINE),
-        _ => ExitCode::from(USAGE),
+    if let ErrorKind::DisplayHelp | ErrorKind::DisplayVersion = error.kind() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::from(super::error::BROKEN_PIPE),
+        };
     }
+    let command = Cli::command();
+    let path = usage::path(&command, std::env::args_os());
+    let code = match usage::is_engine(&path) {
+        true => ENGINE,
+        false => USAGE,
+    };
+    for line in usage::explain(error, command, &path) {
+        output::note(&line);
+    }
+    ExitCode::from(code)
 }
 
 fn block_on(cli: Cli) -> Result<ExitCode> {
@@ -256,7 +264,7 @@ mod tests {
         let text = format!("{:?}", cli.command);
         let words = r#"words: ["busybox", "--name", "ls", "-l", "--rm"]"#;
         assert!(
-            text.contains(words) && text.contains("name: \"\""),
+            text.contains(words) && text.contains("name: None"),
             "{text}"
         );
     }
@@ -284,6 +292,8 @@ mod tests {
             "snapctl snapshot tree --no-trunc",
             "snapctl mount k /mnt",
             "snapctl umount /mnt",
+            "snapctl umount /mnt /srv",
+            "snapctl snapshot tree -q",
             "snapctl system info --json",
             "snapctl completions bash",
             "snapctl ps --address unix:///x",
@@ -294,5 +304,82 @@ mod tests {
         assert!(Cli::try_parse_from(["snapctl", "ps", "--json", "-q"]).is_err());
         assert!(Cli::try_parse_from(["snapctl", "exec", "a"]).is_err());
         assert!(Cli::try_parse_from(["snapctl"]).is_err());
+    }
+
+    #[test]
+    fn the_subcommand_of_a_refused_line() {
+        let is = |line: &str| {
+            let path = usage::path(&Cli::command(), line.split(' ').map(Into::into));
+            usage::is_engine(&path)
+        };
+        assert!(is("snapctl run --nope"));
+        assert!(is("snapctl --address unix:///x exec"));
+        assert!(!is("snapctl --address run ps"));
+        assert!(!is("snapctl ps run"));
+        assert!(!is("snapctl --help"));
+    }
+
+    #[test]
+    fn what_is_refused_is_told_in_a_sentence_and_the_usage() {
+        for (line, sentence) in [
+            ("run --nope x", "`snapctl run` has no option --nope"),
+            (
+                "image ls --jsn",
+                "`snapctl image ls` has no option --jsn; did you mean --json?",
+            ),
+            (
+                "image load x.tar",
+                "the archive is named with -i: `snapctl image load -i x.tar`, or read from stdin",
+            ),
+            (
+                "image list x",
+                "\"x\" is one argument too many for `snapctl image ls`",
+            ),
+            (
+                "image lod",
+                "`snapctl image` has no command \"lod\"; did you mean load?",
+            ),
+            ("nope", "`snapctl` has no command \"nope\""),
+            (
+                "image",
+                "name a command of `snapctl image`: load, ls, rm, inspect, help",
+            ),
+            ("ps --json -q", "--json and --quiet exclude each other"),
+            ("run --name a --name b x", "--name is given twice"),
+            ("run --name", "--name needs a value"),
+            ("image rm", "IMAGE is missing"),
+            ("mount", "KEY and DIR are missing"),
+            ("run", "IMAGE is missing"),
+            ("exec", "CONTAINER and COMMAND are missing"),
+            (
+                "exec x",
+                "CONTAINER and COMMAND are needed, and not all of them are given",
+            ),
+            ("ps --all=3", "--all takes no value; leave out \"3\""),
+            (
+                "create --network bridge x",
+                "--network cannot be \"bridge\"; it is one of host, none",
+            ),
+            (
+                "logs --tail x y",
+                "--tail cannot be \"x\": invalid digit found in string",
+            ),
+            (
+                "ps --address x",
+                "--address: \"x\" is not an address of plyd: write unix:///path/to/plyd.sock",
+            ),
+        ] {
+            let words = || ["snapctl"].into_iter().chain(line.split(' '));
+            let error = Cli::try_parse_from(words()).unwrap_err();
+            let path = usage::path(&Cli::command(), words().map(Into::into));
+            let lines = usage::explain(&error, Cli::command(), &path);
+            assert_eq!(lines[0], format!("snapctl: {sentence}"), "{line}");
+            let name = format!("Usage: snapctl {}", path.join(" "));
+            let usage = lines.iter().find(|line| line.starts_with("Usage: "));
+            assert!(
+                usage.is_some_and(|usage| usage.starts_with(name.trim_end())),
+                "{lines:?}"
+            );
+        }
     }
 }

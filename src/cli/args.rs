@@ -1,7 +1,7 @@
 //! How arguments are read: everything that goes into a gRPC string must be UTF-8, and is refused by
 //! name where it is not.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -26,6 +26,14 @@ fn to_utf8(text: OsString) -> Result<String, String> {
             "{text:?} is not UTF-8, and plyd's protocol carries nothing else here; \
              rename it, or write it from inside the container"
         )
+    })
+}
+
+/// A clap parser for a name to give or to look for. An empty one comes of a variable that is not set.
+pub fn name() -> impl TypedValueParser<Value = String> {
+    utf8().try_map(|text| match text.as_str() {
+        "" => Err("\"\" is no name; give one, or leave the argument out"),
+        _ => Ok(text),
     })
 }
 
@@ -117,19 +125,6 @@ fn parse_volume(text: &str, here: impl Fn() -> Result<PathBuf, String>) -> Resul
     })
 }
 
-/// Whether the subcommand of a command line that clap refused is one whose exit codes are Docker's.
-pub fn is_engine_command(args: impl Iterator<Item = OsString>) -> bool {
-    let mut args = args.skip(1);
-    while let Some(arg) = args.next() {
-        if arg == "--address" {
-            args.next();
-        } else if !arg.as_encoded_bytes().starts_with(b"-") {
-            return arg == OsStr::new("run") || arg == OsStr::new("exec");
-        }
-    }
-    false
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,15 +173,5 @@ mod tests {
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn the_subcommand_of_a_refused_line() {
-        let is = |line: &str| is_engine_command(line.split(' ').map(OsString::from));
-        assert!(is("snapctl run --nope"));
-        assert!(is("snapctl --address unix:///x exec"));
-        assert!(!is("snapctl --address run ps"));
-        assert!(!is("snapctl ps run"));
-        assert!(!is("snapctl --help"));
     }
 }

@@ -15,6 +15,7 @@ use crate::grpc::pb::plywood::{
     ListContainersRequest, LogsRequest, RemoveContainerRequest, StartContainerRequest,
     StopContainerRequest, WaitContainerRequest,
 };
+use crate::runtime::containers::STOP_SECONDS;
 
 /// Containers that a command is about.
 #[derive(Args, Debug)]
@@ -28,8 +29,8 @@ pub struct Targets {
 #[derive(Args, Debug)]
 pub struct StopArgs {
     /// Seconds to wait before SIGKILL
-    #[arg(short, long, value_name = "SECONDS")]
-    timeout: Option<u32>,
+    #[arg(short, long, value_name = "SECONDS", default_value_t = STOP_SECONDS)]
+    timeout: u32,
     #[command(flatten)]
     targets: Targets,
 }
@@ -208,7 +209,7 @@ pub async fn stop(args: StopArgs, client: &Client) -> Result<()> {
     each(args.targets, async |id: String| {
         let request = StopContainerRequest {
             id: id.clone(),
-            timeout_seconds: args.timeout,
+            timeout_seconds: Some(args.timeout),
         };
         client.containers().stop(request).await.map(|_| id)
     })

@@ -33,7 +33,7 @@ pub struct ExecArgs {
     user: String,
     // As for `run`.
     /// The container (name, id, or a prefix of an id), then command and arguments
-    #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_name = "CONTAINER AND COMMAND", value_parser = utf8())]
+    #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_names = ["CONTAINER", "COMMAND"], value_parser = utf8())]
     words: Vec<String>,
 }
 

@@ -8,10 +8,10 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::archive::Source;
-use super::args::utf8;
+use super::args::{name, utf8};
 use super::client::Client;
 use super::error::{Error, Result};
-use super::output::{self, Cut, ListFormat, embedded, lines_out, or_dash, report, short, size};
+use super::output::{self, Cut, ListFormat, embedded, lines_out, report, short, size};
 use super::progress::Progress;
 use super::time::{age, rfc3339};
 use crate::grpc::pb::plywood::{
@@ -63,10 +63,14 @@ pub struct LoadArgs {
     #[arg(short, long, default_value = "-", value_name = "FILE|DIR|-")]
     input: PathBuf,
     /// Name of the image, instead of the one in the archive
-    #[arg(long, value_parser = utf8())]
+    #[arg(long, value_parser = name())]
     name: Option<String>,
-    #[command(flatten)]
-    format: ListFormat,
+    /// Print a JSON array, one object for each image that was loaded
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Show no progress, and print the ids of the images only, one a line
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 /// Arguments of `image rm`.
@@ -78,8 +82,12 @@ pub struct RemoveArgs {
     /// Names, digests, or prefixes of ids
     #[arg(required = true, value_name = "IMAGE", value_parser = utf8())]
     images: Vec<String>,
-    #[command(flatten)]
-    format: ListFormat,
+    /// Print a JSON object: the names that were taken away, and the ids of the images that are gone
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the ids of the images that are gone only, one a line
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 /// Arguments of `image inspect`.
@@ -103,13 +111,6 @@ struct ImageView {
     size: u64,
     #[serde(skip)]
     age: String,
-}
-
-impl ImageView {
-    /// Its names, or what stands for them.
-    fn label(&self) -> String {
-        or_dash(&self.names.join(", "))
-    }
 }
 
 impl From<Image> for ImageView {
@@ -137,6 +138,13 @@ struct InspectView {
     manifest: serde_json::Value,
 }
 
+/// What a load has made, or has found to be there.
+struct Loaded {
+    image: Image,
+    /// The names that it gave.
+    given: Vec<String>,
+}
+
 #[derive(Default, Serialize)]
 struct RemovedView {
     untagged: Vec<String>,
@@ -160,7 +168,7 @@ async fn load(args: LoadArgs, client: &Client) -> Result<()> {
         name: args.name.unwrap_or_default(),
         total: source.total(),
     };
-    let mut progress = Progress::new(args.format.quiet);
+    let mut progress = Progress::new(args.quiet);
     // Ends only when sending fails. The sender then lives until the call is dropped, and so is
     // cancelled: what was sent so far must not look like a whole archive.
     let failed_sending = async move {
@@ -183,32 +191,43 @@ async fn load(args: LoadArgs, client: &Client) -> Result<()> {
         (error, _unsent) = failed_sending => Err(error),
     };
     progress.finish();
-    let images: Vec<ImageView> = loaded?.into_iter().map(ImageView::from).collect();
-    if args.format.json {
-        return output::json(&images);
+    let loaded = loaded?;
+    if args.json {
+        let images = loaded.into_iter().map(|loaded| loaded.image.into());
+        return output::json(&images.collect::<Vec<ImageView>>());
     }
-    let lines: Vec<String> = images
-        .iter()
-        .map(|image| match args.format.quiet {
-            true => image.id.clone(),
-            false => format!("loaded {} ({})", image.label(), short(&image.id)),
-        })
-        .collect();
+    let mut lines = Vec::new();
+    for Loaded { image, given } in &loaded {
+        if args.quiet {
+            lines.push(image.id.clone());
+        } else {
+            let names = one_or_dash(given);
+            let line = |name| format!("loaded {name} ({})", short(&image.id));
+            lines.extend(names.map(line));
+        }
+    }
     lines_out(&lines)
+}
+
+/// Each name, or what stands for none.
+fn one_or_dash(names: &[String]) -> impl Iterator<Item = &str> {
+    let none = names.is_empty().then_some("-");
+    names.iter().map(String::as_str).chain(none)
 }
 
 async fn receive(
     client: &Client,
     from: mpsc::Receiver<LoadRequest>,
     progress: &mut Progress,
-) -> Result<Vec<Image>> {
+) -> Result<Vec<Loaded>> {
     let call = client.images().load(ReceiverStream::new(from)).await?;
     let mut responses = call.into_inner();
     let mut loaded = Vec::new();
     while let Some(response) = responses.message().await? {
+        let given = response.given;
         match response.part {
             Some(load_response::Part::Progress(report)) => progress.show(&report),
-            Some(load_response::Part::Loaded(image)) => loaded.push(image),
+            Some(load_response::Part::Loaded(image)) => loaded.push(Loaded { image, given }),
             None => {}
         }
     }
@@ -226,18 +245,23 @@ async fn list(args: LsArgs, client: &Client) -> Result<()> {
         .into_iter()
         .map(ImageView::from)
         .collect();
-    args.format.print(
+    // A row for each name, as Docker has it; an object or a line for each image.
+    let row = |image: &ImageView, name: &str| {
+        vec![
+            name.to_owned(),
+            args.cut.id(&image.id).to_owned(),
+            image.diff_ids.len().to_string(),
+            image.age.clone(),
+            size(image.size),
+        ]
+    };
+    args.format.print_rows(
         &images,
         &["NAME", "ID", "LAYERS", "CREATED", "SIZE"],
         |image| image.id.clone(),
         |image| {
-            vec![
-                image.label(),
-                args.cut.id(&image.id).to_owned(),
-                image.diff_ids.len().to_string(),
-                image.age.clone(),
-                size(image.size),
-            ]
+            let names = one_or_dash(&image.names);
+            names.map(|name| row(image, name)).collect()
         },
     )
 }
@@ -262,9 +286,9 @@ async fn remove(args: RemoveArgs, client: &Client) -> Result<()> {
             }
         }
     }
-    if args.format.json {
+    if args.json {
         output::json(&all)?;
-    } else if args.format.quiet {
+    } else if args.quiet {
         lines_out(&all.removed)?;
     } else {
         let untagged = all.untagged.iter().map(|name| format!("untagged {name}"));

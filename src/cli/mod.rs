@@ -27,3 +27,4 @@ mod system;
 mod terminal;
 mod time;
 mod tree;
+mod usage;

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use nix::mount::{MntFlags, MsFlags, mount as mount2, umount2};
 
-use super::args::utf8;
+use super::args::name;
 use super::client::Client;
 use super::error::{Error, Result};
-use super::output::note;
+use super::output::{note, report};
 use super::snapshot::fetch_mounts;
 use crate::grpc::pb::plywood::{InfoSystemRequest, Mount};
 
@@ -22,7 +22,7 @@ const PLYFS_TYPE: &[u8] = b"fuse.plyfs";
 #[derive(Args, Debug)]
 pub struct MountArgs {
     /// Key of the snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     key: String,
     /// The directory to mount it at
     dir: PathBuf,
@@ -31,8 +31,9 @@ pub struct MountArgs {
 /// Arguments of `umount`.
 #[derive(Args, Debug)]
 pub struct UmountArgs {
-    /// The directory that it is mounted at
-    dir: PathBuf,
+    /// Directories that snapshots are mounted at
+    #[arg(required = true, value_name = "DIR")]
+    dirs: Vec<PathBuf>,
 }
 
 /// Runs `snapctl mount`.
@@ -96,8 +97,19 @@ pub async fn umount(args: UmountArgs, client: &Client) -> Result<()> {
     let info = client.system().info(InfoSystemRequest {}).await?;
     let state = PathBuf::from(info.into_inner().state);
     let state = fs::canonicalize(&state).unwrap_or(state);
-    let dir = real_path(&args.dir)?;
-    may_unmount(&mount_table()?, &dir, &state).map_err(Error::Refused)?;
+    let mut ended = Ok(());
+    for dir in &args.dirs {
+        if let Err(error) = umount_one(dir, &state) {
+            report(&error);
+            ended = Err(Error::Reported);
+        }
+    }
+    ended
+}
+
+fn umount_one(dir: &Path, state: &Path) -> Result<()> {
+    let dir = real_path(dir)?;
+    may_unmount(&mount_table()?, &dir, state).map_err(Error::Refused)?;
     umount2(&dir, MntFlags::UMOUNT_NOFOLLOW).map_err(|e| failed("unmount", &dir, e.into()))
 }
 

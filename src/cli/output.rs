@@ -27,6 +27,17 @@ impl ListFormat {
         name: impl Fn(&T) -> String,
         row: impl Fn(&T) -> Vec<String>,
     ) -> Result<()> {
+        self.print_rows(items, header, name, |item| vec![row(item)])
+    }
+
+    /// As `print`, but an item may have any number of rows.
+    pub fn print_rows<T: Serialize>(
+        self,
+        items: &[T],
+        header: &[&str],
+        name: impl Fn(&T) -> String,
+        rows: impl Fn(&T) -> Vec<Vec<String>>,
+    ) -> Result<()> {
         if self.json {
             return json(items);
         }
@@ -34,7 +45,7 @@ impl ListFormat {
             let lines: Vec<String> = items.iter().map(|item| printable(&name(item))).collect();
             return lines_out(&lines);
         }
-        table(header, items.iter().map(row))
+        table(header, items.iter().flat_map(rows))
     }
 }
 
@@ -180,6 +191,14 @@ pub fn size(bytes: u64) -> String {
         unit += 1;
     }
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+}
+
+/// So many of something: `1 layer`, `2 layers`.
+pub fn count(number: u64, what: &str) -> String {
+    match number {
+        1 => format!("1 {what}"),
+        _ => format!("{number} {what}s"),
+    }
 }
 
 /// The first twelve characters of an id, which name it well enough on one node.

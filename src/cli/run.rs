@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::args::{EnvVar, env, env_list, utf8, volume};
+use super::args::{EnvVar, env, env_list, name, utf8, volume};
 use super::client::Client;
 use super::error::{Error, Result};
 use super::output::{lines_out, note, report};
@@ -30,8 +30,8 @@ pub struct ContainerArgs {
     #[arg(long)]
     rm: bool,
     /// Name of the container; generated when not given
-    #[arg(long, value_parser = utf8(), default_value = "", hide_default_value = true)]
-    name: String,
+    #[arg(long, value_parser = name())]
+    name: Option<String>,
     /// Set a variable of the environment; a KEY alone takes its value from here
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = env())]
     env: Vec<EnvVar>,
@@ -59,7 +59,7 @@ pub struct ContainerArgs {
     // One argument for both: only after the first value of such a one is every word a value, as is right
     // for all that follows the image.
     /// The image (a name, a digest, or a prefix of an id), then command and arguments instead of its Cmd
-    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE AND COMMAND", value_parser = utf8())]
+    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE", value_parser = utf8())]
     words: Vec<String>,
 }
 
@@ -81,7 +81,7 @@ impl ContainerArgs {
         let image = words.next().unwrap_or_default();
         CreateContainerRequest {
             image,
-            name: self.name,
+            name: self.name.unwrap_or_default(),
             args: words.collect(),
             entrypoint: self
                 .entrypoint

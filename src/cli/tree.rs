@@ -51,18 +51,17 @@ fn children(parents: &[Option<usize>]) -> (Vec<Vec<usize>>, Vec<usize>) {
     (children, roots)
 }
 
+/// The keys, each after that of its parent.
+pub fn keys(snapshots: &[SnapshotView]) -> Vec<String> {
+    let mut keys = Vec::new();
+    walk(snapshots, |snapshot, _| keys.push(printable(&snapshot.key)));
+    keys
+}
+
 /// The tree as lines, with each key as `shown` has it.
 pub fn lines(snapshots: &[SnapshotView], shown: impl Fn(&str) -> String) -> Vec<String> {
-    let (children, roots) = children(&parents(snapshots));
     let mut lines = Vec::new();
-    // What is still to be printed, the next one last: an index, the prefix of its line, and the
-    // prefix of its children's lines. A stack of our own, since chains can be deep.
-    let mut stack: Vec<(usize, String, String)> = Vec::new();
-    for root in roots.into_iter().rev() {
-        stack.push((root, String::new(), String::new()));
-    }
-    while let Some((index, prefix, below)) = stack.pop() {
-        let snapshot = &snapshots[index];
+    walk(snapshots, |snapshot, prefix| {
         let mounted = if snapshot.mountpoint.is_some() {
             ", mounted"
         } else {
@@ -74,6 +73,21 @@ pub fn lines(snapshots: &[SnapshotView], shown: impl Fn(&str) -> String) -> Vec<
             snapshot.owner,
             snapshot.kind
         ));
+    });
+    lines
+}
+
+/// Parents before their children; with each what is drawn before it.
+fn walk(snapshots: &[SnapshotView], mut visit: impl FnMut(&SnapshotView, &str)) {
+    let (children, roots) = children(&parents(snapshots));
+    // What is still to be printed, the next one last: an index, the prefix of its line, and the
+    // prefix of its children's lines. A stack of our own, since chains can be deep.
+    let mut stack: Vec<(usize, String, String)> = Vec::new();
+    for root in roots.into_iter().rev() {
+        stack.push((root, String::new(), String::new()));
+    }
+    while let Some((index, prefix, below)) = stack.pop() {
+        visit(&snapshots[index], &prefix);
         let count = children[index].len();
         for (place, child) in children[index].iter().enumerate().rev() {
             let (branch, rest) = match place + 1 == count {
@@ -83,7 +97,6 @@ pub fn lines(snapshots: &[SnapshotView], shown: impl Fn(&str) -> String) -> Vec<
             stack.push((*child, format!("{below}{branch}"), format!("{below}{rest}")));
         }
     }
-    lines
 }
 
 /// The tree as nested values.

@@ -147,9 +147,9 @@ fn load(
     // A client that has gone does not hear the answer; nobody else is waiting for it.
     match images.load(&mut archive, name, start.total, &client) {
         Ok(loaded) => {
-            for image in loaded {
-                let part = api::load_response::Part::Loaded(into_message(image));
-                let _ = answers.blocking_send(Ok(api::LoadResponse { part: Some(part) }));
+            for image::Loaded { image, given } in loaded {
+                let part = Some(api::load_response::Part::Loaded(into_message(image)));
+                let _ = answers.blocking_send(Ok(api::LoadResponse { part, given }));
             }
         }
         Err(error) => {
@@ -208,9 +208,10 @@ impl Observer for Client<'_> {
             total: progress.total,
         });
         // No room, or nobody there: either way the next one will do.
-        let _ = self
-            .answers
-            .try_send(Ok(api::LoadResponse { part: Some(part) }));
+        let _ = self.answers.try_send(Ok(api::LoadResponse {
+            part: Some(part),
+            given: Vec::new(),
+        }));
     }
 
     fn cancelled(&self) -> bool {
@@ -237,7 +238,7 @@ impl From<image::Error> for Status {
         use image::Error;
         let message = error.to_string();
         let code = match error {
-            Error::NotFound { .. } => Code::NotFound,
+            Error::NotFound { .. } | Error::ShortPrefix { .. } => Code::NotFound,
             Error::Ambiguous { .. }
             | Error::BadName { .. }
             | Error::Archive { .. }

@@ -12,6 +12,16 @@ pub enum Error {
         /// What was asked for.
         reference: String,
     },
+    /// No such image, and too few digits for the prefix of an id.
+    #[error(
+        "there is no image named {reference:?}, and an id is given by {shortest} of its digits at least; `snapctl image ls` shows both"
+    )]
+    ShortPrefix {
+        /// What was asked for.
+        reference: String,
+        /// Digits that are needed.
+        shortest: usize,
+    },
     /// The prefix of an id fits several images.
     #[error("{reference:?} fits {count} images; give more digits of the id")]
     Ambiguous {

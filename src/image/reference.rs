@@ -13,7 +13,7 @@ const LOCAL_DOMAIN: &str = "localhost";
 const LONGEST_REPOSITORY: usize = 255;
 const LONGEST_TAG: usize = 128;
 /// Fewer hex digits than this are never taken for the beginning of an id.
-const SHORTEST_PREFIX: usize = 4;
+pub const SHORTEST_PREFIX: usize = 4;
 
 /// What a user's reference may mean, in the order in which it is to be tried.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct Candidates {
     pub digest: Option<String>,
     /// The first hex digits of an id.
     pub id_prefix: Option<String>,
+    /// It would be such digits if there were more of them.
+    pub too_short: bool,
 }
 
 /// The complete form of a name: domain, path and tag.
@@ -97,6 +99,7 @@ pub fn candidates(reference: &str) -> Result<Candidates> {
     } else if hex && (SHORTEST_PREFIX..64).contains(&reference.len()) {
         found.id_prefix = Some(reference.to_owned());
     }
+    found.too_short = hex && reference.len() < SHORTEST_PREFIX;
     Ok(found)
 }
 
@@ -265,6 +268,7 @@ mod tests {
         assert_eq!(of("beef").id_prefix.as_deref(), Some("beef"));
         assert_eq!(of("beef").names[0], "docker.io/library/beef:latest");
         assert_eq!(of("bee").id_prefix, None);
+        assert!(of("bee").too_short && !of("beef").too_short && !of("bez").too_short);
         assert_eq!(of("beeg").id_prefix, None);
         for bad in ["sha256:12", "a@sha512:00", "a@", "Bad"] {
             assert!(candidates(bad).is_err(), "{bad}");

@@ -11,8 +11,8 @@ use parking_lot::Mutex;
 use super::records::{ImageRecord, Records};
 use super::unpack::Unpacker;
 use super::{
-    Error, Image, ImageConfig, ImageDetails, Observer, Removed, ResolvedImage, Result, archive,
-    io_error, reference, unpack,
+    Error, Image, ImageConfig, ImageDetails, Loaded, Observer, Removed, ResolvedImage, Result,
+    archive, io_error, reference, unpack,
 };
 use crate::snapshotter::Snapshotter;
 use crate::store;
@@ -52,7 +52,7 @@ impl ImageStore {
         name: Option<&str>,
         total: u64,
         observer: &dyn Observer,
-    ) -> Result<Vec<Image>> {
+    ) -> Result<Vec<Loaded>> {
         if let Some(name) = name {
             reference::complete(name)?;
         }
@@ -159,7 +159,7 @@ impl ImageStore {
         &self,
         archived: &[archive::ArchivedImage],
         observer: &dyn Observer,
-    ) -> Result<Vec<Image>> {
+    ) -> Result<Vec<Loaded>> {
         let mut prepared = Vec::with_capacity(archived.len());
         // Holds the layers until a record does.
         let mut pins = Vec::new();
@@ -188,7 +188,7 @@ impl ImageStore {
     }
 
     /// Makes the images known: all of them with all their names, or none.
-    fn record(&self, prepared: &[(&archive::ArchivedImage, ImageRecord)]) -> Result<Vec<Image>> {
+    fn record(&self, prepared: &[(&archive::ArchivedImage, ImageRecord)]) -> Result<Vec<Loaded>> {
         let mut records = self.records.lock();
         let mut undo = Vec::new();
         if let Err(error) = put_all(&mut records, prepared, &mut undo) {
@@ -204,10 +204,12 @@ impl ImageStore {
             }
             return Err(error);
         }
-        let images = prepared
-            .iter()
-            .filter_map(|(image, _)| records.image(id_of(image)));
-        Ok(images.collect())
+        let loaded = prepared.iter().filter_map(|(archived, _)| {
+            let image = records.image(id_of(archived))?;
+            let given = archived.names.clone();
+            Some(Loaded { image, given })
+        });
+        Ok(loaded.collect())
     }
 }
 
@@ -261,10 +263,17 @@ fn read(records: &Records, id: &str, reference: &str) -> Result<ImageRecord> {
 
 /// The image that `reference` means, and the name if it is one.
 fn find(records: &Records, reference: &str) -> Result<(Image, Option<String>)> {
-    let not_found = || Error::NotFound {
-        reference: reference.to_owned(),
-    };
     let candidates = reference::candidates(reference)?;
+    let short = candidates.too_short;
+    let not_found = || match short {
+        true => Error::ShortPrefix {
+            reference: reference.to_owned(),
+            shortest: reference::SHORTEST_PREFIX,
+        },
+        false => Error::NotFound {
+            reference: reference.to_owned(),
+        },
+    };
     for name in candidates.names {
         if let Some(image) = records.named(&name).and_then(|id| records.image(id)) {
             return Ok((image, Some(name)));

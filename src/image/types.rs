@@ -112,6 +112,15 @@ impl From<&ImageConfiguration> for ImageConfig {
     }
 }
 
+/// What [`ImageStore::load`](super::ImageStore::load) has made of an image, or found to be there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// The image, with all names that it has.
+    pub image: Image,
+    /// The names that it was given.
+    pub given: Vec<String>,
+}
+
 /// What [`ImageStore::remove`](super::ImageStore::remove) did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {

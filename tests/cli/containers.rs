@@ -1,8 +1,9 @@
 //! Containers from `create` to `rm`, and the exit codes of `run` and `exec`.
 
 use std::fs;
+use std::process::Command;
 
-use crate::common::{BUSYBOX, Plyd, mounts_below, until};
+use crate::common::{BUSYBOX, PLYD, Plyd, mounts_below, until};
 
 fn plyd() -> Plyd {
     let plyd = Plyd::start();
@@ -123,6 +124,54 @@ fn a_container_is_what_its_options_say() {
         .collect();
     own.sort();
     assert_eq!(host.lines().collect::<Vec<_>>(), own);
+}
+
+#[test]
+fn a_working_directory_is_told_of_as_the_container_has_it() {
+    let plyd = plyd();
+    let dir = plyd.dir().to_str().unwrap();
+    plyd.ok(["run", "-d", "--name", "long", BUSYBOX, "sleep", "1000"]);
+    for (args, code, words) in [
+        (
+            &["run", "--rm", "-w", "/etc/passwd", BUSYBOX, "true"][..],
+            125,
+            "\"/etc/passwd\" cannot be used: it, or a part of it, is not a directory in the container",
+        ),
+        (
+            &["run", "--rm", "-v", "/etc:/etc/passwd/x", BUSYBOX, "true"],
+            125,
+            "\"/etc/passwd/x\" cannot be used",
+        ),
+        (
+            &["exec", "-w", "/missing", "long", "true"],
+            126,
+            "the working directory \"/missing\" cannot be used in the container: no such file",
+        ),
+        (
+            &["exec", "-w", "/etc/passwd", "long", "true"],
+            126,
+            "the working directory \"/etc/passwd\" cannot be used in the container: not a dir",
+        ),
+    ] {
+        let done = plyd.snapctl(args);
+        assert_eq!(done.code, code, "{args:?}: {}", done.stderr);
+        assert!(done.stderr.contains(words), "{args:?}: {}", done.stderr);
+        assert!(!done.stderr.contains(dir), "{args:?}: {}", done.stderr);
+    }
+}
+
+#[test]
+fn an_oci_runtime_that_is_none_is_named() {
+    let mut command = Command::new(PLYD);
+    // It has a version, and no idea of containers.
+    command.args(["--oci-runtime", "/bin/echo"]);
+    let plyd = Plyd::start_with(command);
+    plyd.load_busybox();
+    let done = plyd.snapctl(["run", "--rm", BUSYBOX, "true"]);
+    assert_eq!(done.code, 125);
+    for words in ["/bin/echo does not work on this host", "--oci-runtime"] {
+        assert!(done.stderr.contains(words), "{}", done.stderr);
+    }
 }
 
 #[test]
@@ -302,5 +351,9 @@ fn all_words_after_the_image_belong_to_its_command() {
     );
     let unknown = plyd.snapctl(["run", "--nope", BUSYBOX]);
     assert_eq!(unknown.code, 125);
-    assert!(unknown.stderr.contains("'--nope'"), "{}", unknown.stderr);
+    assert!(
+        unknown.stderr.contains("no option --nope"),
+        "{}",
+        unknown.stderr
+    );
 }

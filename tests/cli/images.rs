@@ -120,6 +120,70 @@ fn images_are_listed_inspected_and_removed() {
 }
 
 #[test]
+fn an_image_has_a_row_for_each_of_its_names() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let archive = busybox_archive().to_str().unwrap();
+    let load = |name: &str| plyd.ok(["image", "load", "-i", archive, "--name", name]);
+    let id = plyd.ok(["image", "ls", "-q"]);
+    let id = id.trim_end();
+    let line = |name: &str| format!("loaded {name} ({})\n", &id[..12]);
+    // Only what is new is told.
+    assert_eq!(load("example.org/a:1"), line("example.org/a:1"));
+    assert_eq!(load("other"), line("docker.io/library/other:latest"));
+    let table = plyd.ok(["image", "ls"]);
+    let rows: Vec<Vec<&str>> = table
+        .lines()
+        .skip(1)
+        .map(|line| line.split_whitespace().take(2).collect())
+        .collect();
+    let short = &id[..12];
+    assert_eq!(
+        rows,
+        [
+            ["docker.io/library/other:latest", short],
+            ["example.org/a:1", short],
+            [BUSYBOX, short]
+        ],
+        "{table}"
+    );
+    assert_eq!(plyd.ok(["image", "ls", "-q"]).lines().count(), 1);
+    let json = plyd.json(["image", "ls", "--json"]);
+    assert_eq!(json.as_array().unwrap().len(), 1);
+    assert_eq!(json[0]["names"].as_array().unwrap().len(), 3);
+    let removed = plyd.json(["image", "rm", "--json", "other"]);
+    let untagged = serde_json::json!(["docker.io/library/other:latest"]);
+    assert_eq!(
+        removed,
+        serde_json::json!({"untagged": untagged, "removed": []})
+    );
+}
+
+#[test]
+fn too_few_digits_of_an_id_are_told_how_many_are_needed() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let id = plyd.ok(["image", "ls", "-q"]);
+    plyd.ok(["image", "inspect", &id[..4]]);
+    let short = plyd.snapctl(["image", "inspect", &id[..3]]);
+    assert_eq!(short.code, 1);
+    assert!(
+        short.stderr.contains("by 4 of its digits"),
+        "{}",
+        short.stderr
+    );
+}
+
+#[test]
+fn what_follows_the_end_of_an_archive_is_passed_over() {
+    let plyd = Plyd::start();
+    let mut archive = fs::read(busybox_archive()).unwrap();
+    archive.extend((0..1000_u32).map(|i| (i * 7 % 251) as u8));
+    let done = plyd.piped(["image", "load", "-q"], &archive);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+}
+
+#[test]
 fn what_is_no_image_is_refused_and_leaves_nothing() {
     let plyd = Plyd::start();
     let dir = layout(&plyd);

@@ -8,6 +8,8 @@ use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use plywood::grpc::pb::containerd::services::snapshots::v1::PrepareSnapshotRequest;
+use plywood::grpc::pb::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 
 use crate::common::{BUSYBOX, Plyd, mounts_below, until};
 use crate::stdio::OnTerminal;
@@ -211,6 +213,7 @@ fn lists_are_tables_names_or_json() {
         plyd.ok(["snapshot", "tree"]),
         "base (snapctl committed)\n|-- two (snapctl active, mounted)\n`-- three (snapctl view, mounted)\n"
     );
+    assert_eq!(plyd.ok(["snapshot", "tree", "-q"]), "base\ntwo\nthree\n");
     let tree = plyd.json(["snapshot", "tree", "--json"]);
     assert_eq!(tree[0]["children"][1]["key"], "three");
     assert_eq!(
@@ -231,6 +234,99 @@ fn mounts_says_what_to_mount() {
     let info = plyd.json(["snapshot", "info", "--json", "work"]);
     assert_eq!(info["mountpoint"], mounts[0]["source"]);
     assert!(info["plyfs_pid"].as_u64() > Some(1), "{info}");
+}
+
+/// Makes a snapshot as containerd does.
+fn prepare_as_containerd(plyd: &Plyd, key: &str) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let endpoint = tonic::transport::Endpoint::try_from(plyd.address()).unwrap();
+        let mut client = SnapshotsClient::new(endpoint.connect().await.unwrap());
+        let mut request = tonic::Request::new(PrepareSnapshotRequest {
+            key: key.to_owned(),
+            ..PrepareSnapshotRequest::default()
+        });
+        let namespace = "default".parse().unwrap();
+        request
+            .metadata_mut()
+            .insert("containerd-namespace", namespace);
+        client.prepare(request).await.unwrap();
+    });
+}
+
+#[test]
+fn a_snapshot_that_is_called_by_another_name_is_told_its_own() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let id = plyd.ok(["create", "--name", "web", BUSYBOX, "true"]);
+    let id = id.trim_end();
+    let image = plyd.json(["image", "inspect", BUSYBOX])[0]["chain_id"].clone();
+    let image = image.as_str().unwrap();
+    prepare_as_containerd(&plyd, "default/12/theirs");
+    plyd.ok(["snapshot", "prepare", "work"]);
+    plyd.ok(["snapshot", "commit", "work", "base"]);
+    let refused = |args: &[&str], words: &[&str]| {
+        let done = plyd.snapctl(args);
+        assert_eq!((done.code, done.stdout.as_str()), (1, ""), "{args:?}");
+        assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+        for word in words {
+            assert!(done.stderr.contains(word), "{args:?}: {}", done.stderr);
+        }
+    };
+    for command in ["info", "usage", "diff", "materialize"] {
+        for name in ["web", &id[..8]] {
+            let words = [format!("has the key {id} and --owner container")];
+            refused(&["snapshot", command, name], &[&words[0]]);
+        }
+        let words = format!("has the key {image} and --owner image");
+        refused(&["snapshot", command, BUSYBOX], &[&words]);
+        refused(
+            &["snapshot", command, BUSYBOX, "--owner", "image"],
+            &[&words],
+        );
+    }
+    plyd.ok(["snapshot", "usage", id, "--owner", "container"]);
+    plyd.ok(["snapshot", "usage", image, "--owner", "image"]);
+
+    for (key, words) in [
+        ("base", "`snapctl snapshot view NEW base`"),
+        (image, &format!("`snapctl snapshot view NEW {image}`")),
+        (BUSYBOX, &format!("`snapctl snapshot view NEW {BUSYBOX}`")),
+        (id, "belongs to the container web"),
+        ("web", "has the key"),
+        ("default/12/theirs", "belongs to containerd"),
+    ] {
+        refused(&["mount", key, "/mnt"], &[words]);
+        refused(&["snapshot", "mounts", key], &[words]);
+    }
+    for (key, words) in [
+        (image, "`snapctl image rm`"),
+        (id, "`snapctl rm web`"),
+        (
+            "default/12/theirs",
+            "`ctr -n default snapshots --snapshotter plywood rm theirs`",
+        ),
+    ] {
+        refused(&["snapshot", "rm", key], &[words]);
+    }
+}
+
+#[test]
+fn several_directories_are_unmounted_at_once() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    let dirs = ["one", "two"].map(|name| plyd.dir().join(name).to_str().unwrap().to_owned());
+    for dir in &dirs {
+        fs::create_dir(dir).unwrap();
+        plyd.ok(["mount", "work", dir]);
+    }
+    // One that is no mount point does not keep the others.
+    let done = plyd.snapctl(["umount", &dirs[0], "/no-such-dir/x", &dirs[1]]);
+    assert_eq!(done.code, 1);
+    assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+    for dir in &dirs {
+        assert!(!mounts_below(plyd.dir()).contains(&dir.into()), "{dir}");
+    }
 }
 
 #[test]

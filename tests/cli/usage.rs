@@ -1,11 +1,15 @@
 //! What needs no work of plyd: help, bad command lines, addresses that nobody serves.
 
 use std::ffi::OsString;
+use std::fs::Permissions;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::common::{Done, Plyd};
+use crate::common::{Done, PLYD, Plyd};
 
 fn snapctl(args: &[&str]) -> Done {
     let mut command = Command::new(env!("CARGO_BIN_EXE_snapctl"));
@@ -46,15 +50,196 @@ fn a_bad_command_line_is_2_and_125_where_other_codes_are_the_process_s() {
     ] {
         let done = snapctl(args);
         assert_eq!((done.code, done.stdout.as_str()), (code, ""), "{args:?}");
-        assert!(
-            done.stderr.starts_with("error:") || done.stderr.contains("Usage:"),
-            "{}",
-            done.stderr
-        );
-        let asked_for = args.contains(&"--address");
-        let shown = done.stderr.contains("--address <ADDRESS>");
-        assert!(asked_for || !shown, "{}", done.stderr);
+        let lines: Vec<&str> = done.stderr.lines().collect();
+        assert_eq!(lines.len(), 3, "{}", done.stderr);
+        assert!(lines[0].starts_with("snapctl: "), "{}", done.stderr);
+        assert!(lines[1].starts_with("Usage: snapctl "), "{}", done.stderr);
+        assert!(lines[2].ends_with(" --help` says more"), "{}", done.stderr);
+        assert!(!done.stderr.contains("tip:"), "{}", done.stderr);
     }
+    // Nothing at all: the commands that there are.
+    for (args, command) in [(&[][..], "completions"), (&["image"], "load")] {
+        let done = snapctl(args);
+        assert_eq!((done.code, done.stdout.as_str()), (2, ""), "{args:?}");
+        let first = done.stderr.lines().next().unwrap();
+        assert!(first.starts_with("snapctl: name a command of "), "{first}");
+        assert!(first.contains(command), "{first}");
+        assert!(done.stderr.contains("\nUsage: snapctl"), "{}", done.stderr);
+    }
+}
+
+#[test]
+fn what_was_meant_is_said() {
+    for (args, words) in [
+        (
+            &["image", "load", "x.tar"][..],
+            "`snapctl image load -i x.tar`",
+        ),
+        (&["image", "ls", "--jsn"], "did you mean --json?"),
+        (&["run", "--name", "", "image"], "\"\" is no name"),
+        (&["create", "--name=", "image"], "\"\" is no name"),
+        (&["image", "load", "--name", ""], "\"\" is no name"),
+        (&["snapshot", "prepare", "key", ""], "\"\" is no name"),
+        (
+            &["snapshot", "info", "-q", "key"],
+            "`snapctl snapshot info` has no option -q",
+        ),
+    ] {
+        let done = snapctl(args);
+        let first = done.stderr.lines().next().unwrap();
+        assert!(first.contains(words), "{args:?}: {first}");
+    }
+}
+
+#[test]
+fn the_help_has_what_is_not_obvious() {
+    for (args, words) in [
+        (["stop", "--help"], "[default: 10]"),
+        (["kill", "--help"], "[default: SIGKILL]"),
+    ] {
+        let done = snapctl(&args);
+        assert!(done.stdout.contains(words), "{}", done.stdout);
+    }
+    let remove = snapctl(&["image", "rm", "--help"]).stdout;
+    assert!(remove.contains("Print a JSON object:"), "{remove}");
+}
+
+#[test]
+fn every_list_has_json_and_quiet() {
+    for list in [
+        "image ls",
+        "ps",
+        "snapshot ls",
+        "snapshot tree",
+        "snapshot mounts",
+        "snapshot diff",
+    ] {
+        let mut args: Vec<&str> = list.split(' ').collect();
+        args.push("--help");
+        let help = snapctl(&args).stdout;
+        assert!(
+            help.contains("--json") && help.contains("-q, --quiet"),
+            "{help}"
+        );
+    }
+}
+
+#[test]
+fn each_program_tells_its_own_name() {
+    for (program, name) in [
+        (PLYD, "plyd"),
+        (env!("CARGO_BIN_EXE_plyfs"), "plyfs"),
+        (env!("CARGO_BIN_EXE_plyshim"), "plyshim"),
+        (env!("CARGO_BIN_EXE_snapctl"), "snapctl"),
+    ] {
+        let output = Command::new(program).arg("--version").output().unwrap();
+        let version = format!("{name} {}\n", env!("CARGO_PKG_VERSION"));
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), version);
+    }
+}
+
+/// Runs a plyd that must not start, in `dir`; answers its exit code and what it complains of.
+fn refused_plyd(dir: &Path, program: &Path, user: u32, args: &[&str]) -> (i32, String) {
+    let mut command = Command::new(program);
+    // What is given later counts no more than once, so what is tested comes alone.
+    for (option, value) in [
+        ("--root", dir.join("root").display().to_string()),
+        ("--state", dir.join("state").display().to_string()),
+        ("--address", format!("unix://{}", dir.join("s").display())),
+    ] {
+        if !args.contains(&option) {
+            command.args([option, &value]);
+        }
+    }
+    let output = command
+        .args(args)
+        .uid(user)
+        .current_dir("/")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    (output.status.code().unwrap(), stderr)
+}
+
+#[test]
+fn a_plyd_that_cannot_start_says_what_to_do() {
+    let tmp = tempfile::tempdir().unwrap();
+    let at = |name: &str| tmp.path().join(name).to_str().unwrap().to_owned();
+    let file = at("file");
+    std::fs::write(&file, "rot = 1\n").unwrap();
+    let (below, dir, missing) = (at("file/below"), at(""), at("missing"));
+    let long = format!("unix:///tmp/{}", "x".repeat(103));
+    for (args, code, words) in [
+        (
+            ["--root", &file],
+            1,
+            "is not a directory; name one, or one that can be made, with --root",
+        ),
+        (["--root", &below], 1, "is not a directory"),
+        (["--state", &file], 1, "with --state"),
+        (
+            ["--address", &long],
+            2,
+            "has 108 bytes, and that of a socket has 107 at most; give a shorter one with --address",
+        ),
+        (["--config", &missing], 2, "there is no configuration file"),
+        (["--config", &dir], 2, "cannot read the configuration file"),
+        (
+            ["--config", &file],
+            2,
+            "is wrong in line 1, `rot = 1`: unknown field `rot`",
+        ),
+        (["--plyfs", &missing], 1, "--plyfs is "),
+        (["--plyfs", "no-such-plyfs"], 1, "PATH has no such program"),
+        (["--plyfs", "/bin/true"], 1, "give the path of plyfs"),
+        (
+            ["--plyshim", &file],
+            1,
+            "which is not executable; give the path of plyshim",
+        ),
+        (
+            ["--plyshim", env!("CARGO_BIN_EXE_plyfs")],
+            1,
+            "is another program",
+        ),
+        (
+            ["--oci-runtime", &file],
+            1,
+            "name runc or crun with --oci-runtime",
+        ),
+        (
+            ["--oci-runtime", "no-such-runtime"],
+            1,
+            "there is none on PATH",
+        ),
+        (
+            ["--oci-runtime", "/bin/false"],
+            1,
+            "it does not answer --version",
+        ),
+    ] {
+        let (ended, stderr) = refused_plyd(tmp.path(), PLYD.as_ref(), 0, &args);
+        assert_eq!(ended, code, "{args:?}: {stderr}");
+        assert!(
+            stderr.starts_with("plyd: ") && stderr.contains(words),
+            "{args:?}: {stderr}"
+        );
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(!tmp.path().join("root").exists(), "{args:?}");
+    }
+    // Where an ordinary user reaches it.
+    let copy = tmp.path().join("plyd");
+    std::fs::copy(PLYD, &copy).unwrap();
+    for path in [tmp.path(), &copy] {
+        std::fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+    }
+    let (ended, stderr) = refused_plyd(tmp.path(), &copy, 65534, &[]);
+    assert_eq!(ended, 1, "{stderr}");
+    assert!(
+        stderr.contains("has to run as root; start it with sudo"),
+        "{stderr}"
+    );
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
 }
 
 #[test]

@@ -278,7 +278,8 @@ fn layers_are_shared_and_go_with_the_last_image() {
         .images
         .load(&mut second.as_slice(), None, 0, &watch)
         .unwrap()
-        .remove(0);
+        .remove(0)
+        .image;
     assert_eq!(watch.exists.load(Ordering::Relaxed), 1);
     assert_eq!(store.snapshotter.list(None).unwrap().len(), 3);
     assert_eq!(one.diff_ids[0], two.diff_ids[0]);
@@ -512,7 +513,8 @@ fn a_given_name_replaces_those_of_the_archive() {
         .images
         .load(&mut one.as_slice(), Some("mine"), 0, &Quiet)
         .unwrap();
-    assert_eq!(images[0].names, ["docker.io/library/mine:latest"]);
+    assert_eq!(images[0].given, ["docker.io/library/mine:latest"]);
+    assert_eq!(images[0].image.names, images[0].given);
     let bad = store
         .images
         .load(&mut one.as_slice(), Some("No!"), 0, &Quiet);

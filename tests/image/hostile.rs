@@ -345,7 +345,13 @@ fn archives_that_are_none() {
     let refused = store
         .images
         .load(&mut two.tar().as_slice(), Some("one-name"), 0, &Quiet);
-    assert!(matches!(refused, Err(Error::Archive { .. })));
+    let refused = refused.unwrap_err();
+    assert!(matches!(refused, Error::Archive { .. }));
+    assert!(
+        refused.to_string().contains("2 images")
+            && refused.to_string().contains("leave out --name"),
+        "{refused}"
+    );
     store.assert_empty();
     still_works(&store);
 }

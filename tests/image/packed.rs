@@ -262,12 +262,12 @@ fn damage_is_named_by_verify_and_what_nobody_needs_by_gc() {
     plyd.piped(["image", "load", "-q"], &image);
     let sound = plyd.ok(["system", "verify", "--deep"]);
     assert!(
-        sound.contains("1 layers with 1 contents") && sound.contains("0 damaged"),
+        sound.contains("1 layer with 1 content,") && sound.contains("0 damaged"),
         "{sound}"
     );
     assert_eq!(
         plyd.ok(["system", "gc", "--dry-run"]),
-        "0 B would come free, of 0 files\n"
+        "0 B would come free, in 0 files\n"
     );
 
     let objects = plyd.root().join("store/objects");

@@ -65,7 +65,8 @@ impl Store {
 
     pub fn load(&self, mut archive: &[u8]) -> Result<Vec<Image>> {
         let total = archive.len() as u64;
-        self.images.load(&mut archive, None, total, &Quiet)
+        let loaded = self.images.load(&mut archive, None, total, &Quiet)?;
+        Ok(loaded.into_iter().map(|loaded| loaded.image).collect())
     }
 
     pub fn load_one(&self, archive: &[u8]) -> Image {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::super::args::utf8;
+use super::super::args::{name, utf8};
 use super::super::output::{Cut, ListFormat};
 
 /// Arguments of `snapshot ls`.
@@ -30,7 +30,7 @@ pub struct OwnerArg {
 #[derive(Args, Debug)]
 pub struct InfoArgs {
     /// Key of the snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) key: String,
     #[command(flatten)]
     pub(super) owner: OwnerArg,
@@ -43,11 +43,11 @@ pub struct InfoArgs {
 #[derive(Args, Debug)]
 pub struct PrepareArgs {
     /// Key of the new snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) key: String,
     /// Key of a committed snapshot, or name of an image
-    #[arg(value_parser = utf8(), default_value = "", hide_default_value = true)]
-    pub(super) parent: String,
+    #[arg(value_parser = name())]
+    pub(super) parent: Option<String>,
     #[command(flatten)]
     pub(super) labels: Labels,
     /// Print the snapshot as a JSON object
@@ -59,10 +59,10 @@ pub struct PrepareArgs {
 #[derive(Args, Debug)]
 pub struct CommitArgs {
     /// Key of the writable snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) key: String,
     /// Key of the committed snapshot that it becomes
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) name: String,
     #[command(flatten)]
     pub(super) labels: Labels,
@@ -82,7 +82,7 @@ pub struct Labels {
 #[derive(Args, Debug)]
 pub struct MountsArgs {
     /// Key of the snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) key: String,
     #[command(flatten)]
     pub(super) format: ListFormat,
@@ -100,7 +100,7 @@ pub struct RemoveArgs {
 #[derive(Args, Debug)]
 pub struct DiffArgs {
     /// Key of the snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) key: String,
     #[command(flatten)]
     pub(super) owner: OwnerArg,
@@ -112,7 +112,7 @@ pub struct DiffArgs {
 #[derive(Args, Debug)]
 pub struct MaterializeArgs {
     /// Key of the snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) key: String,
     #[command(flatten)]
     pub(super) owner: OwnerArg,
@@ -122,7 +122,7 @@ pub struct MaterializeArgs {
 #[derive(Args, Debug)]
 pub struct ExportOverlayArgs {
     /// Key of the snapshot
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     pub(super) key: String,
     /// Directory to be made
     pub(super) dir: PathBuf,
@@ -141,6 +141,9 @@ pub struct TreeArgs {
     #[command(flatten)]
     pub(super) cut: Cut,
     /// Print nested JSON objects
-    #[arg(long)]
+    #[arg(long, conflicts_with = "quiet")]
     pub(super) json: bool,
+    /// Print the keys only, one a line, each after that of its parent
+    #[arg(short, long)]
+    pub(super) quiet: bool,
 }

@@ -14,7 +14,7 @@ pub use self::view::SnapshotView;
 use self::view::{ExportView, MountView, UsageView, diff_view, letter};
 use super::client::Client;
 use super::error::{Error, Result};
-use super::output::{self, lines_out, or_dash, printable, report, size};
+use super::output::{self, count, lines_out, or_dash, printable, report, size};
 use super::tree;
 use crate::grpc::pb::plywood::{
     CommitRequest, DiffRequest, ExportOverlayRequest, InfoRequest, ListRequest, MaterializeRequest,
@@ -126,6 +126,8 @@ pub async fn run(command: Command, client: &Client) -> Result<()> {
             let snapshots = all(client, args.owner).await?;
             if args.json {
                 output::json(&tree::nested(snapshots))
+            } else if args.quiet {
+                lines_out(&tree::keys(&snapshots))
             } else {
                 lines_out(&tree::lines(&snapshots, |key| args.cut.digests(key)))
             }
@@ -207,7 +209,7 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
 fn prepare_request(args: PrepareArgs) -> Result<PrepareRequest> {
     Ok(PrepareRequest {
         key: args.key,
-        parent: args.parent,
+        parent: args.parent.unwrap_or_default(),
         labels: label_map(args.labels)?,
     })
 }
@@ -322,10 +324,7 @@ async fn usage(args: InfoArgs, client: &Client) -> Result<()> {
             inodes: usage.inodes,
         });
     }
-    let inodes = match usage.inodes {
-        1 => "1 inode".to_owned(),
-        several => format!("{several} inodes"),
-    };
+    let inodes = count(usage.inodes, "inode");
     lines_out(&[format!("{} in {inodes}", size(usage.size))])
 }
 

@@ -62,12 +62,9 @@ pub(super) async fn gc(args: GcArgs, client: &Client) -> Result<()> {
             }
         }
         let word = if args.dry_run { "would come" } else { "came" };
-        let files = match view.files.len() {
-            1 => "1 file".to_owned(),
-            count => format!("{count} files"),
-        };
+        let files = output::count(view.files.len() as u64, "file");
         let size = output::size(view.bytes);
-        output::lines_out(&[format!("{size} {word} free, of {files}")])?;
+        output::lines_out(&[format!("{size} {word} free, in {files}")])?;
     }
     match view.errors.as_slice() {
         [] => Ok(()),
@@ -167,9 +164,9 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             false => String::new(),
         };
         output::lines_out(&[format!(
-            "{} layers with {} contents{read}: {} damaged",
-            sum.layers,
-            sum.objects,
+            "{} with {}{read}: {} damaged",
+            output::count(sum.layers, "layer"),
+            output::count(sum.objects, "content"),
             faults.len()
         )])?;
     }

@@ -68,7 +68,13 @@ pub fn images(spool: &Spool, name: Option<&str>) -> Result<Vec<ArchivedImage>> {
     };
     if let Some(name) = name {
         let [image] = images.as_mut_slice() else {
-            let problem = format!("it holds {} images, and one name was given", images.len());
+            if images.is_empty() {
+                return Err(refuse("index.json", "it names no image"));
+            }
+            let problem = format!(
+                "it holds {} images, and one name was given; leave out --name, and each gets the name that it has there, or take one out with `skopeo copy oci-archive:FILE:NAME oci-archive:NEW`",
+                images.len()
+            );
             return Err(refuse("the archive", problem));
         };
         image.names = vec![reference::complete(name)?];
