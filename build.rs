@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 const FILES: &[&str] = &[
+    "github.com/containerd/containerd/api/services/content/v1/content.proto",
+    "github.com/containerd/containerd/api/services/diff/v1/diff.proto",
     "github.com/containerd/containerd/api/services/snapshots/v1/snapshots.proto",
     "plywood/v1/container.proto",
     "plywood/v1/image.proto",

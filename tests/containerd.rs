@@ -86,6 +86,7 @@ fn a_debian_image_is_what_the_native_snapshotter_makes_of_it_and_runs() {
     );
     host.look_away("native", &native);
     host.look_away("plywood", &plywood);
+    releases::differ_makes_the_same(&archive, &want, began, &headers);
 
     installs_a_package(&host);
     two_containers_do_not_see_each_other(&host);

@@ -6,6 +6,8 @@
 
 mod care;
 mod container;
+mod content;
+mod diff;
 mod filter;
 mod images;
 pub mod pb;

@@ -15,6 +15,20 @@ pub mod containerd {
     }
     /// `containerd.services`.
     pub mod services {
+        /// `containerd.services.content.v1`.
+        pub mod content {
+            /// `containerd.services.content.v1`.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.content.v1");
+            }
+        }
+        /// `containerd.services.diff.v1`.
+        pub mod diff {
+            /// `containerd.services.diff.v1`.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.diff.v1");
+            }
+        }
         /// `containerd.services.snapshots.v1`.
         pub mod snapshots {
             /// `containerd.services.snapshots.v1`.

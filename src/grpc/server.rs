@@ -13,20 +13,22 @@ use nix::sys::stat::{Mode, umask};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
+use super::content::Content;
 use super::pb::DESCRIPTORS;
+use super::pb::containerd::services::diff::v1::diff_server::DiffServer;
 use super::pb::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use super::pb::plywood::containers_server::ContainersServer;
 use super::pb::plywood::images_server::ImagesServer;
 use super::pb::plywood::snapshot_admin_server::SnapshotAdminServer;
 use super::pb::plywood::system_server::SystemServer;
 use super::system::Place;
-use super::{container, images, snapshot_admin, snapshots, system};
+use super::{container, diff, images, snapshot_admin, snapshots, system};
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
 
 /// containerd's limit, in both directions.
-const LARGEST_MESSAGE: usize = 16 << 20;
+pub(super) const LARGEST_MESSAGE: usize = 16 << 20;
 /// How long the requests at hand may take when plyd ends.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
 
@@ -42,6 +44,8 @@ pub struct Backends {
     pub images: Arc<ImageStore>,
     /// Containers.
     pub containers: Containers,
+    /// containerd's socket, for the content of layers.
+    pub containerd: PathBuf,
 }
 
 /// Why plyd cannot listen or serve.
@@ -129,10 +133,16 @@ pub async fn serve(
         snapshotter,
         images: image_store,
         containers: all_containers,
+        containerd,
     } = backends;
     let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
+    let differ = DiffServer::new(diff::Service::new(
+        Arc::clone(&snapshotter),
+        Content::new(containerd),
+    ))
+    .max_decoding_message_size(LARGEST_MESSAGE);
     let admin_service = snapshot_admin::Service::new(
         Arc::clone(&snapshotter),
         Arc::clone(&image_store),
@@ -168,6 +178,7 @@ pub async fn serve(
     health
         .set_serving::<SnapshotsServer<snapshots::Service>>()
         .await;
+    health.set_serving::<DiffServer<diff::Service>>().await;
     health
         .set_serving::<SnapshotAdminServer<snapshot_admin::Service>>()
         .await;
@@ -200,6 +211,7 @@ pub async fn serve(
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
         .add_service(snapshots)
+        .add_service(differ)
         .add_service(admin)
         .add_service(images)
         .add_service(containers)

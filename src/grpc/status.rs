@@ -80,6 +80,7 @@ impl From<snapshotter::Error> for Status {
             | Error::ForeignMount { .. }
             | Error::WritesLost { .. }
             | Error::NotPacked { .. }
+            | Error::NotPristine { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
             Error::Store(error) => store_code(error),
             Error::Record(error) => record_code(error),

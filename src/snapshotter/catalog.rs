@@ -29,9 +29,9 @@ pub(super) struct SnapshotRecord {
     /// Nanoseconds since the epoch.
     pub(super) created: u64,
     pub(super) updated: u64,
-    /// Content, once it is committed: a directory,
+    /// What was the upper, once it is committed.
     pub(super) layer: Option<LayerId>,
-    /// or a packed layer.
+    /// The packed layer that it has, below that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) packed: Option<LayerName>,
     /// What it takes, once it is committed.

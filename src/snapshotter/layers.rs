@@ -5,8 +5,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use super::Snapshotter;
-use super::catalog::{self, Found, SnapshotRecord};
-use super::diff::{self, Change};
+use super::catalog::{self, SnapshotRecord};
 use super::types::*;
 use crate::store::ingest::{Observer, Settings};
 use crate::store::layers::{Expected, Layers};
@@ -61,18 +60,5 @@ impl Snapshotter {
     /// The packed layers, to collect, verify and look at.
     pub fn packed_layers(&self) -> &Arc<Layers> {
         self.packed.layers()
-    }
-
-    pub(super) fn diff_packed(&self, found: &Found) -> Result<Vec<Change>> {
-        let mut chain = self.packed_below(found)?;
-        let new = self.packed.view(chain.clone())?;
-        chain.remove(0);
-        // A view has no more layers than that.
-        let topmost = u16::try_from(chain.len()).unwrap_or(u16::MAX);
-        let old = self.packed.view(chain)?;
-        match new {
-            Some(new) => diff::diff_packed(&new, old.as_deref(), topmost),
-            None => Ok(Vec::new()),
-        }
     }
 }

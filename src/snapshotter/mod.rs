@@ -37,6 +37,7 @@
 //!
 //! A record that cannot be read keeps its id taken: none of its trees is an orphan.
 
+mod apply;
 mod catalog;
 mod chain;
 mod diff;
@@ -59,6 +60,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use apply::AppliedLayer;
 use catalog::{Catalog, Found, SnapshotRecord};
 pub use diff::{Change, ChangeKind};
 pub use export::ExportedOverlay;
@@ -247,12 +249,15 @@ impl Snapshotter {
             }
             let dir = self.data.join(&found.id);
             let upper = dir.join("upper");
+            if let Some(applied) = self.commit_applied(&found, name, &labels)? {
+                return Ok(applied);
+            }
             // Settling needs the work directory for itself: then no copy of the mount can go on.
             let settle = self.needs_settling(&found)?;
             self.end_mount(&found, if settle { Mounts::unmount } else { Mounts::seal })?;
             self.settle(&found)?;
             upper::sync(&upper).map_err(io_error("make durable", &upper))?;
-            let usage = usage_of(&upper)?;
+            let usage = usage_of(&upper)? + self.usage_of_packed(&found);
             let layer = LayerId(found.id.clone());
             self.layers
                 .adopt(&layer, &upper)
@@ -341,7 +346,8 @@ impl Snapshotter {
                 if let Err(error) = self.mounts.flush(&found.id) {
                     tracing::warn!(snapshot = key, %error, "the usage may lag behind");
                 }
-                usage_of(&self.data.join(&found.id).join("upper"))
+                let upper = usage_of(&self.data.join(&found.id).join("upper"))?;
+                Ok(upper + self.usage_of_packed(&found))
             }
             (None, _) => Ok(Usage::default()),
         }
@@ -440,7 +446,7 @@ impl Snapshotter {
             let mut below = self.below(&found)?;
             let own = match found.record.kind {
                 Kind::View => return Ok(Vec::new()),
-                Kind::Committed if found.record.packed.is_some() => {
+                Kind::Committed if found.record.layer.is_none() => {
                     return self.diff_packed(&found);
                 }
                 Kind::Committed => below.lowers.remove(0),
@@ -455,7 +461,8 @@ impl Snapshotter {
                     upper
                 }
             };
-            diff::diff(&own, below)
+            let on_top = diff::diff(&own, below)?;
+            Ok(diff::joined(self.diff_packed(&found)?, on_top, &own))
         })
     }
 

@@ -104,9 +104,7 @@ impl Packed {
     ) -> Result<Imported<'_>> {
         self.state.lock().imports += 1;
         let import = Import(self);
-        let known = expected
-            .diff_id
-            .and_then(|diff_id| self.layers.of_diff_id(diff_id));
+        let known = self.layers.known(expected);
         let name = match known {
             Some(name) => name,
             None => self.layers.import(stream, expected, observer)?,
@@ -133,7 +131,8 @@ impl Packed {
         self.collector.wait_until_idle();
     }
 
-    fn usage(&self, name: LayerName) -> Usage {
+    /// What a layer takes.
+    pub(super) fn usage(&self, name: LayerName) -> Usage {
         let record = self.layers.get(name);
         record.map_or_else(Usage::default, |record| Usage {
             size: record.content_bytes + record.index_bytes,

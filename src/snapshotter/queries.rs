@@ -1,7 +1,7 @@
 //! Questions about snapshots.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Snapshotter;
 use super::catalog::Found;
@@ -12,6 +12,20 @@ impl Snapshotter {
     /// Where the snapshot's mount is to be seen beside its own place.
     pub fn mounted_at(&self, owner: Owner, key: &str) -> Result<Vec<PathBuf>> {
         self.mounts.places(&self.catalog.resolve(owner, key)?.id)
+    }
+
+    /// The snapshot of `owner` whose mount is at `path`, as [`mounts`](Self::mounts) says it.
+    pub fn mounted_from(&self, owner: Owner, path: &Path) -> Result<Option<SnapshotInfo>> {
+        let Some(id) = self.mounts.id_at(path) else {
+            return Ok(None);
+        };
+        match self.catalog.get(id)? {
+            Some(record) if record.owner == owner => {
+                let id = id.to_owned();
+                self.describe(Found { id, record }).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Keys of the snapshots whose content a packed layer is.

@@ -36,7 +36,7 @@ pub(super) fn mend(
                     );
                 }
             }
-            None if found.record.packed.is_some() => {}
+            None if found.record.kind == Kind::Committed => {}
             None => {
                 data_kept.insert(&found.id);
                 undo_half_commit(found, data, layers)?;

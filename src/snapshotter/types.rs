@@ -118,6 +118,17 @@ pub struct SnapshotterConfig {
     pub packing: Settings,
 }
 
+impl std::ops::Add for Usage {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            size: self.size + other.size,
+            inodes: self.inodes + other.inodes,
+        }
+    }
+}
+
 impl Owner {
     /// Every owner.
     pub const ALL: [Self; 4] = [
@@ -230,6 +241,14 @@ pub enum Error {
     )]
     NotPacked {
         /// Key of the parent.
+        key: String,
+    },
+    /// Something was written to it already, or can be at this moment.
+    #[error(
+        "the snapshot {key:?} is not empty or is mounted elsewhere; unpack the layer through its mount, or prepare a new snapshot"
+    )]
+    NotPristine {
+        /// Key.
         key: String,
     },
     /// A key must not be empty.

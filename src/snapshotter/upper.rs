@@ -37,7 +37,17 @@ impl Root {
             xattrs.push((name, value));
         }
         let attr = union.getattr(NodeId::ROOT, None)?;
+        xattrs.sort_unstable();
         Ok(Self { attr, xattrs })
+    }
+
+    /// Whether both are the same to whoever looks, but for access times.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let of = |root: &Self| {
+            let attr = &root.attr;
+            (attr.perm, attr.uid, attr.gid, attr.mtime)
+        };
+        of(self) == of(other) && self.xattrs == other.xattrs
     }
 }
 

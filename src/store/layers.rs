@@ -131,12 +131,19 @@ impl Layers {
         self.known.lock().get(&name).cloned()
     }
 
-    /// A layer that came as the tar stream of that digest.
-    pub fn of_diff_id(&self, diff_id: &str) -> Option<LayerName> {
+    /// The layer that came as a stream of a digest that is expected, by that of the content if both are.
+    pub fn known(&self, expected: &Expected<'_>) -> Option<LayerName> {
         let known = self.known.lock();
-        let found = known
-            .iter()
-            .find(|(_, record)| record.diff_id.as_deref() == Some(diff_id));
+        let found = known.iter().find(|(_, record)| match expected {
+            Expected {
+                diff_id: Some(diff_id),
+                ..
+            } => record.diff_id.as_deref() == Some(diff_id),
+            Expected {
+                blob: Some(blob), ..
+            } => record.blob.as_deref() == Some(blob),
+            _ => false,
+        });
         found.map(|(name, _)| *name)
     }
 

@@ -105,6 +105,8 @@ impl Host {
             .arg("--state")
             .arg(self.dir.join("ply-state"))
             .args(["--address", &address])
+            .arg("--containerd-address")
+            .arg(format!("unix://{}", self.containerd_socket().display()))
             .stdin(Stdio::null())
             .stdout(self.log("plyd.log"))
             .stderr(self.log("plyd.log"))

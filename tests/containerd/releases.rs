@@ -1,10 +1,11 @@
 //! Other releases of containerd than the installed one, each with the form of the configuration that is shipped for it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::host::{Host, Release, sh};
-use super::image::{MANY, many};
-use super::tree;
+use super::image::{DEBIAN, MANY, many};
+use super::tree::{self, Tree};
 
 /// A Debian suite, the release line of containerd in it, and the configuration for that.
 struct Line {
@@ -17,7 +18,7 @@ const LINES: [Line; 2] = [
     Line {
         suite: "trixie",
         version: "1.7.",
-        config: "config.toml",
+        config: "config-1.7.toml",
     },
     // A suite that moves: only where `make test-full` asks for it.
     Line {
@@ -35,6 +36,38 @@ fn programs(suite: &str) -> PathBuf {
         sh(script, &[suite, files.to_str().unwrap()]);
     }
     files.join("usr/bin")
+}
+
+/// With our differ in place of the stock one: the same tree as the native snapshotter's, without a mount to unpack through.
+pub fn differ_makes_the_same(
+    archive: &Path,
+    want: &Tree,
+    began: i64,
+    headers: &BTreeMap<Vec<u8>, i64>,
+) {
+    let line = &LINES[0];
+    let host = Host::start_with(Release {
+        programs: Some(programs(line.suite)),
+        config: line.config,
+    });
+    let archive = archive.to_str().unwrap();
+    host.ctr(&["images", "import", "--snapshotter", "plywood", archive]);
+    let root = host.look_into("plywood", &host.chain_id(DEBIAN));
+    let mut times = headers.clone();
+    // The root, and directories that no layer lists: what is made has the epoch's time, whenever it is made.
+    for path in ["", "opt/omitted", "opt/omitted/parent"] {
+        times.insert(path.into(), 0);
+    }
+    let differences = tree::differences(want, &tree::read(&root), began, &times);
+    host.look_away("plywood", &root);
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+    assert!(host.stored("store/layers") > 2);
+    assert_eq!(host.stored("layers"), 0, "a layer was unpacked");
+    host.ctr(&["images", "rm", "--sync", DEBIAN]);
+    host.until("nothing is left", || {
+        ["store/layers", "store/packs", "snapshots/data", "trash"].map(|dir| host.stored(dir))
+            == [0; 4]
+    });
 }
 
 #[test]
@@ -72,8 +105,12 @@ fn imports_and_runs(host: &Host, line: &Line) {
         tree
     });
     assert!(trees[0].len() > 2000, "{}", trees[0].len());
-    let differences = tree::differences(&trees[0], &trees[1], began, &super::image::many_times());
+    let mut times = super::image::many_times();
+    // A root of which no layer says anything.
+    times.insert(Vec::new(), 0);
+    let differences = tree::differences(&trees[0], &trees[1], began, &times);
     assert!(differences.is_empty(), "{}", differences.join("\n"));
+    assert_eq!(host.stored("layers"), 0, "a layer was unpacked");
 
     const BUSYBOX: &str = "localhost/busybox:latest";
     let script =
@@ -87,7 +124,7 @@ fn imports_and_runs(host: &Host, line: &Line) {
         host.ctr(&["images", "rm", "--sync", image]);
     }
     host.until("every snapshot is collected", || {
-        host.snapshots("plywood").is_empty() && host.stored("layers") == 0
+        host.snapshots("plywood").is_empty() && host.stored("store/layers") == 0
     });
     host.until("every mount is gone", || host.mounts().is_empty());
 }

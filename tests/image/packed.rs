@@ -138,7 +138,7 @@ fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree(
     let plyd = Plyd::start();
     let at = |name: &str| plyd.dir().join(name);
     let large = "large\n".repeat(500_000);
-    let mark: (&[u8], &[u8]) = (b"SCHILY.xattr.trusted.overlay.opaque", b"y");
+    let mark: (&[u8], &[u8]) = (b"SCHILY.xattr.user.overlay.opaque", b"y");
     let image = archive(
         "x",
         &[

@@ -65,6 +65,7 @@ fn run(checked: Checked) -> Result<(), Failure> {
         settings,
         log_filter,
         socket,
+        containerd,
     } = checked;
     start_log(log_filter, settings.log_format.unwrap_or_default());
     if let Err(error) = process::raise_open_files() {
@@ -132,6 +133,7 @@ fn run(checked: Checked) -> Result<(), Failure> {
             snapshotter: Arc::clone(&snapshotter),
             images,
             containers,
+            containerd,
         };
         tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %root.display(), socket = %socket.display(), "serving");
         tell_systemd("READY=1");

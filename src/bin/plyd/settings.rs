@@ -10,6 +10,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 const DEFAULT_CONFIG: &str = "/etc/plywood/config.toml";
 const DEFAULT_ADDRESS: &str = "unix:///run/plywood/plyd.sock";
+const DEFAULT_CONTAINERD: &str = "unix:///run/containerd/containerd.sock";
 
 /// Keeps container root file systems and serves them to containerd and snapctl.
 ///
@@ -53,6 +54,10 @@ pub struct Settings {
     /// The OCI runtime [default: the first of runc and crun that works here]
     #[arg(long, value_name = "FILE")]
     pub oci_runtime: Option<PathBuf>,
+    /// containerd's socket, where the diff service reads and writes layers
+    /// [default: unix:///run/containerd/containerd.sock]
+    #[arg(long, value_name = "unix://PATH")]
+    pub containerd_address: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
@@ -70,6 +75,8 @@ pub struct Checked {
     pub settings: Settings,
     pub log_filter: EnvFilter,
     pub socket: PathBuf,
+    /// containerd's socket.
+    pub containerd: PathBuf,
 }
 
 impl Settings {
@@ -83,6 +90,7 @@ impl Settings {
             plyfs: self.plyfs.or(other.plyfs),
             plyshim: self.plyshim.or(other.plyshim),
             oci_runtime: self.oci_runtime.or(other.oci_runtime),
+            containerd_address: self.containerd_address.or(other.containerd_address),
         }
     }
 }
@@ -111,9 +119,12 @@ pub fn read(args: Args) -> Result<Checked, String> {
         toml::from_str(&text).map_err(|error| wrong(path_or_default, &text, &error))?;
     let settings = args.settings.or(file);
     let address = settings.address.as_deref().unwrap_or(DEFAULT_ADDRESS);
+    let containerd = settings.containerd_address.as_deref();
+    let containerd = containerd.unwrap_or(DEFAULT_CONTAINERD);
     Ok(Checked {
         log_filter: log_filter(settings.log_level.as_deref().unwrap_or("info"))?,
-        socket: socket_path(address)?,
+        socket: socket_path("--address", address)?,
+        containerd: socket_path("--containerd-address", containerd)?,
         settings,
     })
 }
@@ -145,7 +156,7 @@ fn log_filter(level: &str) -> Result<EnvFilter, String> {
     EnvFilter::try_new(level).map_err(|error| wrong(&error))
 }
 
-fn socket_path(address: &str) -> Result<PathBuf, String> {
+fn socket_path(option: &str, address: &str) -> Result<PathBuf, String> {
     /// Bytes that the kernel has room for (unix(7)), without the zero at the end.
     const LONGEST: usize = 107;
     let path = address.strip_prefix("unix://").map(Path::new);
@@ -155,7 +166,7 @@ fn socket_path(address: &str) -> Result<PathBuf, String> {
     let length = path.as_os_str().len();
     if length > LONGEST {
         return Err(format!(
-            "the path in the address {address:?} has {length} bytes, and that of a socket has {LONGEST} at most; give a shorter one with --address"
+            "the path in the address {address:?} has {length} bytes, and that of a socket has {LONGEST} at most; give a shorter one with {option}"
         ));
     }
     Ok(path.to_owned())
@@ -168,14 +179,14 @@ mod tests {
     #[test]
     fn addresses() {
         let longest = format!("/{}", "x".repeat(106));
-        let path = socket_path(&format!("unix://{longest}")).unwrap();
+        let path = socket_path("--address", &format!("unix://{longest}")).unwrap();
         assert_eq!(path, Path::new(&longest));
         for (address, words) in [
             ("/run/s", "write unix://"),
             ("unix://s", "write unix://"),
             (&*format!("unix://{longest}x"), "has 108 bytes"),
         ] {
-            let problem = socket_path(address).unwrap_err();
+            let problem = socket_path("--address", address).unwrap_err();
             assert!(problem.contains(words), "{problem}");
         }
     }

@@ -13,6 +13,7 @@ use super::written::Written;
 use crate::cow::{
     Caller, FileKind, NodeId, SetAttr, SetTime, SetXattrMode, Timestamp, Union, union,
 };
+use crate::store::ingest;
 
 const BUFFER: usize = 1 << 20;
 const WHITEOUT: &[u8] = b".wh.";
@@ -288,7 +289,8 @@ impl<'u> Layer<'u> {
                 .map_err(in_union)
         };
         set(&owner)?;
-        for (name, value) in &entry.xattrs {
+        let mine = |(name, _): &&(Vec<u8>, Vec<u8>)| !ingest::is_private(name);
+        for (name, value) in entry.xattrs.iter().filter(mine) {
             self.set_xattr(entry, made.id(), name, value)?;
         }
         // A symbolic link's mode is fixed. A hard link's entry speaks for the file that it goes to.

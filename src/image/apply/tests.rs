@@ -65,7 +65,7 @@ fn stream(entries: &[(String, Thing, u8)]) -> Vec<u8> {
         header.set_gid(u64::from(number % 5));
         header.set_mtime(1_000_000 + u64::from(*number));
         if number % 4 == 0 && !matches!(thing, Thing::Symlink(_)) {
-            let name = format!("SCHILY.xattr.trusted.t{}", number % 3);
+            let name = format!("SCHILY.xattr.user.t{}", number % 3);
             builder
                 .append_pax_extensions([(name.as_str(), &[*number][..])])
                 .unwrap();

@@ -10,8 +10,9 @@
 
 mod packed;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
+use std::ops::Bound;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -60,6 +61,47 @@ pub(super) fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
 /// As `diff`, of packed layers: `new` is the view of a chain whose topmost layer has that number, `old` of what is below it.
 pub(super) fn diff_packed(new: &View, old: Option<&View>, topmost: u16) -> Result<Vec<Change>> {
     packed::compare(new, old, topmost).map(ordered)
+}
+
+/// The changes of a directory `own`, which lies on a layer with the changes `below`, and those, as one step from what is
+/// below both.
+pub(super) fn joined(below: Vec<Change>, on_top: Vec<Change>, own: &Path) -> Vec<Change> {
+    use ChangeKind::{Added, Deleted, Modified};
+
+    if below.is_empty() {
+        return on_top;
+    }
+    let mut all: BTreeMap<PathBuf, ChangeKind> = below
+        .into_iter()
+        .map(|change| (change.path, change.kind))
+        .collect();
+    for Change { path, kind } in on_top {
+        // Below what is gone, or no directory any more, nothing is told.
+        let inside = path.strip_prefix("/").unwrap_or(&path);
+        let is_directory = |path: &Path| path.symlink_metadata().is_ok_and(|meta| meta.is_dir());
+        if kind == Deleted || !is_directory(&own.join(inside)) {
+            // Paths are in the order of their parts, so what lies below one follows it.
+            let after = all.range::<PathBuf, _>((Bound::Excluded(&path), Bound::Unbounded));
+            let inside = after
+                .map(|(other, _)| other)
+                .take_while(|other| other.starts_with(&path));
+            for other in inside.cloned().collect::<Vec<_>>() {
+                all.remove(&other);
+            }
+        }
+        let kind = match (all.get(&path), kind) {
+            (Some(Added), Deleted) => None,
+            (Some(Added), _) => Some(Added),
+            (Some(Deleted), Added) => Some(Modified),
+            (_, kind) => Some(kind),
+        };
+        match kind {
+            Some(kind) => all.insert(path, kind),
+            None => all.remove(&path),
+        };
+    }
+    let all = all.into_iter();
+    ordered(all.map(|(path, kind)| Change { path, kind }).collect())
 }
 
 fn ordered(mut changes: Vec<Change>) -> Vec<Change> {
@@ -367,6 +409,52 @@ mod tests {
             ]
             .map(|(path, kind)| (path.to_owned(), kind))
         );
+    }
+
+    #[test]
+    fn two_steps_are_told_as_one() {
+        use ChangeKind::{Added, Deleted, Modified};
+
+        let own = tempfile::tempdir().unwrap();
+        fs::create_dir(own.path().join("made-a-directory")).unwrap();
+        fs::write(own.path().join("made-a-file"), "").unwrap();
+        let list = |list: &[(&str, ChangeKind)]| {
+            let change = |(path, kind): &(&str, ChangeKind)| Change {
+                path: path.into(),
+                kind: *kind,
+            };
+            list.iter().map(change).collect::<Vec<_>>()
+        };
+        let below = list(&[
+            ("/changed", Modified),
+            ("/gone-again", Added),
+            ("/gone-again/inside", Added),
+            ("/made-a-directory", Modified),
+            ("/made-a-file", Modified),
+            ("/made-a-file/gone", Deleted),
+            ("/made-a-file/new", Added),
+            ("/new", Added),
+            ("/removed", Deleted),
+            ("/removed-once", Deleted),
+        ]);
+        let on_top = list(&[
+            ("/changed", Deleted),
+            ("/gone-again", Deleted),
+            ("/made-a-directory/new", Added),
+            ("/made-a-file", Modified),
+            ("/new", Modified),
+            ("/removed", Added),
+        ]);
+        let expected = list(&[
+            ("/changed", Deleted),
+            ("/made-a-directory", Modified),
+            ("/made-a-directory/new", Added),
+            ("/made-a-file", Modified),
+            ("/new", Added),
+            ("/removed", Modified),
+            ("/removed-once", Deleted),
+        ]);
+        assert_eq!(joined(below, on_top, own.path()), expected);
     }
 
     #[test]

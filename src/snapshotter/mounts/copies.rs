@@ -7,6 +7,12 @@ use super::{Live, Mounts, connection};
 use crate::sys::mountinfo::{self, MountEntry};
 
 impl Mounts {
+    /// The snapshot whose mount has its own place at `path`.
+    pub(in super::super) fn id_at<'a>(&self, path: &'a Path) -> Option<&'a str> {
+        let id = path.parent()?.file_name()?.to_str()?;
+        (self.place(id).root() == path).then_some(id)
+    }
+
     /// Where else the mount of a snapshot is to be seen.
     pub(in super::super) fn places(&self, id: &str) -> Result<Vec<PathBuf>> {
         self.wait_for_arrival(id);

@@ -243,14 +243,21 @@ impl<R: Read> Layer<'_, R> {
 }
 
 fn attributes(entry: &Entry, kind: u32) -> Attributes {
+    let xattrs = entry.xattrs.iter().filter(|(name, _)| !is_private(name));
     Attributes {
         mode: kind as u16 | entry.perm,
         uid: entry.uid,
         gid: entry.gid,
         mtime: bounded(entry.mtime),
         atime: bounded(entry.atime.unwrap_or_default().max(entry.mtime)),
-        xattrs: entry.xattrs.clone(),
+        xattrs: xattrs.cloned().collect(),
     }
+}
+
+/// Whether a layer may not set an extended attribute: those of the host's administrator say nothing of an image. As
+/// containerd has it.
+pub fn is_private(xattr: &[u8]) -> bool {
+    xattr.starts_with(b"trusted.")
 }
 
 /// As containerd sets times: access no older than modification, and what cannot be a time is the

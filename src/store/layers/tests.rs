@@ -114,7 +114,13 @@ fn a_layer_comes_back_bit_for_bit_from_every_compression() {
             diff_id: Some(&diff_id),
         };
         let name = layers.import(blob.as_slice(), &expected, &()).unwrap();
-        assert_eq!(layers.of_diff_id(&diff_id), Some(name));
+        assert_eq!(
+            layers.known(&Expected {
+                diff_id: Some(&diff_id),
+                blob: None
+            }),
+            Some(name)
+        );
         assert_eq!(exported(&layers, name).unwrap(), stream);
         names.push(name);
     }

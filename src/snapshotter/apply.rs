@@ -1,0 +1,176 @@
+//! A layer's tar stream as the content of an active snapshot, straight into the store.
+//!
+//! Nothing goes through the mount: the stream becomes a packed layer, which lies below the snapshot's upper from then
+//! on. Commit makes it the content of the committed snapshot, if the upper has nothing of its own.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+
+use super::catalog::Found;
+use super::chain;
+use super::mounts::Mounts;
+use super::types::*;
+use super::{Snapshotter, upper};
+use crate::cow::UnionConfig;
+use crate::store::ingest::Observer;
+use crate::store::layers::Expected;
+
+/// What was applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppliedLayer {
+    /// `sha256:` and the hash of the tar stream.
+    pub diff_id: String,
+    /// Bytes of the tar stream.
+    pub tar_bytes: u64,
+}
+
+impl Snapshotter {
+    /// Takes a layer in as what the active snapshot `key` changes. `stream` is its tar, plain or compressed; it is not
+    /// read if the store knows the digest that it is expected to have. A live mount is made anew, and shows the layer. Fails
+    /// with [`Error::NotPacked`] or [`Error::NotPristine`] where the layer has to be unpacked through the mount
+    /// instead.
+    pub fn apply_layer(
+        &self,
+        owner: Owner,
+        key: &str,
+        layer: (impl Read + Send, &Expected<'_>),
+        observer: &dyn Observer,
+    ) -> Result<AppliedLayer> {
+        self.locked(owner, key, |found| {
+            self.expect_active(&found)?;
+            self.expect_pristine(&found)?;
+            let ancestors = self.catalog.ancestors(&found.record)?;
+            let below = match ancestors.first() {
+                Some(parent) => self.packed_below(parent)?,
+                None => Vec::new(),
+            };
+            let (stream, expected) = layer;
+            let imported = self.packed.import(below, stream, expected, observer)?;
+            let name = imported.name;
+            let not_recorded = || Error::NotPristine {
+                key: key.to_owned(),
+            };
+            let record = self.packed.layers().get(name).ok_or_else(not_recorded)?;
+            let was_mounted = self.mounts.point(&found.id).is_some();
+            // Again: whoever bound the mount meanwhile may have written.
+            self.expect_pristine(&found)?;
+            self.end_mount(&found, Mounts::unmount)?;
+            self.expect_pristine(&found)?;
+
+            let mut with_layer = found.clone();
+            with_layer.record.packed = Some(name);
+            self.renew_upper(&with_layer)?;
+            let updated = self
+                .catalog
+                .update(&found, |record| record.packed = Some(name))?;
+            imported.used();
+            if was_mounted {
+                self.mount_found(&updated)?;
+            }
+            Ok(AppliedLayer {
+                diff_id: record.diff_id.unwrap_or_default(),
+                tar_bytes: record.tar_bytes,
+            })
+        })
+    }
+
+    /// Fails if the snapshot has anything of its own, or somebody may be about to write to it.
+    fn expect_pristine(&self, found: &Found) -> Result<()> {
+        let upper = self.data.join(&found.id).join("upper");
+        if found.record.packed.is_none()
+            && is_empty(&upper)?
+            && self.mounts.places(&found.id)?.is_empty()
+        {
+            return Ok(());
+        }
+        Err(Error::NotPristine {
+            key: found.record.key.clone(),
+        })
+    }
+
+    /// Makes the empty upper's root what the layers below say, for one of them may be new.
+    fn renew_upper(&self, found: &Found) -> Result<()> {
+        let root = self.root_of_layers(found)?;
+        let upper = self.data.join(&found.id).join("upper");
+        fs::remove_dir(&upper).map_err(io_error("make anew", &upper))?;
+        upper::make(&upper, Some(&root)).map_err(io_error("make", &upper))?;
+        upper::sync(&upper).map_err(io_error("make durable", &upper))
+    }
+
+    /// Commits a snapshot that has nothing but the layer that was applied.
+    pub(super) fn commit_applied(
+        &self,
+        found: &Found,
+        name: &str,
+        labels: &BTreeMap<String, String>,
+    ) -> Result<Option<SnapshotInfo>> {
+        let dir = self.data.join(&found.id);
+        let upper = dir.join("upper");
+        let in_use = || Ok::<_, Error>(!self.mounts.places(&found.id)?.is_empty());
+        if found.record.packed.is_none() || in_use()? || !is_empty(&upper)? {
+            return Ok(None);
+        }
+        self.end_mount(found, Mounts::unmount)?;
+        if !self.is_untouched(found)? {
+            return Ok(None);
+        }
+        let usage = self.usage_of_packed(found);
+        let committed = self.catalog.update(found, |record| {
+            record.key = name.to_owned();
+            record.kind = Kind::Committed;
+            record.labels = labels.clone();
+            record.usage = Some(usage);
+        })?;
+        self.throw_away(&dir);
+        self.describe(committed).map(Some)
+    }
+
+    /// Whether the upper of a snapshot that is not mounted says nothing that the layers below do not say.
+    fn is_untouched(&self, found: &Found) -> Result<bool> {
+        if !is_empty(&self.data.join(&found.id).join("upper"))? {
+            return Ok(false);
+        }
+        let union = self.union_of(found)?;
+        Ok(upper::Root::of(union)?.is_same(&self.root_of_layers(found)?))
+    }
+
+    fn root_of_layers(&self, found: &Found) -> Result<upper::Root> {
+        let union = self.union_of(found)?;
+        upper::Root::of(UnionConfig {
+            upper: None,
+            ..union
+        })
+    }
+
+    /// What the packed layer that a snapshot has takes.
+    pub(super) fn usage_of_packed(&self, found: &Found) -> Usage {
+        let usage = found.record.packed.map(|layer| self.packed.usage(layer));
+        usage.unwrap_or_default()
+    }
+
+    /// What a snapshot's own packed layer changes, if it has one.
+    pub(super) fn diff_packed(&self, found: &Found) -> Result<Vec<super::Change>> {
+        if found.record.packed.is_none() {
+            return Ok(Vec::new());
+        }
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        let mut chain = chain::packed_in(found, &ancestors);
+        let new = self.packed.view(chain.clone())?;
+        chain.remove(0);
+        // A view has no more layers than that.
+        let topmost = u16::try_from(chain.len()).unwrap_or(u16::MAX);
+        let old = self.packed.view(chain)?;
+        match new {
+            Some(new) => super::diff::diff_packed(&new, old.as_deref(), topmost),
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(dir).map_err(io_error("list", dir))?;
+    Ok(entries.next().is_none())
+}
