@@ -174,3 +174,155 @@ fn is_empty(dir: &Path) -> Result<bool> {
     let mut entries = fs::read_dir(dir).map_err(io_error("list", dir))?;
     Ok(entries.next().is_none())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use super::super::tests::{Place, layer, prepare};
+    use super::super::{Change, ChangeKind};
+    use super::*;
+    use crate::cow::{NodeId, Union};
+
+    const OWNER: Owner = Owner::Containerd;
+
+    /// A layer of these files, each its own name's content.
+    fn tar(files: &[&str]) -> Vec<u8> {
+        let mut tar = tar::Builder::new(Vec::new());
+        for file in files {
+            let mut header = tar::Header::new_gnu();
+            header.set_mode(0o644);
+            header.set_size(file.len() as u64);
+            tar.append_data(&mut header, file, file.as_bytes()).unwrap();
+        }
+        tar.into_inner().unwrap()
+    }
+
+    fn apply(snapshots: &Snapshotter, key: &str, tar: &[u8]) -> Result<AppliedLayer> {
+        snapshots.apply_layer(OWNER, key, (tar, &Expected::default()), &())
+    }
+
+    fn commit(snapshots: &Snapshotter, name: &str, key: &str) -> SnapshotInfo {
+        let committed = snapshots.commit(OWNER, name, key, BTreeMap::new());
+        committed.unwrap()
+    }
+
+    fn changes(snapshots: &Snapshotter, key: &str) -> Vec<(String, ChangeKind)> {
+        let told = |Change { path, kind }| (path.to_string_lossy().into_owned(), kind);
+        let changes = snapshots.diff(OWNER, key).unwrap();
+        changes.into_iter().map(told).collect()
+    }
+
+    fn shows(snapshots: &Snapshotter, key: &str, name: &str) -> bool {
+        let union = Union::open(snapshots.union_config(OWNER, key).unwrap()).unwrap();
+        let root = union.getattr(NodeId::ROOT, None).unwrap();
+        assert_eq!((root.perm, root.mtime.sec), (0o755, 0));
+        union.lookup(NodeId::ROOT, name.as_ref()).is_ok()
+    }
+
+    #[test]
+    fn an_applied_layer_is_what_is_committed() {
+        let place = Place::new();
+        let snapshots = place.open();
+        for (name, key, on) in [("base", "one", None), ("top", "two", Some("base"))] {
+            prepare(&snapshots, key, on);
+            let applied = apply(&snapshots, key, &tar(&[name])).unwrap();
+            assert!(applied.diff_id.starts_with("sha256:"));
+            assert!(shows(&snapshots, key, name));
+            assert_eq!(
+                changes(&snapshots, key),
+                [(format!("/{name}"), ChangeKind::Added)]
+            );
+            let active = snapshots.usage(OWNER, key).unwrap();
+            let info = commit(&snapshots, name, key);
+            assert!(info.layer_dirs.is_empty() && info.upper_dir.is_none());
+            assert_eq!(info.packed_layers.len(), 1 + usize::from(on.is_some()));
+            let committed = snapshots.usage(OWNER, name).unwrap();
+            assert!(committed.size > 0 && committed.size <= active.size);
+            assert_eq!(
+                changes(&snapshots, name),
+                [(format!("/{name}"), ChangeKind::Added)]
+            );
+        }
+        snapshots.remove(OWNER, "top").unwrap();
+        snapshots.remove(OWNER, "base").unwrap();
+        snapshots.wait_until_deleted();
+        assert_eq!(snapshots.packed_layers().list(), []);
+    }
+
+    #[test]
+    fn what_is_written_on_an_applied_layer_is_committed_with_it() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let upper = prepare(&snapshots, "work", None).upper_dir.unwrap();
+        apply(&snapshots, "work", &tar(&["a", "b"])).unwrap();
+        fs::write(upper.join("b"), "changed").unwrap();
+        fs::write(upper.join("c"), "").unwrap();
+        let expected = ["/a", "/b", "/c"].map(|path| (path.to_owned(), ChangeKind::Added));
+        assert_eq!(changes(&snapshots, "work"), expected);
+        drop(snapshots);
+
+        // The record says so, and a new plyd finds all of it.
+        let snapshots = place.open();
+        assert_eq!(changes(&snapshots, "work"), expected);
+        let info = commit(&snapshots, "done", "work");
+        assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (1, 1));
+        assert_eq!(changes(&snapshots, "done"), expected);
+        prepare(&snapshots, "next", Some("done"));
+        assert!(changes(&snapshots, "next").is_empty());
+        // No packed layer can lie on that.
+        let refused = apply(&snapshots, "next", &tar(&["d"]));
+        assert!(matches!(refused, Err(Error::NotPacked { .. })));
+        snapshots.remove(OWNER, "next").unwrap();
+        snapshots.remove(OWNER, "done").unwrap();
+        snapshots.wait_until_deleted();
+        assert_eq!(snapshots.packed_layers().list(), []);
+        assert_eq!(
+            fs::read_dir(place.root().join("layers")).unwrap().count(),
+            0
+        );
+    }
+
+    #[test]
+    fn a_changed_root_directory_is_kept() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let upper = prepare(&snapshots, "work", None).upper_dir.unwrap();
+        apply(&snapshots, "work", &tar(&["a"])).unwrap();
+        assert_eq!(fs::metadata(&upper).unwrap().mode() & 0o7777, 0o755);
+        fs::set_permissions(&upper, fs::Permissions::from_mode(0o1755)).unwrap();
+        let info = commit(&snapshots, "done", "work");
+        assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (1, 1));
+        assert_eq!(
+            fs::metadata(&info.layer_dirs[0]).unwrap().mode() & 0o7777,
+            0o1755
+        );
+    }
+
+    #[test]
+    fn a_layer_is_applied_once_and_to_nothing_else() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let upper = prepare(&snapshots, "written", None).upper_dir.unwrap();
+        fs::write(upper.join("file"), "").unwrap();
+        let refused = apply(&snapshots, "written", &tar(&["a"]));
+        assert!(matches!(refused, Err(Error::NotPristine { .. })));
+        prepare(&snapshots, "twice", None);
+        apply(&snapshots, "twice", &tar(&["a"])).unwrap();
+        let refused = apply(&snapshots, "twice", &tar(&["b"]));
+        assert!(matches!(refused, Err(Error::NotPristine { .. })));
+        layer(&snapshots, "directory", None);
+        let refused = apply(&snapshots, "directory", &tar(&["a"]));
+        assert!(matches!(refused, Err(Error::NotActive { .. })));
+        // What was refused has left no layer behind.
+        snapshots.wait_until_deleted();
+        assert_eq!(snapshots.packed_layers().list().len(), 1);
+        // A broken stream leaves the snapshot as it was.
+        prepare(&snapshots, "broken", None);
+        let stream = tar(&["a"]);
+        let broken = apply(&snapshots, "broken", &stream[..stream.len() / 2 + 300]);
+        assert!(matches!(broken, Err(Error::Store(_))));
+        assert!(changes(&snapshots, "broken").is_empty());
+        apply(&snapshots, "broken", &stream).unwrap();
+    }
+}

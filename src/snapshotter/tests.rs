@@ -12,21 +12,21 @@ use crate::cow::{self, Union, UnionConfig};
 use crate::sys::fs::Object;
 use crate::sys::xattr;
 
-struct Place {
+pub(super) struct Place {
     tmp: tempfile::TempDir,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let tmp = tempfile::tempdir().unwrap();
         Self { tmp }
     }
 
-    fn root(&self) -> PathBuf {
+    pub(super) fn root(&self) -> PathBuf {
         self.tmp.path().join("root")
     }
 
-    fn open(&self) -> Snapshotter {
+    pub(super) fn open(&self) -> Snapshotter {
         let state = self.tmp.path().join("state");
         let config = SnapshotterConfig {
             index_prober: Some("/bin/true".into()),
@@ -43,7 +43,7 @@ fn parent(key: &str) -> ParentRef {
     }
 }
 
-fn prepare(snapshots: &Snapshotter, key: &str, on: Option<&str>) -> SnapshotInfo {
+pub(super) fn prepare(snapshots: &Snapshotter, key: &str, on: Option<&str>) -> SnapshotInfo {
     let on = on.map(parent);
     snapshots
         .prepare(Owner::Containerd, key, on.as_ref(), BTreeMap::new())
@@ -51,7 +51,7 @@ fn prepare(snapshots: &Snapshotter, key: &str, on: Option<&str>) -> SnapshotInfo
 }
 
 /// Prepares on `on`, writes a file of the same name, commits.
-fn layer(snapshots: &Snapshotter, name: &str, on: Option<&str>) -> SnapshotInfo {
+pub(super) fn layer(snapshots: &Snapshotter, name: &str, on: Option<&str>) -> SnapshotInfo {
     let key = format!("extract {name}");
     let info = prepare(snapshots, &key, on);
     fs::write(info.upper_dir.unwrap().join(name), name).unwrap();
