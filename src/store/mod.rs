@@ -29,7 +29,7 @@ mod lock;
 pub mod object;
 mod pack;
 pub mod record;
-mod tar;
+pub mod tar;
 pub mod trash;
 mod usage;
 pub mod verify;

@@ -11,6 +11,7 @@
 mod header;
 pub(super) mod names;
 mod pax;
+pub mod write;
 
 use std::io::{self, Read};
 
@@ -35,21 +36,30 @@ pub(super) trait Tape {
 
 /// What an entry stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// A file with content.
     Regular,
+    /// Another name of a file.
     HardLink,
+    /// A symbolic link.
     Symlink,
+    /// A character device.
     CharDevice,
+    /// A block device.
     BlockDevice,
+    /// A directory.
     Directory,
+    /// A fifo.
     Fifo,
 }
 
 /// A part of a sparse file that is not a hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Part {
-    pub(super) offset: u64,
-    pub(super) length: u64,
+pub struct Part {
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Its bytes.
+    pub length: u64,
 }
 
 /// One entry, without its content.

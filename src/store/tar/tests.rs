@@ -16,7 +16,7 @@ impl Tape for Bytes {
 }
 
 /// All entries with their content. What comes off the tape is compared with the stream.
-fn read_all(stream: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>> {
+pub(super) fn read_all(stream: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>> {
     let mut reader = Reader::new(stream, Bytes::default());
     let mut entries = Vec::new();
     while let Some(entry) = reader.next_entry()? {
@@ -50,7 +50,7 @@ fn gnu_tar(dir: &Path, arguments: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-fn find<'a>(entries: &'a [(Entry, Vec<u8>)], path: &str) -> &'a (Entry, Vec<u8>) {
+pub(super) fn find<'a>(entries: &'a [(Entry, Vec<u8>)], path: &str) -> &'a (Entry, Vec<u8>) {
     let found = entries
         .iter()
         .find(|(entry, _)| entry.path == path.as_bytes());
