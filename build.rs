@@ -13,7 +13,10 @@ const SERVED: &[&str] = &[
 ];
 
 /// What plyd asks of others.
-const ASKED: &[&str] = &["github.com/containerd/containerd/api/services/content/v1/content.proto"];
+const ASKED: &[&str] = &[
+    "github.com/containerd/containerd/api/services/content/v1/content.proto",
+    "github.com/containerd/containerd/api/services/leases/v1/leases.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -1,25 +1,33 @@
 //! containerd's content store, read and written through its API.
 
-use std::io::{self, Read};
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use hyper_util::rt::TokioIo;
 use prost::bytes::Bytes;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use tower::service_fn;
 
 use super::pb::containerd::services::content::v1 as api;
+use super::pb::containerd::services::leases::v1 as leases;
 use super::server::LARGEST_MESSAGE;
+use api::content_client::ContentClient;
 
 /// Pieces of a blob between the connection and whoever reads it; containerd's are of up to 4 MiB.
-const PIECES: usize = 4;
+pub(super) const PIECES: usize = 4;
 /// Headers that say for whom containerd works.
 const NAMESPACE: &str = "containerd-namespace";
 const LEASE: &str = "containerd-lease";
+/// The label of a lease that says when it ends, and how long a lease of ours takes.
+const EXPIRE: &str = "containerd.io/gc.expire";
+const LEASE_TIME: Duration = Duration::from_secs(600);
 
 /// containerd's socket. Connected to when it is needed.
 #[derive(Clone, Debug)]
@@ -70,14 +78,14 @@ impl Content {
         Self { socket }
     }
 
-    async fn client(&self) -> Result<api::content_client::ContentClient<Channel>, Status> {
+    async fn connect(&self) -> Result<Channel, Status> {
         let path = self.socket.clone();
         let connector = service_fn(move |_| {
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
         // The address has no meaning beside the connector.
-        let channel = Endpoint::from_static("http://containerd")
+        Endpoint::from_static("http://containerd")
             .connect_with_connector(connector)
             .await
             .map_err(|error| {
@@ -86,10 +94,32 @@ impl Content {
                     self.socket.display(),
                     root_cause(&error),
                 ))
-            })?;
-        Ok(api::content_client::ContentClient::new(channel)
+            })
+    }
+
+    fn client(channel: Channel) -> ContentClient<Channel> {
+        ContentClient::new(channel)
             .max_decoding_message_size(LARGEST_MESSAGE)
-            .max_encoding_message_size(LARGEST_MESSAGE))
+            .max_encoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Keeps containerd's collector from a blob that nothing names yet: some releases do not say under which lease
+    /// they ask, and then it gets one of its own, which ends by itself.
+    async fn leased(&self, caller: &Caller, channel: Channel) -> Result<Caller, Status> {
+        let mut caller = caller.clone();
+        if caller.lease.is_none() {
+            let id = format!("plywood-diff-{:032x}", rand::random::<u128>());
+            let end = prost_types::Timestamp::from(SystemTime::now() + LEASE_TIME);
+            let create = caller.request(leases::CreateRequest {
+                id: id.clone(),
+                labels: HashMap::from([(EXPIRE.to_owned(), end.to_string())]),
+            });
+            leases::leases_client::LeasesClient::new(channel)
+                .create(create)
+                .await?;
+            caller.lease = id.parse().ok();
+        }
+        Ok(caller)
     }
 
     /// Sends a blob, piece by piece, from when its first piece is wanted and for as long as somebody reads it.
@@ -111,6 +141,81 @@ impl Content {
         sent
     }
 
+    /// Writes a blob, piece by piece as it comes, and makes it known once `blob` has ended and `about` says what it is. A
+    /// blob that is there already gets the labels.
+    pub(super) async fn write(
+        &self,
+        caller: &Caller,
+        reference: &str,
+        mut blob: mpsc::Receiver<Bytes>,
+        about: oneshot::Receiver<About>,
+    ) -> Result<(), Status> {
+        let channel = self.connect().await?;
+        let caller = self.leased(caller, channel.clone()).await?;
+        let mut client = Self::client(channel);
+        let (requests, outgoing) = mpsc::channel(1);
+        let begin = api::WriteContentRequest {
+            action: api::WriteAction::Stat.into(),
+            r#ref: reference.to_owned(),
+            ..api::WriteContentRequest::default()
+        };
+        let gone = |_| Status::unavailable("containerd has closed the connection");
+        requests.send(begin).await.map_err(gone)?;
+        let outgoing = caller.request(ReceiverStream::new(outgoing));
+        let mut answers = client.write(outgoing).await?.into_inner();
+        let ended_early =
+            || Status::unavailable("containerd has ended the writing of the layer early");
+        answers.message().await?.ok_or_else(ended_early)?;
+        let mut offset = 0;
+        while let Some(piece) = blob.recv().await {
+            let count = i64::try_from(piece.len()).unwrap_or(i64::MAX);
+            let write = api::WriteContentRequest {
+                action: api::WriteAction::Write.into(),
+                offset,
+                data: piece.into(),
+                ..api::WriteContentRequest::default()
+            };
+            requests.send(write).await.map_err(gone)?;
+            answers.message().await?.ok_or_else(ended_early)?;
+            offset += count;
+        }
+        // Without a word of what it is the blob has not come to its end; then nothing of it is kept.
+        let Ok(About { digest, labels }) = about.await else {
+            let reference = reference.to_owned();
+            let abort = caller.request(api::AbortRequest { r#ref: reference });
+            drop((requests, answers));
+            client.abort(abort).await?;
+            return Ok(());
+        };
+        let commit = api::WriteContentRequest {
+            action: api::WriteAction::Commit.into(),
+            offset,
+            total: offset,
+            expected: digest.clone(),
+            labels: labels.clone(),
+            ..api::WriteContentRequest::default()
+        };
+        requests.send(commit).await.map_err(gone)?;
+        match answers.message().await {
+            Err(status) if status.code() == Code::AlreadyExists => {
+                let paths = labels.keys().map(|key| format!("labels.{key}"));
+                let update = caller.request(api::UpdateRequest {
+                    update_mask: Some(prost_types::FieldMask {
+                        paths: paths.collect(),
+                    }),
+                    info: Some(api::Info {
+                        digest,
+                        labels,
+                        ..api::Info::default()
+                    }),
+                });
+                client.update(update).await.map(drop)
+            }
+            Err(status) => Err(status),
+            Ok(answer) => answer.map(drop).ok_or_else(ended_early),
+        }
+    }
+
     async fn read_into(
         &self,
         caller: &Caller,
@@ -122,7 +227,10 @@ impl Content {
             offset: 0,
             size: 0,
         });
-        let mut pieces = self.client().await?.read(request).await?.into_inner();
+        let mut pieces = Self::client(self.connect().await?)
+            .read(request)
+            .await?
+            .into_inner();
         while let Some(piece) = pieces.message().await? {
             if out.send(Ok(piece.data.into())).await.is_err() {
                 break;
@@ -130,6 +238,13 @@ impl Content {
         }
         Ok(())
     }
+}
+
+/// What a blob turned out to be.
+#[derive(Debug)]
+pub(super) struct About {
+    pub(super) digest: String,
+    pub(super) labels: HashMap<String, String>,
 }
 
 fn root_cause(error: &dyn std::error::Error) -> String {
@@ -187,5 +302,43 @@ impl Read for Blob {
         let count = buffer.len().min(self.piece.len());
         buffer[..count].copy_from_slice(&self.piece.split_to(count));
         Ok(count)
+    }
+}
+
+/// Bytes in a piece of a blob that is written.
+const PIECE: usize = 1 << 20;
+
+/// Sends a blob piece by piece, for [`Content::write`]. Only for threads that may block.
+#[derive(Debug)]
+pub(super) struct Pieces {
+    out: mpsc::Sender<Bytes>,
+    piece: Vec<u8>,
+}
+
+impl Pieces {
+    pub(super) fn new(out: mpsc::Sender<Bytes>) -> Self {
+        let piece = Vec::with_capacity(PIECE);
+        Self { out, piece }
+    }
+}
+
+impl Write for Pieces {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(PIECE - self.piece.len());
+        self.piece.extend_from_slice(&bytes[..count]);
+        if self.piece.len() == PIECE {
+            self.flush()?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.piece.is_empty() {
+            return Ok(());
+        }
+        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
+        self.out
+            .blocking_send(piece.into())
+            .map_err(|_| io::Error::other("containerd's content store takes no more of it"))
     }
 }

@@ -1,20 +1,25 @@
-//! `containerd.services.diff.v1.Diff`: layers go from containerd's content store into ours without a mount.
+//! `containerd.services.diff.v1.Diff`: layers between containerd's content store and ours, without a mount.
 //!
 //! What this service cannot do it answers with Unimplemented: containerd asks the next differ of its list then.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 
-use super::content::{self, Caller, Content};
+use super::content::{self, About, Caller, Content, PIECES, Pieces};
+use super::layer::{Compression, OCI_GZIP};
 use super::pb::containerd::services::diff::v1 as api;
 use super::pb::containerd::types;
 use super::status::blocking;
-use crate::snapshotter::{self, Owner, SnapshotInfo, Snapshotter};
+use crate::snapshotter::{self, Kind, Owner, SnapshotInfo, Snapshotter};
+use crate::store::Time;
 use crate::store::layers::Expected;
 
 const OWNER: Owner = Owner::Containerd;
+/// The label that names the digest of a blob's content.
+const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// What an applied layer is, whatever it came as.
 const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// Layers that the store reads, whose compression it finds out itself.
@@ -43,6 +48,34 @@ impl Service {
             snapshotter,
             content,
         }
+    }
+
+    /// The snapshot whose own changes are all that tells `right` from `left`.
+    async fn step_between(
+        &self,
+        left: Option<SnapshotInfo>,
+        right: SnapshotInfo,
+    ) -> Result<SnapshotInfo, Status> {
+        let snapshotter = Arc::clone(&self.snapshotter);
+        blocking(move || {
+            // What a view or an untouched snapshot shows is its parent.
+            let below = left.and_then(|left| left.parent);
+            if right.parent == below {
+                return Ok(right);
+            }
+            let committed = match (right.kind, &right.parent) {
+                (Kind::View, Some(parent)) => Some(snapshotter.stat(parent.owner, &parent.key)?),
+                _ => None,
+            };
+            committed
+                .filter(|committed| committed.parent == below)
+                .ok_or_else(|| {
+                    Status::unimplemented(
+                        "plyd compares a snapshot with its parent, and these two are not that",
+                    )
+                })
+        })
+        .await
     }
 
     /// The snapshot that these mounts, as Prepare answered them, are of.
@@ -112,10 +145,62 @@ impl api::diff_server::Diff for Service {
 
     async fn diff(
         &self,
-        _request: Request<api::DiffRequest>,
+        request: Request<api::DiffRequest>,
     ) -> Result<Response<api::DiffResponse>, Status> {
-        Err(Status::unimplemented(
-            "plyd does not write layers; let containerd's differ \"walking\" do it",
-        ))
+        let (headers, _, request) = request.into_parts();
+        let media_type = match &*request.media_type {
+            "" => OCI_GZIP.to_owned(),
+            named => named.to_owned(),
+        };
+        let compression = Compression::of(&media_type).ok_or_else(|| {
+            Status::unimplemented(format!(
+                "plyd does not write layers of the type {media_type:?}"
+            ))
+        })?;
+        let left = match request.left.is_empty() {
+            true => None,
+            false => Some(self.snapshot_of(request.left).await?),
+        };
+        let right = self.snapshot_of(request.right).await?;
+        let caller = Caller::new(&headers, &right.key)?;
+        let changed = self.step_between(left, right).await?;
+        let whiteouts = request
+            .source_date_epoch
+            .map_or_else(Time::default, |time| Time {
+                sec: time.seconds,
+                nsec: u32::try_from(time.nanos).unwrap_or_default(),
+            });
+        let reference = match request.r#ref.is_empty() {
+            true => format!("plywood-diff-{:032x}", rand::random::<u128>()),
+            false => request.r#ref,
+        };
+
+        let (pieces, blob) = mpsc::channel(PIECES);
+        let (tell, about) = oneshot::channel();
+        let write = self.content.write(&caller, &reference, blob, about);
+        let snapshotter = Arc::clone(&self.snapshotter);
+        let labels = request.labels;
+        let made = blocking(move || {
+            let made = compression.write(Pieces::new(pieces), |out| {
+                snapshotter.write_layer(changed.owner, &changed.key, out, whiteouts)
+            })?;
+            let digest = made.digest.clone();
+            let mut labels = labels;
+            labels.insert(UNCOMPRESSED.to_owned(), made.diff_id.clone());
+            // Whoever does not listen any more has said why.
+            let _ = tell.send(About { digest, labels });
+            Ok::<_, Status>(made)
+        });
+        let (written, made) = tokio::join!(write, made);
+        // Where the store does not take it, what made it only knows that nobody wants it.
+        written?;
+        let made = made?;
+        let diff = types::Descriptor {
+            media_type,
+            digest: made.digest,
+            size: i64::try_from(made.size).unwrap_or(i64::MAX),
+            ..types::Descriptor::default()
+        };
+        Ok(Response::new(api::DiffResponse { diff: Some(diff) }))
     }
 }

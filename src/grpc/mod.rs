@@ -10,6 +10,7 @@ mod content;
 mod diff;
 mod filter;
 mod images;
+mod layer;
 pub mod pb;
 pub mod server;
 mod snapshot_admin;

@@ -29,6 +29,13 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.diff.v1");
             }
         }
+        /// `containerd.services.leases.v1`.
+        pub mod leases {
+            /// `containerd.services.leases.v1`.
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.leases.v1");
+            }
+        }
         /// `containerd.services.snapshots.v1`.
         pub mod snapshots {
             /// `containerd.services.snapshots.v1`.

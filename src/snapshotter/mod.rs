@@ -50,7 +50,7 @@ mod queries;
 mod recovery;
 mod settle;
 #[cfg(test)]
-mod tests;
+pub(in crate::snapshotter) mod tests;
 pub mod types;
 mod upper;
 
@@ -437,32 +437,6 @@ impl Snapshotter {
                 self.mounts.unmount(&found.id)?;
             }
             ended
-        })
-    }
-
-    /// Every path that the snapshot changes against its parent, in byte order.
-    pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
-        self.locked(owner, key, |found| {
-            let mut below = self.below(&found)?;
-            let own = match found.record.kind {
-                Kind::View => return Ok(Vec::new()),
-                Kind::Committed if found.record.layer.is_none() => {
-                    return self.diff_packed(&found);
-                }
-                Kind::Committed => below.lowers.remove(0),
-                Kind::Active => {
-                    let upper = self.data.join(&found.id).join("upper");
-                    self.complete_partial(&found)?;
-                    self.mounts.flush(&found.id).map_err(plyfs_error(
-                        "flush the mount of",
-                        &upper,
-                        key,
-                    ))?;
-                    upper
-                }
-            };
-            let on_top = diff::diff(&own, below)?;
-            Ok(diff::joined(self.diff_packed(&found)?, on_top, &own))
         })
     }
 

@@ -206,6 +206,18 @@ impl Host {
             .unwrap()
     }
 
+    /// What ctr writes to its standard output, which is no text.
+    pub fn ctr_bytes(&self, args: &[&str]) -> Vec<u8> {
+        let mut ctr = self.program("ctr");
+        let out = ctr.args(self.ctr_args()).args(args).output().unwrap();
+        assert!(
+            out.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        out.stdout
+    }
+
     pub fn try_ctr(&self, args: &[&str]) -> Result<String, String> {
         let mut ctr = self.program("ctr");
         ctr.args(self.ctr_args()).args(args);

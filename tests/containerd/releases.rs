@@ -120,6 +120,7 @@ fn imports_and_runs(host: &Host, line: &Line) {
         let out = host.ctr(&[&run[..], &["/bin/sh", "-ec", script]].concat());
         assert_eq!(out, "ran\n");
     }
+    what_a_container_changed_is_a_layer(host, BUSYBOX, script);
     for image in [MANY, BUSYBOX] {
         host.ctr(&["images", "rm", "--sync", image]);
     }
@@ -127,4 +128,43 @@ fn imports_and_runs(host: &Host, line: &Line) {
         host.snapshots("plywood").is_empty() && host.stored("store/layers") == 0
     });
     host.until("every mount is gone", || host.mounts().is_empty());
+}
+
+/// Through the diff service, which containerd asks first.
+fn what_a_container_changed_is_a_layer(host: &Host, image: &str, script: &str) {
+    let run = ["run", "--snapshotter", "plywood", image, "changed"];
+    host.ctr(&[&run[..], &["/bin/sh", "-ec", script]].concat());
+    for (media_type, begins) in [
+        (
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            &[0x1f, 0x8b][..],
+        ),
+        (
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            &[0x28, 0xb5, 0x2f, 0xfd],
+        ),
+        ("application/vnd.oci.image.layer.v1.tar", b"PaxHeaders.0/"),
+    ] {
+        let diff = [
+            "snapshots",
+            "--snapshotter",
+            "plywood",
+            "diff",
+            "--media-type",
+        ];
+        let diff = || host.ctr_bytes(&[&diff[..], &[media_type, "changed"]].concat());
+        let layer = diff();
+        assert!(layer.starts_with(begins), "{media_type}");
+        assert!(diff() == layer, "{media_type}: not the same bytes again");
+        let file = host.dir.join("layer");
+        std::fs::write(&file, &layer).unwrap();
+        let list = ["--utc", "--full-time", "-tvf", file.to_str().unwrap()];
+        let listed = sh("tar", &list);
+        let line = |name: &str| listed.lines().find(|line| line.ends_with(name));
+        assert!(line(" made").is_some(), "{listed}");
+        // The stock differ would give it the time of the comparison.
+        let whiteout = line(" etc/.wh.image-name").unwrap();
+        assert!(whiteout.contains("1970-01-01 00:00:00"), "{whiteout}");
+    }
+    host.ctr(&["containers", "rm", "changed"]);
 }

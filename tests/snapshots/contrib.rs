@@ -9,6 +9,7 @@ use toml::{Table, Value};
 use super::common::PLYD;
 
 const SNAPSHOTTER: &str = "plywood";
+const DIFFER: &str = "plywood-diff";
 
 fn read(name: &str) -> Table {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/containerd");
@@ -47,25 +48,38 @@ fn default_of(option: &str) -> String {
 
 #[test]
 fn the_configurations_for_containerd_say_the_same() {
-    let one = read("config.toml");
-    let two = read("config-2.toml");
-    assert_eq!(at(&one, &["version"]).as_integer(), Some(2));
-    assert_eq!(at(&two, &["version"]).as_integer(), Some(3));
-    for config in [&one, &two] {
-        assert_eq!(keys(at(config, &["proxy_plugins"])), [SNAPSHOTTER]);
-        let plugin = |key| text(config, &["proxy_plugins", SNAPSHOTTER, key]);
-        assert_eq!(plugin("type"), "snapshot");
-        let address = format!("unix://{}", plugin("address"));
-        assert_eq!(address, default_of("--address"));
-    }
     // The ids of containerd 1.6 and 1.7, and those that the 2.x releases gave to the same settings.
     const CRI: &str = "io.containerd.grpc.v1.cri";
     const IMAGES: &str = "io.containerd.cri.v1.images";
+    const DIFFERS: &str = "io.containerd.service.v1.diff-service";
     const TRANSFER: &str = "io.containerd.transfer.v1.local";
-    assert_eq!(keys(at(&one, &["plugins"])), [CRI]);
-    assert_eq!(keys(at(&two, &["plugins"])), [IMAGES, TRANSFER]);
-    let cri = ["plugins", CRI, "containerd", "snapshotter"];
-    assert_eq!(text(&one, &cri), SNAPSHOTTER);
+    let (six, seven) = (read("config.toml"), read("config-1.7.toml"));
+    let two = read("config-2.toml");
+    for (config, version, differ) in [(&six, 2, false), (&seven, 2, true), (&two, 3, true)] {
+        assert_eq!(at(config, &["version"]).as_integer(), Some(version));
+        let mut plugins = vec![(SNAPSHOTTER, "snapshot")];
+        plugins.extend(differ.then_some((DIFFER, "diff")));
+        let names: Vec<_> = plugins.iter().map(|(name, _)| *name).collect();
+        assert_eq!(keys(at(config, &["proxy_plugins"])), names);
+        for (name, kind) in plugins {
+            let plugin = |key| text(config, &["proxy_plugins", name, key]);
+            assert_eq!(plugin("type"), kind);
+            let address = format!("unix://{}", plugin("address"));
+            assert_eq!(address, default_of("--address"));
+        }
+    }
+    assert_eq!(keys(at(&six, &["plugins"])), [CRI]);
+    assert_eq!(keys(at(&seven, &["plugins"])), [CRI, DIFFERS]);
+    assert_eq!(keys(at(&two, &["plugins"])), [IMAGES, DIFFERS, TRANSFER]);
+    for config in [&seven, &two] {
+        let differs = at(config, &["plugins", DIFFERS, "default"]).as_array();
+        let differs: Vec<_> = differs.unwrap().iter().filter_map(Value::as_str).collect();
+        assert_eq!(differs, [DIFFER, "walking"]);
+    }
+    for config in [&six, &seven] {
+        let cri = ["plugins", CRI, "containerd", "snapshotter"];
+        assert_eq!(text(config, &cri), SNAPSHOTTER);
+    }
     let images = ["plugins", IMAGES, "snapshotter"];
     assert_eq!(text(&two, &images), SNAPSHOTTER);
     let unpack = at(&two, &["plugins", TRANSFER, "unpack_config"]);
@@ -74,7 +88,7 @@ fn the_configurations_for_containerd_say_the_same() {
     };
     let unpack = unpack.as_table().unwrap();
     assert_eq!(text(unpack, &["snapshotter"]), SNAPSHOTTER);
-    assert_eq!(text(unpack, &["differ"]), "walking");
+    assert_eq!(text(unpack, &["differ"]), DIFFER);
     assert_eq!(text(unpack, &["platform"]), "linux/amd64");
     let exports = ["proxy_plugins", SNAPSHOTTER, "exports", "root"];
     assert_eq!(text(&two, &exports), default_of("--root"));

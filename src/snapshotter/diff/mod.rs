@@ -8,10 +8,12 @@
 //! overlayfs format that its container may change meanwhile, and takes a committed one for the same, unless it is
 //! packed: then two merged views are compared.
 
+pub(super) mod layer;
 mod packed;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
+use std::io::Write;
 use std::ops::Bound;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -19,9 +21,12 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+use super::Snapshotter;
+use super::catalog::Found;
 use super::chain::Below;
 use super::types::*;
 use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union};
+use crate::store::Time;
 use crate::store::view::View;
 use crate::sys::fs::{Object, Stat};
 use crate::sys::tree::{self, Tree};
@@ -50,9 +55,56 @@ pub struct Change {
     pub kind: ChangeKind,
 }
 
+impl Snapshotter {
+    /// Every path that the snapshot changes against its parent, in byte order.
+    pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
+        self.locked(owner, key, |found| self.changes_of(&found))
+    }
+
+    /// Writes what the snapshot changes as a layer: a tar stream, the same for the same changes. Whiteouts have
+    /// the time `whiteouts`.
+    pub fn write_layer(
+        &self,
+        owner: Owner,
+        key: &str,
+        out: impl Write,
+        whiteouts: Time,
+    ) -> Result<()> {
+        self.locked(owner, key, |found| {
+            let changes = self.changes_of(&found)?;
+            let mut all = self.below(&found)?;
+            if found.record.kind == Kind::Active {
+                all.lowers
+                    .insert(0, self.data.join(&found.id).join("upper"));
+            }
+            layer::write(&changes, all.union(), out, whiteouts)
+        })
+    }
+
+    fn changes_of(&self, found: &Found) -> Result<Vec<Change>> {
+        let mut below = self.below(found)?;
+        let own = match found.record.kind {
+            Kind::View => return Ok(Vec::new()),
+            Kind::Committed if found.record.layer.is_none() => {
+                return self.diff_packed(found);
+            }
+            Kind::Committed => below.lowers.remove(0),
+            Kind::Active => {
+                let upper = self.data.join(&found.id).join("upper");
+                self.complete_partial(found)?;
+                let flushed = self.mounts.flush(&found.id);
+                flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
+                upper
+            }
+        };
+        let on_top = diff(&own, below)?;
+        Ok(joined(self.diff_packed(found)?, on_top, &own))
+    }
+}
+
 /// Compares the layers `below` with the directory `own` on top of them, in byte order of the paths. Of a
 /// directory that vanishes from `own` meanwhile, nothing below it is told.
-pub(super) fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
+fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
     let mut walk = Walk::new(own, below)?;
     while walk.step()? {}
     Ok(ordered(walk.changes))
@@ -65,7 +117,7 @@ pub(super) fn diff_packed(new: &View, old: Option<&View>, topmost: u16) -> Resul
 
 /// The changes of a directory `own`, which lies on a layer with the changes `below`, and those, as one step from what is
 /// below both.
-pub(super) fn joined(below: Vec<Change>, on_top: Vec<Change>, own: &Path) -> Vec<Change> {
+fn joined(below: Vec<Change>, on_top: Vec<Change>, own: &Path) -> Vec<Change> {
     use ChangeKind::{Added, Deleted, Modified};
 
     if below.is_empty() {

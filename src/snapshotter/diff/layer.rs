@@ -1,0 +1,553 @@
+//! What a snapshot changes as a layer: a tar stream as the OCI image specification has it.
+//!
+//! The same changes are always the same bytes. What the form cannot say is refused, but for sockets, which nobody can use
+//! without the process that made them and which containerd's differ leaves out too. The root directory has no entry,
+//! and neither have extended attributes that are the host's own business.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+
+use super::{Change, ChangeKind};
+use crate::cow::{Attr, FileKind, NodeId, Union, UnionConfig};
+use crate::snapshotter::types::*;
+use crate::store::Time;
+use crate::store::tar::write::{NewEntry, Writer};
+use crate::store::tar::{Kind, Part};
+
+const WHITEOUT: &[u8] = b".wh.";
+/// Holes are told in whole blocks: tar's, and those of the host's file systems.
+const HOLE: u64 = 4096;
+const BUFFER: usize = 256 << 10;
+/// Names of attributes that a layer carries, or how they begin.
+const XATTRS: [&str; 3] = ["user.", "security.capability", "system.posix_acl_"];
+
+/// Writes the changes, which are in byte order of their paths, of the union that `new` is. Whiteouts have the time
+/// `whiteouts`.
+pub(in crate::snapshotter) fn write(
+    changes: &[Change],
+    new: UnionConfig,
+    out: impl Write,
+    whiteouts: Time,
+) -> Result<()> {
+    if changes.is_empty() {
+        let ended = Writer::new(out).finish().map(drop);
+        return ended.map_err(|source| at(Path::new("/"), source.into()));
+    }
+    let mut layer = Layer {
+        new: Union::open(new)?,
+        out: Writer::new(out),
+        above: Vec::new(),
+        links: HashMap::new(),
+        whiteouts,
+        buffer: vec![0; BUFFER],
+    };
+    for change in changes {
+        layer
+            .change(change)
+            .map_err(|error| at(&change.path, error))?;
+    }
+    layer
+        .out
+        .finish()
+        .map(drop)
+        .map_err(|source| at(Path::new("/"), source.into()))
+}
+
+/// Why an entry cannot be written.
+enum Fault {
+    Io(std::io::Error),
+    Other(Error),
+}
+
+impl From<std::io::Error> for Fault {
+    fn from(source: std::io::Error) -> Self {
+        Self::Io(source)
+    }
+}
+
+impl From<crate::cow::Error> for Fault {
+    fn from(source: crate::cow::Error) -> Self {
+        Self::Other(source.into())
+    }
+}
+
+fn at(path: &Path, fault: Fault) -> Error {
+    match fault {
+        Fault::Io(source) => io_error("write a layer with", path)(source),
+        Fault::Other(error) => error,
+    }
+}
+
+struct Layer<W> {
+    new: Union,
+    out: Writer<W>,
+    /// The directories that lead to the last entry, from below the root, each with its node and an entry of its own.
+    above: Vec<(OsString, NodeId)>,
+    /// Paths of files with several names, by number.
+    links: HashMap<u64, Vec<u8>>,
+    whiteouts: Time,
+    buffer: Vec<u8>,
+}
+
+impl<W: Write> Layer<W> {
+    fn change(&mut self, change: &Change) -> Result<(), Fault> {
+        let parts = change.path.components().filter_map(|part| match part {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        });
+        let mut parts: Vec<&OsStr> = parts.collect();
+        let Some(name) = parts.pop() else {
+            return Ok(());
+        };
+        let parent = self.descend(&parts)?;
+        if name.as_bytes().starts_with(WHITEOUT) {
+            return Err(unspeakable(
+                "its name begins with \".wh.\", which marks a deletion in a layer",
+            ));
+        }
+        let path: PathBuf = parts.iter().collect();
+        let path = |name: &OsStr| path.join(name).into_os_string().into_vec();
+        if change.kind == ChangeKind::Deleted {
+            let name = [WHITEOUT, name.as_bytes()].concat();
+            let path = path(OsStr::from_bytes(&name));
+            let whiteout = NewEntry {
+                perm: 0,
+                mtime: self.whiteouts,
+                ..plain(&path, Kind::Regular)
+            };
+            return Ok(self.out.entry(&whiteout)?);
+        }
+        let entry = self.new.lookup(parent, name)?;
+        let written = self.object(&path(name), entry.node, &entry.attr);
+        if entry.attr.kind == FileKind::Directory {
+            self.above.push((name.to_owned(), entry.node));
+        } else {
+            self.new.forget(entry.node, 1);
+        }
+        written
+    }
+
+    /// Goes to a directory by these names. Whatever reads the layer without those below it makes of them what it likes,
+    /// if they have no entries.
+    fn descend(&mut self, names: &[&OsStr]) -> Result<NodeId, Fault> {
+        let pairs = self.above.iter().zip(names);
+        let common = pairs
+            .take_while(|((name, _), other)| name == *other)
+            .count();
+        for (_, node) in self.above.drain(common..) {
+            self.new.forget(node, 1);
+        }
+        for depth in common..names.len() {
+            let parent = self.above.last().map_or(NodeId::ROOT, |(_, node)| *node);
+            let entry = self.new.lookup(parent, names[depth])?;
+            self.above.push((names[depth].to_owned(), entry.node));
+            let path: PathBuf = names[..=depth].iter().collect();
+            self.object(path.as_os_str().as_bytes(), entry.node, &entry.attr)?;
+        }
+        Ok(self.above.last().map_or(NodeId::ROOT, |(_, node)| *node))
+    }
+
+    fn object(&mut self, path: &[u8], node: NodeId, attr: &Attr) -> Result<(), Fault> {
+        let kind = match attr.kind {
+            FileKind::Regular => Kind::Regular,
+            FileKind::Directory => Kind::Directory,
+            FileKind::Symlink => Kind::Symlink,
+            FileKind::Fifo => Kind::Fifo,
+            FileKind::BlockDevice => Kind::BlockDevice,
+            FileKind::CharDevice => Kind::CharDevice,
+            FileKind::Socket => return Ok(()),
+        };
+        let device = (libc::major(attr.rdev), libc::minor(attr.rdev));
+        if kind == Kind::CharDevice && device == (0, 0) {
+            return Err(unspeakable(
+                "it is the character device 0:0, which marks a deletion in overlayfs",
+            ));
+        }
+        let mut entry = NewEntry {
+            perm: attr.perm,
+            uid: attr.uid,
+            gid: attr.gid,
+            mtime: Time {
+                sec: attr.mtime.sec,
+                nsec: attr.mtime.nsec,
+            },
+            ..plain(path, kind)
+        };
+        if attr.nlink > 1 && kind != Kind::Directory {
+            if let Some(first) = self.links.get(&attr.ino) {
+                let link = NewEntry {
+                    kind: Kind::HardLink,
+                    link: first,
+                    ..entry
+                };
+                return Ok(self.out.entry(&link)?);
+            }
+            self.links.insert(attr.ino, path.to_owned());
+        }
+        let xattrs = self.xattrs(node)?;
+        entry.xattrs = &xattrs;
+        match kind {
+            Kind::Regular => self.file(entry, node, attr),
+            Kind::Symlink => {
+                let target = self.new.readlink(node)?;
+                entry.link = target.as_bytes();
+                Ok(self.out.entry(&entry)?)
+            }
+            Kind::CharDevice | Kind::BlockDevice => {
+                entry.device = device;
+                Ok(self.out.entry(&entry)?)
+            }
+            _ => Ok(self.out.entry(&entry)?),
+        }
+    }
+
+    fn xattrs(&self, node: NodeId) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Fault> {
+        let names = match self.new.listxattr(node) {
+            Err(error) if error.errno == libc::EOPNOTSUPP => Vec::new(),
+            names => names?,
+        };
+        let mut xattrs = Vec::new();
+        for name in names {
+            let carried = |prefix: &&str| name.as_bytes().starts_with(prefix.as_bytes());
+            if XATTRS.iter().any(|prefix| carried(&prefix)) {
+                let value = self.new.getxattr(node, &name)?;
+                xattrs.push((name.into_vec(), value));
+            }
+        }
+        xattrs.sort_unstable();
+        Ok(xattrs)
+    }
+
+    fn file(&mut self, entry: NewEntry<'_>, node: NodeId, attr: &Attr) -> Result<(), Fault> {
+        let whole = Part {
+            offset: 0,
+            length: attr.size,
+        };
+        let parts = match attr.size {
+            0 => Vec::new(),
+            _ => self.parts(node, attr.size)?,
+        };
+        let sparse = attr.size > 0 && parts != [whole];
+        self.out.entry(&NewEntry {
+            size: attr.size,
+            parts: sparse.then_some(&parts[..]),
+            ..entry
+        })?;
+        for part in &parts {
+            let (mut offset, end) = (part.offset, part.offset + part.length);
+            while offset < end {
+                // No more than the buffer has.
+                let most = (end - offset).min(self.buffer.len() as u64) as usize;
+                let count = self
+                    .new
+                    .read(node, None, offset, &mut self.buffer[..most])?;
+                if count == 0 {
+                    return Err(std::io::Error::other("it has shrunk while it was read").into());
+                }
+                self.out.content(&self.buffer[..count])?;
+                offset += count as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts of a file that are no holes, in whole blocks.
+    fn parts(&self, node: NodeId, size: u64) -> Result<Vec<Part>, Fault> {
+        let mut parts: Vec<Part> = Vec::new();
+        let mut from = 0;
+        while from < size {
+            let data = match self.seek(node, from, libc::SEEK_DATA) {
+                Err(error) if error.errno == libc::ENXIO => break,
+                // A file system that cannot tell.
+                Err(error) if error.errno == libc::EINVAL => from,
+                data => data?,
+            };
+            let hole = match self.seek(node, data, libc::SEEK_HOLE) {
+                Err(error) if error.errno == libc::EINVAL => size,
+                hole => hole?,
+            };
+            let start = data / HOLE * HOLE;
+            let end = hole.next_multiple_of(HOLE).min(size);
+            match parts.last_mut() {
+                Some(last) if last.offset + last.length >= start => {
+                    last.length = end - last.offset;
+                }
+                _ => parts.push(Part {
+                    offset: start,
+                    length: end - start,
+                }),
+            }
+            from = end.max(from + 1);
+        }
+        Ok(parts)
+    }
+
+    fn seek(&self, node: NodeId, from: u64, whence: i32) -> Result<u64, crate::cow::Error> {
+        let from = i64::try_from(from).unwrap_or(i64::MAX);
+        let found = self.new.lseek(node, None, from, whence)?;
+        Ok(u64::try_from(found).unwrap_or_default())
+    }
+}
+
+fn plain(path: &[u8], kind: Kind) -> NewEntry<'_> {
+    NewEntry {
+        path,
+        kind,
+        link: b"",
+        perm: 0,
+        uid: 0,
+        gid: 0,
+        mtime: Time::default(),
+        size: 0,
+        parts: None,
+        device: (0, 0),
+        xattrs: &[],
+    }
+}
+
+fn unspeakable(problem: &str) -> Fault {
+    Fault::Io(std::io::Error::new(
+        std::io::ErrorKind::InvalidInput,
+        problem.to_owned(),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::cow::{Caller, RenameMode, SetAttr, SetXattrMode};
+    use crate::snapshotter::Snapshotter;
+    use crate::snapshotter::tests::{Place, prepare};
+    use crate::store::layers::Expected;
+
+    const OWNER: Owner = Owner::Containerd;
+
+    /// Everything below the root, as whoever looks at it sees it: attributes, what it is, and the first of its names.
+    fn tree(union: &Union) -> BTreeMap<PathBuf, String> {
+        let mut found = BTreeMap::new();
+        let mut waiting = vec![(PathBuf::new(), NodeId::ROOT)];
+        while let Some((path, directory)) = waiting.pop() {
+            for name in super::super::names_in(union, directory).unwrap() {
+                let entry = union.lookup(directory, &name).unwrap();
+                let (node, attr) = (entry.node, entry.attr);
+                let path = path.join(&name);
+                let what = match attr.kind {
+                    FileKind::Directory => {
+                        waiting.push((path.clone(), node));
+                        String::new()
+                    }
+                    FileKind::Symlink => format!("{:?}", union.readlink(node).unwrap()),
+                    FileKind::Regular => {
+                        let mut content = vec![0; attr.size as usize];
+                        assert_eq!(
+                            union.read(node, None, 0, &mut content).unwrap(),
+                            content.len()
+                        );
+                        blake3::hash(&content).to_hex().to_string()
+                    }
+                    _ => attr.rdev.to_string(),
+                };
+                let mut xattrs: Vec<_> = union.listxattr(node).unwrap();
+                xattrs.sort();
+                let xattrs: Vec<_> = xattrs
+                    .into_iter()
+                    .map(|name| (union.getxattr(node, &name).unwrap(), name))
+                    .collect();
+                let links = match attr.kind {
+                    FileKind::Directory => 0,
+                    _ => attr.nlink,
+                };
+                let text = format!(
+                    "{:?} {:o} {}:{} {:?} {} {links} {xattrs:?} {what}",
+                    attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime, attr.size
+                );
+                found.insert(path, (attr.ino, text));
+            }
+        }
+        let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
+        let named = found.into_iter().map(|(path, (ino, text))| {
+            let first = first.entry(ino).or_insert_with(|| path.clone());
+            let text = format!("{} {text}", first.display());
+            (path, text)
+        });
+        named.collect()
+    }
+
+    fn base() -> Vec<u8> {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut add = |path: &str, kind, content: &[u8], link: &str| {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_mode(0o755);
+            header.set_mtime(1_000_000_000);
+            header.set_size(content.len() as u64);
+            if !link.is_empty() {
+                header.set_link_name(link).unwrap();
+            }
+            tar.append_data(&mut header, path, content).unwrap();
+        };
+        use tar::EntryType::{Directory, Link, Regular};
+        for dir in ["d", "d/inside", "gone", "opaque", "same", "same/deep"] {
+            add(dir, Directory, b"", "");
+        }
+        for file in [
+            "becomes-a-directory",
+            "changed",
+            "d/inside/file",
+            "gone/file",
+            "link-one",
+            "opaque/old",
+            "removed",
+            "same/deep/file",
+        ] {
+            add(file, Regular, file.as_bytes(), "");
+        }
+        for link in ["link-three", "link-two"] {
+            add(link, Link, b"", "link-one");
+        }
+        tar.into_inner().unwrap()
+    }
+
+    /// Everything that can be done to a tree.
+    fn change(union: &Union) {
+        const ROOT: NodeId = NodeId::ROOT;
+        let name = |name: &'static str| OsStr::new(name);
+        let find = |at: &str| {
+            at.split('/').fold(ROOT, |parent, name| {
+                union.lookup(parent, name.as_ref()).unwrap().node
+            })
+        };
+        let make = |parent, name: &OsStr, content: &[u8], offset: u64| {
+            let (entry, handle) = union.create(parent, name, 0o640, 0, &Caller::ROOT).unwrap();
+            union
+                .write(entry.node, None, offset, content, false)
+                .unwrap();
+            union.release(entry.node, handle);
+            entry.node
+        };
+        union
+            .rename(ROOT, name("d"), ROOT, name("moved"), RenameMode::Replace)
+            .unwrap();
+        union.unlink(ROOT, name("removed")).unwrap();
+        union.unlink(find("gone"), name("file")).unwrap();
+        union.rmdir(ROOT, name("gone")).unwrap();
+        union.unlink(find("opaque"), name("old")).unwrap();
+        union.rmdir(ROOT, name("opaque")).unwrap();
+        let opaque = union.mkdir(ROOT, name("opaque"), 0o700, &Caller::ROOT);
+        make(opaque.unwrap().node, name("new"), b"new", 0);
+        union.unlink(ROOT, name("becomes-a-directory")).unwrap();
+        let directory = union.mkdir(ROOT, name("becomes-a-directory"), 0o711, &Caller::ROOT);
+        let long = "n".repeat(250);
+        make(directory.unwrap().node, long.as_ref(), b"long", 0);
+        union
+            .write(find("changed"), None, 3, b"CHANGED", false)
+            .unwrap();
+        union
+            .write(find("link-two"), None, 0, b"all three", false)
+            .unwrap();
+        let sparse = make(find("same/deep"), name("sparse"), &[1; 10_000], 3 << 20);
+        union
+            .write(sparse, None, 5000, b"in a hole", false)
+            .unwrap();
+        union.link(sparse, ROOT, name("z-sparse-too")).unwrap();
+        let owner = SetAttr {
+            uid: Some(3_000_000_000),
+            gid: Some(7),
+            perm: Some(0o6755),
+            ..SetAttr::default()
+        };
+        union
+            .setattr(find("same/deep/file"), None, &owner, &Caller::ROOT)
+            .unwrap();
+        union
+            .setxattr(sparse, name("user.name"), b"v\0=\n", SetXattrMode::Any)
+            .unwrap();
+        union
+            .symlink(ROOT, name("symlink"), name("/no/where"), &Caller::ROOT)
+            .unwrap();
+        for (name, mode, device) in [
+            ("fifo", libc::S_IFIFO | 0o600, 0),
+            ("null", libc::S_IFCHR | 0o666, libc::makedev(1, 3)),
+            ("disk", libc::S_IFBLK | 0o660, libc::makedev(254, 70_000)),
+        ] {
+            union
+                .mknod(ROOT, name.as_ref(), mode, device, &Caller::ROOT)
+                .unwrap();
+        }
+    }
+
+    fn written(snapshots: &Snapshotter, key: &str) -> Result<Vec<u8>> {
+        let mut stream = Vec::new();
+        snapshots.write_layer(OWNER, key, &mut stream, Time::default())?;
+        Ok(stream)
+    }
+
+    fn open(snapshots: &Snapshotter, key: &str) -> Union {
+        Union::open(snapshots.union_config(OWNER, key).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_layer_makes_of_the_parent_what_the_snapshot_is() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let apply = |key: &str, stream: &[u8]| {
+            let applied = snapshots.apply_layer(OWNER, key, (stream, &Expected::default()), &());
+            applied.unwrap();
+        };
+        prepare(&snapshots, "unpack", None);
+        apply("unpack", &base());
+        snapshots
+            .commit(OWNER, "base", "unpack", BTreeMap::new())
+            .unwrap();
+        prepare(&snapshots, "work", Some("base"));
+        let union = open(&snapshots, "work");
+        change(&union);
+        union.settle_links().unwrap();
+        let changed = tree(&union);
+        drop(union);
+        let stream = written(&snapshots, "work").unwrap();
+        assert!(stream.len() < 100_000, "{}: no holes", stream.len());
+        assert!(written(&snapshots, "work").unwrap() == stream);
+
+        prepare(&snapshots, "copy", Some("base"));
+        apply("copy", &stream);
+        let copy = tree(&open(&snapshots, "copy"));
+        assert_eq!(copy, changed);
+        // Again from the packed layer that it has become, and from the directory that a commit makes.
+        assert!(written(&snapshots, "copy").unwrap() == stream);
+        snapshots
+            .commit(OWNER, "done", "work", BTreeMap::new())
+            .unwrap();
+        assert!(written(&snapshots, "done").unwrap() == stream);
+        prepare(&snapshots, "next", Some("done"));
+        assert_eq!(written(&snapshots, "next").unwrap(), [0; 1024]);
+    }
+
+    #[test]
+    fn what_a_layer_cannot_say_is_refused_or_left_out() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let upper = prepare(&snapshots, "work", None).upper_dir.unwrap();
+        std::os::unix::net::UnixListener::bind(upper.join("socket")).unwrap();
+        assert_eq!(written(&snapshots, "work").unwrap(), [0; 1024]);
+        let union = open(&snapshots, "work");
+        let dir = union.mkdir(NodeId::ROOT, "dir".as_ref(), 0o755, &Caller::ROOT);
+        let (dir, name) = (dir.unwrap().node, OsStr::new(".wh.name"));
+        let made = union.create(dir, name, 0o644, 0, &Caller::ROOT).unwrap();
+        union.release(made.0.node, made.1);
+        drop(union);
+        let refused = written(&snapshots, "work")
+            .map(drop)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("/dir/.wh.name") && refused.contains("marks a deletion"),
+            "{refused}"
+        );
+    }
+}
