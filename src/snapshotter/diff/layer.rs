@@ -13,9 +13,9 @@ use std::path::{Component, Path, PathBuf};
 use super::{Change, ChangeKind};
 use crate::cow::{Attr, FileKind, NodeId, Union, UnionConfig};
 use crate::snapshotter::types::*;
-use crate::store::Time;
 use crate::store::tar::write::{NewEntry, Writer};
 use crate::store::tar::{Kind, Part};
+use crate::store::{Time, Xattrs};
 
 const WHITEOUT: &[u8] = b".wh.";
 /// Holes are told in whole blocks: tar's, and those of the host's file systems.
@@ -204,7 +204,7 @@ impl<W: Write> Layer<W> {
         }
     }
 
-    fn xattrs(&self, node: NodeId) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Fault> {
+    fn xattrs(&self, node: NodeId) -> Result<Xattrs, Fault> {
         let names = match self.new.listxattr(node) {
             Err(error) if error.errno == libc::EOPNOTSUPP => Vec::new(),
             names => names?,
@@ -212,7 +212,7 @@ impl<W: Write> Layer<W> {
         let mut xattrs = Vec::new();
         for name in names {
             let carried = |prefix: &&str| name.as_bytes().starts_with(prefix.as_bytes());
-            if XATTRS.iter().any(|prefix| carried(&prefix)) {
+            if XATTRS.iter().any(carried) {
                 let value = self.new.getxattr(node, &name)?;
                 xattrs.push((name.into_vec(), value));
             }
