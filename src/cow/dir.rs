@@ -1,10 +1,10 @@
 //! Listing directories.
 //!
-//! A listing is a snapshot of the merged names, taken when reading starts at the beginning; an entry's
-//! offset is its place in it, so offsets are stable for as long as the directory is open. Names that
-//! change meanwhile are noted, and looked up anew when their turn comes.
+//! A listing is a snapshot of the merged names, taken when reading starts; an entry's offset is the place of its name
+//! ([`super::places`]), so offsets mean the same in all listings of a directory. Names that change meanwhile are
+//! noted, and looked up anew when their turn comes.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -29,9 +29,12 @@ pub(super) struct Item {
     pub(super) kind: FileKind,
     /// Its number, if no look at the object is needed to tell.
     pub(super) ino: Option<NodeId>,
+    /// Where it stands among the names of all listings of the directory.
+    place: u64,
 }
 
 struct Listing {
+    /// In order of their places.
     items: Vec<Item>,
     version: u64,
 }
@@ -63,10 +66,26 @@ pub struct DirHandle {
     stream: Arc<Stream>,
 }
 
-/// Offsets of `.` and `..`; entry `n` of the listing has `FIRST + n`.
+impl Listing {
+    /// What comes after an entry of that offset.
+    fn after(&self, offset: u64) -> &[Item] {
+        let start = self.items.partition_point(|item| item.offset() <= offset);
+        &self.items[start..]
+    }
+}
+
+impl Item {
+    fn offset(&self) -> u64 {
+        FIRST + self.place
+    }
+}
+
+/// Offsets of `.` and `..`; a name has `FIRST` and its place.
 const DOT: u64 = 1;
 const DOT_DOT: u64 = 2;
 const FIRST: u64 = 3;
+/// Not a place.
+const UNPLACED: u64 = u64::MAX;
 
 impl Union {
     /// Takes the merged listing of the directory when it is first read.
@@ -121,8 +140,7 @@ impl Union {
             return Ok(());
         }
         let directory = Self::directory(&node)?;
-        let start = usize::try_from(offset.saturating_sub(DOT_DOT)).unwrap_or(usize::MAX);
-        for (n, item) in listing.items.iter().enumerate().skip(start) {
+        for item in listing.after(offset) {
             let (kind, ino) = {
                 let state = directory.state.read();
                 let known = state.children.get(&*item.name).copied();
@@ -137,7 +155,7 @@ impl Union {
             };
             let entry = DirEntry {
                 ino: ino.0,
-                next_offset: FIRST + n as u64,
+                next_offset: item.offset(),
                 kind,
                 name: item.name.clone().into(),
             };
@@ -162,8 +180,7 @@ impl Union {
         if !self.dots(&node, offset, &mut |entry| sink(entry, None)) {
             return Ok(());
         }
-        let start = usize::try_from(offset.saturating_sub(DOT_DOT)).unwrap_or(usize::MAX);
-        for (n, item) in listing.items.iter().enumerate().skip(start) {
+        for item in listing.after(offset) {
             let looked_up = self
                 .child(&node, &item.name, true)
                 .and_then(|(child, attr)| self.entry_of(child, attr));
@@ -174,7 +191,7 @@ impl Union {
             };
             let listed = DirEntry {
                 ino: entry.node.0,
-                next_offset: FIRST + n as u64,
+                next_offset: item.offset(),
                 kind: entry.attr.kind,
                 name: item.name.clone().into(),
             };
@@ -209,40 +226,67 @@ impl Union {
             (place.upper.is_some(), Arc::clone(&place.lowers))
         };
         let mut items = Vec::new();
-        // Names that a layer above has decided: shown or hidden.
-        let mut decided: HashSet<Box<OsStr>> = HashSet::new();
+        // Names that a layer above has decided: the item that is shown, or hidden.
+        let mut decided: HashMap<Box<OsStr>, Option<usize>> = HashMap::new();
         if in_upper {
             self.list_upper(node, state, lowers.is_empty(), &mut |name, kind, ino| {
                 if !lowers.is_empty() {
-                    decided.insert(name.into());
+                    let shown = matches!(kind, ListedKind::Object(_)).then_some(items.len());
+                    decided.insert(name.into(), shown);
                 }
                 if let ListedKind::Object(kind) = kind {
                     items.push(Item {
                         name: name.into(),
                         kind,
                         ino,
+                        place: UNPLACED,
                     });
                 }
             })?;
         }
+        let of_upper = items.len();
+        // Every entry of every lower has a place, so that no change of the upper moves another.
+        let mut places = 0;
         for (depth, lower) in lowers.iter().enumerate() {
             let bottom = depth + 1 == lowers.len();
             let space = lower.object.number_space();
             lower.object.list(&mut |name, kind, ino| {
-                if decided.contains(name) {
+                let place = places;
+                places += 1;
+                if let Some(shown) = decided.get(name) {
+                    // The first lower that has a name places it.
+                    if let Some(item) = shown.and_then(|item| items.get_mut(item))
+                        && item.place == UNPLACED
+                    {
+                        item.place = place;
+                    }
                     return;
                 }
+                let shown = matches!(kind, ListedKind::Object(_)).then_some(items.len());
                 if !bottom {
-                    decided.insert(name.into());
+                    decided.insert(name.into(), shown);
                 }
                 if let ListedKind::Object(kind) = kind {
                     items.push(Item {
                         name: name.into(),
                         kind,
                         ino: Some(self.numbers.of(space, ino)),
+                        place,
                     });
                 }
             })?;
+        }
+        if of_upper > 0 {
+            let (upper, _) = items.split_at_mut(of_upper);
+            let mut alone: Vec<_> = upper
+                .iter_mut()
+                .filter(|item| item.place == UNPLACED)
+                .collect();
+            let found = state.places.lock().of(alone.iter().map(|item| &*item.name));
+            for (item, place) in alone.iter_mut().zip(found) {
+                item.place = places + place;
+            }
+            items.sort_unstable_by_key(|item| item.place);
         }
         Ok(items)
     }

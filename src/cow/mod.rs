@@ -43,6 +43,7 @@ mod number;
 mod open;
 mod origin;
 mod owner;
+mod places;
 mod plain;
 mod redirect;
 mod remove;

@@ -28,6 +28,7 @@ use super::dir::Stream;
 use super::fdcache::Slot;
 use super::file::Backing;
 use super::lower::LowerObject;
+use super::places::Places;
 use super::seal::UpperDir;
 use super::types::{FileKind, NodeId, Timestamp};
 
@@ -178,6 +179,8 @@ pub(super) struct DirState {
     pub(super) subdirectories: Count,
     /// Listings that are being read.
     pub(super) streams: Vec<Weak<Stream>>,
+    /// Where the names stand that the upper alone has.
+    pub(super) places: Mutex<Places>,
 }
 
 impl DirState {

@@ -106,6 +106,40 @@ fn every_name_is_met_once_while_names_vanish() {
     assert!(names(&mount.join("")).is_empty());
 }
 
+/// The kernel tells a reader the first part of a listing from what it kept of another's, and asks for the rest by an offset
+/// of that: once it meant another place in the listing that was made for the rest, so names came twice or never.
+#[test]
+fn a_reader_goes_on_where_it_was_in_a_listing_that_was_made_for_another() {
+    let layers = Layers::new(2);
+    let name = |n: usize| format!("{n:04}-{}", "x".repeat(200));
+    for n in 0..600 {
+        let dir = match n % 3 {
+            0 => layers.upper(),
+            lower => layers.lower(lower - 1),
+        };
+        fs::write(dir.join(name(n)), "").unwrap();
+    }
+    layers.seal();
+    let mount = Mount::new(&layers, "");
+    let all = names(&mount.join(""));
+    let mut reader = fs::read_dir(mount.join("")).unwrap();
+    let mut next = || Some(reader.next()?.unwrap().file_name().into_string().unwrap());
+    let mut met: Vec<String> = (0..100).map_while(|_| next()).collect();
+    let gone: BTreeSet<String> = met.iter().take(70).cloned().collect();
+    for name in &gone {
+        fs::remove_file(mount.join(name)).unwrap();
+    }
+    for n in 600..650 {
+        fs::write(mount.join(name(n)), "").unwrap();
+    }
+    // Now the kernel keeps another listing.
+    assert_eq!(names(&mount.join("")).len(), all.len() - 70 + 50);
+    met.extend(std::iter::from_fn(next));
+    let twice = met.len() - met.iter().collect::<BTreeSet<_>>().len();
+    let missed = all.iter().filter(|name| !met.contains(name)).count();
+    assert_eq!((twice, missed), (0, 0));
+}
+
 #[test]
 fn a_lower_directory_is_renamed_for_good() {
     let layers = Layers::new(2);
