@@ -316,6 +316,12 @@ impl<'u> Layer<'u> {
                 tracing::warn!(%entry, xattr = %shown, "the file system cannot store an extended attribute of a layer");
                 Ok(())
             }
+            Err(error) if error.errno == libc::EPERM && name.as_bytes().starts_with(b"user.") => {
+                let problem = format!(
+                    "its extended attribute {shown} is one that only regular files and directories can have"
+                );
+                Err(refuse(&entry.path, problem))
+            }
             // What ext4 says when there is no room in the inode's block; it is not the disk that is full.
             Err(error) if matches!(error.errno, libc::ENOSPC | libc::E2BIG | libc::ERANGE) => {
                 let problem = format!(

@@ -334,3 +334,11 @@ fn a_path_that_was_removed_again_counts_as_written() {
         entry("a", Thing::Opaque),
     ]]);
 }
+
+#[test]
+fn a_link_to_a_symbolic_link_has_no_attributes_of_users() {
+    compare(&[
+        vec![("a".to_owned(), Thing::Symlink("a".to_owned()), 0)],
+        vec![("b".to_owned(), Thing::HardLink("a".to_owned()), 188)],
+    ]);
+}

@@ -243,7 +243,19 @@ impl Tree {
         if !matches!(known.body, Body::Directory(_)) {
             xattrs.remove(b"security.capability".as_slice());
         }
+        let holds_data = matches!(
+            known.body,
+            Body::Directory(_) | Body::Whole(_) | Body::Sparse(..)
+        );
         for (name, value) in index.xattrs(inode.xattrs)? {
+            // As setxattr(2) has it; see xattr(7).
+            if !holds_data && name.starts_with(b"user.") {
+                let name = crate::store::error::printable(name);
+                let problem = format!(
+                    "its extended attribute {name} is one that only regular files and directories can have"
+                );
+                return Err(Fault::Refused(problem));
+            }
             xattrs.insert(name.to_vec(), value.to_vec());
         }
         let xattrs = self.set(xattrs.into_iter().collect());
