@@ -146,18 +146,25 @@ fn identity_and_content_last_over_copy_up_and_remount() {
 #[test]
 fn attributes_that_look_like_marks_are_attributes() {
     let packed = Packed::new(|builder| {
-        let name = "SCHILY.xattr.trusted.overlay.opaque";
+        let name = "SCHILY.xattr.user.overlay.opaque";
         builder.append_pax_extensions([(name, &b"y"[..])]).unwrap();
         file(builder, "a", b"");
     });
-    let union = packed.open();
-    let node = find(&union, "a").node;
-    let name = OsStr::new("trusted.overlay.opaque");
-    assert_eq!(union.listxattr(node).unwrap(), [name]);
-    assert_eq!(union.getxattr(node, name).unwrap(), b"y");
-    let other = OsStr::new("trusted.overlay.redirect");
-    let missing = union.getxattr(node, other).unwrap_err();
-    assert_eq!(missing.errno, libc::ENODATA);
+    for family in [XattrFamily::Trusted, XattrFamily::User] {
+        let union = Union::open(UnionConfig {
+            view: Some(Arc::clone(&packed.view)),
+            xattr_family: family,
+            ..UnionConfig::default()
+        });
+        let union = union.unwrap();
+        let node = find(&union, "a").node;
+        let name = OsStr::new("user.overlay.opaque");
+        assert_eq!(union.listxattr(node).unwrap(), [name]);
+        assert_eq!(union.getxattr(node, name).unwrap(), b"y");
+        let other = OsStr::new("user.overlay.redirect");
+        let missing = union.getxattr(node, other).unwrap_err();
+        assert_eq!(missing.errno, libc::ENODATA);
+    }
 }
 
 #[test]
