@@ -5,7 +5,7 @@
 TARGET := $(shell uname -m)-unknown-linux-gnu
 RELEASE := target/$(TARGET)/release
 STATIC := RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --release --target $(TARGET)
-BENCH := RUSTFLAGS="-C target-feature=+crt-static" cargo bench --locked --target $(TARGET) --bench union
+BENCH := RUSTFLAGS="-C target-feature=+crt-static" cargo bench --locked --target $(TARGET)
 PROGRAMS := plyd plyfs plyshim snapctl
 # Where `make install` puts everything; whoever makes a package sets DESTDIR.
 PREFIX := /usr/local
@@ -45,10 +45,10 @@ soak: ## a million operations of fsx, and half a minute of each stressor; `make 
 lint: ## formatting, clippy, and rules of our own
 	@tests/lint
 
-bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs
+bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs, and the store with containerd's overlayfs snapshotter
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
-	@$(BENCH) --no-run
-	@$(SUDO) env PATH="$(PATH)" HOME="$(HOME)" $(BENCH)
+	@$(BENCH) --bench union --bench store --no-run
+	@$(SUDO) env PATH="$(PATH)" HOME="$(HOME)" $(BENCH) --bench union --bench store
 
 release: ## build the four programs fully static
 	@contrib/install-packages $(BUILD_PACKAGES) file

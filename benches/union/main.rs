@@ -1,5 +1,5 @@
 //! The union beside its peers: the same real tree under kernel overlayfs, Debian's fuse-overlayfs and
-//! plyfs, in turns, in one run.
+//! plyfs, on directories and on packed layers, in turns, in one run.
 //!
 //! `cargo bench --bench union -- [--rounds N] [--rows SUBSTRING] [--huge MIB] [--plyfs NAME=OPTION,...]`
 //!
@@ -9,6 +9,8 @@
 //! other options, to compare its modes. `--rows stall` and `--rows completion` measure what
 //! small requests wait for meanwhile; `--huge` is the length of the file that is completed.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod memory;
 mod rows;
 mod stall;
@@ -19,6 +21,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
+use common::median;
 use rows::{ROWS, Row};
 use systems::{Image, System};
 
@@ -65,16 +68,6 @@ fn options() -> Result<Options, String> {
 /// Seconds of one row: system name to one figure a round.
 type Figures = BTreeMap<String, Vec<f64>>;
 
-pub(crate) fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
-    }
-}
-
 fn run_row(row: &Row, systems: &[System], image: &Image, rounds: usize) -> Result<Figures, String> {
     let mut figures = Figures::new();
     for round in 0..rounds {
@@ -107,34 +100,45 @@ fn print_table(systems: &[System], results: &[(&str, Figures)]) {
         print!(" {name} / overlayfs | {name} / fuse-overlayfs |");
     }
     println!("\n|---|---|---|{}", "---|---|".repeat(plyfs.len()));
-    let mut against: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for (row, figures) in results {
         let of = |name: &str| figures.get(name).map_or(f64::NAN, |v| median(v));
         let (kernel, peer) = (of("overlayfs"), of("fuse-overlayfs"));
         print!("| {row} | {:.1} | {:.2} |", kernel * 1e3, peer / kernel);
         for name in &plyfs {
-            let ours = of(name);
-            against.entry(name).or_default().push(ours / peer);
-            print!(" {:.2} | {:.2} |", ours / kernel, ours / peer);
+            print!(" {:.2} | {:.2} |", of(name) / kernel, of(name) / peer);
         }
         println!();
     }
     print!("| **geometric mean** | | |");
     for name in &plyfs {
-        print!(" | **{:.2}** |", geometric_mean(&against[name]));
+        let ratios = ratios(results, name, "fuse-overlayfs");
+        print!(" | **{:.2}** |", geometric_mean(&ratios));
     }
     println!("\n");
     for name in &plyfs {
-        let (row, worst) = results
-            .iter()
-            .zip(&against[name])
-            .max_by(|a, b| a.1.total_cmp(b.1))
-            .map_or(("none", f64::NAN), |(r, v)| (r.0, *v));
-        println!(
-            "{name}: {:.2} of fuse-overlayfs's time in the geometric mean; its slowest row against it is {row:?} ({worst:.2})",
-            geometric_mean(&against[name])
-        );
+        print_summary(results, name, "fuse-overlayfs");
     }
+    print_summary(results, "plyfs packed", "plyfs");
+}
+
+/// Of each row, the time of `name` beside that of `peer`.
+fn ratios(results: &[(&str, Figures)], name: &str, peer: &str) -> Vec<f64> {
+    let of = |figures: &Figures, name: &str| figures.get(name).map_or(f64::NAN, |v| median(v));
+    results
+        .iter()
+        .map(|(_, figures)| of(figures, name) / of(figures, peer))
+        .collect()
+}
+
+fn print_summary(results: &[(&str, Figures)], name: &str, peer: &str) {
+    let ratios = ratios(results, name, peer);
+    let rows = results.iter().map(|(row, _)| *row);
+    let worst = rows.zip(&ratios).max_by(|a, b| a.1.total_cmp(b.1));
+    let (row, worst) = worst.map_or(("none", f64::NAN), |(row, ratio)| (row, *ratio));
+    println!(
+        "{name}: {:.2} of the time of {peer} in the geometric mean; its slowest row against it is {row:?} ({worst:.2})",
+        geometric_mean(&ratios)
+    );
 }
 
 fn run() -> Result<(), String> {
@@ -144,6 +148,7 @@ fn run() -> Result<(), String> {
         System::overlayfs(),
         System::fuse_overlayfs(),
         System::plyfs("plyfs", ""),
+        System::packed(),
     ];
     for (name, opts) in &options.extra {
         systems.push(System::plyfs(&format!("plyfs {name}"), opts));

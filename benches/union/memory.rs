@@ -10,8 +10,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::common::drop_caches;
 use super::rows::python;
-use super::systems::{Image, System, drop_caches};
+use super::systems::{Image, System};
 
 /// Bytes charged to a cgroup.
 struct Charged {

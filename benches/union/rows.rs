@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use super::systems::{Image, Mount, drop_caches, sh};
+use super::common::{drop_caches, sh};
+use super::systems::{Image, Mount};
 
 type Job = fn(&Mount, &Image) -> Result<f64, String>;
 

@@ -1,31 +1,24 @@
 //! The file systems that are compared, the tree that they mount, and a mount that takes itself down.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Runs a command to its end; its output is the error.
-pub fn sh(command: &mut Command) -> Result<String, String> {
-    let out = command
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|e| format!("{command:?}: {e}"))?;
-    if !out.status.success() {
-        return Err(format!(
-            "{command:?}: {}\n{}",
-            out.status,
-            String::from_utf8_lossy(&out.stderr)
-        ));
-    }
-    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
-}
+use plywood::store::ingest::Settings;
+use plywood::store::layers::{Expected, Layers};
+use plywood::store::view::Verify;
+
+use super::common::sh;
 
 /// The Debian root in four layers.
 pub struct Image {
     pub dir: PathBuf,
     /// Layers, the topmost first.
     layers: Vec<PathBuf>,
+    /// A view of the same layers, packed.
+    view: PathBuf,
 }
 
 impl Image {
@@ -38,8 +31,9 @@ impl Image {
         if !made.success() {
             return Err("benches/image.sh failed".into());
         }
-        let layers = (1..=4).rev().map(|n| dir.join(n.to_string())).collect();
-        Ok(Self { dir, layers })
+        let layers: Vec<PathBuf> = (1..=4).rev().map(|n| dir.join(n.to_string())).collect();
+        let view = pack(top, &layers)?;
+        Ok(Self { dir, layers, view })
     }
 
     /// This one with another layer on top.
@@ -49,6 +43,7 @@ impl Image {
         Self {
             dir: self.dir.clone(),
             layers,
+            view: self.view.clone(),
         }
     }
 
@@ -58,10 +53,33 @@ impl Image {
     }
 }
 
+/// Packs the layers, the topmost first, anew: what the last run left may be of another form.
+fn pack(top: &Path, layers: &[PathBuf]) -> Result<PathBuf, String> {
+    let dir = top.join("target/bench/packed");
+    sh(Command::new("rm").arg("-rf").arg(&dir))?;
+    let (store, _) = Layers::open(&dir, Settings::default()).map_err(|e| e.to_string())?;
+    let mut chain = Vec::new();
+    for layer in layers.iter().rev() {
+        let stream = dir.join("layer.tar");
+        sh(Command::new(top.join("benches/layer-tar"))
+            .arg(layer)
+            .arg(&stream))?;
+        let file = File::open(&stream).map_err(|e| format!("{}: {e}", stream.display()))?;
+        let packed = store.import(file, &Expected::default(), &());
+        chain.push(packed.map_err(|e| format!("{}: {e}", layer.display()))?);
+        std::fs::remove_file(&stream).map_err(|e| format!("{}: {e}", stream.display()))?;
+    }
+    let view = store.view(&chain, Verify::First);
+    view.map(|view| view.path().to_owned())
+        .map_err(|e| e.to_string())
+}
+
 enum Kind {
     Overlayfs,
     FuseOverlayfs,
     Plyfs(String),
+    /// On packed layers.
+    Packed,
 }
 
 /// One of the file systems that are compared.
@@ -92,6 +110,14 @@ impl System {
         }
     }
 
+    /// plyfs on packed layers.
+    pub fn packed() -> Self {
+        Self {
+            name: "plyfs packed".into(),
+            kind: Kind::Packed,
+        }
+    }
+
     /// Mounts the image with an empty upper in a new directory.
     pub fn mount(&self, image: &Image) -> Result<Mount, String> {
         let name = format!("run-{}-{}", std::process::id(), self.name.replace(' ', "-"));
@@ -109,9 +135,12 @@ impl System {
             .iter()
             .map(|l| l.display().to_string())
             .collect();
+        let lowers = match &self.kind {
+            Kind::Packed => format!("view={}", image.view.display()),
+            _ => format!("lowerdir={}", lowers.join(":")),
+        };
         let layers = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            lowers.join(":"),
+            "{lowers},upperdir={},workdir={}",
             base.join("upper").display(),
             base.join("work").display()
         );
@@ -131,9 +160,12 @@ impl System {
                 c.args(["-o", &layers]);
                 c
             }
-            Kind::Plyfs(options) => {
+            Kind::Plyfs(_) | Kind::Packed => {
                 let mut c = Command::new(env!("CARGO_BIN_EXE_plyfs"));
-                c.args(["-o", &layers, "-o", options]);
+                c.args(["-o", &layers]);
+                if let Kind::Plyfs(options) = &self.kind {
+                    c.args(["-o", options]);
+                }
                 c.arg("--control").arg(mount.control());
                 c
             }
@@ -188,11 +220,4 @@ impl Drop for Mount {
             .args(["-rf", "--one-file-system"])
             .arg(&self.base));
     }
-}
-
-/// Empties the kernel's caches of everything that is clean.
-pub fn drop_caches() -> Result<(), String> {
-    nix::unistd::sync();
-    std::fs::write("/proc/sys/vm/drop_caches", "3")
-        .map_err(|e| format!("/proc/sys/vm/drop_caches: {e}"))
 }
