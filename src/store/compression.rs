@@ -1,5 +1,6 @@
-//! Streams that may be compressed; their first bytes tell how.
+//! Streams that may be compressed, whose first bytes tell how, and the frames of zstd that the store keeps.
 
+use std::cell::RefCell;
 use std::io::{BufRead, Cursor, Read, Result};
 
 use flate2::bufread::MultiGzDecoder;
@@ -24,6 +25,36 @@ pub(crate) fn decompress<'a>(mut stream: impl BufRead + 'a) -> Result<Box<dyn Re
         Box::new(zstd::Decoder::with_buffer(whole)?)
     } else {
         Box::new(whole)
+    })
+}
+
+/// Makes frames of zstd, with what that takes of memory kept from one to the next.
+pub(super) struct Compressor(zstd::bulk::Compressor<'static>);
+
+impl Compressor {
+    pub(super) fn new(level: i32) -> Result<Self> {
+        zstd::bulk::Compressor::new(level).map(Self)
+    }
+
+    pub(super) fn compress(&mut self, content: &[u8]) -> Result<Vec<u8>> {
+        self.0.compress(content)
+    }
+}
+
+thread_local! {
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Decompresses one frame and answers how many bytes it had; more than `into` has room for are an error.
+pub(super) fn decompress_into(frame: &[u8], into: &mut [u8]) -> Result<usize> {
+    DECOMPRESSOR.with_borrow_mut(|kept| {
+        let mut decompressor = match kept.take() {
+            Some(decompressor) => decompressor,
+            None => zstd::bulk::Decompressor::new()?,
+        };
+        let count = decompressor.decompress_to_buffer(frame, into);
+        *kept = Some(decompressor);
+        count
     })
 }
 

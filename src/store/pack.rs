@@ -9,6 +9,7 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::compression::{Compressor, decompress_into};
 use super::error::{Result, damaged, io_error};
 use super::format::tables::Object;
 use super::format::{ObjectName, Record, check_features, short_sum};
@@ -70,11 +71,15 @@ pub(super) struct Encoded {
 }
 
 impl Encoded {
-    /// Takes `content`, which is compressed at `level` if that saves an eighth.
-    pub(super) fn new(object: Object, content: Vec<u8>, level: i32) -> io::Result<Self> {
+    /// Takes `content`, which is compressed if that saves an eighth.
+    pub(super) fn new(
+        object: Object,
+        content: Vec<u8>,
+        compressor: &mut Compressor,
+    ) -> io::Result<Self> {
         // Too little for a frame to be smaller.
         if content.len() >= 64 {
-            let compressed = zstd::bulk::compress(&content, level)?;
+            let compressed = compressor.compress(&content)?;
             if compressed.len() <= content.len() - content.len() / 8 {
                 return Ok(Self {
                     object,
@@ -381,8 +386,11 @@ pub(super) fn read(
     }
     let stored = bytes.split_off(HEADER);
     let content = if header.compressed {
-        zstd::bulk::decompress(&stored, object.size as usize)
-            .map_err(|_| Wrong::Damaged("it cannot be decompressed"))?
+        let mut content = vec![0; object.size as usize];
+        let count = decompress_into(&stored, &mut content)
+            .map_err(|_| Wrong::Damaged("it cannot be decompressed"))?;
+        content.truncate(count);
+        content
     } else {
         stored
     };
@@ -429,7 +437,8 @@ mod tests {
     fn sealed(dir: &Path) -> SealedPack {
         let mut writer = PackWriter::create(dir).unwrap();
         for content in contents() {
-            let encoded = Encoded::new(object(&content), content, 1).unwrap();
+            let encoded =
+                Encoded::new(object(&content), content, &mut Compressor::new(1).unwrap()).unwrap();
             writer.append(&encoded).unwrap();
         }
         writer.seal().unwrap()

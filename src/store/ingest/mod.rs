@@ -9,6 +9,7 @@
 //! recipe are durable and in their places; what a failure leaves is in `tmp` or is an object that no record
 //! reaches.
 
+mod large;
 pub(super) mod recipe;
 mod sink;
 mod source;
@@ -57,7 +58,10 @@ impl Default for Limits {
 pub struct Settings {
     /// Contents of more bytes become files of their own.
     pub small: u64,
-    /// Level of zstd for what is packed.
+    /// Whether those files are their contents as they are, so that the kernel can read them by itself, instead of
+    /// compressed in frames.
+    pub plain: bool,
+    /// Level of zstd for what is compressed.
     pub level: i32,
     /// Threads that hash and compress.
     pub workers: usize,
@@ -71,6 +75,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             small: 128 << 10,
+            plain: false,
             level: 1,
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             memory: 256 << 20,

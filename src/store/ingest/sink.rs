@@ -1,7 +1,8 @@
 //! Contents on their way into the store: hashed and compressed by workers, written to a pack by one thread.
-//! Large contents are written by whoever reads the stream.
+//! Large contents are written by whoever reads the stream, in frames that the workers have compressed.
 
 use std::collections::HashSet;
+use std::io;
 use std::path::Path;
 use std::thread;
 
@@ -9,19 +10,27 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
 use super::Settings;
+use super::large::Large;
+use crate::store::compression::Compressor;
 use crate::store::error::{Error, Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::object::{FileWriter, NewFile, Objects};
+use crate::store::object::{FileWriter, Frame, NewFile, Objects};
 use crate::store::pack::{Encoded, PackWriter};
 
 /// Contents between two threads.
 const MOST_WAITING: u64 = 256;
 
-/// A content on its way to a worker.
-struct Job {
-    number: u32,
-    content: Vec<u8>,
+/// What a worker is to do.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// Hash a content, and compress it if it is new.
+    Content { number: u32, content: Vec<u8> },
+    /// Compress a frame of a large content for whoever waits for it.
+    Frame {
+        content: Vec<u8>,
+        reply: Sender<io::Result<Frame>>,
+    },
 }
 
 /// A content whose name is known. It comes with its bytes if the store does not have it.
@@ -47,6 +56,7 @@ pub(super) struct Sink<'a> {
     objects: &'a Objects,
     tmp: &'a Path,
     small: u64,
+    plain: bool,
     seen: &'a Mutex<HashSet<ObjectName>>,
     jobs: Sender<Job>,
     done: Sender<Done>,
@@ -57,7 +67,9 @@ pub(super) struct Sink<'a> {
 /// A content that is being handed over.
 pub(super) enum Incoming {
     Small(Vec<u8>),
-    Large(Box<FileWriter>),
+    Large(Box<Large>),
+    /// Large, and to be kept as it is.
+    Plain(Box<FileWriter>),
 }
 
 /// Calls `fill` with a sink and answers what came of it.
@@ -96,6 +108,7 @@ pub(super) fn with_sink<T>(
             objects,
             tmp,
             small: settings.small,
+            plain: settings.plain,
             seen: &seen,
             jobs: to_workers,
             done: to_writer,
@@ -138,19 +151,38 @@ fn joined<T>(outcome: thread::Result<Result<T>>, tmp: &Path) -> Result<T> {
 }
 
 /// What is said when a thread panicked; its own words are in the log.
-fn ended_early(tmp: &Path) -> Error {
-    io_error("write below", tmp)(std::io::Error::other("a thread of the import ended early"))
+pub(super) fn ended_early(tmp: &Path) -> Error {
+    io_error("write below", tmp)(io::Error::other("a thread of the import ended early"))
 }
 
 impl Sink<'_> {
     /// Begins a content of `size` bytes.
     pub(super) fn begin(&self, size: u64) -> Result<Incoming> {
-        if size > self.small {
-            let writer = FileWriter::create(self.tmp)?;
-            Ok(Incoming::Large(Box::new(writer)))
-        } else {
+        if size <= self.small {
             Ok(Incoming::Small(Vec::with_capacity(size as usize)))
+        } else if self.plain {
+            let writer = FileWriter::create(self.tmp)?;
+            Ok(Incoming::Plain(Box::new(writer)))
+        } else {
+            let large = Large::create(self.tmp, size, &self.jobs)?;
+            Ok(Incoming::Large(Box::new(large)))
         }
+    }
+
+    /// Keeps a large content if it is new. Whether somebody listens.
+    fn file(&mut self, number: u32, file: NewFile) -> Result<bool> {
+        let object = file.object;
+        if is_new(self.objects, self.seen, &object.name)? {
+            file.start_writing();
+            self.files.push(file);
+        }
+        let new = None;
+        let done = Done {
+            number,
+            object,
+            new,
+        };
+        Ok(self.done.send(done).is_ok())
     }
 
     /// Ends a content and answers its number.
@@ -158,23 +190,12 @@ impl Sink<'_> {
         let number = self.contents;
         self.contents += 1;
         let sent = match content {
-            Incoming::Small(content) => self.jobs.send(Job { number, content }).is_ok(),
-            Incoming::Large(writer) => {
-                let file = writer.finish()?;
-                let object = file.object;
-                if is_new(self.objects, self.seen, &object.name)? {
-                    file.start_writing();
-                    self.files.push(file);
-                }
-                let new = None;
-                self.done
-                    .send(Done {
-                        number,
-                        object,
-                        new,
-                    })
-                    .is_ok()
+            Incoming::Small(content) => {
+                let job = Job::Content { number, content };
+                self.jobs.send(job).is_ok()
             }
+            Incoming::Large(large) => self.file(number, large.finish()?)?,
+            Incoming::Plain(writer) => self.file(number, writer.finish()?)?,
         };
         // Whoever does not listen any more has the reason; see `with_sink`.
         if sent {
@@ -193,7 +214,8 @@ impl Incoming {
                 content.extend_from_slice(bytes);
                 Ok(())
             }
-            Self::Large(writer) => writer.write(bytes),
+            Self::Large(large) => large.write(bytes),
+            Self::Plain(writer) => writer.write(bytes),
         }
     }
 }
@@ -210,15 +232,23 @@ fn work(
     jobs: &Receiver<Job>,
     to_writer: &Sender<Done>,
 ) -> Result<()> {
-    for Job { number, content } in jobs {
+    let compressing = |error| io_error("compress an object for", Path::new("a pack"))(error);
+    let mut compressor = Compressor::new(level).map_err(compressing)?;
+    for job in jobs {
+        let (number, content) = match job {
+            Job::Content { number, content } => (number, content),
+            Job::Frame { content, reply } => {
+                // Whoever has given up does not wait for it.
+                let _ = reply.send(Frame::new(content, &mut compressor));
+                continue;
+            }
+        };
         let object = Object {
             name: ObjectName::of(&content),
             size: content.len() as u64,
         };
         let new = if is_new(objects, seen, &object.name)? {
-            let encoded = Encoded::new(object, content, level);
-            let compressing =
-                |error| io_error("compress an object for", Path::new("a pack"))(error);
+            let encoded = Encoded::new(object, content, &mut compressor);
             Some(encoded.map_err(compressing)?)
         } else {
             None

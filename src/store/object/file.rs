@@ -6,23 +6,21 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::framed::{Frame, Layout};
 use crate::store::error::{Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
 
-/// A large object that is being written. Dropped before it is published, it removes its file.
+/// A file on its way. Dropped before it is kept, it is removed.
 #[derive(Debug)]
-pub(in crate::store) struct FileWriter {
+struct Unfinished {
     path: PathBuf,
     file: File,
-    hash: blake3::Hasher,
-    size: u64,
     kept: bool,
 }
 
-impl FileWriter {
-    /// Begins a file in `dir`.
-    pub(in crate::store) fn create(dir: &Path) -> Result<Self> {
+impl Unfinished {
+    fn create(dir: &Path) -> Result<Self> {
         let path = dir.join(format!("object-{:032x}", rand::random::<u128>()));
         let file = OpenOptions::new()
             .read(true)
@@ -34,9 +32,49 @@ impl FileWriter {
         Ok(Self {
             path,
             file,
+            kept: false,
+        })
+    }
+
+    fn finish(mut self, object: Object) -> Result<NewFile> {
+        let file = self
+            .file
+            .try_clone()
+            .map_err(io_error("keep", &self.path))?;
+        self.kept = true;
+        Ok(NewFile {
+            object,
+            path: self.path.clone(),
+            file,
+            kept: false,
+        })
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.kept {
+            // What stays is cleared when the store is opened.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A large object that is being written as it is.
+#[derive(Debug)]
+pub(in crate::store) struct FileWriter {
+    file: Unfinished,
+    hash: blake3::Hasher,
+    size: u64,
+}
+
+impl FileWriter {
+    /// Begins a file in `dir`.
+    pub(in crate::store) fn create(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            file: Unfinished::create(dir)?,
             hash: blake3::Hasher::new(),
             size: 0,
-            kept: false,
         })
     }
 
@@ -44,34 +82,46 @@ impl FileWriter {
     pub(in crate::store) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.hash.update(bytes);
         self.size += bytes.len() as u64;
-        let written = self.file.write_all(bytes);
-        written.map_err(io_error("write", &self.path))
+        let written = self.file.file.write_all(bytes);
+        written.map_err(io_error("write", &self.file.path))
     }
 
     /// Ends the content.
-    pub(in crate::store) fn finish(mut self) -> Result<NewFile> {
-        self.kept = true;
-        Ok(NewFile {
-            object: Object {
-                name: ObjectName(*self.hash.finalize().as_bytes()),
-                size: self.size,
-            },
-            path: self.path.clone(),
-            file: self
-                .file
-                .try_clone()
-                .map_err(io_error("keep", &self.path))?,
-            kept: false,
+    pub(in crate::store) fn finish(self) -> Result<NewFile> {
+        self.file.finish(Object {
+            name: ObjectName(*self.hash.finalize().as_bytes()),
+            size: self.size,
         })
     }
 }
 
-impl Drop for FileWriter {
-    fn drop(&mut self) {
-        if !self.kept {
-            // What stays is cleared when the store is opened.
-            let _ = fs::remove_file(&self.path);
-        }
+/// A large object that is being written in frames, by whoever makes them.
+#[derive(Debug)]
+pub(in crate::store) struct FrameWriter {
+    file: Unfinished,
+    layout: Layout,
+}
+
+impl FrameWriter {
+    /// Begins a file in `dir` for an object of `size` bytes.
+    pub(in crate::store) fn create(dir: &Path, size: u64) -> Result<Self> {
+        Ok(Self {
+            file: Unfinished::create(dir)?,
+            layout: Layout::new(size),
+        })
+    }
+
+    /// Adds the next frame.
+    pub(in crate::store) fn append(&mut self, frame: &Frame) -> Result<()> {
+        let written = self.layout.append(&self.file.file, frame);
+        written.map_err(io_error("write", &self.file.path))
+    }
+
+    /// Ends the object, all of whose frames were added.
+    pub(in crate::store) fn finish(self, object: Object) -> Result<NewFile> {
+        let written = self.layout.finish(&self.file.file);
+        written.map_err(io_error("write", &self.file.path))?;
+        self.file.finish(object)
     }
 }
 

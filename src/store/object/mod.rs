@@ -5,6 +5,7 @@
 //! not where the view says.
 
 mod file;
+mod framed;
 mod sweep;
 
 use std::collections::{HashMap, VecDeque};
@@ -22,7 +23,10 @@ use super::format::ObjectName;
 use super::format::tables::Object;
 use super::pack::{self, PackId, SealedPack, Slot, Wrong};
 
-pub(super) use file::{FileWriter, NewFile};
+pub(super) use file::{FileWriter, FrameWriter, NewFile};
+use framed::FrameCache;
+pub use framed::Framed;
+pub(super) use framed::{FRAME, Frame};
 use sweep::Relied;
 pub(super) use sweep::{Live, Swept};
 
@@ -55,6 +59,8 @@ pub enum Content {
     Bytes(Arc<[u8]>),
     /// In a file that holds exactly this content.
     File(Arc<File>),
+    /// In a file, compressed in frames.
+    Framed(Arc<Framed>),
 }
 
 impl Content {
@@ -81,6 +87,7 @@ impl Content {
                 }
                 Ok(have)
             }
+            Self::Framed(framed) => framed.read_at(buffer, offset),
         }
     }
 }
@@ -94,6 +101,7 @@ pub struct Objects {
     places: RwLock<Option<HashMap<ObjectName, Place>>>,
     /// Packs that were read from, the last one at the end.
     open: Mutex<VecDeque<(PackId, Arc<File>)>>,
+    frames: Arc<FrameCache>,
     /// Whether it is this process that collects, and so knows all places.
     collects: bool,
     /// What must not be collected, though no layer may name it yet.
@@ -108,6 +116,7 @@ impl Objects {
             files: dir.join("objects"),
             places: RwLock::new(None),
             open: Mutex::default(),
+            frames: Arc::default(),
             collects: false,
             relied: Mutex::default(),
         }
@@ -226,8 +235,11 @@ impl Objects {
         let mut file = File::open(&path).map_err(io_error("open", &path))?;
         let length = file.metadata().map_err(io_error("look at", &path))?.len();
         if length != object.size {
-            let problem = format!("it has {length} bytes and should have {}", object.size);
-            return Err(damaged(&path, problem));
+            let framed = Framed::open(&path, file, length, object, &self.frames)?;
+            if verify {
+                framed.verify(&path)?;
+            }
+            return Ok(Content::Framed(Arc::new(framed)));
         }
         if verify {
             let mut hash = blake3::Hasher::new();
@@ -359,6 +371,7 @@ fn names(dir: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::compression::Compressor;
     use crate::store::pack::{Encoded, PackWriter};
 
     fn object(content: &[u8]) -> Object {
@@ -377,7 +390,12 @@ mod tests {
 
     fn packed(dir: &Path, content: &[u8]) -> SealedPack {
         let mut pack = PackWriter::create(dir).unwrap();
-        let encoded = Encoded::new(object(content), content.to_vec(), 1).unwrap();
+        let encoded = Encoded::new(
+            object(content),
+            content.to_vec(),
+            &mut Compressor::new(1).unwrap(),
+        )
+        .unwrap();
         pack.append(&encoded).unwrap();
         pack.seal().unwrap()
     }

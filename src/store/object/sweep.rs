@@ -19,6 +19,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::{Content, Objects, Place, names};
+use crate::store::compression::Compressor;
 use crate::store::durable::sync_dir;
 use crate::store::error::{Result, io_error};
 use crate::store::format::ObjectName;
@@ -206,6 +207,9 @@ impl Objects {
         level: i32,
     ) -> Result<()> {
         let mut writer = PackWriter::create(tmp)?;
+        let path = self.pack_path(id);
+        let compressing = |error| io_error("compress an object of", &path)(error);
+        let mut compressor = Compressor::new(level).map_err(compressing)?;
         for (object, slot) in keep {
             let place = Place::Packed {
                 pack: id,
@@ -215,9 +219,8 @@ impl Objects {
             let Content::Bytes(content) = self.read_from(object, place, true)? else {
                 continue;
             };
-            let encoded = Encoded::new(*object, content.to_vec(), level);
-            let path = self.pack_path(id);
-            writer.append(&encoded.map_err(io_error("compress an object of", &path))?)?;
+            let encoded = Encoded::new(*object, content.to_vec(), &mut compressor);
+            writer.append(&encoded.map_err(compressing)?)?;
         }
         self.publish(Some(writer.seal()?), Vec::new())
     }

@@ -76,6 +76,7 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         let settings = Settings {
             small: 1000,
+            plain: true,
             ..Settings::default()
         };
         let (layers, _) = Layers::open(dir.path(), settings).unwrap();
