@@ -152,7 +152,7 @@ impl Union {
             let place = node.place.read();
             match place.upper {
                 Some(_) => None,
-                None => Some(*place.lowers.first().ok_or(Errno::ESTALE)?.object.attr()),
+                None => Some(place.lowers.first().ok_or(Errno::ESTALE)?.object.attr()?),
             }
         };
         let host = match lower {
@@ -236,7 +236,7 @@ impl Union {
                 None => NOT_COUNTED,
             };
         } else {
-            let links = i64::from(host.nlink) + place.link_offset;
+            let links = i64::from(host.nlink) + place.rare.link_offset;
             attr.nlink = u32::try_from(links.max(0)).unwrap_or(u32::MAX);
         }
         if let (None, Some(atime)) = (place.upper, place.atime) {
@@ -246,7 +246,9 @@ impl Union {
             && (place.metacopy || place.lowers.len() > 1)
             && let Some(data) = place.lowers.last()
         {
-            attr.blocks = data.object.attr().blocks.max(host.blocks);
+            // Of damage whoever reads the data is told.
+            let lower = data.object.attr().map_or(0, |attr| attr.blocks);
+            attr.blocks = lower.max(host.blocks);
         }
         if place.upper.is_some() {
             attr.ctime = place.shown_ctime(host.ctime);

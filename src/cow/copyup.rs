@@ -69,7 +69,7 @@ impl Union {
             Self::attributes_change(node);
             return Ok(());
         }
-        if content != Content::All && node.place.read().chunks.is_some() {
+        if content != Content::All && node.place.read().rare.chunks.is_some() {
             return Ok(());
         }
         let mut chain = vec![Arc::clone(node)];
@@ -110,7 +110,7 @@ impl Union {
                 place.upper.is_some(),
                 Arc::clone(&place.lowers),
                 place.atime,
-                place.chunks.is_some(),
+                place.rare.chunks.is_some(),
             )
         };
         let (Some(top), Some(bottom)) = (lowers.first(), lowers.last()) else {
@@ -121,7 +121,7 @@ impl Union {
                 Content::Metadata => Ok(()),
                 Content::All if in_chunks => self.complete_chunks(node),
                 _ if in_chunks => Ok(()),
-                _ if self.is_for_chunks(node, content, bottom.object.attr().size) => {
+                _ if self.is_for_chunks(node, content, bottom.object.attr()?.size) => {
                     self.check_room_for(&*bottom.object, content)?;
                     self.begin_chunks(node, &*bottom.object)
                 }
@@ -129,13 +129,14 @@ impl Union {
             };
         }
         let source = &*top.object;
-        let in_chunks = self.is_for_chunks(node, content, source.attr().size);
+        let of_source = source.attr()?;
+        let in_chunks = self.is_for_chunks(node, content, of_source.size);
         if in_chunks {
             self.check_room_for(&*bottom.object, content)?;
         }
         let attr = Attr {
-            atime: atime.unwrap_or(source.attr().atime),
-            ..*source.attr()
+            atime: atime.unwrap_or(of_source.atime),
+            ..of_source
         };
         let temp = Temp::new(upper);
         let mut metacopy = false;
@@ -214,8 +215,8 @@ impl Union {
                     Orphan::Work(temp.keep().as_os_str().into())
                 };
                 let mut place = node.place.write();
-                place.orphan = Some(orphan);
-                place.link_offset -= 1;
+                place.rare.orphan = Some(orphan);
+                place.rare.link_offset -= 1;
                 Self::arrived(node, &mut place, ino, metacopy);
                 return Ok(());
             };
@@ -229,7 +230,7 @@ impl Union {
             }
             let dir = self.dir_fd(&name.parent)?;
             self.mark_impure(&state, dir.as_fd())?;
-            let links = source.attr().nlink;
+            let links = source.attr()?.nlink;
             let index = if links > 1 && node.kind != FileKind::Directory {
                 self.add_index(upper, &temp, source, node)?
             } else {
@@ -242,11 +243,13 @@ impl Union {
             restore_times(dir.as_fd(), &before)?;
             let mut place = node.place.write();
             if index.is_some() {
-                place.index = index;
+                place.rare.index = index;
             }
             if node.kind != FileKind::Directory {
-                let host = 1 + i64::from(place.index.is_some());
-                place.link_offset += i64::from(links) - host;
+                let host = 1 + i64::from(place.rare.index.is_some());
+                if host != i64::from(links) {
+                    place.rare.link_offset += i64::from(links) - host;
+                }
             }
             Self::arrived(node, &mut place, ino, metacopy);
             return Ok(());
@@ -261,7 +264,9 @@ impl Union {
         if metacopy {
             return;
         }
-        place.chunks = None;
+        if place.rare.chunks.is_some() {
+            place.rare.chunks = None;
+        }
         if node.kind != FileKind::Directory {
             place.lowers = Arc::default();
         }
@@ -292,7 +297,7 @@ impl Union {
         size: u64,
         content: Content,
     ) -> Result<()> {
-        let size = size.min(source.attr().size);
+        let size = size.min(source.attr()?.size);
         let wanted = match content {
             Content::All | Content::Writable | Content::Metadata => size,
             Content::UpTo(limit) => size.min(limit),
@@ -338,6 +343,7 @@ impl Union {
 
     fn set_origin(&self, source: &dyn LowerObject, to: Object<'_>) -> Result<()> {
         let origin = source.origin().and_then(|origin| origin.encode());
+        let ino = source.attr()?.ino;
         let stored = match origin {
             Some(stored) => xattr::set(to, self.family.origin(), &stored, 0),
             None => Ok(()),
@@ -345,7 +351,7 @@ impl Union {
         let stored = stored.and_then(|()| match self.numbers.index_of(source.number_space()) {
             Some(index) if self.origin_numbers => {
                 let mut value = index.to_le_bytes().to_vec();
-                value.extend_from_slice(&source.attr().ino.to_le_bytes());
+                value.extend_from_slice(&ino.to_le_bytes());
                 xattr::set(to, self.family.origin_number(), &value, 0)
             }
             _ => Ok(()),

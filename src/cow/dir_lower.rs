@@ -396,8 +396,8 @@ impl DirObject {
 }
 
 impl LowerObject for DirObject {
-    fn attr(&self) -> &Attr {
-        &self.attr
+    fn attr(&self) -> Result<Attr> {
+        Ok(self.attr)
     }
 
     fn number_space(&self) -> u64 {

@@ -139,7 +139,7 @@ impl Union {
         let in_upper = node.in_upper();
         let chunks = match in_upper {
             true => None,
-            false => node.place.read().chunks.clone(),
+            false => node.place.read().rare.chunks.clone(),
         };
         if let Some(backing) = self.known_io(node) {
             match (&*backing, &chunks) {
@@ -228,7 +228,12 @@ impl Union {
                     tracing::debug!(%error, "an access time could not be moved");
                 }
             }
-            Some(lower) => self.touch_lower(node, atime, lower.object.attr()),
+            Some(lower) => {
+                // The data was read, which is what of the lower could be damaged.
+                if let Ok(attr) = lower.object.attr() {
+                    self.touch_lower(node, atime, &attr);
+                }
+            }
             None => {}
         }
     }

@@ -89,16 +89,15 @@ impl Union {
                     }
                 }
                 Forgotten::Dropped(node) => {
-                    let (names, orphan, chunks) = {
+                    let (names, rare) = {
                         let mut place = node.place.write();
                         (
                             std::mem::take(&mut place.names),
-                            place.orphan.take(),
-                            place.chunks.take(),
+                            std::mem::take(&mut place.rare),
                         )
                     };
-                    if let Some(orphan) = orphan {
-                        self.drop_orphan(orphan, chunks.as_deref());
+                    if let Some(orphan) = rare.orphan.clone() {
+                        self.drop_orphan(orphan, rare.chunks.as_deref());
                     }
                     drop(node);
                     for name in names {

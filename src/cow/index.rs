@@ -128,7 +128,7 @@ impl Union {
             Some(name) => Some(name),
             None => {
                 let space = self.numbers.index_of(object.number_space())?;
-                Some(format!("{space:08x}{:016x}", object.attr().ino).into())
+                Some(format!("{space:08x}{:016x}", object.attr().ok()?.ino).into())
             }
         }
     }
@@ -155,7 +155,7 @@ impl Union {
         if attr.kind != found.kind {
             return Ok(());
         }
-        found.link_offset = self.link_offset(upper, &name, attr.nlink, lower.attr().nlink)?;
+        found.link_offset = self.link_offset(upper, &name, attr.nlink, lower.attr()?.nlink)?;
         found.upper = Some(attr);
         if attr.kind == FileKind::Regular {
             self.resolve_metacopy(found, Object::Entry(upper.index(), &name), attr)?;
@@ -207,7 +207,7 @@ impl Union {
             return Ok(None);
         };
         // Two host links once it is in place: its name and this one.
-        let offset = node.place.read().link_offset + i64::from(source.attr().nlink) - 2;
+        let offset = node.place.read().rare.link_offset + i64::from(source.attr()?.nlink) - 2;
         self.store_links(temp.object(), offset)?;
         match fs::linkat(upper.work(), &temp.name, upper.index(), &name) {
             Ok(()) => {}

@@ -52,24 +52,25 @@ impl Found {
     /// What the host has counted of a directory that lies in one lower layer alone.
     fn counted_subdirectories(&self) -> Option<u32> {
         match (self.kind, self.upper, &*self.lowers) {
-            (FileKind::Directory, None, [only]) => only.object.attr().nlink.checked_sub(2),
+            (FileKind::Directory, None, [only]) => only.object.attr().ok()?.nlink.checked_sub(2),
             _ => None,
         }
     }
 
     fn place(self, name: Option<Name>) -> Place {
-        Place {
+        let mut place = Place {
             names: name.into_iter().collect(),
             upper: self.upper.map(|attr| attr.ino),
             lowers: self.lowers,
-            orphan: None,
-            index: self.index,
-            link_offset: self.link_offset,
-            atime: None,
             metacopy: self.metacopy,
-            chunks: self.chunks,
-            quiet_ctime: None,
+            ..Place::default()
+        };
+        if self.index.is_some() || self.link_offset != 0 || self.chunks.is_some() {
+            place.rare.index = self.index;
+            place.rare.link_offset = self.link_offset;
+            place.rare.chunks = self.chunks;
         }
+        place
     }
 }
 
@@ -379,7 +380,7 @@ impl Union {
         let Some(top) = lowers.first() else {
             return Ok(None);
         };
-        let attr = *top.object.attr();
+        let attr = top.object.attr()?;
         let mut found = Found {
             id: self.numbers.of(top.object.number_space(), attr.ino),
             kind: attr.kind,
@@ -433,7 +434,7 @@ impl Union {
             if let Some(top) = lowers.first() {
                 found.id = self
                     .numbers
-                    .of(top.object.number_space(), top.object.attr().ino);
+                    .of(top.object.number_space(), top.object.attr()?.ino);
             }
             found.lowers = lowers.into();
             return Ok(found);

@@ -55,7 +55,7 @@ pub enum ListedKind {
 /// A file or directory of a layer; never changes.
 pub trait LowerObject: Send + Sync {
     /// Its attributes; `ino` is the number in the layer's number space.
-    fn attr(&self) -> &Attr;
+    fn attr(&self) -> Result<Attr>;
     /// The layer's number space.
     fn number_space(&self) -> u64;
     /// Looks up a name in a directory.

@@ -41,7 +41,7 @@ impl Union {
     pub fn reads_lower(&self, node: NodeId) -> bool {
         self.table
             .get(node)
-            .is_some_and(|node| !node.in_upper() && node.place.read().chunks.is_none())
+            .is_some_and(|node| !node.in_upper() && node.place.read().rare.chunks.is_none())
     }
 
     /// Says that a file is read, the data of which lies in a lower layer: its access time moves.

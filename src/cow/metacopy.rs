@@ -199,7 +199,7 @@ impl Union {
         let after = attr_of(&fs::fstat(fd)?).ctime;
         let mut place = node.place.write();
         let shown = place.shown_ctime(attr.ctime);
-        place.quiet_ctime = Some((after, shown));
+        place.rare.quiet_ctime = Some((after, shown));
         done
     }
 

@@ -17,6 +17,7 @@
 
 use std::collections::{HashMap, hash_map};
 use std::ffi::OsStr;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -69,27 +70,58 @@ pub(super) struct Place {
     /// A directory: the lower directories that merge, topmost first. Anything else: the lower object,
     /// or, for one with `metacopy`, the objects down to that with the data.
     pub(super) lowers: Arc<[LowerAt]>,
+    /// A lower object that was read: its access time, which the layer must not store. With `metacopy`:
+    /// when the upper's was last seen to.
+    pub(super) atime: Option<Timestamp>,
+    /// The upper does not hold all of the data; what it does not is that of the last of `lowers`.
+    pub(super) metacopy: bool,
+    pub(super) rare: Rare,
+}
+
+/// What few nodes have, so that the others do not take the memory for it.
+#[derive(Default)]
+pub(super) struct Rare(Option<Box<RareParts>>);
+
+#[derive(Default)]
+pub(super) struct RareParts {
     /// Set once the last name is gone from the upper.
     pub(super) orphan: Option<Orphan>,
     /// Its entry in the index.
     pub(super) index: Option<Arc<OsStr>>,
     /// Links that the union shows beyond those that the host counts.
     pub(super) link_offset: i64,
-    /// A lower object that was read: its access time, which the layer must not store. With `metacopy`:
-    /// when the upper's was last seen to.
-    pub(super) atime: Option<Timestamp>,
-    /// The upper does not hold all of the data; what it does not is that of the last of `lowers`.
-    pub(super) metacopy: bool,
     /// With `metacopy`: the upper holds some of the data.
     pub(super) chunks: Option<Arc<Chunks>>,
     /// The host's change time after something was done that nobody is to notice, and the one to show.
     pub(super) quiet_ctime: Option<(Timestamp, Timestamp)>,
 }
 
+impl Deref for Rare {
+    type Target = RareParts;
+
+    fn deref(&self) -> &RareParts {
+        static NONE: RareParts = RareParts {
+            orphan: None,
+            index: None,
+            link_offset: 0,
+            chunks: None,
+            quiet_ctime: None,
+        };
+        self.0.as_deref().unwrap_or(&NONE)
+    }
+}
+
+impl DerefMut for Rare {
+    /// Makes room for it: not to be called for nothing.
+    fn deref_mut(&mut self) -> &mut RareParts {
+        self.0.get_or_insert_default()
+    }
+}
+
 impl Place {
     /// The change time to show for the host's.
     pub(super) fn shown_ctime(&self, host: Timestamp) -> Timestamp {
-        match self.quiet_ctime {
+        match self.rare.quiet_ctime {
             Some((quiet, shown)) if quiet == host => shown,
             _ => host,
         }

@@ -95,7 +95,7 @@ impl Union {
                 Step::Stop => break,
                 Step::Elsewhere(to) => at = to,
                 Step::Found { object, goes_on } => {
-                    if object.attr().kind != FileKind::Directory {
+                    if object.attr()?.kind != FileKind::Directory {
                         wanted = Wanted::Data;
                     } else if wanted == Wanted::Anything {
                         wanted = Wanted::Directories;
@@ -125,7 +125,7 @@ impl Union {
             Some(LowerEntry::Whiteout) => return Ok(Step::Stop),
             Some(LowerEntry::Object(object)) => object,
         };
-        let kind = object.attr().kind;
+        let kind = object.attr()?.kind;
         let fits = match wanted {
             Wanted::Anything => true,
             Wanted::Directories => kind == FileKind::Directory,

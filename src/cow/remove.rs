@@ -59,7 +59,7 @@ impl Union {
     /// (`ovl_nlink_start`).
     pub(super) fn count_links_in_upper(&self, node: &Arc<Node>) -> Result<()> {
         let links = match node.place.read().lowers.first() {
-            Some(lower) if node.directory.is_none() => lower.object.attr().nlink,
+            Some(lower) if node.directory.is_none() => lower.object.attr()?.nlink,
             _ => return Ok(()),
         };
         if links > 1 {
@@ -188,7 +188,7 @@ impl Union {
             let place = node.place.read();
             (
                 place.upper.is_some(),
-                place.index.is_some() || place.names.len() > 1,
+                place.rare.index.is_some() || place.names.len() > 1,
             )
         };
         if !in_upper || !several {
@@ -254,7 +254,7 @@ impl Union {
     ) -> Result<Option<Orphan>> {
         let reachable = {
             let place = node.place.read();
-            place.names.len() > 1 || place.orphan.is_some() || place.index.is_some()
+            place.names.len() > 1 || place.rare.orphan.is_some() || place.rare.index.is_some()
         };
         if reachable || !in_upper {
             return Ok(None);
@@ -266,7 +266,7 @@ impl Union {
         let away = upper.temp_name();
         fs::linkat(dir, name, upper.work(), &away)
             .context("keeping a file reachable that is about to be removed")?;
-        node.place.write().link_offset -= 1;
+        node.place.write().rare.link_offset -= 1;
         Ok(Some(Orphan::Work(away.as_os_str().into())))
     }
 
@@ -288,28 +288,28 @@ impl Union {
             .names
             .retain(|known| !(Arc::ptr_eq(&known.parent, parent) && &*known.name == name));
         if !was_in_upper {
-            place.link_offset -= 1;
+            place.rare.link_offset -= 1;
         }
         if orphan.is_some() {
-            place.orphan = orphan;
+            place.rare.orphan = orphan;
         }
-        if let Some(index) = place.index.clone() {
+        if let Some(index) = place.rare.index.clone() {
             let object = Object::Entry(upper.index(), &index);
             let links = i64::try_from(object.stat()?.st_nlink).unwrap_or(i64::MAX);
-            if links + place.link_offset <= 0 {
-                place.orphan = Some(if self.may_keep_open()? {
+            if links + place.rare.link_offset <= 0 {
+                place.rare.orphan = Some(if self.may_keep_open()? {
                     let orphan = self.keep_open(upper.index(), &index)?;
                     fs::unlinkat(upper.index(), &index)?;
-                    place.link_offset += 1;
+                    place.rare.link_offset += 1;
                     orphan
                 } else {
                     let away = upper.temp_name();
                     fs::renameat2(upper.index(), &index, upper.work(), &away, 0)?;
                     Orphan::Work(away.as_os_str().into())
                 });
-                place.index = None;
+                place.rare.index = None;
             } else if !was_in_upper {
-                self.store_links(object, place.link_offset)?;
+                self.store_links(object, place.rare.link_offset)?;
             }
         }
         drop(place);

@@ -120,7 +120,7 @@ impl Union {
     ) -> Result<()> {
         self.copy_up(node, Content::Metadata)?;
         self.copy_up(parent, Content::All)?;
-        if node.directory.is_some() || node.place.read().index.is_none() {
+        if node.directory.is_some() || node.place.read().rare.index.is_none() {
             return Ok(());
         }
         let source = self.with_upper(node, |object| object.open(libc::O_PATH))?;
@@ -134,9 +134,9 @@ impl Union {
         self.mark_impure(&state, dir.as_fd())?;
         let before = fs::fstat(dir.as_fd())?;
         let mut place = node.place.write();
-        self.store_links(Object::Path(source.as_fd()), place.link_offset - 1)?;
+        self.store_links(Object::Path(source.as_fd()), place.rare.link_offset - 1)?;
         fs::link_fd(source.as_fd(), dir.as_fd(), name)?;
-        place.link_offset -= 1;
+        place.rare.link_offset -= 1;
         super::copyup::restore_times(dir.as_fd(), &before)
     }
 

@@ -215,7 +215,7 @@ impl Union {
             }
             let (name, orphan) = {
                 let place = at.place.read();
-                (place.names.first().cloned(), place.orphan.clone())
+                (place.names.first().cloned(), place.rare.orphan.clone())
             };
             match (name, orphan) {
                 (_, Some(Orphan::Fd(fd))) => break fd,
@@ -258,7 +258,7 @@ impl Union {
         let upper = self.upper()?;
         if node.kind == FileKind::Directory {
             let fd = self.dir_fd(node)?;
-            let removed = matches!(node.place.read().orphan, Some(Orphan::Fd(_)));
+            let removed = matches!(node.place.read().rare.orphan, Some(Orphan::Fd(_)));
             let object = if removed {
                 Object::Path(fd.as_fd())
             } else {
@@ -274,7 +274,7 @@ impl Union {
             }
             let name = {
                 let place = node.place.read();
-                match (&place.orphan, &place.index) {
+                match (&place.rare.orphan, &place.rare.index) {
                     (Some(Orphan::Fd(fd)), _) => break Reach::Path(Arc::clone(fd)),
                     (Some(Orphan::Work(name)), _) => {
                         break Reach::Entry(Arc::clone(&upper.work), Arc::clone(name));

@@ -55,7 +55,7 @@ impl ViewLower {
             space: u64::from_le_bytes(space) | 1 << 63,
             uuid,
         });
-        let root = shared.object(View::ROOT)?;
+        let root = shared.object(View::ROOT);
         Ok(Self { shared, root })
     }
 }
@@ -83,20 +83,11 @@ impl Lower for ViewLower {
 }
 
 impl Shared {
-    fn object(self: &Arc<Self>, number: u32) -> Result<Arc<ViewObject>> {
-        let inode = self
-            .view
-            .inode(number)
-            .map_err(|error| self.failed(number, &error))?;
-        let attr = self
-            .attr(number, &inode)
-            .map_err(|error| self.failed(number, &error))?;
-        Ok(Arc::new(ViewObject {
+    fn object(self: &Arc<Self>, number: u32) -> Arc<ViewObject> {
+        Arc::new(ViewObject {
             shared: Arc::clone(self),
             number,
-            inode,
-            attr,
-        }))
+        })
     }
 
     fn attr(&self, number: u32, inode: &Inode) -> store::Result<Attr> {
@@ -150,23 +141,26 @@ impl Shared {
     }
 }
 
-/// An object of the view.
+/// An object of the view. There is one for each file that the kernel knows, so it keeps nothing that the view can tell.
 struct ViewObject {
     shared: Arc<Shared>,
     number: u32,
-    inode: Inode,
-    attr: Attr,
 }
 
 impl ViewObject {
+    fn inode(&self) -> Result<Inode> {
+        self.ok(self.shared.view.inode(self.number))
+    }
+
     fn ok<T>(&self, result: store::Result<T>) -> Result<T> {
         result.map_err(|error| self.shared.failed(self.number, &error))
     }
 }
 
 impl LowerObject for ViewObject {
-    fn attr(&self) -> &Attr {
-        &self.attr
+    fn attr(&self) -> Result<Attr> {
+        let inode = self.inode()?;
+        self.ok(self.shared.attr(self.number, &inode))
     }
 
     fn number_space(&self) -> u64 {
@@ -174,11 +168,11 @@ impl LowerObject for ViewObject {
     }
 
     fn lookup(self: Arc<Self>, name: &OsStr) -> Result<Option<LowerEntry>> {
-        let found = self.ok(self.shared.view.lookup(&self.inode, name.as_bytes()))?;
+        let found = self.ok(self.shared.view.lookup(&self.inode()?, name.as_bytes()))?;
         match found {
             None => Ok(None),
             Some(entry) => {
-                let object = self.shared.object(entry.inode)?;
+                let object = self.shared.object(entry.inode);
                 Ok(Some(LowerEntry::Object(object)))
             }
         }
@@ -186,7 +180,7 @@ impl LowerObject for ViewObject {
 
     fn list(&self, sink: &mut dyn FnMut(&OsStr, ListedKind, u64)) -> Result<()> {
         let mut place = 0;
-        while let Some(entry) = self.ok(self.shared.view.nth(&self.inode, place))? {
+        while let Some(entry) = self.ok(self.shared.view.nth(&self.inode()?, place))? {
             let kind = ListedKind::Object(kind_of(entry.kind));
             sink(OsStr::from_bytes(entry.name), kind, number_of(entry.inode));
             place += 1;
@@ -203,15 +197,16 @@ impl LowerObject for ViewObject {
     }
 
     fn readlink(&self) -> Result<OsString> {
-        if self.attr.kind != FileKind::Symlink {
+        let inode = self.inode()?;
+        if kind_of(inode.kind()) != FileKind::Symlink {
             return Err(Errno::EINVAL.into());
         }
-        let target = self.ok(self.shared.view.target(&self.inode))?;
+        let target = self.ok(self.shared.view.target(&inode))?;
         Ok(OsString::from_vec(target.to_vec()))
     }
 
     fn xattr(&self, stored: &OsStr) -> Result<Vec<u8>> {
-        for (name, value) in self.ok(self.shared.view.xattrs(&self.inode))? {
+        for (name, value) in self.ok(self.shared.view.xattrs(&self.inode()?))? {
             if self.shared.family.stored_name(OsStr::from_bytes(name)) == stored {
                 return Ok(value.to_vec());
             }
@@ -220,7 +215,7 @@ impl LowerObject for ViewObject {
     }
 
     fn xattr_names(&self) -> Result<Vec<OsString>> {
-        let xattrs = self.ok(self.shared.view.xattrs(&self.inode))?;
+        let xattrs = self.ok(self.shared.view.xattrs(&self.inode()?))?;
         Ok(xattrs
             .into_iter()
             .map(|(name, _)| self.shared.family.stored_name(OsStr::from_bytes(name)))
@@ -228,12 +223,13 @@ impl LowerObject for ViewObject {
     }
 
     fn open(&self) -> Result<Arc<dyn LowerFile>> {
-        match self.attr.kind {
+        let inode = self.inode()?;
+        match kind_of(inode.kind()) {
             FileKind::Regular => {}
             FileKind::Directory => return Err(Errno::EISDIR.into()),
             _ => return Err(Errno::ENXIO.into()),
         }
-        let file = self.ok(self.shared.view.open_file(&self.inode))?;
+        let file = self.ok(self.shared.view.open_file(&inode))?;
         Ok(Arc::new(OpenFile {
             shared: Arc::clone(&self.shared),
             number: self.number,

@@ -43,7 +43,7 @@ impl Union {
         content: Content,
     ) -> Result<()> {
         let upper = self.upper()?;
-        let attr = data.attr();
+        let attr = data.attr()?;
         let wanted = match content {
             Content::UpTo(limit) => attr.size.min(limit),
             _ => attr.size,
@@ -72,7 +72,7 @@ impl Union {
         let upper = self.upper()?;
         let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
         let attr = attr_of(&fs::fstat(fd.as_fd())?);
-        let size = attr.size.min(data.attr().size);
+        let size = attr.size.min(data.attr()?.size);
         if upper.clones.load(Ordering::Relaxed) && self.can_clone(upper, data)? {
             return self.complete_metacopy(node, data, Content::All);
         }
@@ -90,7 +90,7 @@ impl Union {
         let chunks = Chunks::new(name);
         // It is new, so nobody has set it.
         let _ = chunks.map.set(map);
-        node.place.write().chunks = Some(chunks);
+        node.place.write().rare.chunks = Some(chunks);
         node.io.clear();
         upper.maps.note(node.id);
         Ok(())
@@ -127,7 +127,7 @@ impl Union {
         let lower = lower.ok_or(Errno::ESTALE)?.object;
         let (map_fd, map) = upper.maps.find(&chunks.name, || {
             let size = attr_of(&fs::fstat(fd.as_fd())?).size;
-            let size = size.min(lower.attr().size);
+            let size = size.min(lower.attr()?.size);
             Ok(upper.maps.begin(self.chunking.shift(size), size))
         })?;
         // Kept for as long as the node is.
@@ -148,7 +148,7 @@ impl Union {
     /// caller holds the node's `copy_up`; writers wait for one step at most.
     pub(in super::super) fn complete_chunks(&self, node: &Arc<Node>) -> Result<()> {
         let upper = self.upper()?;
-        let Some(chunks) = node.place.read().chunks.clone() else {
+        let Some(chunks) = node.place.read().rare.chunks.clone() else {
             return Ok(());
         };
         let backing = self.io(node, true)?;
@@ -241,7 +241,7 @@ impl Union {
             let Some(node) = self.table.get(id) else {
                 continue;
             };
-            let chunks = node.place.read().chunks.clone();
+            let chunks = node.place.read().rare.chunks.clone();
             let map = chunks.as_ref().and_then(|chunks| chunks.map.get());
             if let Some(map) = map {
                 let (done, all) = map.progress();
