@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use super::attr::timespec;
 use super::error::{Context, Error, Result};
 use super::lower::{LowerFile, LowerObject};
-use super::node::{Node, Orphan};
+use super::node::{Lowers, Node, Orphan};
 use super::types::{Attr, FileKind, NodeId, Timestamp};
 use super::union::Union;
 use super::upper::{Temp, Upper};
@@ -108,7 +108,7 @@ impl Union {
             let place = node.place.read();
             (
                 place.upper.is_some(),
-                Arc::clone(&place.lowers),
+                place.lowers.clone(),
                 place.atime,
                 place.rare.chunks.is_some(),
             )
@@ -268,7 +268,7 @@ impl Union {
             place.rare.chunks = None;
         }
         if node.kind != FileKind::Directory {
-            place.lowers = Arc::default();
+            place.lowers = Lowers::default();
         }
         node.in_upper.store(true, Ordering::Release);
         // Whoever reads through the lower's descriptor finds that it is not the upper's.

@@ -218,7 +218,7 @@ impl Union {
         {
             return Err(Errno::EEXIST.into());
         }
-        let lowers = Arc::clone(&parent.place.read().lowers);
+        let lowers = parent.place.read().lowers.clone();
         if lowers.is_empty() {
             return Ok(Free::Nothing);
         }

@@ -223,7 +223,7 @@ impl Union {
     pub(super) fn merge(&self, node: &Arc<Node>, state: &DirState) -> Result<Vec<Item>> {
         let (in_upper, lowers) = {
             let place = node.place.read();
-            (place.upper.is_some(), Arc::clone(&place.lowers))
+            (place.upper.is_some(), place.lowers.clone())
         };
         let mut items = Vec::new();
         // Names that a layer above has decided: the item that is shown, or hidden.

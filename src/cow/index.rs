@@ -18,7 +18,7 @@ use super::attr::attr_of;
 use super::error::{Context, Result};
 use super::lookup::Found;
 use super::lower::LowerObject;
-use super::node::Node;
+use super::node::{Lowers, Node};
 use super::origin::Origin;
 use super::types::{FileKind, NodeId};
 use super::union::Union;
@@ -162,7 +162,7 @@ impl Union {
         }
         found.index = Some(name.into());
         if !found.metacopy {
-            found.lowers = Arc::default();
+            found.lowers = Lowers::default();
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use super::attr::attr_of;
 use super::chunks::{Chunks, Marked};
 use super::error::{Context, Result};
-use super::node::{DirState, LowerAt, Name, Node, Place};
+use super::node::{DirState, LowerAt, Lowers, Name, Node, Place};
 use super::origin::Origin;
 use super::redirect::Wanted;
 use super::types::{Attr, Entry, FileKind, NodeId};
@@ -27,7 +27,7 @@ pub(super) struct Found {
     pub(super) kind: FileKind,
     /// Attributes in the upper, if it is there.
     pub(super) upper: Option<Attr>,
-    pub(super) lowers: Arc<[LowerAt]>,
+    pub(super) lowers: Lowers,
     pub(super) index: Option<Arc<OsStr>>,
     pub(super) link_offset: i64,
     pub(super) metacopy: bool,
@@ -41,7 +41,7 @@ impl Found {
             id,
             kind: attr.kind,
             upper: Some(attr),
-            lowers: Arc::default(),
+            lowers: Lowers::default(),
             index: None,
             link_offset: 0,
             metacopy: false,
@@ -363,7 +363,7 @@ impl Union {
     ) -> Result<Option<Found>> {
         let (parent_upper, parent_lowers) = {
             let place = parent.place.read();
-            (place.upper.is_some(), Arc::clone(&place.lowers))
+            (place.upper.is_some(), place.lowers.clone())
         };
         if parent_upper {
             match self.in_upper(parent, state, name)? {

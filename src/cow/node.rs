@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize,
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
+use smallvec::SmallVec;
 
 use super::chunks::Chunks;
 use super::dir::Stream;
@@ -40,6 +41,40 @@ pub(super) struct LowerAt {
     pub(super) layer: usize,
     /// The object.
     pub(super) object: Arc<dyn LowerObject>,
+}
+
+/// Objects of lower layers, mostly one.
+#[derive(Clone, Default)]
+pub(super) enum Lowers {
+    #[default]
+    None,
+    One(LowerAt),
+    Several(Arc<[LowerAt]>),
+}
+
+impl Deref for Lowers {
+    type Target = [LowerAt];
+
+    fn deref(&self) -> &[LowerAt] {
+        match self {
+            Self::None => &[],
+            Self::One(only) => std::slice::from_ref(only),
+            Self::Several(all) => all,
+        }
+    }
+}
+
+impl From<Vec<LowerAt>> for Lowers {
+    fn from(mut all: Vec<LowerAt>) -> Self {
+        match (all.pop(), all.is_empty()) {
+            (None, _) => Self::None,
+            (Some(only), true) => Self::One(only),
+            (Some(last), false) => {
+                all.push(last);
+                Self::Several(all.into())
+            }
+        }
+    }
 }
 
 /// A name of a node.
@@ -64,12 +99,12 @@ pub(super) enum Orphan {
 #[derive(Default)]
 pub(super) struct Place {
     /// Its names as far as they were looked up: one for a directory, none once it is removed.
-    pub(super) names: Vec<Name>,
+    pub(super) names: SmallVec<[Name; 1]>,
     /// Host inode number in the upper.
     pub(super) upper: Option<u64>,
     /// A directory: the lower directories that merge, topmost first. Anything else: the lower object,
     /// or, for one with `metacopy`, the objects down to that with the data.
-    pub(super) lowers: Arc<[LowerAt]>,
+    pub(super) lowers: Lowers,
     /// A lower object that was read: its access time, which the layer must not store. With `metacopy`:
     /// when the upper's was last seen to.
     pub(super) atime: Option<Timestamp>,

@@ -168,7 +168,7 @@ impl Union {
 
     /// Whether a lower layer would show something under a name if the upper said nothing.
     pub(super) fn lower_has(&self, parent: &Arc<Node>, name: &OsStr) -> Result<bool> {
-        let lowers = Arc::clone(&parent.place.read().lowers);
+        let lowers = parent.place.read().lowers.clone();
         if lowers.is_empty() {
             return Ok(false);
         }
