@@ -215,7 +215,10 @@ fn check(left: &Image, facts: &[Fact], moment: usize, images: &Images) {
     assert_eq!(plyd.ok(["system", "gc", "--dry-run", "--quiet"]), "");
     work::go_on(&plyd, images);
     let log = plyd.log();
-    assert!(!log.contains("panicked") && !log.contains(" ERROR "), "{log}");
+    assert!(
+        !log.contains("panicked") && !log.contains(" ERROR "),
+        "{log}"
+    );
 
     plyd.signal(Signal::SIGTERM);
     let (layers, damaged) = Layers::open(&plyd.root().join("store"), Settings::default()).unwrap();

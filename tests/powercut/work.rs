@@ -85,7 +85,8 @@ const THIRD: &str = "localhost/third:latest";
 
 impl Images {
     pub fn new() -> Self {
-        let shared = Blob::gzip(many("shared", 300, 1).file("bin/large", 0o755, &noise(9, 700_000)));
+        let shared =
+            Blob::gzip(many("shared", 300, 1).file("bin/large", 0o755, &noise(9, 700_000)));
         let own = |name: &str, number| Blob::zstd(many(name, 60, number));
         let with_large = |name: &str| {
             let large = noise(77, 400_000);
@@ -218,7 +219,10 @@ impl Done<'_> {
             (What::Image(name, there), What::Image(other, was)) => name == other && there == was,
             _ => false,
         };
-        self.facts.iter_mut().filter(same).for_each(|fact| fact.until = now);
+        self.facts
+            .iter_mut()
+            .filter(same)
+            .for_each(|fact| fact.until = now);
     }
 
     /// As `ends`, for all that is known of a snapshot.
