@@ -1,0 +1,298 @@
+//! Streams of layers: tar, plain and compressed, from a grammar that knows what hurts.
+
+use std::io::{self, Write};
+
+use plywood::store::LayerName;
+use plywood::store::layers::{Expected, Layers};
+use plywood::store::view::Verify;
+
+use super::archive::{Layer, gzip, head, zstd};
+use super::engine::Choices;
+use super::formats::{Faults, damage};
+use super::seeds::{Store, read_index, read_view, settings};
+
+/// After so many layers those that were taken are collected.
+const TIDY_AFTER: usize = 200;
+
+/// The way of a stream into the store and out again.
+pub struct Streams {
+    store: Store,
+    layers: Layers,
+    taken: usize,
+}
+
+impl Streams {
+    pub fn new() -> Self {
+        let store = Store::new();
+        Self {
+            layers: store.open(),
+            store,
+            taken: 0,
+        }
+    }
+
+    pub fn tar_case(&mut self, choices: &mut Choices<'_>) {
+        let mut tar = match choices.below(4) {
+            0 => self.store.streams[choices.below(2)].clone(),
+            _ => grammar(choices),
+        };
+        for _ in 0..choices.below(4) {
+            change_header(&mut tar, choices);
+        }
+        if choices.once_in(6) {
+            damage(&mut tar, choices);
+        }
+        self.take(&tar);
+    }
+
+    pub fn compressed_case(&mut self, choices: &mut Choices<'_>) {
+        let tar = match choices.below(3) {
+            0 => bomb(choices),
+            _ => self.store.streams[choices.below(2)].clone(),
+        };
+        let mut stream = Vec::new();
+        let mut rest = tar.as_slice();
+        // In members and frames.
+        while !rest.is_empty() {
+            let (part, more) = rest.split_at(match choices.below(3) {
+                0 => choices.below(rest.len()) + 1,
+                _ => rest.len(),
+            });
+            rest = more;
+            stream.extend(match choices.below(5) {
+                0 | 1 => gzip(part),
+                2 | 3 => zstd(part),
+                _ => part.to_vec(),
+            });
+            if choices.once_in(6) {
+                // A skippable frame, that says of itself how long it is.
+                stream.extend([0x50 | choices.byte() & 15, 0x2a, 0x4d, 0x18]);
+                stream.extend((choices.number() as u32).to_le_bytes());
+                stream.extend(choices.bytes(30));
+            }
+        }
+        for _ in 0..choices.below(3) {
+            damage(&mut stream, choices);
+            if stream.is_empty() {
+                break;
+            }
+        }
+        self.take(&stream);
+    }
+
+    fn take(&mut self, stream: &[u8]) {
+        // What is refused is refused in a sentence.
+        let taken = match self.layers.import(stream, &Expected::default(), &()) {
+            Ok(name) => name,
+            Err(error) => {
+                assert!(error.to_string().len() < 10_000, "no client can be told that");
+                return;
+            }
+        };
+        self.look_at(taken);
+        let known = self.store.chain.contains(&taken);
+        if !known {
+            self.layers.remove(taken).unwrap();
+        }
+        self.taken += 1;
+        if self.taken.is_multiple_of(TIDY_AFTER) {
+            let collected = self.layers.collect(false, &());
+            assert!(collected.errors.is_empty(), "{:?}", collected.errors);
+        }
+    }
+
+    /// What was accepted is sound, can be given back, and can be mounted or is refused on what lies below it.
+    fn look_at(&self, taken: LayerName) {
+        let layers = &self.layers;
+        let record = layers.get(taken).unwrap();
+        assert!(record.tar_bytes <= settings().limits.bytes);
+        assert!(u64::from(record.entries) <= settings().limits.entries);
+        read_index(&layers.index(taken).unwrap()).unwrap();
+        // Compares the diff id.
+        layers.export(taken, &mut io::sink()).unwrap();
+        let below = self.store.chain[0];
+        for chain in [&[taken][..], &[below, taken], &[taken, below]] {
+            if let Ok(view) = layers.view(chain, Verify::First) {
+                read_view(&view).unwrap();
+                view.verify().unwrap();
+            }
+        }
+        let faults = Faults::default();
+        layers.verify(true, &faults);
+        let faults = faults.0.into_inner().unwrap();
+        assert!(faults.is_empty(), "{faults:?}");
+    }
+}
+
+/// A path that means something to a layer.
+fn path(choices: &mut Choices<'_>) -> Vec<u8> {
+    const PARTS: &[&str] = &[
+        "a", "b", "c", "usr", "bin", "etc", "sh", "many", "dev", "loop", "..", ".", "", ".wh.a", ".wh.b",
+        ".wh.usr", ".wh..wh..opq", ".wh..wh.x", ".wh.", ".wh...",
+    ];
+    let mut path = Vec::new();
+    if choices.once_in(10) {
+        path.push(b'/');
+    }
+    for number in 0..1 + choices.below(4) {
+        if number > 0 {
+            path.push(b'/');
+        }
+        match choices.below(40) {
+            0 => path.extend(choices.bytes(40)),
+            1 => path.extend(std::iter::repeat_n(b'n', choices.one_of(&[254, 255, 256, 4100]))),
+            2 => path.extend(b"d/".repeat(choices.one_of(&[10, 2000, 2046, 2047, 2048]))),
+            _ => path.extend(choices.one_of(PARTS).as_bytes()),
+        }
+    }
+    if choices.once_in(8) {
+        path.push(b'/');
+    }
+    path
+}
+
+fn grammar(choices: &mut Choices<'_>) -> Vec<u8> {
+    let mut layer = Layer::new();
+    for _ in 0..1 + choices.below(12) {
+        if choices.once_in(3) {
+            layer = pax(layer, choices);
+        }
+        if choices.once_in(16) {
+            // GNU's long name or link.
+            let mut long = path(choices);
+            long.push(0);
+            let mut header = head(b"././@LongLink", choices.one_of(b"LK"));
+            header.size = long.len() as u64;
+            layer = layer.header(&header).data(&long);
+        }
+        let name = path(choices);
+        let target = path(choices);
+        let flag = choices.one_of(b"000000011122223456755\0S7xgK?");
+        let content = match choices.below(4) {
+            0 => choices.bytes(1500),
+            1 => vec![choices.byte(); choices.below(3000)],
+            2 => b"3\n0\n5\n512\n5\n9000\n2\n".to_vec(),
+            _ => Vec::new(),
+        };
+        let mut header = head(&name, flag);
+        if matches!(flag, b'1' | b'2') {
+            header.link = &target;
+        }
+        header.mode = choices.one_of(&[0o644, 0o755, 0o7777, 0, 0o177_777]);
+        header.device = choices.one_of(&[(0, 0), (1, 3), (0o77777, 0o77777), (4095, 0o77777)]);
+        header.size = match choices.below(12) {
+            0 => choices.number() & 0o7777_7777,
+            _ => content.len() as u64,
+        };
+        layer = layer.header(&header).data(&content);
+    }
+    match choices.below(6) {
+        0 => layer.raw(&choices.bytes(700)).tar(),
+        _ => layer.tar(),
+    }
+}
+
+fn pax(layer: Layer, choices: &mut Choices<'_>) -> Layer {
+    const KEYS: &[&str] = &[
+        "path", "linkpath", "size", "uid", "gid", "mtime", "atime", "ctime", "GNU.sparse.major",
+        "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize", "GNU.sparse.size", "GNU.sparse.map",
+        "GNU.sparse.offset", "GNU.sparse.numbytes", "GNU.sparse.numblocks", "SCHILY.xattr.user.a",
+        "SCHILY.xattr.trusted.overlay.opaque", "SCHILY.xattr.security.capability",
+        "SCHILY.xattr.user.overlay.whiteout", "LIBARCHIVE.xattr.user.%41", "SCHILY.xattr.", "x",
+    ];
+    let mut records = Vec::new();
+    for _ in 0..1 + choices.below(4) {
+        let key = choices.one_of(KEYS);
+        let value = match choices.below(8) {
+            0 => choices.bytes(30),
+            1 => choices.number().to_string().into_bytes(),
+            2 => format!("-{}.{}", choices.number(), choices.number()).into_bytes(),
+            3 => path(choices),
+            4 => {
+                let numbers = (0..choices.below(12)).map(|_| match choices.once_in(6) {
+                    true => choices.number().to_string(),
+                    false => choices.byte().to_string(),
+                });
+                numbers.collect::<Vec<_>>().join(",").into_bytes()
+            }
+            5 => choices.one_of(&["0", "1", "-1", "", "9223372036854775807"]).as_bytes().to_vec(),
+            6 => vec![b'v'; choices.one_of(&[0, 65_536, 65_537, 1 << 20])],
+            _ => b"QUJD".to_vec(),
+        };
+        records.push((key, value));
+    }
+    let records: Vec<_> = records
+        .iter()
+        .map(|(key, value)| (key.as_bytes(), value.as_slice()))
+        .collect();
+    layer.pax(&records)
+}
+
+/// Changes a block as if it were a header, with a sum that is right.
+fn change_header(tar: &mut [u8], choices: &mut Choices<'_>) {
+    let start = 512 * choices.below(tar.len() / 512);
+    let Some(block) = tar.get_mut(start..start + 512) else {
+        return;
+    };
+    let at = choices.one_of(&[0, 100, 108, 116, 124, 136, 156, 157, 257, 263, 329, 337, 345, 386, 482, 483]);
+    match choices.below(4) {
+        0 => {
+            // As GNU writes large numbers.
+            block[at] = choices.one_of(&[0x80, 0xff, 0xc0]);
+            let number = choices.number().to_be_bytes();
+            let end = (at + 9).min(512);
+            block[at + 1..end].copy_from_slice(&number[..end - at - 1]);
+        }
+        1 => {
+            let octal = format!("{:011o}", choices.number() & 0o77_777_777_777);
+            let end = (at + 11).min(512);
+            block[at..end].copy_from_slice(&octal.as_bytes()[..end - at]);
+        }
+        2 => block[257..265].copy_from_slice(choices.one_of(&[b"ustar  \0", b"ustar\x0000", b"\0\0\0\0\0\0\0\0"])),
+        _ => block[at] = choices.byte(),
+    }
+    block[148..156].fill(b' ');
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    write!(&mut block[148..156], "{sum:06o}\0").unwrap();
+}
+
+/// Small, and large once it is decompressed, or once it is in memory.
+fn bomb(choices: &mut Choices<'_>) -> Vec<u8> {
+    match choices.below(4) {
+        // One file of zeros, more than a layer may have.
+        0 => {
+            let mut header = head(b"zeros", b'0');
+            header.size = choices.one_of(&[1 << 20, 9 << 20, 40 << 20]);
+            Layer::new().header(&header).data(&vec![0; header.size as usize]).tar()
+        }
+        // More entries than a layer may have.
+        1 => (0..choices.one_of(&[100, 2500]))
+            .fold(Layer::new(), |layer, number| layer.dir(&format!("{number}"), 0o755))
+            .tar(),
+        // More bytes of names than a layer may have.
+        2 => {
+            let long = "n".repeat(200);
+            let entry = |layer: Layer, number| layer.file(&format!("{long}{number}/{long}"), 0o644, b"");
+            (0..choices.one_of(&[20, 300])).fold(Layer::new(), entry).tar()
+        }
+        // A file of very many parts.
+        _ => {
+            let parts: u64 = choices.one_of(&[1000, 200_000]);
+            let mut data = format!("{parts}\n").into_bytes();
+            for part in 0..parts {
+                data.extend(format!("{}\n1\n", part * 2).into_bytes());
+            }
+            data.resize(data.len().next_multiple_of(512), 0);
+            data.resize(data.len() + parts as usize, 7);
+            let size = (parts * 2).to_string();
+            Layer::new()
+                .pax(&[
+                    (b"GNU.sparse.major", b"1"),
+                    (b"GNU.sparse.minor", b"0"),
+                    (b"GNU.sparse.realsize", size.as_bytes()),
+                ])
+                .file("parts", 0o644, &data)
+                .tar()
+        }
+    }
+}
