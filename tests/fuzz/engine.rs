@@ -25,11 +25,7 @@ const MOST_MAPPED: u64 = 6 << 30;
 /// What a target draws from.
 pub struct Choices<'a>(&'a [u8]);
 
-impl<'a> Choices<'a> {
-    pub fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
-    }
-
+impl Choices<'_> {
     /// The next byte; zeros at the end.
     pub fn byte(&mut self) -> u8 {
         let Some((first, rest)) = self.0.split_first() else {
@@ -83,7 +79,9 @@ impl<'a> Choices<'a> {
 }
 
 fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().expect("a number"))
 }
 
 /// What panicked since the program began.
@@ -110,7 +108,7 @@ pub fn run(name: &'static str, mut target: impl FnMut(&mut Choices<'_>)) {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     panics().lock().unwrap().clear();
     let only = setting("PLYWOOD_FUZZ_CASE");
-    let seconds = setting("PLYWOOD_FUZZ_SECONDS").unwrap_or(6);
+    let seconds = setting("PLYWOOD_FUZZ_SECONDS").unwrap_or(5);
     let seed = setting("PLYWOOD_FUZZ_SEED").unwrap_or_else(rand::random);
     eprintln!("{name}: PLYWOOD_FUZZ_SEED={seed}");
     let watch = Watch::start(name);

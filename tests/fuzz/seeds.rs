@@ -16,7 +16,10 @@ use super::archive::{Layer, head};
 pub fn directory() -> TempDir {
     let shm = Path::new("/dev/shm");
     let within = if shm.is_dir() { shm } else { Path::new("/tmp") };
-    tempfile::Builder::new().prefix("ply-fuzz-").tempdir_in(within).unwrap()
+    tempfile::Builder::new()
+        .prefix("ply-fuzz-")
+        .tempdir_in(within)
+        .unwrap()
 }
 
 /// Small, so that short contents become files of their own and bombs are found out soon.
@@ -26,7 +29,7 @@ pub fn settings() -> Settings {
         workers: 1,
         memory: 4 << 20,
         limits: Limits {
-            bytes: 8 << 20,
+            bytes: 1 << 20,
             entries: 2000,
             names: 64 << 10,
         },
@@ -48,10 +51,18 @@ impl Store {
         let streams = vec![below().tar(), above().tar()];
         let chain: Vec<_> = streams
             .iter()
-            .map(|stream| layers.import(stream.as_slice(), &Expected::default(), &()).unwrap())
+            .map(|stream| {
+                layers
+                    .import(stream.as_slice(), &Expected::default(), &())
+                    .unwrap()
+            })
             .collect();
         layers.view(&chain, Verify::First).unwrap();
-        Self { dir, chain, streams }
+        Self {
+            dir,
+            chain,
+            streams,
+        }
     }
 
     pub fn open(&self) -> Layers {
@@ -83,7 +94,9 @@ fn xattr(layer: Layer, value: &[u8]) -> Layer {
 
 /// Like `seq`, so that it is compressed.
 fn text(lines: usize) -> Vec<u8> {
-    (0..lines).flat_map(|line| format!("{line}\n").into_bytes()).collect()
+    (0..lines)
+        .flat_map(|line| format!("{line}\n").into_bytes())
+        .collect()
 }
 
 fn below() -> Layer {
@@ -115,7 +128,10 @@ fn below() -> Layer {
             data
         });
     layer = layer
-        .pax(&[(b"GNU.sparse.size", b"9000"), (b"GNU.sparse.map", b"0,4,8000,4")])
+        .pax(&[
+            (b"GNU.sparse.size", b"9000"),
+            (b"GNU.sparse.map", b"0,4,8000,4"),
+        ])
         .file("sparse/old", 0o644, b"aaaabbbb");
     for number in 0..60 {
         layer = layer.file(&format!("many/{number}"), 0o644, &text(number * 7));
@@ -192,7 +208,7 @@ pub fn read_view(view: &View) -> Result<String> {
             libc::S_IFREG => seen += &read_file(view, number)?,
             _ => {}
         }
-        if count < 40 {
+        if count < 4 {
             seen += &format!(" {:?}", view.path_of(number)?);
         }
         seen.push('\n');
@@ -230,7 +246,11 @@ fn read_file(view: &View, number: u32) -> Result<String> {
     }
     if let Some(host) = file.host_file() {
         let length = host.metadata().map_err(Error::Input)?.len();
-        assert_eq!(length, file.size(), "a host's file that is not exactly the content");
+        assert_eq!(
+            length,
+            file.size(),
+            "a host's file that is not exactly the content"
+        );
     }
     Ok(seen)
 }

@@ -18,6 +18,7 @@ const TIDY_AFTER: usize = 200;
 pub struct Streams {
     store: Store,
     layers: Layers,
+    bombs: Vec<Vec<u8>>,
     taken: usize,
 }
 
@@ -27,6 +28,7 @@ impl Streams {
         Self {
             layers: store.open(),
             store,
+            bombs: bombs(),
             taken: 0,
         }
     }
@@ -42,12 +44,12 @@ impl Streams {
         if choices.once_in(6) {
             damage(&mut tar, choices);
         }
-        self.take(&tar);
+        self.take(&tar, choices);
     }
 
     pub fn compressed_case(&mut self, choices: &mut Choices<'_>) {
-        let tar = match choices.below(3) {
-            0 => bomb(choices),
+        let tar = match choices.below(6) {
+            0 => self.bombs[choices.below(self.bombs.len())].clone(),
             _ => self.store.streams[choices.below(2)].clone(),
         };
         let mut stream = Vec::new();
@@ -77,19 +79,22 @@ impl Streams {
                 break;
             }
         }
-        self.take(&stream);
+        self.take(&stream, choices);
     }
 
-    fn take(&mut self, stream: &[u8]) {
+    fn take(&mut self, stream: &[u8], choices: &mut Choices<'_>) {
         // What is refused is refused in a sentence.
         let taken = match self.layers.import(stream, &Expected::default(), &()) {
             Ok(name) => name,
             Err(error) => {
-                assert!(error.to_string().len() < 10_000, "no client can be told that");
+                assert!(
+                    error.to_string().len() < 10_000,
+                    "no client can be told that"
+                );
                 return;
             }
         };
-        self.look_at(taken);
+        self.look_at(taken, choices);
         let known = self.store.chain.contains(&taken);
         if !known {
             self.layers.remove(taken).unwrap();
@@ -102,7 +107,7 @@ impl Streams {
     }
 
     /// What was accepted is sound, can be given back, and can be mounted or is refused on what lies below it.
-    fn look_at(&self, taken: LayerName) {
+    fn look_at(&self, taken: LayerName, choices: &mut Choices<'_>) {
         let layers = &self.layers;
         let record = layers.get(taken).unwrap();
         assert!(record.tar_bytes <= settings().limits.bytes);
@@ -111,11 +116,13 @@ impl Streams {
         // Compares the diff id.
         layers.export(taken, &mut io::sink()).unwrap();
         let below = self.store.chain[0];
-        for chain in [&[taken][..], &[below, taken], &[taken, below]] {
-            if let Ok(view) = layers.view(chain, Verify::First) {
-                read_view(&view).unwrap();
-                view.verify().unwrap();
-            }
+        let chains = [&[taken][..], &[below, taken], &[taken, below]];
+        if let Ok(view) = layers.view(choices.one_of(&chains), Verify::First) {
+            read_view(&view).unwrap();
+            view.verify().unwrap();
+        }
+        if !choices.once_in(8) {
+            return;
         }
         let faults = Faults::default();
         layers.verify(true, &faults);
@@ -127,8 +134,26 @@ impl Streams {
 /// A path that means something to a layer.
 fn path(choices: &mut Choices<'_>) -> Vec<u8> {
     const PARTS: &[&str] = &[
-        "a", "b", "c", "usr", "bin", "etc", "sh", "many", "dev", "loop", "..", ".", "", ".wh.a", ".wh.b",
-        ".wh.usr", ".wh..wh..opq", ".wh..wh.x", ".wh.", ".wh...",
+        "a",
+        "b",
+        "c",
+        "usr",
+        "bin",
+        "etc",
+        "sh",
+        "many",
+        "dev",
+        "loop",
+        "..",
+        ".",
+        "",
+        ".wh.a",
+        ".wh.b",
+        ".wh.usr",
+        ".wh..wh..opq",
+        ".wh..wh.x",
+        ".wh.",
+        ".wh...",
     ];
     let mut path = Vec::new();
     if choices.once_in(10) {
@@ -140,7 +165,10 @@ fn path(choices: &mut Choices<'_>) -> Vec<u8> {
         }
         match choices.below(40) {
             0 => path.extend(choices.bytes(40)),
-            1 => path.extend(std::iter::repeat_n(b'n', choices.one_of(&[254, 255, 256, 4100]))),
+            1 => path.extend(std::iter::repeat_n(
+                b'n',
+                choices.one_of(&[254, 255, 256, 4100]),
+            )),
             2 => path.extend(b"d/".repeat(choices.one_of(&[10, 2000, 2046, 2047, 2048]))),
             _ => path.extend(choices.one_of(PARTS).as_bytes()),
         }
@@ -194,11 +222,30 @@ fn grammar(choices: &mut Choices<'_>) -> Vec<u8> {
 
 fn pax(layer: Layer, choices: &mut Choices<'_>) -> Layer {
     const KEYS: &[&str] = &[
-        "path", "linkpath", "size", "uid", "gid", "mtime", "atime", "ctime", "GNU.sparse.major",
-        "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize", "GNU.sparse.size", "GNU.sparse.map",
-        "GNU.sparse.offset", "GNU.sparse.numbytes", "GNU.sparse.numblocks", "SCHILY.xattr.user.a",
-        "SCHILY.xattr.trusted.overlay.opaque", "SCHILY.xattr.security.capability",
-        "SCHILY.xattr.user.overlay.whiteout", "LIBARCHIVE.xattr.user.%41", "SCHILY.xattr.", "x",
+        "path",
+        "linkpath",
+        "size",
+        "uid",
+        "gid",
+        "mtime",
+        "atime",
+        "ctime",
+        "GNU.sparse.major",
+        "GNU.sparse.minor",
+        "GNU.sparse.name",
+        "GNU.sparse.realsize",
+        "GNU.sparse.size",
+        "GNU.sparse.map",
+        "GNU.sparse.offset",
+        "GNU.sparse.numbytes",
+        "GNU.sparse.numblocks",
+        "SCHILY.xattr.user.a",
+        "SCHILY.xattr.trusted.overlay.opaque",
+        "SCHILY.xattr.security.capability",
+        "SCHILY.xattr.user.overlay.whiteout",
+        "LIBARCHIVE.xattr.user.%41",
+        "SCHILY.xattr.",
+        "x",
     ];
     let mut records = Vec::new();
     for _ in 0..1 + choices.below(4) {
@@ -215,7 +262,10 @@ fn pax(layer: Layer, choices: &mut Choices<'_>) -> Layer {
                 });
                 numbers.collect::<Vec<_>>().join(",").into_bytes()
             }
-            5 => choices.one_of(&["0", "1", "-1", "", "9223372036854775807"]).as_bytes().to_vec(),
+            5 => choices
+                .one_of(&["0", "1", "-1", "", "9223372036854775807"])
+                .as_bytes()
+                .to_vec(),
             6 => vec![b'v'; choices.one_of(&[0, 65_536, 65_537, 1 << 20])],
             _ => b"QUJD".to_vec(),
         };
@@ -234,7 +284,9 @@ fn change_header(tar: &mut [u8], choices: &mut Choices<'_>) {
     let Some(block) = tar.get_mut(start..start + 512) else {
         return;
     };
-    let at = choices.one_of(&[0, 100, 108, 116, 124, 136, 156, 157, 257, 263, 329, 337, 345, 386, 482, 483]);
+    let at = choices.one_of(&[
+        0, 100, 108, 116, 124, 136, 156, 157, 257, 263, 329, 337, 345, 386, 482, 483,
+    ]);
     match choices.below(4) {
         0 => {
             // As GNU writes large numbers.
@@ -248,7 +300,11 @@ fn change_header(tar: &mut [u8], choices: &mut Choices<'_>) {
             let end = (at + 11).min(512);
             block[at..end].copy_from_slice(&octal.as_bytes()[..end - at]);
         }
-        2 => block[257..265].copy_from_slice(choices.one_of(&[b"ustar  \0", b"ustar\x0000", b"\0\0\0\0\0\0\0\0"])),
+        2 => block[257..265].copy_from_slice(choices.one_of(&[
+            b"ustar  \0",
+            b"ustar\x0000",
+            b"\0\0\0\0\0\0\0\0",
+        ])),
         _ => block[at] = choices.byte(),
     }
     block[148..156].fill(b' ');
@@ -256,43 +312,50 @@ fn change_header(tar: &mut [u8], choices: &mut Choices<'_>) {
     write!(&mut block[148..156], "{sum:06o}\0").unwrap();
 }
 
-/// Small, and large once it is decompressed, or once it is in memory.
-fn bomb(choices: &mut Choices<'_>) -> Vec<u8> {
-    match choices.below(4) {
-        // One file of zeros, more than a layer may have.
-        0 => {
-            let mut header = head(b"zeros", b'0');
-            header.size = choices.one_of(&[1 << 20, 9 << 20, 40 << 20]);
-            Layer::new().header(&header).data(&vec![0; header.size as usize]).tar()
-        }
-        // More entries than a layer may have.
-        1 => (0..choices.one_of(&[100, 2500]))
-            .fold(Layer::new(), |layer, number| layer.dir(&format!("{number}"), 0o755))
-            .tar(),
-        // More bytes of names than a layer may have.
-        2 => {
-            let long = "n".repeat(200);
-            let entry = |layer: Layer, number| layer.file(&format!("{long}{number}/{long}"), 0o644, b"");
-            (0..choices.one_of(&[20, 300])).fold(Layer::new(), entry).tar()
-        }
-        // A file of very many parts.
-        _ => {
-            let parts: u64 = choices.one_of(&[1000, 200_000]);
-            let mut data = format!("{parts}\n").into_bytes();
-            for part in 0..parts {
-                data.extend(format!("{}\n1\n", part * 2).into_bytes());
-            }
-            data.resize(data.len().next_multiple_of(512), 0);
-            data.resize(data.len() + parts as usize, 7);
-            let size = (parts * 2).to_string();
-            Layer::new()
-                .pax(&[
-                    (b"GNU.sparse.major", b"1"),
-                    (b"GNU.sparse.minor", b"0"),
-                    (b"GNU.sparse.realsize", size.as_bytes()),
-                ])
-                .file("parts", 0o644, &data)
-                .tar()
-        }
-    }
+/// Each of them small, and large once it is decompressed or in memory: just within what a layer may have, and beyond.
+fn bombs() -> Vec<Vec<u8>> {
+    let most = settings().limits;
+    let zeros = |size: u64| {
+        let mut header = head(b"zeros", b'0');
+        header.size = size;
+        Layer::new()
+            .header(&header)
+            .data(&vec![0; size as usize])
+            .tar()
+    };
+    let entries = |count: u64| {
+        let entry = |layer: Layer, number| layer.dir(&format!("{number}"), 0o755);
+        (0..count).fold(Layer::new(), entry).tar()
+    };
+    let names = |count: u64| {
+        let long = "n".repeat(200);
+        let entry =
+            |layer: Layer, number| layer.file(&format!("{number}/{long}/{long}"), 0o644, b"");
+        (0..count).fold(Layer::new(), entry).tar()
+    };
+    let parts = |count: u64| {
+        let mut data = format!("{count}\n").into_bytes();
+        data.extend((0..count).flat_map(|part| format!("{}\n1\n", part * 2).into_bytes()));
+        data.resize(data.len().next_multiple_of(512), 0);
+        data.resize(data.len() + count as usize, 7);
+        Layer::new()
+            .pax(&[
+                (b"GNU.sparse.major", b"1"),
+                (b"GNU.sparse.minor", b"0"),
+                (b"GNU.sparse.realsize", (count * 2).to_string().as_bytes()),
+            ])
+            .file("parts", 0o644, &data)
+            .tar()
+    };
+    vec![
+        zeros(most.bytes - 4096),
+        zeros(most.bytes + 1),
+        zeros(4 * most.bytes),
+        entries(most.entries),
+        entries(most.entries + 1),
+        names(most.names / 500),
+        names(most.names / 300),
+        parts(1000),
+        parts(80_000),
+    ]
 }
