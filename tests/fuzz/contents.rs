@@ -102,7 +102,8 @@ fn forge_pack(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) {
     );
     for _ in 0..1 + choices.below(3) {
         let entry = table + TABLE_ENTRY * choices.below(count);
-        let object = word(bytes, entry + 32) as usize;
+        // Forged before, it may be anything.
+        let object = (word(bytes, entry + 32) as usize).min(table - PACK_HEADER);
         let value = match choices.below(3) {
             0 => choices.number(),
             _ => choices.number() % (bytes.len() as u64 + 100),
@@ -127,9 +128,7 @@ fn forge_pack(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) {
             }
             _ => put(bytes, end + choices.one_of(&[8, 16]), value),
         }
-        if object + PACK_HEADER <= table {
-            short_sum(&mut bytes[object..object + PACK_HEADER]);
-        }
+        short_sum(&mut bytes[object..object + PACK_HEADER]);
     }
     short_sum(&mut bytes[..PACK_HEADER]);
     if choices.once_in(8) {

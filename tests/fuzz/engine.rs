@@ -25,7 +25,12 @@ const MOST_MAPPED: u64 = 6 << 30;
 /// What a target draws from.
 pub struct Choices<'a>(&'a [u8]);
 
-impl Choices<'_> {
+impl<'a> Choices<'a> {
+    /// Draws from these bytes; what comes after them is zero.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
     /// The next byte; zeros at the end.
     pub fn byte(&mut self) -> u8 {
         let Some((first, rest)) = self.0.split_first() else {
@@ -134,7 +139,9 @@ fn one(name: &str, case: u64, target: &mut impl FnMut(&mut Choices<'_>)) {
     random.fill_bytes(&mut bytes);
     // Forgets the most that was in memory so far.
     fs::write("/proc/self/clear_refs", "5").unwrap();
-    let finding = panic::catch_unwind(panic::AssertUnwindSafe(|| target(&mut Choices(&bytes))));
+    let finding = panic::catch_unwind(panic::AssertUnwindSafe(|| {
+        target(&mut Choices::new(&bytes))
+    }));
     let heard = panics().lock().unwrap().clone();
     assert!(
         finding.is_ok() && heard.is_empty(),

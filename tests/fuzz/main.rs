@@ -2,7 +2,8 @@
 //! hang, no appetite for memory, no wrong data.
 //!
 //! Every target damages or forges sound files of a real store. A forged one has its checksums made anew, without which nothing
-//! would come to the code behind them. A few seconds for each target are part of `make test`; `make fuzz` takes longer.
+//! would come to the code behind them. A few seconds for each target are part of `make test`, with cases drawn by chance. `make fuzz`
+//! goes on for longer, with cases that libFuzzer draws by what code they come to; `guided-run` says how.
 //!
 //! - `engine`: draws cases and watches over them.
 //! - `seeds`: the store that is damaged, and readers of all that is in it.
@@ -10,6 +11,14 @@
 //!
 //! A finding is repeated by the number of its case, `PLYWOOD_FUZZ_CASE=N cargo test --test fuzz TARGET`, and becomes a test beside the
 //! code that was wrong.
+#![cfg_attr(
+    plywood_fuzz,
+    no_main,
+    allow(
+        dead_code,
+        reason = "libFuzzer brings its own main, and draws the cases"
+    )
+)]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -23,6 +32,8 @@ mod archive;
 mod contents;
 mod engine;
 mod formats;
+#[cfg(plywood_fuzz)]
+mod guided;
 mod seeds;
 mod streams;
 

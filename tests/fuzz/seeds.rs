@@ -12,10 +12,14 @@ use tempfile::TempDir;
 
 use super::archive::{Layer, head};
 
-/// In memory where there is such a directory: a case opens a store, which syncs it.
+/// In memory where there is such a directory, for a case that opens a store syncs it; elsewhere if TMPDIR says so.
 pub fn directory() -> TempDir {
     let shm = Path::new("/dev/shm");
-    let within = if shm.is_dir() { shm } else { Path::new("/tmp") };
+    let within = match std::env::var_os("TMPDIR") {
+        Some(dir) => PathBuf::from(dir),
+        None if shm.is_dir() => shm.to_owned(),
+        None => std::env::temp_dir(),
+    };
     tempfile::Builder::new()
         .prefix("ply-fuzz-")
         .tempdir_in(within)

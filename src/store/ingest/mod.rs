@@ -38,7 +38,7 @@ pub struct Limits {
     pub bytes: u64,
     /// Entries.
     pub entries: u64,
-    /// Bytes of the names of all paths.
+    /// Bytes of names, link targets, extended attributes, and maps of sparse files.
     pub names: u64,
 }
 
@@ -146,8 +146,8 @@ impl<R: Read> Layer<'_, R> {
                 let problem = format!("the layer has more than {} entries", self.limits.entries);
                 return Err(refused(&entry.path, problem));
             }
-            if self.index.name_bytes() > self.limits.names {
-                let problem = "the names in the layer have more bytes than a layer may have";
+            if self.index.text_bytes() > self.limits.names {
+                let problem = "the names in the layer have, with its link targets, extended attributes and maps of sparse files, more bytes than a layer may have";
                 return Err(refused(&entry.path, problem));
             }
             match meaning(&entry.path).map_err(|problem| refused(&entry.path, problem))? {

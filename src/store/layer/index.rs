@@ -124,9 +124,9 @@ impl LayerBuilder {
         self.entries.is_empty()
     }
 
-    /// Bytes of all names of paths so far.
-    pub fn name_bytes(&self) -> u64 {
-        self.names.len() as u64
+    /// Bytes so far of what an entry may have any number of: names, targets, extended attributes, extents.
+    pub fn text_bytes(&self) -> u64 {
+        self.names.len() as u64 + self.tables.bytes()
     }
 
     /// Adds an object at the path of these components.
