@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes that this program may have in memory: what the largest case needs, and much less than a forged size asks for.
 const MOST_RESIDENT: u64 = 600 << 20;
 /// Bytes of address space, of which threads and allocators take much more than they use.
-const MOST_MAPPED: u64 = 6 << 30;
+const MOST_MAPPED: u64 = 3 << 30;
 
 /// What a target draws from.
 pub struct Choices<'a>(&'a [u8]);
