@@ -241,7 +241,10 @@ fn read_file(view: &View, number: u32) -> Result<String> {
             break;
         };
         let hole = file.next_hole(data);
-        assert!(data >= at && hole >= data, "{at} {data} {hole}");
+        assert!(
+            data >= at && hole >= data && hole <= file.size(),
+            "{at} {data} {hole}"
+        );
         seen += &format!(" {data}-{hole}");
         if hole <= at {
             break;

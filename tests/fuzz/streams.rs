@@ -193,6 +193,10 @@ fn grammar(choices: &mut Choices<'_>) -> Vec<u8> {
             header.size = long.len() as u64;
             layer = layer.header(&header).data(&long);
         }
+        if choices.once_in(5) {
+            layer = sparse(layer, choices);
+            continue;
+        }
         let name = path(choices);
         let target = path(choices);
         let flag = choices.one_of(b"000000011122223456755\0S7xgK?");
@@ -218,6 +222,103 @@ fn grammar(choices: &mut Choices<'_>) -> Vec<u8> {
         0 => layer.raw(&choices.bytes(700)).tar(),
         _ => layer.tar(),
     }
+}
+
+/// A sparse file in one of its forms, whose map is nearly right.
+fn sparse(layer: Layer, choices: &mut Choices<'_>) -> Layer {
+    let (mut end, mut stored) = (0, 0);
+    let mut parts: Vec<(u64, u64)> = Vec::new();
+    for _ in 0..choices.below(7) {
+        let (hole, data) = (
+            u64::from(choices.byte()) * 40,
+            u64::from(choices.byte()) * 8,
+        );
+        parts.push((end + hole, data));
+        (end, stored) = (end + hole + data, stored + data);
+    }
+    let mut size = end + u64::from(choices.byte());
+    if choices.once_in(3) {
+        // Its parts overlap, or have another length than the content, or than the file.
+        match (choices.below(4), parts.len()) {
+            (0, 1..) => parts[0].0 = choices.number(),
+            (1, 2..) => parts.swap(0, 1),
+            (2, 1..) => parts[0].1 = choices.number(),
+            _ => size = choices.number() % (end + 2),
+        }
+    }
+    let content = vec![choices.byte(); stored as usize];
+    let text = |number: u64| number.to_string().into_bytes();
+    let real = text(size);
+    match choices.below(4) {
+        0 => {
+            let map = parts.iter().map(|(at, length)| format!("{at},{length}"));
+            let map = map.collect::<Vec<_>>().join(",").into_bytes();
+            layer
+                .pax(&[(b"GNU.sparse.size", &real), (b"GNU.sparse.map", &map)])
+                .file("sparse/a", 0o644, &content)
+        }
+        1 => {
+            let numbers: Vec<_> = parts
+                .iter()
+                .map(|(at, length)| (text(*at), text(*length)))
+                .collect();
+            let mut records: Vec<(&[u8], &[u8])> = vec![(b"GNU.sparse.size", &real)];
+            for (at, length) in &numbers {
+                records.push((b"GNU.sparse.offset", at));
+                records.push((b"GNU.sparse.numbytes", length));
+            }
+            layer.pax(&records).file("sparse/b", 0o644, &content)
+        }
+        2 => {
+            let mut data = format!("{}\n", parts.len()).into_bytes();
+            for (at, length) in &parts {
+                data.extend(format!("{at}\n{length}\n").into_bytes());
+            }
+            data.resize(data.len().next_multiple_of(512), 0);
+            data.extend(content);
+            let version = [
+                (&b"GNU.sparse.major"[..], &b"1"[..]),
+                (b"GNU.sparse.minor", b"0"),
+            ];
+            layer
+                .pax(&[version[0], version[1], (b"GNU.sparse.realsize", &real)])
+                .file("sparse/c", 0o644, &data)
+        }
+        _ => old_sparse(layer, &parts, size, &content),
+    }
+}
+
+/// GNU's old form, with up to four parts in the header and the others in one block behind it.
+fn old_sparse(layer: Layer, parts: &[(u64, u64)], size: u64, content: &[u8]) -> Layer {
+    let mut header = tar::Header::new_gnu();
+    header.set_path("sparse/d").unwrap();
+    header.set_mode(0o644);
+    header.set_size(content.len() as u64);
+    header.set_entry_type(tar::EntryType::GNUSparse);
+    let mut block = *header.as_bytes();
+    let octal = |field: &mut [u8], number: u64| {
+        let text = format!("{:011o}", number & 0o77_777_777_777);
+        field[..11].copy_from_slice(text.as_bytes());
+    };
+    octal(&mut block[483..], size);
+    let mut more = [0; 512];
+    for (number, (at, length)) in parts.iter().enumerate() {
+        let field = match number {
+            0..4 => &mut block[386 + 24 * number..],
+            _ => &mut more[24 * (number - 4)..],
+        };
+        octal(&mut field[..12], *at);
+        octal(&mut field[12..24], *length);
+    }
+    block[482] = u8::from(parts.len() > 4);
+    set_sum(&mut block);
+    let layer = layer.raw(&block);
+    let layer = if parts.len() > 4 {
+        layer.raw(&more)
+    } else {
+        layer
+    };
+    layer.data(content)
 }
 
 fn pax(layer: Layer, choices: &mut Choices<'_>) -> Layer {
@@ -307,6 +408,10 @@ fn change_header(tar: &mut [u8], choices: &mut Choices<'_>) {
         ])),
         _ => block[at] = choices.byte(),
     }
+    set_sum(block);
+}
+
+fn set_sum(block: &mut [u8]) {
     block[148..156].fill(b' ');
     let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
     write!(&mut block[148..156], "{sum:06o}\0").unwrap();
