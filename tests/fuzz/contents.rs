@@ -240,19 +240,28 @@ fn recipe(store: &Store, name: LayerName) -> PathBuf {
 pub struct Records {
     store: Store,
     good: Vec<u8>,
+    record: LayerRecord,
 }
 
 impl Records {
     pub fn new() -> Self {
         let store = Store::new();
         let good = fs::read(&store.files("records")[0]).unwrap();
-        Self { store, good }
+        let name = store.files("records")[0].file_stem().unwrap().to_owned();
+        let name = name.to_str().unwrap().parse().unwrap();
+        let record = store.open().get(name).unwrap();
+        Self {
+            store,
+            good,
+            record,
+        }
     }
 
     pub fn case(&self, choices: &mut Choices<'_>) {
         let path = &self.store.files("records")[0];
         let mut bytes = self.good.clone();
-        if choices.once_in(4) {
+        let damaged = choices.once_in(4);
+        if damaged {
             damage(&mut bytes, choices);
         } else {
             bytes.truncate(bytes.len() - 65);
@@ -282,10 +291,16 @@ impl Records {
         let records = RecordDir::<LayerRecord>::open(path.parent().unwrap()).unwrap();
         let listing = records.list().unwrap();
         assert_eq!(listing.records.len() + listing.damaged.len(), 2);
-        if let Err(error) = records.get(id) {
-            let message = error.to_string();
-            assert!(message.contains(id), "{message}");
-            assert_eq!(listing.damaged.len(), 1);
+        match records.get(id) {
+            Ok(record) => assert!(
+                !damaged || record.as_ref() == Some(&self.record),
+                "wrong data"
+            ),
+            Err(error) => {
+                let message = error.to_string();
+                assert!(message.contains(id), "{message}");
+                assert_eq!(listing.damaged.len(), 1);
+            }
         }
     }
 }

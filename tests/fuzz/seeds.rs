@@ -200,6 +200,8 @@ pub fn read_view(view: &View) -> Result<String> {
                     if count > MOST_ENTRIES {
                         return Ok(seen);
                     }
+                    let name = entry.name;
+                    assert!(!name.is_empty() && !name.contains(&b'/') && !name.contains(&0));
                     // It is found by its name, unless the order is wrong.
                     let found = view.lookup(&inode, entry.name)?;
                     let _layer = view.layer(entry.layer)?;

@@ -513,7 +513,10 @@ fn what_entries_ask_for_is_bounded_by_their_number() {
     for _ in 0..80 {
         stream = stream.file("deep/x", "").file(".wh.top", "");
     }
-    refused(stream, "deep/x: the paths of the layer lead through too much");
+    refused(
+        stream,
+        "deep/x: the paths of the layer lead through too much",
+    );
 
     // A directory that gets one more attribute by each of its entries.
     let mut stream = Stream::new();
