@@ -48,7 +48,7 @@ fn number(bytes: &[u8], at: usize, width: usize) -> u64 {
 }
 
 /// Changes some numbers of a sound file.
-fn forge(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) {
+fn forge(bytes: &mut [u8], choices: &mut Choices<'_>) {
     let count = number(bytes, 10, 2) as usize;
     for _ in 0..1 + choices.below(4) {
         if choices.once_in(12) {
