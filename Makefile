@@ -17,8 +17,12 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What a build needs beside Rust.
 BUILD_PACKAGES := gcc libc6-dev
 
+# How long `make fuzz` takes for each target, and which; all if none is named.
+MINUTES := 1
+TARGETS :=
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-full soak lint bench release install
+.PHONY: help run test test-full soak fuzz lint bench release install
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +45,10 @@ soak: ## a million operations of fsx, and half a minute of each stressor; `make 
 	@cargo build --locked
 	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/fsx/run 1000000
 	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/stress/run 30
+
+fuzz: ## damage and forge what reads layers, guided by coverage: MINUTES=1 for each target, TARGETS="tar view" for some
+	@contrib/install-packages $(BUILD_PACKAGES) g++
+	@tests/fuzz/guided-run $(MINUTES) $(TARGETS)
 
 lint: ## formatting, clippy, and rules of our own
 	@tests/lint

@@ -117,7 +117,24 @@ pub(super) fn refused(entry: &[u8], problem: impl Into<String>) -> Error {
     }
 }
 
-/// A name of a stream as it can be shown on a terminal.
+/// A name of a stream as it can be shown on a terminal, and cut when it is very long: one that is refused may have a
+/// megabyte, and an error goes to the client in a header of at most a few kilobytes.
 pub(super) fn printable(name: &[u8]) -> String {
-    name.escape_ascii().to_string()
+    const LONGEST: usize = 1000;
+    match name.get(..LONGEST) {
+        Some(start) if name.len() > LONGEST => format!("{}...", start.escape_ascii()),
+        _ => name.escape_ascii().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_has_no_more_of_a_name_than_a_client_can_be_told() {
+        let error = refused(&[0xff; 1 << 20], "it is too long").to_string();
+        assert!(error.len() < 5000 && error.ends_with("...: it is too long"));
+        assert_eq!(printable(&[b'n'; 1000]).len(), 1000);
+    }
 }

@@ -52,8 +52,14 @@ impl Plyd {
 
     /// As `start`, with more arguments, or by a program that takes plyd's command line as arguments.
     pub fn start_with(command: Command) -> Self {
+        Self::start_on(|_| {}, command)
+    }
+
+    /// As `start_with`, once `prepare` has made what is to be there first, of which it is told the root.
+    pub fn start_on(prepare: impl FnOnce(&Path), command: Command) -> Self {
         // Short: a socket's path has 107 bytes at most.
         let dir = tempfile::Builder::new().prefix("ply-").tempdir().unwrap();
+        prepare(&dir.path().join("root"));
         let committed = Arc::new(Committed::of(&dir.path().join("root")));
         let mut plyd = Self {
             dir,

@@ -230,6 +230,18 @@ impl Default for Tables {
 }
 
 impl Tables {
+    /// Bytes of all tables so far.
+    pub(in crate::store) fn bytes(&self) -> u64 {
+        let tables = [
+            &self.texts,
+            &self.extents,
+            &self.xattrs,
+            &self.sets,
+            &self.times,
+        ];
+        tables.iter().map(|table| table.len() as u64).sum()
+    }
+
     /// Keeps a text and answers where it starts.
     pub(in crate::store) fn text(&mut self, text: &[u8]) -> Result<u64> {
         let start = self.texts.len() as u64;

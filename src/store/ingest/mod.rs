@@ -37,9 +37,9 @@ const LATEST_SECOND: i64 = i64::MAX / 1_000_000_000;
 pub struct Limits {
     /// Uncompressed bytes.
     pub bytes: u64,
-    /// Entries.
+    /// Entries, and paths that they name.
     pub entries: u64,
-    /// Bytes of the names of all paths.
+    /// Bytes of names, link targets, extended attributes, and maps of sparse files.
     pub names: u64,
 }
 
@@ -147,12 +147,12 @@ impl<R: Read> Layer<'_, R> {
         let mut entries = 0;
         while let Some(entry) = self.reader.next_entry()? {
             entries += 1;
-            if entries > self.limits.entries {
+            if entries.max(self.index.paths()) > self.limits.entries {
                 let problem = format!("the layer has more than {} entries", self.limits.entries);
                 return Err(refused(&entry.path, problem));
             }
-            if self.index.name_bytes() > self.limits.names {
-                let problem = "the names in the layer have more bytes than a layer may have";
+            if self.index.text_bytes() > self.limits.names {
+                let problem = "the names in the layer have, with its link targets, extended attributes and maps of sparse files, more bytes than a layer may have";
                 return Err(refused(&entry.path, problem));
             }
             match meaning(&entry.path).map_err(|problem| refused(&entry.path, problem))? {

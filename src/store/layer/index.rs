@@ -124,9 +124,14 @@ impl LayerBuilder {
         self.entries.is_empty()
     }
 
-    /// Bytes of all names of paths so far.
-    pub fn name_bytes(&self) -> u64 {
-        self.names.len() as u64
+    /// Paths so far, but for the root.
+    pub fn paths(&self) -> u64 {
+        ((self.paths.len() / PATH) as u64).saturating_sub(1)
+    }
+
+    /// Bytes so far of what an entry may have any number of: names, targets, extended attributes, extents.
+    pub fn text_bytes(&self) -> u64 {
+        self.names.len() as u64 + self.tables.bytes()
     }
 
     /// Adds an object at the path of these components.

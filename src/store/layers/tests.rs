@@ -280,6 +280,48 @@ fn limits_hold() {
     assert!(limited(Limits { entries: 3, ..all }).is_ok());
 }
 
+#[test]
+fn an_index_does_not_grow_without_end() {
+    // Only names counted once: a blob of a few megabytes had plyd fill the host's memory with attributes that differ in
+    // a byte, or with the maps of files that are nearly all holes.
+    let tmp = tempfile::tempdir().unwrap();
+    let settings = Settings {
+        limits: Limits {
+            names: 100_000,
+            ..Limits::default()
+        },
+        ..settings()
+    };
+    let (layers, _) = Layers::open(tmp.path(), settings).unwrap();
+    let refused = |add: &dyn Fn(&mut tar::Builder<Vec<u8>>, u32)| {
+        let mut builder = tar::Builder::new(Vec::new());
+        for number in 0..8 {
+            add(&mut builder, number);
+            let mut header = tar::Header::new_ustar();
+            header.set_size(1000);
+            builder
+                .append_data(&mut header, "f", [7; 1000].as_slice())
+                .unwrap();
+        }
+        let error = import(&layers, &builder.into_inner().unwrap()).unwrap_err();
+        assert!(error.to_string().contains("names in the layer"), "{error}");
+    };
+    refused(&|builder, number| {
+        let value = format!("{number}{}", "v".repeat(30_000));
+        let xattr = ("SCHILY.xattr.user.x", value.as_bytes());
+        builder.append_pax_extensions([xattr]).unwrap();
+    });
+    refused(&|builder, _| {
+        let map: Vec<String> = (0..1000).map(|part| format!("{},1", 5 * part)).collect();
+        let records = [
+            ("GNU.sparse.size", "5000".to_owned()),
+            ("GNU.sparse.map", map.join(",")),
+        ];
+        let records = records.iter().map(|(key, value)| (*key, value.as_bytes()));
+        builder.append_pax_extensions(records).unwrap();
+    });
+}
+
 /// Cancels when something was read, and remembers what it was told.
 #[derive(Default)]
 struct Impatient(AtomicU64);

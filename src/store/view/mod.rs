@@ -4,6 +4,7 @@
 //! built from, and of the store only the contents.
 
 mod build;
+mod effort;
 mod file;
 mod path;
 mod tree;

@@ -470,3 +470,60 @@ fn an_entry_takes_150_bytes_of_index_at_most() {
         assert!(bytes <= 150 * u64::from(ENTRIES), "{bytes}");
     }
 }
+
+/// Entries that ask for a thousand times as much as they are long had plyd take the host's memory, or hours.
+#[test]
+fn what_entries_ask_for_is_bounded_by_their_number() {
+    let fixture = Fixture::new();
+    let refused = |stream: Stream, words: &str| {
+        let error = fixture.try_view(vec![stream]).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    let long_link = |mut stream: Stream, path: &str, target: &str| {
+        let record = ("linkpath", target.as_bytes());
+        stream.0.append_pax_extensions([record]).unwrap();
+        stream.link(path, "in the record")
+    };
+
+    // A path through links that lead through links.
+    let mut stream = Stream::new().dir("d").dir("end");
+    for number in 0..200 {
+        let next = match number {
+            199 => "end".to_owned(),
+            _ => format!("l{}", number + 1),
+        };
+        let target = format!("{}{next}", "d/../".repeat(700));
+        stream = long_link(stream, &format!("l{number}"), &target);
+    }
+    let entry = |stream: Stream, number| stream.file(&format!("l0/{number}"), "");
+    let stream = (0..20).fold(stream, entry);
+    refused(stream, "l0/7: the paths of the layer lead through too much");
+
+    // Directories that no entry lists.
+    let mut stream = Stream::new();
+    for number in 0..80 {
+        let target = format!("{number}/{}", "d/".repeat(1900));
+        stream = long_link(stream, &format!("l{number}"), &target);
+        stream = stream.file(&format!("l{number}/x"), "");
+    }
+    refused(stream, "/x: the layer makes too many directories");
+
+    // The same ones, made and removed and made again.
+    let target = format!("top/{}", "d/".repeat(1900));
+    let mut stream = long_link(Stream::new(), "deep", &target);
+    for _ in 0..80 {
+        stream = stream.file("deep/x", "").file(".wh.top", "");
+    }
+    refused(
+        stream,
+        "deep/x: the paths of the layer lead through too much",
+    );
+
+    // A directory that gets one more attribute by each of its entries.
+    let mut stream = Stream::new();
+    for number in 0..40 {
+        let name = format!("user.{number}");
+        stream = stream.xattrs(&[(&name, &[7; 30_000])]).dir("d");
+    }
+    refused(stream, "d: it has more than 1 MiB of extended attributes");
+}

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
+use super::effort::Effort;
 use crate::store::error::{Error, Result, refused};
 use crate::store::format::Time;
 use crate::store::format::tables::{Extent, Object, Xattrs};
@@ -16,6 +17,8 @@ use crate::store::layer::index::{Action, LONGEST_PATH, LayerEntry, LayerIndex, i
 const MOST_LINKS: usize = 255;
 /// Mode of a directory that no layer mentions.
 const MISSING_DIRECTORY: u16 = 0o755;
+/// Bytes that an extended attribute takes beside its name and its value.
+const XATTR: usize = 96;
 /// Not the number of a layer.
 const NO_LAYER: u16 = u16::MAX;
 
@@ -78,6 +81,7 @@ pub(super) struct Tree {
     /// Paths that the layer at hand wrote and removed again. containerd knows what was written by its path, so opaque
     /// markers also spare a directory that is made there later as a missing parent.
     removed: HashSet<Vec<u8>>,
+    effort: Effort,
 }
 
 /// Number of the root.
@@ -91,6 +95,7 @@ impl Tree {
             sets: vec![Xattrs::new()],
             known_sets: HashMap::new(),
             removed: HashSet::new(),
+            effort: Effort::default(),
         }
     }
 
@@ -112,6 +117,7 @@ impl Tree {
     /// Applies the layer `index`, the one of that number.
     pub(super) fn apply(&mut self, index: &LayerIndex, layer: u16) -> Result<()> {
         self.removed.clear();
+        self.effort.allow(index.len());
         for number in 0..index.len() {
             let entry = index.entry(number)?;
             let path = index.path(entry.path)?;
@@ -147,8 +153,7 @@ impl Tree {
             result => result?,
         };
         if entry.action == Action::Remove {
-            self.remove(above, name, layer);
-            return Ok(());
+            return self.remove(above, name, layer);
         }
         self.check_length(above, name)?;
         let existing = self.child(above, name);
@@ -157,7 +162,7 @@ impl Tree {
         let node = match merged {
             Some(child) => child.node,
             None => {
-                self.remove(above, name, layer);
+                self.remove(above, name, layer)?;
                 self.create(index, entry, above, name)?
             }
         };
@@ -258,7 +263,7 @@ impl Tree {
             }
             xattrs.insert(name.to_vec(), value.to_vec());
         }
-        let xattrs = self.set(xattrs.into_iter().collect());
+        let xattrs = self.set(xattrs.into_iter().collect())?;
         if let Some(node) = self.nodes.get_mut(node as usize) {
             node.xattrs = xattrs;
             (node.uid, node.gid) = (inode.uid, inode.gid);
@@ -271,18 +276,23 @@ impl Tree {
         Ok(())
     }
 
-    fn set(&mut self, xattrs: Xattrs) -> u32 {
+    fn set(&mut self, xattrs: Xattrs) -> Result<u32, Fault> {
         if xattrs.is_empty() {
-            return 0;
+            return Ok(0);
         }
+        let bytes = xattrs.iter().map(|(name, value)| name.len() + value.len());
+        let bytes = bytes.sum();
+        self.effort.step(xattrs.len())?;
+        self.effort.attributes(bytes)?;
         if let Some(known) = self.known_sets.get(&xattrs) {
-            return *known;
+            return Ok(*known);
         }
+        self.effort.hold(2 * (bytes + xattrs.len() * XATTR))?;
         // There are fewer sets than nodes, which `add` counts.
         let set = self.sets.len() as u32;
         self.sets.push(xattrs.clone());
         self.known_sets.insert(xattrs, set);
-        set
+        Ok(set)
     }
 
     /// Notes that the layer wrote something in `directory`, for it and all above it.
@@ -323,8 +333,8 @@ impl Tree {
         }
     }
 
-    fn remove(&mut self, directory: Id, name: &[u8], layer: u16) {
-        let path = self.path_of(directory, name);
+    fn remove(&mut self, directory: Id, name: &[u8], layer: u16) -> Result<(), Fault> {
+        let path = self.path_of(directory, name)?;
         let removed = self
             .directory_mut(directory)
             .and_then(|directory| directory.children.remove(name));
@@ -338,12 +348,14 @@ impl Tree {
                 waiting
                     .extend(below.map(|(name, child)| ([&path, &b"/"[..], name].concat(), *child)));
             }
+            self.effort.hold(path.len())?;
             self.removed.insert(path);
         }
+        Ok(())
     }
 
     /// The path of a name in a directory.
-    fn path_of(&self, directory: Id, name: &[u8]) -> Vec<u8> {
+    fn path_of(&self, directory: Id, name: &[u8]) -> Result<Vec<u8>, Fault> {
         let mut names = vec![name];
         let mut at = directory;
         while at != ROOT
@@ -352,8 +364,9 @@ impl Tree {
             names.push(&directory.name);
             at = directory.above;
         }
+        self.effort.step(names.len())?;
         names.reverse();
-        names.join(&b'/')
+        Ok(names.join(&b'/'))
     }
 
     /// The directory that `path` leads to; what is missing of it is made.
@@ -367,7 +380,8 @@ impl Tree {
             self.check_length(directory, &name)?;
             let below = self.directory_below(directory, &name);
             let node = self.add(Node::directory(below))?;
-            let again = self.removed.contains(&self.path_of(directory, &name));
+            let again =
+                !self.removed.is_empty() && self.removed.contains(&self.path_of(directory, &name)?);
             let child = Child {
                 node,
                 layer,
@@ -388,6 +402,7 @@ impl Tree {
         let mut missing: Vec<Vec<u8>> = Vec::new();
         let mut links = 0;
         while let Some(name) = to_do.pop_front() {
+            self.effort.step(1)?;
             if name == b".." {
                 // At the root it stays there.
                 if missing.pop().is_none() {
@@ -467,6 +482,7 @@ impl Tree {
     }
 
     fn add(&mut self, node: Node) -> Result<Id, Fault> {
+        self.effort.make(self.nodes.len())?;
         let id = u32::try_from(self.nodes.len()).ok();
         let id = id.filter(|id| *id < u32::MAX - 2);
         let id = id.ok_or_else(|| Fault::Refused("there are too many entries".to_owned()))?;
@@ -536,6 +552,12 @@ enum Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
         Self::Other(error)
+    }
+}
+
+impl From<&'static str> for Fault {
+    fn from(problem: &'static str) -> Self {
+        Self::Refused(problem.to_owned())
     }
 }
 

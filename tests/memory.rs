@@ -1,0 +1,162 @@
+//! What an import takes of memory, however large the layer is: half of what its setting allows for contents on their way, and the
+//! index of the layer on top.
+//!
+//! `make test` imports about a gigabyte with little memory allowed, `make test-full` also 10 GiB with the default, of which
+//! the index is a part, too.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that cannot go on ends"
+)]
+
+use std::fs;
+use std::io::{self, Read};
+
+use plywood::store::ingest::Settings;
+use plywood::store::layers::{Expected, Layers};
+
+const MIB: u64 = 1 << 20;
+/// What this program takes without an import.
+const BASE: u64 = 24 * MIB;
+/// Bytes that an entry with a content of its own takes until the index is written: its part of the index, of the table of
+/// the pack, and of what finds names and contents again.
+const ENTRY: u64 = 500;
+
+/// A layer that is made while it is read: small files, then large ones.
+struct Stream {
+    small: u64,
+    large: u64,
+    large_bytes: u64,
+    /// Files so far.
+    file: u64,
+    /// The header, content and padding of the file at hand: of which so many bytes are to come.
+    header: Vec<u8>,
+    content: u64,
+    padding: u64,
+    /// Of the content.
+    pattern: Vec<u8>,
+    at: usize,
+}
+
+impl Stream {
+    fn new(small: u64, large: u64, large_bytes: u64) -> Self {
+        Self {
+            small,
+            large,
+            large_bytes,
+            file: 0,
+            header: Vec::new(),
+            content: 0,
+            padding: 0,
+            pattern: Vec::new(),
+            at: 0,
+        }
+    }
+
+    fn bytes_of(&self, file: u64) -> u64 {
+        if file < self.small {
+            // 1 to 20 KiB.
+            1024 + file * 7919 % (19 << 10)
+        } else {
+            self.large_bytes
+        }
+    }
+
+    /// Begins the next file; answers false after the last.
+    fn next(&mut self) -> bool {
+        if self.file == self.small + self.large {
+            return false;
+        }
+        let bytes = self.bytes_of(self.file);
+        let mut header = tar::Header::new_ustar();
+        let path = format!("directory-{}/file-{}", self.file / 1000, self.file);
+        header.set_path(path).unwrap();
+        header.set_size(bytes);
+        header.set_mode(0o644);
+        header.set_cksum();
+        self.header = header.as_bytes().to_vec();
+        self.content = bytes;
+        self.padding = bytes.wrapping_neg() % 512;
+        // Half of it cannot be compressed. Of the large ones some are equal, which spares the disk.
+        let seed = match self.file < self.small {
+            true => self.file,
+            false => u64::MAX - self.file % 4,
+        };
+        self.pattern = vec![b'p'; 4096];
+        let mut hash = blake3::Hasher::new();
+        hash.update(&seed.to_le_bytes());
+        hash.finalize_xof().fill(&mut self.pattern[..2048]);
+        self.at = 0;
+        self.file += 1;
+        true
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.header.is_empty() && self.content == 0 && self.padding == 0 && !self.next() {
+            return Ok(0);
+        }
+        if !self.header.is_empty() {
+            let count = buffer.len().min(self.header.len());
+            buffer[..count].copy_from_slice(&self.header[..count]);
+            self.header.drain(..count);
+            return Ok(count);
+        }
+        if self.content > 0 {
+            let count = buffer.len().min(self.pattern.len() - self.at);
+            let count = count.min(usize::try_from(self.content).unwrap());
+            buffer[..count].copy_from_slice(&self.pattern[self.at..self.at + count]);
+            self.at = (self.at + count) % self.pattern.len();
+            self.content -= count as u64;
+            return Ok(count);
+        }
+        let count = buffer.len().min(self.padding as usize);
+        buffer[..count].fill(0);
+        self.padding -= count as u64;
+        Ok(count)
+    }
+}
+
+/// The most bytes that this program has in memory while `work` is done.
+fn peak(work: impl FnOnce()) -> u64 {
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    work();
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
+fn stays_within(memory: u64, small: u64, large: u64, large_bytes: u64) {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings {
+        memory,
+        ..Settings::default()
+    };
+    let (layers, _) = Layers::open(dir.path(), settings).unwrap();
+    let stream = Stream::new(small, large, large_bytes);
+    let taken = peak(|| {
+        let name = layers.import(stream, &Expected::default(), &()).unwrap();
+        let record = layers.get(name).unwrap();
+        eprintln!(
+            "{} MiB in {} entries",
+            record.tar_bytes / MIB,
+            record.entries
+        );
+    });
+    let most = BASE + memory / 2 + ENTRY * (small + large);
+    eprintln!("{} MiB of {} MiB", taken / MIB, most / MIB);
+    assert!(taken <= most, "{taken} bytes, and {most} were allowed");
+}
+
+// One test, for it is this program that is measured.
+#[test]
+fn an_import_takes_no_more_memory_than_it_may() {
+    stays_within(32 * MIB, 40_000, 5, 128 * MIB);
+    if std::env::var_os("PLYWOOD_TEST_FULL").is_some() {
+        // 10 GiB.
+        stays_within(Settings::default().memory, 200_000, 32, 256 * MIB);
+    }
+}
