@@ -480,6 +480,16 @@ fn a_removal_whose_plyfs_is_killed_is_done_or_can_be_repeated() {
     assert!(!plyd.log().contains("panicked"));
 }
 
+/// The record of the snapshot with that key.
+fn record_of(plyd: &Plyd, key: &str) -> PathBuf {
+    let quoted = format!("\"{key}\"");
+    fs::read_dir(plyd.root().join("snapshots/records"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| fs::read_to_string(path).unwrap().contains(&quoted))
+        .unwrap()
+}
+
 #[test]
 fn a_corrupt_record_is_named_and_costs_nothing_else() {
     let mut plyd = Plyd::start();
@@ -487,12 +497,7 @@ fn a_corrupt_record_is_named_and_costs_nothing_else() {
     snapshots.layer("one", "", |_| {});
     snapshots.layer("two", "", |root| fs::write(root.join("file"), "1").unwrap());
     plyd.signal(Signal::SIGTERM);
-    let records = plyd.root().join("snapshots/records");
-    let of_one = fs::read_dir(&records)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| fs::read_to_string(path).unwrap().contains("\"one\""))
-        .unwrap();
+    let of_one = record_of(&plyd, "one");
     let good = fs::read(&of_one).unwrap();
     fs::write(&of_one, &good[..good.len() - 70]).unwrap();
 
@@ -509,6 +514,35 @@ fn a_corrupt_record_is_named_and_costs_nothing_else() {
     plyd.signal(Signal::SIGTERM);
     plyd.launch();
     assert_eq!(Snapshots::of(&plyd).names(), ["one", "two", "v"]);
+}
+
+/// Its snapshot was once taken for a removed one, and whoever worked in the mount got ENOTCONN.
+#[test]
+fn a_mount_whose_record_is_corrupt_goes_on() {
+    let mut plyd = Plyd::start();
+    let root = source(&Snapshots::of(&plyd).prepare("a", "").unwrap());
+    let mut inside = fs::File::create(root.join("file")).unwrap();
+    let before = plyfs_of(plyd.dir());
+    plyd.signal(Signal::SIGTERM);
+    let record = record_of(&plyd, "a");
+    let good = fs::read(&record).unwrap();
+    fs::write(&record, &good[..good.len() / 2]).unwrap();
+
+    plyd.launch();
+    let name = record.file_name().unwrap().to_str().unwrap();
+    assert!(plyd.log().contains(name), "{}", plyd.log());
+    inside.write_all(b"written on").unwrap();
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"written on");
+
+    plyd.signal(Signal::SIGTERM);
+    fs::write(&record, &good).unwrap();
+    plyd.launch();
+    let snapshots = Snapshots::of(&plyd);
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(plyfs_of(plyd.dir()), before);
+    drop(inside);
+    snapshots.commit("base", "a").unwrap();
+    assert_tidy(&plyd, &snapshots, 0);
 }
 
 #[test]
