@@ -39,8 +39,8 @@ test-full: ## as test, with the long forms of those that have one
 soak: ## a million operations of fsx, and half a minute of each stressor; `make test` has the short forms
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
 	@cargo build --locked
-	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/fsx/run 1000000
-	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/stress/run 30
+	@contrib/as-root tests/fsx/run 1000000
+	@contrib/as-root tests/stress/run 30
 
 lint: ## formatting, clippy, and rules of our own
 	@tests/lint
@@ -48,7 +48,7 @@ lint: ## formatting, clippy, and rules of our own
 bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
 	@$(BENCH) --no-run
-	@$(SUDO) env PATH="$(PATH)" HOME="$(HOME)" $(BENCH)
+	@contrib/as-root env $(BENCH)
 
 release: ## build the four programs fully static
 	@contrib/install-packages $(BUILD_PACKAGES) file
