@@ -255,7 +255,7 @@ pub struct UnionConfig {
 /// The writable layer.
 #[derive(Clone, Debug)]
 pub struct UpperConfig {
-    /// Where changes go.
+    /// Where changes go, locked while the union is open and not sealed.
     pub dir: PathBuf,
     /// Scratch directory on the same file system, locked while the union is open.
     pub work: PathBuf,

@@ -149,13 +149,31 @@ fn upper_and_work_on_two_file_systems_are_refused() {
     result.unwrap();
 }
 
+/// Two mounts of one upper were once let in if each had a work directory of its own, and showed different trees.
 #[test]
-fn a_work_directory_in_use_is_refused() {
+fn an_upper_or_a_work_directory_in_use_is_refused() {
     let layers = Layers::new(1);
     let first = Mount::new(&layers, "");
-    let second = layers.path("second");
-    fs::create_dir(&second).unwrap();
-    refused(&layers.options(), &second, 1, "use");
+    let [second, other_upper, other_work] = ["second", "other upper", "other work"].map(|name| {
+        let dir = layers.path(name);
+        fs::create_dir(&dir).unwrap();
+        dir
+    });
+    let (upper, work) = (layers.upper(), layers.path("work"));
+    for (upper, work, what, whose) in [
+        (&upper, &work, "work", &work),
+        (&other_upper, &work, "work", &work),
+        (&upper, &other_work, "upper", &upper),
+    ] {
+        let lower = layers.lower_options();
+        let [shown_upper, shown_work] = [upper, work].map(|path| path.display());
+        let options = format!("{lower},upperdir={shown_upper},workdir={shown_work}");
+        let message = format!(
+            "the {what} directory {} is in use by another mount",
+            whose.display()
+        );
+        refused(&options, &second, 1, &message);
+    }
     fs::write(first.join("still"), "works").unwrap();
     first.unmount();
     Mount::with_options(&second, &layers.options()).unmount();
