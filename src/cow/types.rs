@@ -208,18 +208,6 @@ pub enum SetXattrMode {
     Replace,
 }
 
-/// Whether inode numbers combine layer and host inode.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Xino {
-    /// Always unique and stable; numbers that do not fit are allotted from a table.
-    #[default]
-    On,
-    /// As `On`.
-    Auto,
-    /// Host inode numbers as they are wherever they are unique.
-    Off,
-}
-
 /// What a union is made of.
 #[derive(Clone, Debug, Default)]
 pub struct UnionConfig {
@@ -244,8 +232,6 @@ pub struct UnionConfig {
     pub volatile: bool,
     /// Refuse POSIX ACLs with EOPNOTSUPP.
     pub no_acl: bool,
-    /// Inode numbers.
-    pub xino: Xino,
     /// Copy a file's data up when only its attributes or names change, so that the upper alone says all.
     pub no_metacopy: bool,
     /// Which files are copied up in chunks.

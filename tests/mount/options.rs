@@ -36,7 +36,7 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
         ("frob=1", "unknown option `frob=1`"),
         ("upperdir=/x", "needs `workdir`"),
         ("workdir=/x", "only with `upperdir`"),
-        ("xino=perhaps", "say `on`, `off` or `auto`"),
+        ("xino=perhaps", "say `on` or `off` or `auto`"),
         ("kernel_features=-nonsense", "plyfs --probe"),
         ("threads=none", "1 to 64"),
         ("passthrough,writeback", "`passthrough` and `writeback`"),
@@ -334,6 +334,28 @@ fn words_without_a_meaning_here_are_taken() {
     fs::write(mount.join("f"), "x").unwrap();
     mount.unmount();
     assert_eq!(fs::read(layers.upper().join("f")).unwrap(), b"x");
+}
+
+/// `xino` was shown as a choice and read nowhere.
+#[test]
+fn inode_numbers_are_what_they_are_whatever_xino_says() {
+    let layers = Layers::new(2);
+    for n in 0..2 {
+        fs::write(layers.lower(n).join(format!("f{n}")), "x").unwrap();
+    }
+    layers.seal();
+    let numbers = ["on", "off", "auto"].map(|xino| {
+        let mount = Mount::new(&layers, &format!("xino={xino}"));
+        let numbers = ["", "f0", "f1"].map(|name| fs::metadata(mount.join(name)).unwrap().ino());
+        mount.unmount();
+        numbers
+    });
+    assert_eq!(numbers[0], numbers[1]);
+    assert_eq!(numbers[0], numbers[2]);
+    let help = plyfs(&["--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    let (choices, without_effect) = help.split_once("without effect").unwrap();
+    assert!(!choices.contains("xino") && without_effect.contains("xino="), "{help}");
 }
 
 #[test]

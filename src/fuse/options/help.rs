@@ -59,7 +59,6 @@ const LINES: &[(&str, &str)] = &[
         "userxattr",
         "keep marks in user.overlay.*; the default but for root",
     ),
-    ("xino=on|auto|off", "unique and stable inode numbers; on"),
     ("metacopy=on|off", "copy no data for a change of attributes"),
     (
         "chunk_size=BYTES|off",
@@ -105,6 +104,7 @@ const LINES: &[(&str, &str)] = &[
 const CHECKED: &[&str] = &[
     "redirect_dir=",
     "index=",
+    "xino=",
     "nfs_export=",
     "uuid=",
     "timeout=",

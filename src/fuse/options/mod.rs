@@ -6,6 +6,7 @@
 //! understand and what has no bearing here is accepted; what would change the meaning of the mount
 //! and is not known is refused by name.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ mod table;
 use table::{Action, TABLE};
 
 use super::features::FeatureSet;
-use crate::cow::{Chunking, Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily, Xino};
+use crate::cow::{Chunking, Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily};
 use crate::store::view::Verify;
 use crate::sys::fuse_mount::MountOptions;
 use crate::sys::process;
@@ -64,8 +65,6 @@ pub struct Options {
     pub complete: Option<Duration>,
     /// `userxattr`.
     pub user_xattr: bool,
-    /// `xino`.
-    pub xino: Xino,
     /// How the kernel is served.
     pub session: SessionOptions,
 }
@@ -158,7 +157,7 @@ pub enum OptionError {
         /// What was given.
         value: String,
         /// What would be right.
-        expected: &'static str,
+        expected: Cow<'static, str>,
     },
     /// Known to fuse-overlayfs, and not to be had here.
     #[error("option `{name}` cannot be used with plyfs: {why}")]
@@ -217,7 +216,6 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
         chunking: Chunking::default(),
         complete: Some(copying::DEFAULT_COMPLETE),
         user_xattr: mounter != Mounter::Root,
-        xino: Xino::default(),
         session: SessionOptions::default(),
     };
     for argument in arguments {
@@ -385,7 +383,6 @@ impl Options {
             no_xattrs: self.no_xattrs,
             volatile: self.volatile,
             no_acl: self.no_acl,
-            xino: self.xino,
             chunking: self.chunking,
             no_metacopy: !self.metacopy.unwrap_or(!self.user_xattr),
         }
