@@ -114,6 +114,7 @@ impl Union {
             no_xattrs: config.no_xattrs,
             volatile: config.volatile,
             no_acl: config.no_acl.into(),
+            quiet: config.quiet,
             // Its readers with owners in attributes know no such files.
             no_metacopy: config.no_metacopy
                 || upper

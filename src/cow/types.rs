@@ -208,6 +208,18 @@ pub enum SetXattrMode {
     Replace,
 }
 
+/// Whose access times stay as they are when something is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Quiet {
+    /// Nothing's: they move as `relatime` has it, or as the host has it of the upper.
+    #[default]
+    Nothing,
+    /// Those of directories.
+    Directories,
+    /// Those of directories and files.
+    All,
+}
+
 /// What a union is made of.
 #[derive(Clone, Debug, Default)]
 pub struct UnionConfig {
@@ -232,6 +244,8 @@ pub struct UnionConfig {
     pub volatile: bool,
     /// Refuse POSIX ACLs with EOPNOTSUPP.
     pub no_acl: bool,
+    /// Whose access times stay when they are read.
+    pub quiet: Quiet,
     /// Copy a file's data up when only its attributes or names change, so that the upper alone says all.
     pub no_metacopy: bool,
     /// Which files are copied up in chunks.

@@ -27,8 +27,11 @@ const LINES: &[(&str, &str)] = &[
         "suid, nosuid, dev, nodev, exec, noexec",
         "as for mount(8); suid,dev for root",
     ),
-    ("atime, noatime, diratime, nodiratime", "as for mount(8)"),
-    ("sync, async, dirsync", "as for mount(8)"),
+    (
+        "atime, noatime, diratime, nodiratime",
+        "as for mount(8); symbolic links excepted",
+    ),
+    ("sync, async", "as for mount(8)"),
     ("allow_other", "let in other users; the default for root"),
     (
         "allow_root",

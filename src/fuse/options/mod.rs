@@ -19,7 +19,7 @@ mod table;
 use table::{Action, TABLE};
 
 use super::features::FeatureSet;
-use crate::cow::{Chunking, Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily};
+use crate::cow::{Chunking, Owners, Quiet, StatOverride, UnionConfig, UpperConfig, XattrFamily};
 use crate::store::view::Verify;
 use crate::sys::fuse_mount::MountOptions;
 use crate::sys::process;
@@ -352,6 +352,15 @@ pub fn parse_lowerdir_file(content: &[u8]) -> Vec<PathBuf> {
 }
 
 impl Options {
+    /// The kernel leaves access times to the server, so its own flag of that name does nothing.
+    fn quiet(&self) -> Quiet {
+        match (self.mount.noatime, self.mount.nodiratime) {
+            (true, _) => Quiet::All,
+            (false, true) => Quiet::Directories,
+            (false, false) => Quiet::Nothing,
+        }
+    }
+
     /// The union that the options describe, without its view, which is to be opened. `more_lowers` are the lines of
     /// `lowerdir_file`.
     pub fn union_config(&self, more_lowers: Vec<PathBuf>) -> UnionConfig {
@@ -383,6 +392,7 @@ impl Options {
             no_xattrs: self.no_xattrs,
             volatile: self.volatile,
             no_acl: self.no_acl,
+            quiet: self.quiet(),
             chunking: self.chunking,
             no_metacopy: !self.metacopy.unwrap_or(!self.user_xattr),
         }

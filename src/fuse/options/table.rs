@@ -57,7 +57,6 @@ pub(super) const TABLE: &[(&str, Action)] = &[
     ("nodiratime", Flag(|o| o.mount.nodiratime = true)),
     ("sync", Flag(|o| o.mount.synchronous = true)),
     ("async", Flag(|o| o.mount.synchronous = false)),
-    ("dirsync", Flag(|o| o.mount.dirsync = true)),
     (
         "allow_other",
         Flag(|o| {
@@ -208,6 +207,7 @@ pub(super) const TABLE: &[(&str, Action)] = &[
     ("nostrictatime", Ignore),
     ("lazytime", Ignore),
     ("nolazytime", Ignore),
+    ("dirsync", Ignore),
     ("silent", Ignore),
     ("loud", Ignore),
     ("mand", Ignore),
