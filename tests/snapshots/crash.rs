@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use nix::unistd::Pid;
 use tonic::Code;
 
 use super::client::{Snapshots, source};
-use super::common::{PATIENCE, Plyd, mounts_below, until};
+use super::common::{PATIENCE, PLYD, Plyd, mounts_below, until};
 
 /// The plyfs processes whose command lines name `dir`.
 pub fn plyfs_of(dir: &Path) -> Vec<i32> {
@@ -85,6 +87,40 @@ fn a_dead_plyfs_means_errors_at_once_and_a_new_mount_on_request() {
     assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
     snapshots.commit("base", "a").unwrap();
     assert_tidy(&plyd, &snapshots, 0);
+}
+
+/// plyd once waited for the dead one's process, with all mounts locked.
+#[test]
+fn a_dead_plyfs_whose_process_lingers_keeps_nobody_from_being_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, linger) = (dir.path().join("server"), dir.path().join("linger"));
+    fs::write(&linger, "").unwrap();
+    let script = format!(
+        "#!/bin/sh\n{} \"$@\"\nstatus=$?\n\
+         while [ \"$1\" != --version ] && [ -e {} ]; do sleep 0.1; done\nexit $status\n",
+        env!("CARGO_BIN_EXE_plyfs"),
+        linger.display()
+    );
+    fs::write(&server, script).unwrap();
+    fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(PLYD);
+    command.arg("--plyfs").arg(&server);
+    let plyd = Plyd::start_with(command);
+    let snapshots = Arc::new(Snapshots::of(&plyd));
+    for key in ["a", "b"] {
+        snapshots.prepare(key, "").unwrap();
+    }
+    let pids = plyfs_of(plyd.dir());
+    assert_eq!(pids.len(), 2);
+    for (n, pid) in pids.into_iter().enumerate() {
+        kill_9(pid);
+        let dead = || plyd.log().matches("plyfs died").count();
+        until("the death is noticed", || dead() == n + 1);
+        let calls = Arc::clone(&snapshots);
+        let view = move || calls.view(&format!("v{n}"), "");
+        within_patience("a mount of another", view).unwrap();
+    }
+    fs::remove_file(&linger).unwrap();
 }
 
 #[test]
