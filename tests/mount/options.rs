@@ -355,7 +355,10 @@ fn inode_numbers_are_what_they_are_whatever_xino_says() {
     let help = plyfs(&["--help"]);
     let help = String::from_utf8(help.stdout).unwrap();
     let (choices, without_effect) = help.split_once("without effect").unwrap();
-    assert!(!choices.contains("xino") && without_effect.contains("xino="), "{help}");
+    assert!(
+        !choices.contains("xino") && without_effect.contains("xino="),
+        "{help}"
+    );
 }
 
 #[test]
