@@ -3,6 +3,8 @@
 use std::fs;
 use std::process::Command;
 
+use nix::sys::signal::Signal;
+
 use crate::common::{BUSYBOX, PLYD, Plyd, mounts_below, until};
 
 fn plyd() -> Plyd {
@@ -356,4 +358,43 @@ fn all_words_after_the_image_belong_to_its_command() {
         "{}",
         unknown.stderr
     );
+}
+
+/// It was said not to exist, and its image to be in nobody's use.
+#[test]
+fn a_container_whose_record_is_damaged_is_told_by_its_id() {
+    let mut plyd = plyd();
+    let id = plyd
+        .ok(["create", "--name", "bad", BUSYBOX])
+        .trim()
+        .to_owned();
+    plyd.ok(["create", "--name", "good", BUSYBOX]);
+    plyd.signal(Signal::SIGTERM);
+    let record = plyd.root().join(format!("containers/{id}.record"));
+    let sound = fs::read(&record).unwrap();
+    fs::write(&record, &sound[..sound.len() / 2]).unwrap();
+    plyd.launch();
+
+    let path = record.to_str().unwrap();
+    for reference in [&id, &id[..12], "bad"] {
+        for command in ["inspect", "start", "rm"] {
+            let done = plyd.snapctl([command, reference]);
+            let told = &done.stderr;
+            assert_eq!(done.code, 1, "{told}");
+            assert!(told.contains(path) && told.contains("restore it"), "{told}");
+            let by_name = reference == "bad";
+            assert_eq!(told.contains("there is no container"), by_name, "{told}");
+        }
+    }
+    assert_eq!(plyd.ok(["ps", "-a", "-q"]).lines().count(), 1);
+    plyd.ok(["rm", "good"]);
+    let refused = plyd.snapctl(["image", "rm", BUSYBOX]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains(path), "{}", refused.stderr);
+
+    plyd.signal(Signal::SIGTERM);
+    fs::write(&record, &sound).unwrap();
+    plyd.launch();
+    plyd.ok(["rm", "bad"]);
+    plyd.ok(["image", "rm", BUSYBOX]);
 }
