@@ -255,7 +255,7 @@ fn what_is_no_image_is_refused_and_leaves_nothing() {
 fn an_image_whose_record_is_damaged_is_told_by_name_and_id() {
     let mut plyd = Plyd::start();
     plyd.load_busybox();
-    let id = plyd.json(["image", "inspect", BUSYBOX])["id"]
+    let id = plyd.json(["image", "inspect", BUSYBOX])[0]["id"]
         .as_str()
         .unwrap()
         .to_owned();
