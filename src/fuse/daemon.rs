@@ -334,7 +334,11 @@ fn serve(
     {
         tracing::warn!(%error, "files stay of which only the attributes are in the upper: kernel overlayfs needs metacopy=on to read them");
     }
-    if !invocation.options.volatile
+    // plyd syncs what it promises to keep, and waits for the end of a process whose snapshot it removes. Whom a signal ends
+    // nobody waits for, and nobody else syncs.
+    let promised = own_mount || matches!(outcome, Ok(Ended::BySignal));
+    if promised
+        && !invocation.options.volatile
         && let Err(error) = union.sync()
     {
         tracing::error!(%error, "the upper could not be made durable at the end");

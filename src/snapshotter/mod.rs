@@ -420,6 +420,10 @@ impl Snapshotter {
             });
         }
         end(&self.mounts, &found.id)?;
+        if flushed {
+            // Somebody may have written until the mount went, and without the mark it counts as whole.
+            self.sync_upper(found)?;
+        }
         match fs::remove_file(&mark) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(io_error("remove", &mark)(error))

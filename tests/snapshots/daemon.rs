@@ -248,3 +248,27 @@ fn that_a_snapshot_is_mounted_is_on_the_disk_before_anybody_can_write() {
         "{log}"
     );
 }
+
+/// plyfs below plyd leaves it to plyd.
+#[test]
+fn what_was_written_is_on_the_disk_before_a_snapshot_counts_as_whole() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    fs::write(root.join("file"), "x").unwrap();
+    let calls = "trace=syncfs,umount2,unlink,unlinkat";
+    let trace = Trace::of(plyd.pid(), calls, plyd.dir().join("trace"));
+    snapshots.commit("base", "a").unwrap();
+    let log = fs::read_to_string(&trace.file).unwrap();
+    let line = |words: [&str; 2]| {
+        let has = |line: &str| words.iter().all(|word| line.contains(word));
+        log.lines()
+            .position(has)
+            .unwrap_or_else(|| panic!("{words:?}: {log}"))
+    };
+    let unmounted = line(["umount2(", "/root\""]);
+    let marked = line(["unlink", "/mounted\""]);
+    let between = log.lines().take(marked).skip(unmounted);
+    let synced = between.filter(|line| line.contains("syncfs(") && line.contains("/upper>"));
+    assert_eq!(synced.count(), 1, "{log}");
+}
