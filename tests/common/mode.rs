@@ -90,6 +90,11 @@ impl Mode {
         self.opens() && self.name != "all-off"
     }
 
+    /// Whether the kernel keeps listings and the targets of symbolic links.
+    pub fn keeps_listings(&self) -> bool {
+        self.is_new() && self.name != "all-off"
+    }
+
     /// Whether two names can be exchanged.
     pub fn exchanges(&self) -> bool {
         self.is_new() && !self.old_calls
