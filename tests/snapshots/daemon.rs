@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
 
-use super::client::Snapshots;
+use super::client::{Snapshots, source};
 use super::common::{BUSYBOX, PLYD, Plyd, until};
 
 fn plyd(args: &[&str]) -> Output {
