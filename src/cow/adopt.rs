@@ -146,9 +146,6 @@ enum Names {
 /// Puts overlayfs's forms in place of fuse-overlayfs's throughout; whether there were any. Goes back up by
 /// `..`, so that the depth costs no descriptors; nobody else has the upper open yet.
 fn translate(root: BorrowedFd<'_>, family: XattrFamily, names: Names) -> Result<bool, Errno> {
-    // Nobody has read anything yet, so no access time is to move.
-    let open =
-        |dir, name| Object::Entry(dir, name).open_quietly(libc::O_RDONLY | libc::O_DIRECTORY);
     let devices = AtomicBool::new(true);
     let mut at = open(root, OsStr::new("."))?;
     let (mut inner, mut changed) = directory(&at, family, names, &devices)?;
@@ -170,6 +167,11 @@ fn translate(root: BorrowedFd<'_>, family: XattrFamily, names: Names) -> Result<
             }
         }
     }
+}
+
+/// Opens a directory to look through it. Nobody has read anything yet, so no access time is to move.
+fn open(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    Object::Entry(dir, name).open_quietly(libc::O_RDONLY | libc::O_DIRECTORY)
 }
 
 /// Translates one directory. Answers the directories in it, and whether anything was changed.
