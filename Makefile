@@ -43,6 +43,7 @@ soak: ## a million operations of fsx, and half a minute of each stressor; `make 
 	@contrib/as-root tests/stress/run 30
 
 lint: ## formatting, clippy, and rules of our own
+	@contrib/install-packages $(BUILD_PACKAGES)
 	@tests/lint
 
 bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs
