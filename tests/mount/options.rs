@@ -32,7 +32,10 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
     let lower = layers.lower_options();
     let target = layers.mnt();
     for (more, message) in [
-        ("frobnicate", "unknown option `frobnicate`"),
+        (
+            "frobnicate",
+            "unknown option `frobnicate`; `plyfs --help` lists",
+        ),
         ("frob=1", "unknown option `frob=1`"),
         ("upperdir=/x", "needs `workdir`"),
         ("workdir=/x", "only with `upperdir`"),

@@ -138,7 +138,7 @@ impl Mounter {
 #[non_exhaustive]
 pub enum OptionError {
     /// Nothing of that name.
-    #[error("unknown option `{0}`; docs/SEMANTICS.md lists what plyfs knows")]
+    #[error("unknown option `{0}`; `plyfs --help` lists those that there are")]
     Unknown(String),
     /// Two that exclude each other.
     #[error("`passthrough` and `{0}` exclude each other in the kernel; leave one of them out")]
