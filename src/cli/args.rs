@@ -69,10 +69,14 @@ where
 
 /// A clap parser for `KEY=VALUE`.
 pub fn label() -> impl TypedValueParser<Value = (String, String)> {
-    utf8().try_map(|text| match text.split_once('=') {
+    utf8().try_map(|text| parse_label(&text))
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err(format!("{text:?} is not a label: write KEY=VALUE")),
-    })
+    }
 }
 
 /// A clap parser for the name or number of a signal.
@@ -172,6 +176,15 @@ mod tests {
     fn text_that_is_not_utf8_is_named() {
         let error = to_utf8(OsString::from_vec(b"a\xffb".to_vec())).unwrap_err();
         assert!(error.contains(r#""a\xFFb" is not UTF-8"#), "{error}");
+    }
+
+    #[test]
+    fn labels() {
+        let pair = |key: &str, value: &str| Ok((key.to_owned(), value.to_owned()));
+        assert_eq!(parse_label("a=b=c"), pair("a", "b=c"));
+        assert_eq!(parse_label("d="), pair("d", ""));
+        assert!(parse_label("a").is_err());
+        assert!(parse_label("=b").is_err());
     }
 
     #[test]

@@ -115,6 +115,9 @@ fn sentence(error: &clap::Error, command: &Command, name: &str) -> String {
         ErrorKind::UnknownArgument => {
             format!("{argument:?} is one argument too many for `{name}`")
         }
+        ErrorKind::TooManyValues if !option.starts_with('-') => {
+            format!("{value:?} is one argument too many for `{name}`")
+        }
         ErrorKind::InvalidSubcommand => {
             let wanted = get(ContextKind::InvalidSubcommand);
             let names = command.get_subcommands().map(Command::get_name);

@@ -362,20 +362,3 @@ async fn export_overlay(args: ExportOverlayArgs, client: &Client) -> Result<()> 
     // A program reads it, so the bytes stay what they are.
     output::bytes_out(&options)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn labels() {
-        let map = |labels: &[&str]| {
-            label_map(Labels {
-                labels: labels.iter().map(|label| (*label).to_owned()).collect(),
-            })
-        };
-        assert_eq!(map(&["a=b=c", "d="]).unwrap().len(), 2);
-        assert!(map(&["a"]).is_err());
-        assert!(map(&["=b"]).is_err());
-    }
-}
