@@ -100,8 +100,10 @@ fn sentence(error: &clap::Error, command: &Command, name: &str) -> String {
     let get = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
     let argument = get(ContextKind::InvalidArg);
     let value = get(ContextKind::InvalidValue);
-    // Without the name of its value.
+    // Without the name of its value, or what marks a place.
     let option = argument.split_whitespace().next().unwrap_or_default();
+    let is_place = !option.starts_with('-');
+    let option = option.trim_matches(['<', '>', '[', ']', '.']);
     match error.kind() {
         ErrorKind::UnknownArgument if argument.starts_with('-') => {
             let longs = command.get_arguments().filter_map(clap::Arg::get_long);
@@ -115,7 +117,7 @@ fn sentence(error: &clap::Error, command: &Command, name: &str) -> String {
         ErrorKind::UnknownArgument => {
             format!("{argument:?} is one argument too many for `{name}`")
         }
-        ErrorKind::TooManyValues if !option.starts_with('-') => {
+        ErrorKind::TooManyValues if is_place => {
             format!("{value:?} is one argument too many for `{name}`")
         }
         ErrorKind::InvalidSubcommand => {

@@ -92,6 +92,7 @@ fn what_was_meant_is_said() {
         (&["create", "--name=", "image"], "\"\" is no name"),
         (&["image", "load", "--name", ""], "\"\" is no name"),
         (&["snapshot", "prepare", "key", ""], "\"\" is no name"),
+        (&["inspect", ""], "snapctl: CONTAINER: \"\" is no name"),
         (&["logs", "-n", "x", "c"], "is not a number of lines"),
         (&["stop", "-t", "-1", "c"], "is not a number of seconds"),
         (
