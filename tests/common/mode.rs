@@ -80,6 +80,11 @@ impl Mode {
         !self.options.contains("7.22")
     }
 
+    /// Whether the kernel gathers writes.
+    pub fn gathers(&self) -> bool {
+        self.options.contains("writeback")
+    }
+
     /// Whether the server is asked when a file is opened.
     pub fn opens(&self) -> bool {
         !self.options.contains("no_open")
