@@ -43,20 +43,21 @@ test-full: ## as test, with the long forms of those that have one
 soak: ## a million operations of fsx, and half a minute of each stressor; `make test` has the short forms
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
 	@cargo build --locked
-	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/fsx/run 1000000
-	@$(SUDO) env PATH="$(PATH):/usr/sbin:/sbin" HOME="$(HOME)" tests/stress/run 30
+	@contrib/as-root tests/fsx/run 1000000
+	@contrib/as-root tests/stress/run 30
 
 fuzz: ## damage and forge what reads layers, guided by coverage: MINUTES=1 for each target, TARGETS="tar view" for some
 	@contrib/install-packages $(BUILD_PACKAGES) g++
 	@tests/fuzz/guided-run $(MINUTES) $(TARGETS)
 
 lint: ## formatting, clippy, and rules of our own
+	@contrib/install-packages $(BUILD_PACKAGES)
 	@tests/lint
 
 bench: ## compare plyfs with kernel overlayfs and fuse-overlayfs, and the store with containerd's overlayfs snapshotter
 	@contrib/install-packages $(BUILD_PACKAGES) @tests/packages
 	@$(BENCH) --bench union --bench store --no-run
-	@$(SUDO) env PATH="$(PATH)" HOME="$(HOME)" $(BENCH) --bench union --bench store
+	@contrib/as-root env $(BENCH) --bench union --bench store
 
 release: ## build the four programs fully static
 	@contrib/install-packages $(BUILD_PACKAGES) file

@@ -8,6 +8,7 @@ mod common;
 
 mod mount {
     mod attributes;
+    mod caches;
     mod chunks;
     mod control;
     mod dialects;

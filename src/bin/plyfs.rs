@@ -6,7 +6,8 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use plywood::cli::usage;
 use plywood::fuse::daemon::{self, Invocation};
 use plywood::fuse::options::{self, Mounter};
 use plywood::fuse::probe;
@@ -18,10 +19,15 @@ const USAGE: u8 = 2;
 ///
 /// Exits with 0 when the mount answers, 1 when it could not be made, 2 when the command line is wrong.
 #[derive(Parser)]
-#[command(name = "plyfs", version, after_long_help = options::help::text())]
+#[command(
+    name = "plyfs",
+    version,
+    override_usage = "plyfs [OPTIONS] [SOURCE] MOUNTPOINT",
+    after_long_help = options::help::text()
+)]
 struct Arguments {
     /// Where to mount; before it there may be a source as mount(8) gives it, which is shown in the mount table.
-    #[arg(value_name = "[SOURCE] MOUNTPOINT", num_args = 0..=2, required_unless_present = "probe")]
+    #[arg(value_name = "MOUNTPOINT", num_args = 0..=2, required_unless_present = "probe")]
     places: Vec<OsString>,
     /// lowerdir=A:B:C (A on top), upperdir=U, workdir=W and others, separated by commas; --help lists all.
     #[arg(short = 'o', value_name = "OPTIONS")]
@@ -56,7 +62,10 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let mut arguments = Arguments::parse();
+    let mut arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage::refuse(&error, Arguments::command(), &[], USAGE),
+    };
     if arguments.probe {
         let probe = probe::probe();
         let text = if arguments.json {

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
@@ -142,29 +141,26 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             output::report(&error);
+            if let Error::Input(_) = error {
+                let command = Cli::command();
+                let path = usage::path(&command, std::env::args_os());
+                for line in usage::advice(command, &path) {
+                    output::note(&line);
+                }
+            }
             ExitCode::from(error.exit_code(engine))
         }
     }
 }
 
-/// Says what is wrong with a command line, or prints the help that it asks for.
 fn refuse(error: &clap::Error) -> ExitCode {
-    if let ErrorKind::DisplayHelp | ErrorKind::DisplayVersion = error.kind() {
-        return match error.print() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::from(super::error::BROKEN_PIPE),
-        };
-    }
     let command = Cli::command();
     let path = usage::path(&command, std::env::args_os());
     let code = match usage::is_engine(&path) {
         true => ENGINE,
         false => USAGE,
     };
-    for line in usage::explain(error, command, &path) {
-        output::note(&line);
-    }
-    ExitCode::from(code)
+    usage::refuse(error, command, &path, code)
 }
 
 fn block_on(cli: Cli) -> Result<ExitCode> {
@@ -362,7 +358,15 @@ mod tests {
             ),
             (
                 "logs --tail x y",
-                "--tail cannot be \"x\": invalid digit found in string",
+                "--tail: \"x\" is not a number of lines: write one from 0 to 18446744073709551615",
+            ),
+            (
+                "stop -t -1 x",
+                "--timeout: \"-1\" is not a number of seconds: write one from 0 to 4294967295",
+            ),
+            (
+                "snapshot prepare key parent --label a",
+                "--label: \"a\" is not a label: write KEY=VALUE",
             ),
             (
                 "ps --address x",

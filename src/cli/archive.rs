@@ -46,7 +46,12 @@ impl Source {
             }
             return Ok(Self::Stdin);
         }
-        let file = File::open(path).map_err(|e| failed("open", path, e))?;
+        let file = File::open(path).map_err(|error| {
+            Error::Refused(format!(
+                "cannot open {}: {error}; name an image archive with -i, or the directory of an OCI layout, or leave -i out to read stdin",
+                path.display()
+            ))
+        })?;
         let meta = file.metadata().map_err(|e| failed("read", path, e))?;
         if meta.is_dir() {
             Ok(Self::Layout(path.to_owned(), layout_entries(path)?))

@@ -2,11 +2,14 @@
 //! name where it is not.
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::client::Address;
+use super::error::Error;
 use crate::grpc::pb::plywood::Volume;
 use crate::runtime::signals;
 
@@ -35,6 +38,45 @@ pub fn name() -> impl TypedValueParser<Value = String> {
         "" => Err("\"\" is no name; give one, or leave the argument out"),
         _ => Ok(text),
     })
+}
+
+/// The first of words that have one parser for all: `what` it names.
+pub fn named(word: Option<String>, what: &str) -> Result<String, Error> {
+    let word = word.filter(|word| !word.is_empty());
+    word.ok_or_else(|| Error::Input(format!("{what}: \"\" is no name; give one")))
+}
+
+/// A clap parser for a text that says nothing when it is empty. An empty one comes of a variable that is not set.
+pub fn filled() -> impl TypedValueParser<Value = String> {
+    utf8().try_map(|text| match text.as_str() {
+        "" => Err("\"\" says nothing; give a value, or leave the option out"),
+        _ => Ok(text),
+    })
+}
+
+/// A clap parser for how many `things`.
+pub fn count<T>(things: &'static str, most: T) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr + Display + Clone + Send + Sync + 'static,
+{
+    utf8().try_map(move |text| {
+        let number = text.parse();
+        number.map_err(|_| {
+            format!("{text:?} is not a number of {things}: write one from 0 to {most}")
+        })
+    })
+}
+
+/// A clap parser for `KEY=VALUE`.
+pub fn label() -> impl TypedValueParser<Value = (String, String)> {
+    utf8().try_map(|text| parse_label(&text))
+}
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text:?} is not a label: write KEY=VALUE")),
+    }
 }
 
 /// A clap parser for the name or number of a signal.
@@ -134,6 +176,15 @@ mod tests {
     fn text_that_is_not_utf8_is_named() {
         let error = to_utf8(OsString::from_vec(b"a\xffb".to_vec())).unwrap_err();
         assert!(error.contains(r#""a\xFFb" is not UTF-8"#), "{error}");
+    }
+
+    #[test]
+    fn labels() {
+        let pair = |key: &str, value: &str| Ok((key.to_owned(), value.to_owned()));
+        assert_eq!(parse_label("a=b=c"), pair("a", "b=c"));
+        assert_eq!(parse_label("d="), pair("d", ""));
+        assert!(parse_label("a").is_err());
+        assert!(parse_label("=b").is_err());
     }
 
     #[test]

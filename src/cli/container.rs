@@ -4,7 +4,7 @@ use clap::Args;
 use serde::Serialize;
 use tonic::Status;
 
-use super::args::{signal, utf8};
+use super::args::{count, name, signal};
 use super::client::Client;
 use super::error::{Error, Result};
 use super::output::{self, Cut, ListFormat, embedded, lines_out, or_dash, printable, report};
@@ -21,7 +21,7 @@ use crate::runtime::containers::STOP_SECONDS;
 #[derive(Args, Debug)]
 pub struct Targets {
     /// Names, ids, or prefixes of ids
-    #[arg(required = true, value_name = "CONTAINER", value_parser = utf8())]
+    #[arg(required = true, value_name = "CONTAINER", value_parser = name())]
     containers: Vec<String>,
 }
 
@@ -29,7 +29,8 @@ pub struct Targets {
 #[derive(Args, Debug)]
 pub struct StopArgs {
     /// Seconds to wait before SIGKILL
-    #[arg(short, long, value_name = "SECONDS", default_value_t = STOP_SECONDS)]
+    // With a hyphen it is a number that makes no sense, and not an option that does not exist.
+    #[arg(short, long, value_name = "SECONDS", default_value_t = STOP_SECONDS, allow_hyphen_values = true, value_parser = count("seconds", u32::MAX))]
     timeout: u32,
     #[command(flatten)]
     targets: Targets,
@@ -74,13 +75,13 @@ pub struct LogsArgs {
     #[arg(short, long)]
     follow: bool,
     /// Only the last N lines
-    #[arg(short = 'n', long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N", allow_hyphen_values = true, value_parser = count("lines", u64::MAX))]
     tail: Option<u64>,
     /// Put the time before each piece of output
     #[arg(short, long)]
     timestamps: bool,
     /// Name, id, or a prefix of an id
-    #[arg(value_parser = utf8())]
+    #[arg(value_parser = name())]
     container: String,
 }
 

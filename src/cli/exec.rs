@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::args::{EnvVar, env, env_list, utf8};
+use super::args::{EnvVar, env, env_list, filled, named, utf8};
 use super::client::Client;
 use super::error::Result;
 use super::run::process_exit;
@@ -26,11 +26,11 @@ pub struct ExecArgs {
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = env())]
     env: Vec<EnvVar>,
     /// Working directory, instead of the container's
-    #[arg(short, long, value_name = "DIR", value_parser = utf8(), default_value = "", hide_default_value = true)]
-    workdir: String,
+    #[arg(short, long, value_name = "DIR", value_parser = filled())]
+    workdir: Option<String>,
     /// User, instead of the container's
-    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = utf8(), default_value = "", hide_default_value = true)]
-    user: String,
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = filled())]
+    user: Option<String>,
     // As for `run`.
     /// The container (name, id, or a prefix of an id), then command and arguments
     #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_names = ["CONTAINER", "COMMAND"], value_parser = utf8())]
@@ -43,13 +43,13 @@ pub async fn run(args: ExecArgs, client: &Client) -> Result<ExitCode> {
     let (stdin, tty) = (args.interactive, args.tty);
     let mut words = args.words.into_iter();
     // The parser demands two.
-    let id = words.next().unwrap_or_default();
+    let id = named(words.next(), "CONTAINER")?;
     let start = ExecStart {
         id,
         args: words.collect(),
         env: env_list(&args.env),
-        working_dir: args.workdir,
-        user: args.user,
+        working_dir: args.workdir.unwrap_or_default(),
+        user: args.user.unwrap_or_default(),
         tty,
         stdin,
         window: terminal::size().filter(|_| tty),

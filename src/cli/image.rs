@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::archive::Source;
-use super::args::{name, utf8};
+use super::args::name;
 use super::client::Client;
 use super::error::{Error, Result};
 use super::output::{self, Cut, ListFormat, embedded, lines_out, report, short, size};
@@ -80,7 +80,7 @@ pub struct RemoveArgs {
     #[arg(short, long)]
     force: bool,
     /// Names, digests, or prefixes of ids
-    #[arg(required = true, value_name = "IMAGE", value_parser = utf8())]
+    #[arg(required = true, value_name = "IMAGE", value_parser = name())]
     images: Vec<String>,
     /// Print a JSON object: the names that were taken away, and the ids of the images that are gone
     #[arg(long, conflicts_with = "quiet")]
@@ -94,7 +94,7 @@ pub struct RemoveArgs {
 #[derive(Args, Debug)]
 pub struct InspectArgs {
     /// Names, digests, or prefixes of ids
-    #[arg(required = true, value_name = "IMAGE", value_parser = utf8())]
+    #[arg(required = true, value_name = "IMAGE", value_parser = name())]
     images: Vec<String>,
 }
 

@@ -27,4 +27,4 @@ mod system;
 mod terminal;
 mod time;
 mod tree;
-mod usage;
+pub mod usage;

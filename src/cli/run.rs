@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::args::{EnvVar, env, env_list, name, utf8, volume};
+use super::args::{EnvVar, env, env_list, filled, name, named, utf8, volume};
 use super::client::Client;
 use super::error::{Error, Result};
 use super::output::{lines_out, note, report};
@@ -36,11 +36,11 @@ pub struct ContainerArgs {
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = env())]
     env: Vec<EnvVar>,
     /// Working directory, instead of the image's
-    #[arg(short, long, value_name = "DIR", value_parser = utf8(), default_value = "", hide_default_value = true)]
-    workdir: String,
+    #[arg(short, long, value_name = "DIR", value_parser = filled())]
+    workdir: Option<String>,
     /// User, instead of the image's: a name or number, and after a colon the group
-    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = utf8(), default_value = "", hide_default_value = true)]
-    user: String,
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = filled())]
+    user: Option<String>,
     /// Show a path of the host in the container
     #[arg(short, long = "volume", value_name = "SOURCE:TARGET[:ro]", value_parser = volume())]
     volumes: Vec<Volume>,
@@ -48,8 +48,8 @@ pub struct ContainerArgs {
     #[arg(long, value_name = "PROGRAM", value_parser = utf8())]
     entrypoint: Option<String>,
     /// Host name; the first digits of the id when not given
-    #[arg(long, value_parser = utf8(), default_value = "", hide_default_value = true)]
-    hostname: String,
+    #[arg(long, value_parser = filled())]
+    hostname: Option<String>,
     /// Make the root file system read-only
     #[arg(long)]
     read_only: bool,
@@ -74,12 +74,12 @@ pub struct RunArgs {
 }
 
 impl ContainerArgs {
-    fn into_request(self) -> CreateContainerRequest {
+    fn into_request(self) -> Result<CreateContainerRequest> {
         let set_entrypoint = self.entrypoint.is_some();
         let mut words = self.words.into_iter();
         // The parser demands one.
-        let image = words.next().unwrap_or_default();
-        CreateContainerRequest {
+        let image = named(words.next(), "IMAGE")?;
+        Ok(CreateContainerRequest {
             image,
             name: self.name.unwrap_or_default(),
             args: words.collect(),
@@ -90,23 +90,23 @@ impl ContainerArgs {
                 .collect(),
             set_entrypoint,
             env: env_list(&self.env),
-            working_dir: self.workdir,
-            user: self.user,
+            working_dir: self.workdir.unwrap_or_default(),
+            user: self.user.unwrap_or_default(),
             volumes: self.volumes,
-            hostname: self.hostname,
+            hostname: self.hostname.unwrap_or_default(),
             read_only: self.read_only,
             network: self.network,
             tty: self.tty,
             open_stdin: self.interactive,
             auto_remove: self.rm,
             starts_next: false,
-        }
+        })
     }
 }
 
 /// Runs `snapctl create`.
 pub async fn create(args: ContainerArgs, client: &Client) -> Result<()> {
-    let created = make(args.into_request(), client).await?;
+    let created = make(args.into_request()?, client).await?;
     lines_out(&[created.id])
 }
 
@@ -115,7 +115,7 @@ pub async fn run(args: RunArgs, client: &Client) -> Result<ExitCode> {
     let mut signals = Signals::catch()?;
     let request = CreateContainerRequest {
         starts_next: true,
-        ..args.container.into_request()
+        ..args.container.into_request()?
     };
     if args.detach {
         detached(request, client, &mut signals).await

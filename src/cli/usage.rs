@@ -3,7 +3,10 @@
 
 use std::error::Error as _;
 use std::ffi::{OsStr, OsString};
+use std::process::ExitCode;
 
+use super::error::BROKEN_PIPE;
+use super::output;
 use clap::Command;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
@@ -35,8 +38,43 @@ pub fn is_engine(path: &[String]) -> bool {
     first.is_some_and(|name| name == "run" || name == "exec")
 }
 
+/// Says what is wrong with a command line of `root`, at `path` among its commands, or prints the help that it asks
+/// for. `code` is the exit code of one that is wrong.
+pub fn refuse(error: &clap::Error, root: Command, path: &[String], code: u8) -> ExitCode {
+    if let ErrorKind::DisplayHelp | ErrorKind::DisplayVersion = error.kind() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::from(BROKEN_PIPE),
+        };
+    }
+    for line in explain(error, root, path) {
+        output::note(&line);
+    }
+    ExitCode::from(code)
+}
+
 /// The lines for stderr about what `error` refuses of the command at `path`.
-pub fn explain(error: &clap::Error, mut root: Command, path: &[String]) -> Vec<String> {
+pub fn explain(error: &clap::Error, root: Command, path: &[String]) -> Vec<String> {
+    let program = root.get_name().to_owned();
+    let (mut command, name) = command_at(root, path);
+    let mut lines = vec![format!("{program}: {}", sentence(error, &command, &name))];
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let help = command.render_help().to_string();
+        lines.extend(help.trim_end().lines().map(str::to_owned));
+        return lines;
+    }
+    lines.extend(how_to_write(&mut command, &name));
+    lines
+}
+
+/// The lines for stderr that follow what was refused after clap had taken it.
+pub fn advice(root: Command, path: &[String]) -> Vec<String> {
+    let (mut command, name) = command_at(root, path);
+    how_to_write(&mut command, &name)
+}
+
+/// The command at `path`, and what it is called.
+fn command_at(mut root: Command, path: &[String]) -> (Command, String) {
     root.build();
     let mut command = root;
     // Each was found there before.
@@ -46,15 +84,14 @@ pub fn explain(error: &clap::Error, mut root: Command, path: &[String]) -> Vec<S
         };
         command = sub.clone();
     }
-    let name = command.get_bin_name().unwrap_or("snapctl").to_owned();
-    let mut lines = vec![format!("snapctl: {}", sentence(error, &command, &name))];
-    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        let help = command.render_help().to_string();
-        lines.extend(help.trim_end().lines().map(str::to_owned));
-        return lines;
-    }
+    let name = command.get_bin_name().unwrap_or(command.get_name());
+    let name = name.to_owned();
+    (command, name)
+}
+
+fn how_to_write(command: &mut Command, name: &str) -> Vec<String> {
     let usage = command.render_usage().to_string();
-    lines.extend(usage.lines().map(str::to_owned));
+    let mut lines: Vec<_> = usage.lines().map(str::to_owned).collect();
     lines.push(format!("`{name} --help` says more"));
     lines
 }
@@ -63,8 +100,10 @@ fn sentence(error: &clap::Error, command: &Command, name: &str) -> String {
     let get = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
     let argument = get(ContextKind::InvalidArg);
     let value = get(ContextKind::InvalidValue);
-    // Without the name of its value.
+    // Without the name of its value, or what marks a place.
     let option = argument.split_whitespace().next().unwrap_or_default();
+    let is_place = !option.starts_with('-');
+    let option = option.trim_matches(['<', '>', '[', ']', '.']);
     match error.kind() {
         ErrorKind::UnknownArgument if argument.starts_with('-') => {
             let longs = command.get_arguments().filter_map(clap::Arg::get_long);
@@ -77,6 +116,9 @@ fn sentence(error: &clap::Error, command: &Command, name: &str) -> String {
         ),
         ErrorKind::UnknownArgument => {
             format!("{argument:?} is one argument too many for `{name}`")
+        }
+        ErrorKind::TooManyValues if is_place => {
+            format!("{value:?} is one argument too many for `{name}`")
         }
         ErrorKind::InvalidSubcommand => {
             let wanted = get(ContextKind::InvalidSubcommand);

@@ -146,15 +146,14 @@ enum Names {
 /// Puts overlayfs's forms in place of fuse-overlayfs's throughout; whether there were any. Goes back up by
 /// `..`, so that the depth costs no descriptors; nobody else has the upper open yet.
 fn translate(root: BorrowedFd<'_>, family: XattrFamily, names: Names) -> Result<bool, Errno> {
-    let flags = libc::O_RDONLY | libc::O_DIRECTORY;
     let devices = AtomicBool::new(true);
-    let mut at = fs::openat(root, OsStr::new("."), flags, 0)?;
+    let mut at = open(root, OsStr::new("."))?;
     let (mut inner, mut changed) = directory(&at, family, names, &devices)?;
     let mut pending = Vec::new();
     loop {
         match inner.pop() {
             Some(name) => {
-                at = fs::openat(at.as_fd(), &name, flags, 0)?;
+                at = open(at.as_fd(), &name)?;
                 let (below, any) = directory(&at, family, names, &devices)?;
                 changed |= any;
                 pending.push(std::mem::replace(&mut inner, below));
@@ -163,11 +162,16 @@ fn translate(root: BorrowedFd<'_>, family: XattrFamily, names: Names) -> Result<
                 let Some(above) = pending.pop() else {
                     return Ok(changed);
                 };
-                at = fs::openat(at.as_fd(), OsStr::new(".."), flags, 0)?;
+                at = open(at.as_fd(), OsStr::new(".."))?;
                 inner = above;
             }
         }
     }
+}
+
+/// Opens a directory to look through it. Nobody has read anything yet, so no access time is to move.
+fn open(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    Object::Entry(dir, name).open_quietly(libc::O_RDONLY | libc::O_DIRECTORY)
 }
 
 /// Translates one directory. Answers the directories in it, and whether anything was changed.

@@ -17,7 +17,7 @@ use super::attr::{attr_of, kind_of_dirent};
 use super::error::{Context, Error, Result};
 use super::lower::ListedKind;
 use super::node::{DirState, Node};
-use super::types::{DirEntry, Entry, FileKind, NodeId};
+use super::types::{DirEntry, Entry, FileKind, NodeId, Quiet};
 use super::union::Union;
 use super::whiteout::is_whiteout;
 use crate::sys::dirents;
@@ -305,7 +305,11 @@ impl Union {
             Ok::<_, Error>(opaque.as_deref() == Some(b"x"))
         })?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-        let stream = fs::openat(dir.as_fd(), OsStr::new("."), flags, 0)?;
+        let top = Object::Entry(dir.as_fd(), OsStr::new("."));
+        let stream = match self.quiet {
+            Quiet::Nothing => top.open(flags)?,
+            Quiet::Directories | Quiet::All => top.open_quietly(flags)?,
+        };
         let mut failed: Option<Error> = None;
         dirents::read_all(stream.as_fd(), &mut |entry| {
             let kind = kind_of_dirent(entry.kind);

@@ -199,11 +199,7 @@ fn hash(name: &OsStr) -> u32 {
 impl DirObject {
     /// Opens a name of this layer for reading without touching its access time.
     fn open_quietly(dir: BorrowedFd<'_>, name: &OsStr, flags: i32) -> Result<OwnedFd, Errno> {
-        match fs::openat(dir, name, flags | libc::O_NOATIME, 0) {
-            // Only the owner and root may ask for that.
-            Err(Errno::EPERM) => fs::openat(dir, name, flags, 0),
-            result => result,
-        }
+        Object::Entry(dir, name).open_quietly(flags)
     }
 
     /// Whether what was opened is this object.

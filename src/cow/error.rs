@@ -177,9 +177,17 @@ pub enum OpenError {
     },
     /// Another mount uses the work directory.
     #[error(
-        "the work directory {path} is in use by another mount; unmount that one, or give each mount a work directory of its own"
+        "the work directory {path} is in use by another mount; unmount that one, or give this one an upper and a work directory of its own"
     )]
     WorkInUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Another mount writes to the upper directory.
+    #[error(
+        "the upper directory {path} is in use by another mount; unmount that one, or give this one an upper and a work directory of its own"
+    )]
+    UpperInUse {
         /// The directory.
         path: PathBuf,
     },

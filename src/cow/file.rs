@@ -15,9 +15,9 @@ use super::copyup::Content;
 use super::error::{Context, Result};
 use super::lower::LowerFile;
 use super::node::Node;
-use super::types::{Caller, FileKind, NodeId};
+use super::types::{Caller, FileKind, NodeId, Quiet};
 use super::union::Union;
-use crate::sys::fs;
+use crate::sys::fs::{self, Object};
 
 /// What serves the content of a node.
 pub(super) enum Backing {
@@ -153,7 +153,7 @@ impl Union {
         }
         let backing = Arc::new(if let Some(chunks) = chunks {
             let fd = self
-                .with_upper(node, |object| object.open(libc::O_RDWR))
+                .with_upper(node, |object| self.open_for_reading(object, libc::O_RDWR))
                 .context("opening a file of the upper layer")?;
             let ino = fs::fstat(fd.as_fd())?.st_ino;
             if node.place.read().upper != Some(ino) {
@@ -169,7 +169,7 @@ impl Union {
             let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
             let sealed = self.is_sealed();
             let fd = self
-                .with_upper(node, |object| object.open(flags))
+                .with_upper(node, |object| self.open_for_reading(object, flags))
                 .context("opening a file of the upper layer")?;
             let stat = fs::fstat(fd.as_fd())?;
             if node.place.read().upper != Some(stat.st_ino) {
@@ -211,8 +211,19 @@ impl Union {
         Ok(done)
     }
 
+    /// Opens a file of the upper, also to read what somebody reads of the mount.
+    fn open_for_reading(&self, object: Object<'_>, flags: i32) -> Result<OwnedFd, Errno> {
+        match self.quiet {
+            Quiet::All => object.open_quietly(flags),
+            Quiet::Nothing | Quiet::Directories => object.open(flags),
+        }
+    }
+
     /// Notes that data was read that lies in a lower layer, at least in part.
     pub(super) fn touch_data(&self, node: &Arc<Node>) {
+        if self.quiet == Quiet::All {
+            return;
+        }
         let (in_upper, atime, lower) = {
             let place = node.place.read();
             (

@@ -264,7 +264,7 @@ impl Union {
         let impure = self.is_impure(dir, &state)?;
         let fd = self.dir_fd(dir)?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-        let listing = fs::openat(fd.as_fd(), OsStr::new("."), flags, 0)?;
+        let listing = Object::Entry(fd.as_fd(), OsStr::new(".")).open_quietly(flags)?;
         let mut names = Vec::new();
         dirents::read_all(listing.as_fd(), &mut |entry| {
             names.push((entry.name.to_owned(), kind_of_dirent(entry.kind)));

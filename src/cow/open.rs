@@ -1,4 +1,4 @@
-//! Opening a union: what the directories must be, and the locking of the work directory.
+//! Opening a union: what the directories must be, and the locking of those that it writes to.
 
 use std::ffi::OsStr;
 use std::io;
@@ -53,7 +53,7 @@ impl Given {
 }
 
 impl Union {
-    /// Checks the directories, locks the work directory and opens the layers. Any number of unions
+    /// Checks the directories, locks those that it writes to and opens the layers. Any number of unions
     /// may be open in one process: each keeps few descriptors.
     pub fn open(config: UnionConfig) -> Result<Self, OpenError> {
         const FEW: u64 = 128;
@@ -114,6 +114,7 @@ impl Union {
             no_xattrs: config.no_xattrs,
             volatile: config.volatile,
             no_acl: config.no_acl.into(),
+            quiet: config.quiet,
             // Its readers with owners in attributes know no such files.
             no_metacopy: config.no_metacopy
                 || upper
@@ -221,6 +222,11 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         Errno::EWOULDBLOCK => OpenError::WorkInUse { path: work.clone() },
         errno => work_failed(errno),
     })?;
+    // The work directory alone would not tell two unions with one each: what one writes the other's caches never see.
+    wait_for_lock(root.as_fd(), || {}).map_err(|errno| match errno {
+        Errno::EWOULDBLOCK => OpenError::UpperInUse { path: dir.clone() },
+        errno => upper_failed(errno),
+    })?;
     let scratch = subdirectory(base.as_fd(), "work").map_err(|errno| match errno {
         Errno::EROFS => OpenError::UpperReadOnly {
             path: dir.clone(),
@@ -269,10 +275,15 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
     })
 }
 
-/// Locks the work directory. The server of a mount that has just been unmounted may need a moment to end.
+/// Locks the work directory. A server that is only completing files gives way. One that cannot be asked is waited for.
 fn lock(work: BorrowedFd<'_>) -> Result<(), Errno> {
     let name = OsStr::new(WANTED);
-    let result = lock_or_ask(work, name);
+    let result = wait_for_lock(work, || {
+        let flags = libc::O_CREAT | libc::O_WRONLY;
+        if let Err(errno) = fs::openat(work, name, flags, 0o600) {
+            tracing::debug!(%errno, "the user of a work directory cannot be asked for it");
+        }
+    });
     match fs::unlinkat(work, name) {
         Ok(()) | Err(Errno::ENOENT) => {}
         Err(errno) => tracing::debug!(%errno, "the request for a work directory stays"),
@@ -280,17 +291,15 @@ fn lock(work: BorrowedFd<'_>) -> Result<(), Errno> {
     result
 }
 
-fn lock_or_ask(work: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+/// Locks a directory, and calls `ask` whenever it is not to be had. The server of a mount that has just been unmounted
+/// may need a moment to end.
+fn wait_for_lock(dir: BorrowedFd<'_>, ask: impl Fn()) -> Result<(), Errno> {
     const PATIENCE: Duration = Duration::from_secs(3);
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match fs::try_lock(work) {
+        match fs::try_lock(dir) {
             Err(Errno::EWOULDBLOCK) if Instant::now() < deadline => {
-                // A server that is only completing files gives way. One that cannot be asked is waited for.
-                let flags = libc::O_CREAT | libc::O_WRONLY;
-                if let Err(errno) = fs::openat(work, name, flags, 0o600) {
-                    tracing::debug!(%errno, "the user of a work directory cannot be asked for it");
-                }
+                ask();
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => return result,

@@ -16,7 +16,7 @@ use super::error::{Context, Result};
 use super::union::Union;
 use crate::sys::{fs, private_mount};
 
-/// The top of an upper.
+/// The top of an upper. As long as the upper is written to, its descriptor has the lock on it.
 pub(super) struct Root {
     /// As the configuration names it.
     dir: PathBuf,

@@ -208,16 +208,16 @@ pub enum SetXattrMode {
     Replace,
 }
 
-/// Whether inode numbers combine layer and host inode.
+/// Whose access times stay as they are when something is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Xino {
-    /// Always unique and stable; numbers that do not fit are allotted from a table.
+pub enum Quiet {
+    /// Nothing's: they move as `relatime` has it, or as the host has it of the upper.
     #[default]
-    On,
-    /// As `On`.
-    Auto,
-    /// Host inode numbers as they are wherever they are unique.
-    Off,
+    Nothing,
+    /// Those of directories.
+    Directories,
+    /// Those of directories and files.
+    All,
 }
 
 /// What a union is made of.
@@ -244,8 +244,8 @@ pub struct UnionConfig {
     pub volatile: bool,
     /// Refuse POSIX ACLs with EOPNOTSUPP.
     pub no_acl: bool,
-    /// Inode numbers.
-    pub xino: Xino,
+    /// Whose access times stay when they are read.
+    pub quiet: Quiet,
     /// Copy a file's data up when only its attributes or names change, so that the upper alone says all.
     pub no_metacopy: bool,
     /// Which files are copied up in chunks.
@@ -255,7 +255,7 @@ pub struct UnionConfig {
 /// The writable layer.
 #[derive(Clone, Debug)]
 pub struct UpperConfig {
-    /// Where changes go.
+    /// Where changes go, locked while the union is open and not sealed.
     pub dir: PathBuf,
     /// Scratch directory on the same file system, locked while the union is open.
     pub work: PathBuf,

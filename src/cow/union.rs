@@ -15,7 +15,7 @@ use super::node::Table;
 use super::number::Numbers;
 use super::owner::Owners;
 use super::stat_override::StatOverride;
-use super::types::{Chunking, NodeId, XattrFamily};
+use super::types::{Chunking, NodeId, Quiet, XattrFamily};
 use super::upper::Upper;
 
 /// The union itself; every method may be called from any thread. Each operation is in the file that is
@@ -29,6 +29,7 @@ pub struct Union {
     pub(super) no_xattrs: bool,
     pub(super) volatile: bool,
     pub(super) no_acl: AtomicBool,
+    pub(super) quiet: Quiet,
     pub(super) no_metacopy: bool,
     pub(super) chunking: Chunking,
     /// File handles cannot be opened: origins are noted by number.

@@ -6,7 +6,7 @@
 //! descriptors travel with SCM_RIGHTS. The end of file on a connection is the death of the process.
 //! The protocol carries a version; either side refuses one that it does not know. A request carries
 //! a number and its answer the same one, so that an answer that came too late is not taken for the
-//! next. Connections come one after the other or side by side; each is served by a thread of its own.
+//! next. An operation that the process does not know is answered with EOPNOTSUPP and costs nothing else. Connections come one after the other or side by side; each is served by a thread of its own.
 
 use std::fs::{self, File};
 use std::io;
@@ -60,9 +60,9 @@ enum Operation {
 }
 
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
-struct Request {
+struct Request<O> {
     id: u64,
-    operation: Operation,
+    operation: O,
 }
 
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
@@ -199,11 +199,17 @@ fn serve_connection(connection: &OwnedFd, controlled: &Controlled) -> io::Result
         if length == 0 {
             return Ok(());
         }
-        let request: Request = serde_json::from_slice(&buffer[..length]).map_err(bad_message)?;
-        let give_device = matches!(request.operation, Operation::FuseFd);
+        let request: Request<serde_json::Value> =
+            serde_json::from_slice(&buffer[..length]).map_err(bad_message)?;
+        let asked = request.operation.to_string();
+        let operation = serde_json::from_value(request.operation);
+        let give_device = matches!(operation, Ok(Operation::FuseFd));
         let reply = Reply {
             id: request.id,
-            outcome: perform(request.operation, controlled),
+            outcome: match operation {
+                Ok(operation) => perform(operation, controlled),
+                Err(_) => unknown(&asked),
+            },
         };
         let text = serde_json::to_vec(&reply).map_err(bad_message)?;
         let device = [controlled.device.as_fd()];
@@ -234,6 +240,17 @@ fn perform(operation: Operation, controlled: &Controlled) -> Outcome {
             (controlled.stop)();
             Outcome::Done
         }
+    }
+}
+
+/// The end of the connection would be taken for the end of this process.
+fn unknown(operation: &str) -> Outcome {
+    Outcome::Failed {
+        errno: Some(libc::EOPNOTSUPP),
+        message: format!(
+            "plyfs {} does not know the operation {operation}; a plyfs of the caller's release does",
+            env!("CARGO_PKG_VERSION")
+        ),
     }
 }
 
@@ -463,6 +480,29 @@ mod tests {
         fs::write(&file, "mine").unwrap();
         assert!(ControlServer::bind(&file).is_err());
         assert_eq!(fs::read(&file).unwrap(), b"mine");
+    }
+
+    /// Such a request once ended the connection, which whoever held it took for the death of plyfs.
+    #[test]
+    fn an_operation_that_is_not_known_is_refused_and_the_connection_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control");
+        let _server = serve(&path);
+        let (client, _) = ControlClient::connect(&path, SOON).unwrap();
+        for operation in [r#""dance""#, r#"{"dance":{"steps":3}}"#] {
+            let request = format!(r#"{{"id":1000,"operation":{operation}}}"#);
+            send_with_fds(client.as_fd(), request.as_bytes(), &[]).unwrap();
+            let mut buffer = vec![0; MAX_MESSAGE];
+            let (length, _) = recv_with_fds(client.as_fd(), &mut buffer).unwrap();
+            let reply: Reply = serde_json::from_slice(&buffer[..length]).unwrap();
+            assert_eq!(reply.id, 1000);
+            let Outcome::Failed { errno, message } = reply.outcome else {
+                panic!("it danced");
+            };
+            assert_eq!(errno, Some(libc::EOPNOTSUPP));
+            assert!(message.contains("dance"), "{message}");
+        }
+        client.hello(SOON).unwrap();
     }
 
     #[test]

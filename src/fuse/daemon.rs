@@ -132,10 +132,12 @@ pub enum DaemonError {
 
 /// Runs the invocation. Returns when the mount answers (in the background) or is gone (in front).
 pub fn run(mut invocation: Invocation) -> Result<(), DaemonError> {
-    let config = resolve(&mut invocation)?;
     if invocation.foreground || invocation.debug || invocation.fuse_fd.is_some() {
+        let config = resolve(&mut invocation)?;
         return serve(&invocation, config, || Ok(()));
     }
+    let inherited = process::inherited().map_err(DaemonError::Background)?;
+    let config = resolve(&mut invocation)?;
     let (mut outcome, report) = pipe().map_err(DaemonError::Background)?;
     match process::fork_single_threaded().map_err(DaemonError::Background)? {
         Some(_child) => {
@@ -155,6 +157,8 @@ pub fn run(mut invocation: Invocation) -> Result<(), DaemonError> {
         }
         None => {
             drop(outcome);
+            // The caller's locks and pipes; layers that were named by one of them are resolved by now.
+            inherited.close();
             background(&invocation, config, report);
             Ok(())
         }
@@ -330,7 +334,11 @@ fn serve(
     {
         tracing::warn!(%error, "files stay of which only the attributes are in the upper: kernel overlayfs needs metacopy=on to read them");
     }
-    if !invocation.options.volatile
+    // plyd syncs what it promises to keep, and waits for the end of a process whose snapshot it removes. Whom a signal ends
+    // nobody waits for, and nobody else syncs.
+    let promised = own_mount || matches!(outcome, Ok(Ended::BySignal));
+    if promised
+        && !invocation.options.volatile
         && let Err(error) = union.sync()
     {
         tracing::error!(%error, "the upper could not be made durable at the end");

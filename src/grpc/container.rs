@@ -407,7 +407,7 @@ impl From<Error> for Status {
 
 fn code(error: &Error) -> Code {
     match error {
-        Error::NotFound { .. } => Code::NotFound,
+        Error::NotFound { .. } | Error::NotFoundInSound { .. } => Code::NotFound,
         Error::NameTaken { .. } => Code::AlreadyExists,
         Error::Ambiguous { .. } | Error::Invalid(_) => Code::InvalidArgument,
         Error::Running { .. }

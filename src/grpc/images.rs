@@ -90,10 +90,7 @@ impl api::images_server::Images for Service {
         let store = Arc::clone(&self.images);
         let containers = self.containers.clone();
         let removed = blocking(move || {
-            let user_of = |image: &Image| {
-                let users = containers.users_of_image(&image.id);
-                Some(format!("the container {}", users.first()?))
-            };
+            let user_of = |image: &Image| containers.user_of_image(&image.id);
             store.remove(&r#ref, force, &user_of).map_err(Status::from)
         })
         .await?;
@@ -238,7 +235,9 @@ impl From<image::Error> for Status {
         use image::Error;
         let message = error.to_string();
         let code = match error {
-            Error::NotFound { .. } | Error::ShortPrefix { .. } => Code::NotFound,
+            Error::NotFound { .. } | Error::NotFoundInSound { .. } | Error::ShortPrefix { .. } => {
+                Code::NotFound
+            }
             Error::Ambiguous { .. }
             | Error::BadName { .. }
             | Error::Archive { .. }

@@ -12,6 +12,16 @@ pub enum Error {
         /// What was asked for.
         reference: String,
     },
+    /// None that is known, and there are some of which nothing is.
+    #[error(
+        "there is no image {reference:?} among those whose records can be read, and the record {path} cannot be; restore it from a backup, or delete the file to give up what it stands for, and start plyd again"
+    )]
+    NotFoundInSound {
+        /// What was asked for.
+        reference: String,
+        /// One of the damaged records.
+        path: PathBuf,
+    },
     /// No such image, and too few digits for the prefix of an id.
     #[error(
         "there is no image named {reference:?}, and an id is given by {shortest} of its digits at least; `snapctl image ls` shows both"

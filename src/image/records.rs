@@ -15,7 +15,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use super::{Image, Result};
-use crate::store::record::{Record, RecordDir};
+use crate::store::record::{Damaged, Record, RecordDir};
 
 /// An image, as it is kept.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,9 +62,12 @@ pub(super) struct Records {
     images: RecordDir<ImageRecord>,
     names: RecordDir<NameRecord>,
     known: BTreeMap<String, Known>,
+    /// Of images that are known and of damaged ones.
     by_name: BTreeMap<String, String>,
-    /// Some record cannot be read, so what it needs is not known.
-    incomplete: bool,
+    /// Images whose records could not be read, by their ids: what they need is not known.
+    damaged: BTreeMap<String, Damaged>,
+    /// The same of names, by the hashes that are their records' ids.
+    damaged_names: BTreeMap<String, Damaged>,
 }
 
 #[derive(Debug)]
@@ -81,19 +84,28 @@ impl Records {
             names: RecordDir::open(&dir.join("names"))?,
             known: BTreeMap::new(),
             by_name: BTreeMap::new(),
-            incomplete: false,
+            damaged: BTreeMap::new(),
+            damaged_names: BTreeMap::new(),
         };
         let images = records.images.list()?;
         let names = records.names.list()?;
         for damaged in images.damaged.iter().chain(&names.damaged) {
             tracing::error!("{damaged}");
         }
-        records.incomplete = !images.damaged.is_empty();
+        let by_id = |damaged: Vec<Damaged>| {
+            let ids = damaged
+                .into_iter()
+                .map(|damaged| (damaged.id.clone(), damaged));
+            ids.collect()
+        };
+        records.damaged = by_id(images.damaged);
+        records.damaged_names = by_id(names.damaged);
         for (id, record) in images.records {
             records.know(id, &record);
         }
         for (_, record) in names.records {
-            if records.known.contains_key(&record.image) {
+            let image = &record.image;
+            if records.known.contains_key(image) || records.damaged.contains_key(image) {
                 records.by_name.insert(record.name, record.image);
             }
         }
@@ -103,6 +115,7 @@ impl Records {
     /// Keeps an image; one of the same id is replaced.
     pub(super) fn put(&mut self, id: &str, record: &ImageRecord) -> Result<()> {
         self.images.put(id, record)?;
+        self.damaged.remove(id);
         self.know(id.to_owned(), record);
         Ok(())
     }
@@ -114,6 +127,7 @@ impl Records {
             image: id.to_owned(),
         };
         self.names.put(&key(name), &record)?;
+        self.damaged_names.remove(&key(name));
         self.by_name.insert(record.name, record.image);
         Ok(())
     }
@@ -142,6 +156,22 @@ impl Records {
         self.by_name.get(name).map(String::as_str)
     }
 
+    /// The damaged record that a name leads to, if it does.
+    pub(super) fn damaged_of_name(&self, name: &str) -> Option<&Damaged> {
+        let of_image = self.named(name).and_then(|id| self.damaged.get(id));
+        of_image.or_else(|| self.damaged_names.get(&key(name)))
+    }
+
+    /// The damaged records of images.
+    pub(super) fn damaged(&self) -> impl Iterator<Item = &Damaged> {
+        self.damaged.values()
+    }
+
+    /// Some damaged record, if there is one.
+    pub(super) fn any_damaged(&self) -> Option<&Damaged> {
+        self.damaged().chain(self.damaged_names.values()).next()
+    }
+
     /// One image.
     pub(super) fn image(&self, id: &str) -> Option<Image> {
         self.known.get(id).map(|known| self.with_names(id, known))
@@ -156,7 +186,7 @@ impl Records {
 
     /// Whether some image needs the layer, or may need it for all that can be read.
     pub(super) fn need(&self, chain_id: &str) -> bool {
-        self.incomplete
+        !self.damaged.is_empty()
             || self
                 .known
                 .values()

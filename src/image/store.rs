@@ -15,7 +15,10 @@ use super::{
     archive, io_error, reference, unpack,
 };
 use crate::snapshotter::Snapshotter;
-use crate::store;
+use crate::store::{
+    self,
+    record::{self, Damaged},
+};
 
 /// All images of one plyd. Every method blocks and may be called from any thread; asynchronous
 /// callers go through `spawn_blocking`. What a method has acknowledged is durable.
@@ -265,33 +268,47 @@ fn read(records: &Records, id: &str, reference: &str) -> Result<ImageRecord> {
 fn find(records: &Records, reference: &str) -> Result<(Image, Option<String>)> {
     let candidates = reference::candidates(reference)?;
     let short = candidates.too_short;
-    let not_found = || match short {
-        true => Error::ShortPrefix {
+    let not_found = || match (short, records.any_damaged()) {
+        (true, _) => Error::ShortPrefix {
             reference: reference.to_owned(),
             shortest: reference::SHORTEST_PREFIX,
         },
-        false => Error::NotFound {
+        (false, Some(damaged)) => Error::NotFoundInSound {
+            reference: reference.to_owned(),
+            path: damaged.path.clone(),
+        },
+        (false, None) => Error::NotFound {
             reference: reference.to_owned(),
         },
     };
-    for name in candidates.names {
-        if let Some(image) = records.named(&name).and_then(|id| records.image(id)) {
-            return Ok((image, Some(name)));
+    let lost = |damaged: &Damaged| Error::from(record::Error::from(damaged.clone()));
+    for name in &candidates.names {
+        if let Some(image) = records.named(name).and_then(|id| records.image(id)) {
+            return Ok((image, Some(name.clone())));
         }
     }
+    let mut names = candidates.names.iter();
+    if let Some(damaged) = names.find_map(|name| records.damaged_of_name(name)) {
+        return Err(lost(damaged));
+    }
+    let digest = candidates.digest.as_deref();
+    let prefix = candidates.id_prefix.as_deref();
     let fits = |image: &Image| {
-        let digest = candidates.digest.as_deref();
-        let prefix = candidates.id_prefix.as_deref();
         digest.is_some_and(|digest| {
             image.id == digest || image.manifest_digest.strip_prefix("sha256:") == Some(digest)
         }) || prefix.is_some_and(|prefix| image.id.starts_with(prefix))
     };
+    let fits_damaged = |damaged: &&Damaged| {
+        digest == Some(&*damaged.id) || prefix.is_some_and(|prefix| damaged.id.starts_with(prefix))
+    };
     let mut found: Vec<Image> = records.all().filter(fits).collect();
-    match found.len() {
-        0 | 1 => found.pop().map(|image| (image, None)).ok_or_else(not_found),
-        count => Err(Error::Ambiguous {
+    let damaged: Vec<&Damaged> = records.damaged().filter(fits_damaged).collect();
+    match (found.len(), &damaged[..]) {
+        (0 | 1, []) => found.pop().map(|image| (image, None)).ok_or_else(not_found),
+        (0, [damaged]) => Err(lost(damaged)),
+        (count, damaged) => Err(Error::Ambiguous {
             reference: reference.to_owned(),
-            count,
+            count: count + damaged.len(),
         }),
     }
 }

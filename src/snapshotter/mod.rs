@@ -103,8 +103,11 @@ impl Snapshotter {
         let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
         let mounts = Arc::new(Mounts::open(state, config.plyfs)?);
         mounts.adopt(|id| {
-            all.iter()
-                .any(|found| found.id == id && found.record.kind != Kind::Committed)
+            // Whoever works in the mount of a damaged record has done nothing wrong.
+            damaged.iter().any(|damaged| damaged.id == id)
+                || all
+                    .iter()
+                    .any(|found| found.id == id && found.record.kind != Kind::Committed)
         })?;
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
         let store = root.join("store");
@@ -417,6 +420,10 @@ impl Snapshotter {
             });
         }
         end(&self.mounts, &found.id)?;
+        if flushed {
+            // Somebody may have written until the mount went, and without the mark it counts as whole.
+            self.sync_upper(found)?;
+        }
         match fs::remove_file(&mark) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(io_error("remove", &mark)(error))

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 
 use super::types::{Kind, Owner, Result, io_error, plyfs_error};
-use super::{Found, Snapshotter};
+use super::{Found, Snapshotter, upper};
 use crate::cow::{self, Union};
 
 impl Snapshotter {
@@ -35,13 +35,32 @@ impl Snapshotter {
 
     /// As `complete`, if there are files that are copied up in part: without their maps nobody can read those.
     pub(super) fn complete_partial(&self, found: &Found) -> Result<()> {
+        match self.has_partial(found)? {
+            true => self.complete(found),
+            false => Ok(()),
+        }
+    }
+
+    fn has_partial(&self, found: &Found) -> Result<bool> {
         // While there is one, this keeps kernel overlayfs from the upper (`docs/chunks.md`).
         let incompat = self.data.join(&found.id).join("work/work/incompat");
-        match incompat.try_exists() {
-            Ok(true) => self.complete(found),
-            Ok(false) => Ok(()),
-            Err(error) => Err(io_error("look for", &incompat)(error)),
+        let there = incompat.try_exists();
+        there.map_err(io_error("look for", &incompat))
+    }
+
+    /// Makes everything that was written to an active snapshot durable. It is locked and not mounted.
+    pub(super) fn sync_upper(&self, found: &Found) -> Result<()> {
+        let dir = self.data.join(&found.id).join("upper");
+        let failed = |error| io_error("make durable", &dir)(error);
+        if !self.has_partial(found)? {
+            return upper::sync(&dir).map_err(failed);
         }
+        // What the chunk maps say of it, too.
+        let union = Union::open(self.union_of(found)?)
+            .map_err(|error| failed(io::Error::other(error.to_string())))?;
+        union
+            .sync()
+            .map_err(|error| failed(io::Error::from_raw_os_error(error.errno)))
     }
 
     /// Hard links of lower files that were copied up hang together by the work directory's index.

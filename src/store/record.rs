@@ -83,7 +83,7 @@ pub enum Error {
 }
 
 /// A record file that cannot be used.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error(
     "the record {path} cannot be used: {problem}; restore it from a backup, or delete the file to give up what it stands for, and start plyd again"
 )]

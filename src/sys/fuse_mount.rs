@@ -41,8 +41,6 @@ pub struct MountOptions {
     pub nodiratime: bool,
     /// Writes wait for the disk.
     pub synchronous: bool,
-    /// Changes of directories wait for the disk.
-    pub dirsync: bool,
     /// Users other than the mounting one may enter.
     pub allow_other: bool,
     /// Options that the kernel parses itself, as `context=...`.
@@ -61,7 +59,6 @@ impl Default for MountOptions {
             noatime: false,
             nodiratime: false,
             synchronous: false,
-            dirsync: false,
             allow_other: true,
             extra: Vec::new(),
         }
@@ -171,7 +168,6 @@ fn flags(options: &MountOptions) -> MsFlags {
         (options.noatime, MsFlags::MS_NOATIME),
         (options.nodiratime, MsFlags::MS_NODIRATIME),
         (options.synchronous, MsFlags::MS_SYNCHRONOUS),
-        (options.dirsync, MsFlags::MS_DIRSYNC),
     ]
     .into_iter()
     .filter(|(wanted, _)| *wanted)
@@ -211,7 +207,6 @@ fn helper_words(options: &MountOptions) -> OsString {
         (options.noatime, "noatime"),
         (options.nodiratime, "nodiratime"),
         (options.synchronous, "sync"),
-        (options.dirsync, "dirsync"),
     ];
     for (_, name) in named.iter().filter(|(wanted, _)| *wanted) {
         words.push(",");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
@@ -165,6 +166,37 @@ pub fn adopt_fd(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open, and by the contract of the command line it is for this
     // process alone, which adopts it once.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Descriptors that this process was started with, beside the standard streams.
+#[derive(Debug)]
+pub struct Inherited(Vec<RawFd>);
+
+/// What is open beside the standard streams. To be called before anything else opens a file.
+pub fn inherited() -> io::Result<Inherited> {
+    const STREAMS: RangeInclusive<RawFd> = 0..=2;
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let number = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        numbers.extend(number.filter(|number| !STREAMS.contains(number)));
+    }
+    // The listing itself was one of them.
+    // SAFETY: plain values; a closed number is EBADF.
+    numbers.retain(|&number| unsafe { libc::fcntl(number, libc::F_GETFD) } != -1);
+    Ok(Inherited(numbers))
+}
+
+impl Inherited {
+    /// Closes them, so that whoever waits for the last one to be closed does not wait for this process.
+    pub fn close(self) {
+        for number in self.0 {
+            // SAFETY: it was open when this program began, so nothing in it owns the descriptor but this.
+            drop(unsafe { OwnedFd::from_raw_fd(number) });
+        }
+    }
 }
 
 /// Forks. To be called while the process has one thread.

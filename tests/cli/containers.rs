@@ -3,6 +3,8 @@
 use std::fs;
 use std::process::Command;
 
+use nix::sys::signal::Signal;
+
 use crate::common::{BUSYBOX, PLYD, Plyd, mounts_below, until};
 
 fn plyd() -> Plyd {
@@ -356,4 +358,127 @@ fn all_words_after_the_image_belong_to_its_command() {
         "{}",
         unknown.stderr
     );
+}
+
+/// It was said not to exist, and its image to be in nobody's use.
+#[test]
+fn a_container_whose_record_is_damaged_is_told_by_its_id() {
+    let mut plyd = plyd();
+    let id = plyd
+        .ok(["create", "--name", "bad", BUSYBOX])
+        .trim()
+        .to_owned();
+    plyd.ok(["create", "--name", "good", BUSYBOX]);
+    plyd.signal(Signal::SIGTERM);
+    let record = plyd.root().join(format!("containers/{id}.record"));
+    let sound = fs::read(&record).unwrap();
+    fs::write(&record, &sound[..sound.len() / 2]).unwrap();
+    plyd.launch();
+
+    let path = record.to_str().unwrap();
+    for reference in [&id, &id[..12], "bad"] {
+        for command in ["inspect", "start", "rm"] {
+            let done = plyd.snapctl([command, reference]);
+            let told = &done.stderr;
+            assert_eq!(done.code, 1, "{told}");
+            assert!(told.contains(path) && told.contains("restore it"), "{told}");
+            let by_name = reference == "bad";
+            assert_eq!(told.contains("there is no container"), by_name, "{told}");
+        }
+    }
+    assert_eq!(plyd.ok(["ps", "-a", "-q"]).lines().count(), 1);
+    plyd.ok(["rm", "good"]);
+    let refused = plyd.snapctl(["image", "rm", BUSYBOX]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains(path), "{}", refused.stderr);
+
+    plyd.signal(Signal::SIGTERM);
+    fs::write(&record, &sound).unwrap();
+    plyd.launch();
+    plyd.ok(["rm", "bad"]);
+    plyd.ok(["image", "rm", BUSYBOX]);
+}
+
+#[test]
+fn stop_sends_the_signal_that_the_image_names() {
+    let plyd = Plyd::start();
+    let archive = plyd.dir().join("archive.tar");
+    let config = r#"{"Env":["PATH=/bin"],"Cmd":["/bin/sh"],"StopSignal":"SIGUSR1"}"#;
+    let maker = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/busybox-archive");
+    let mut making = Command::new(maker);
+    making.arg(&archive).args(["localhost/stops:1", config]);
+    assert!(making.status().unwrap().success());
+    plyd.ok(["image", "load", "-qi", archive.to_str().unwrap()]);
+    // The first process of a container is not ended by a signal that it has no handler for.
+    let script =
+        "trap 'exit 42' USR1; trap 'exit 15' TERM; echo ready; while :; do sleep 0.1; done";
+    plyd.ok([
+        "run",
+        "-d",
+        "--name",
+        "c",
+        "localhost/stops:1",
+        "sh",
+        "-c",
+        script,
+    ]);
+    until("the handlers are there", || {
+        plyd.ok(["logs", "c"]) == "ready\n"
+    });
+    plyd.ok(["stop", "-t", "60", "c"]);
+    assert_eq!(plyd.ok(["wait", "c"]), "42\n");
+}
+
+#[test]
+fn without_an_oci_runtime_the_error_says_what_to_install() {
+    // plyd looks where distributions put them, whatever PATH says; here it finds what is no program.
+    let script = r#"
+        for dir in /usr/local/sbin /usr/local/bin /usr/sbin /usr/bin /sbin /bin; do
+            for name in runc crun; do
+                [ ! -e $dir/$name ] || mount --bind /dev/null $dir/$name
+            done
+        done
+        exec env PATH=/nowhere "$@""#;
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private"]);
+    command.args(["sh", "-c", script, "sh", PLYD]);
+    let plyd = Plyd::start_with(command);
+    plyd.load_busybox();
+    let done = plyd.snapctl(["run", "--rm", BUSYBOX, "true"]);
+    assert_eq!(done.code, 125, "{}", done.stderr);
+    for words in [
+        "there is no OCI runtime",
+        "apt-get install runc",
+        "--oci-runtime",
+    ] {
+        assert!(done.stderr.contains(words), "{}", done.stderr);
+    }
+    assert_eq!(plyd.ok(["ps", "-aq"]), "");
+    let info = plyd.json(["system", "info", "--json"]);
+    let problem = info["oci_runtime"]["problem"].as_str().unwrap();
+    assert!(problem.contains("install runc"), "{problem}");
+}
+
+#[test]
+fn a_prefix_that_fits_several_containers_is_refused() {
+    let plyd = plyd();
+    let mut ids: Vec<String> = Vec::new();
+    // There are 16 digits that an id can begin with.
+    let (first, other) = loop {
+        assert!(ids.len() < 17);
+        let id = plyd.ok(["create", BUSYBOX]).trim().to_owned();
+        if let Some(other) = ids.iter().find(|other| other[..1] == id[..1]) {
+            break (id.clone(), other.clone());
+        }
+        ids.push(id);
+    };
+    let prefix = &first[..1];
+    let done = plyd.snapctl(["rm", prefix]);
+    assert_eq!(done.code, 1);
+    let told = format!("\"{prefix}\" fits 2 containers; give more digits of the id");
+    assert!(done.stderr.contains(&told), "{}", done.stderr);
+    let shared = std::iter::zip(first.bytes(), other.bytes()).take_while(|(a, b)| a == b);
+    let unique = &first[..=shared.count()];
+    plyd.ok(["rm", unique]);
+    assert_eq!(plyd.ok(["rm", prefix]).trim(), prefix);
 }

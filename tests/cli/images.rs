@@ -3,6 +3,8 @@
 use std::fs;
 use std::process::Command;
 
+use nix::sys::signal::Signal;
+
 use crate::common::{BUSYBOX, Plyd, busybox_archive};
 
 /// Unpacks the archive to an OCI layout directory below `plyd`'s.
@@ -247,4 +249,44 @@ fn what_is_no_image_is_refused_and_leaves_nothing() {
     assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), "");
     let none = plyd.snapctl(["image", "inspect", "nope"]);
     assert_eq!((none.code, none.stdout.as_str()), (1, "[]\n"));
+}
+
+#[test]
+fn an_image_whose_record_is_damaged_is_told_by_name_and_id() {
+    let mut plyd = Plyd::start();
+    plyd.load_busybox();
+    let id = plyd.json(["image", "inspect", BUSYBOX])[0]["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let names = plyd.root().join("images/names");
+    let of_name = fs::read_dir(&names).unwrap().next().unwrap().unwrap();
+    let of_image = plyd.root().join(format!("images/records/{id}.record"));
+    for (record, references) in [
+        (of_image, vec![BUSYBOX, "localhost/busybox", &id, &id[..12]]),
+        (of_name.path(), vec![BUSYBOX]),
+    ] {
+        plyd.signal(Signal::SIGTERM);
+        let sound = fs::read(&record).unwrap();
+        fs::write(&record, &sound[..sound.len() / 2]).unwrap();
+        plyd.launch();
+        let path = record.to_str().unwrap();
+        for reference in references {
+            let done = plyd.snapctl(["image", "inspect", reference]);
+            let told = &done.stderr;
+            assert_eq!(done.code, 1, "{told}");
+            assert!(told.contains(path) && told.contains("restore it"), "{told}");
+            assert!(!told.contains("there is no image"), "{reference}: {told}");
+        }
+        let other = plyd.snapctl(["image", "rm", "other"]);
+        assert!(
+            other.stderr.contains("there is no image"),
+            "{}",
+            other.stderr
+        );
+        assert!(other.stderr.contains(path), "{}", other.stderr);
+        // Loaded again it is whole again, without a restart.
+        plyd.load_busybox();
+        plyd.ok(["image", "inspect", BUSYBOX]);
+    }
 }

@@ -455,10 +455,6 @@ fn bad_requests_are_told_in_one_sentence() {
         (&["snapshot", "prepare", "x", "no-parent"], 1),
         (&["snapshot", "prepare", "x", "work"], 1),
         (&["snapshot", "commit", "nope", "x"], 1),
-        (
-            &["snapshot", "commit", "work", "x", "--label", "novalue"],
-            2,
-        ),
         (&["snapshot", "mounts", "nope"], 1),
         (&["snapshot", "diff", "nope"], 1),
         (&["snapshot", "usage", "nope"], 1),

@@ -9,7 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::common::{Done, PLYD, Plyd};
+use crate::common::{BUSYBOX, Done, PLYD, Plyd};
+
+const PLYFS: &str = env!("CARGO_BIN_EXE_plyfs");
 
 fn snapctl(args: &[&str]) -> Done {
     let mut command = Command::new(env!("CARGO_BIN_EXE_snapctl"));
@@ -47,6 +49,16 @@ fn a_bad_command_line_is_2_and_125_where_other_codes_are_the_process_s() {
         (&["--address", "", "ps"], 2),
         (&["kill", "-s", "BOGUS", "container"], 2),
         (&["kill", "-s", "65", "container"], 2),
+        (&["snapshot", "prepare", "key", "--label", "a"], 2),
+        (&["stop", "-t", "-1", "container"], 2),
+        (&["logs", "-n", "x", "container"], 2),
+        (&["inspect", ""], 2),
+        (&["image", "inspect", ""], 2),
+        (&["snapshot", "rm", ""], 2),
+        (&["run", "-u", "", "image"], 125),
+        (&["create", "-w", "", "image"], 2),
+        (&["create", "--hostname", "", "image"], 2),
+        (&["exec", "-u", "", "container", "true"], 125),
     ] {
         let done = snapctl(args);
         assert_eq!((done.code, done.stdout.as_str()), (code, ""), "{args:?}");
@@ -80,6 +92,9 @@ fn what_was_meant_is_said() {
         (&["create", "--name=", "image"], "\"\" is no name"),
         (&["image", "load", "--name", ""], "\"\" is no name"),
         (&["snapshot", "prepare", "key", ""], "\"\" is no name"),
+        (&["inspect", ""], "snapctl: CONTAINER: \"\" is no name"),
+        (&["logs", "-n", "x", "c"], "is not a number of lines"),
+        (&["stop", "-t", "-1", "c"], "is not a number of seconds"),
         (
             &["snapshot", "info", "-q", "key"],
             "`snapctl snapshot info` has no option -q",
@@ -409,4 +424,90 @@ fn a_second_plyd_is_kept_off_the_root_and_off_the_state_directory() {
         let words = format!("{} is in use by another plyd", taken.display());
         assert!(said.contains(&words), "{said}");
     }
+}
+
+#[test]
+fn the_servers_tell_a_bad_command_line_as_snapctl_does() {
+    for (program, name, args, sentence) in [
+        (PLYD, "plyd", &["--nope"][..], "`plyd` has no option --nope"),
+        (PLYD, "plyd", &["--rot", "/x"], "did you mean --root?"),
+        (
+            PLYD,
+            "plyd",
+            &["--log-format", "xml"],
+            "it is one of json, text",
+        ),
+        (PLYD, "plyd", &["x"], "\"x\" is one argument too many"),
+        (
+            PLYFS,
+            "plyfs",
+            &["--nope", "/mnt"],
+            "`plyfs` has no option --nope",
+        ),
+        (PLYFS, "plyfs", &[], "MOUNTPOINT is missing"),
+        (
+            PLYFS,
+            "plyfs",
+            &["--fuse-fd", "x", "/mnt"],
+            "--fuse-fd cannot be \"x\"",
+        ),
+        (
+            PLYFS,
+            "plyfs",
+            &["a", "b", "c"],
+            "\"c\" is one argument too many",
+        ),
+    ] {
+        let done = Done::from(Command::new(program).args(args).output().unwrap());
+        assert_eq!((done.code, done.stdout.as_str()), (2, ""), "{args:?}");
+        let lines: Vec<&str> = done.stderr.lines().collect();
+        assert_eq!(lines.len(), 3, "{}", done.stderr);
+        assert!(
+            lines[0].starts_with(&format!("{name}: ")),
+            "{}",
+            done.stderr
+        );
+        assert!(lines[0].contains(sentence), "{}", done.stderr);
+        assert!(
+            lines[1].starts_with(&format!("Usage: {name} ")),
+            "{}",
+            done.stderr
+        );
+        assert_eq!(lines[2], format!("`{name} --help` says more"));
+    }
+}
+
+#[test]
+fn what_plyd_refuses_says_what_to_give_instead() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let long = "h".repeat(65);
+    for (args, code, words) in [
+        (
+            &["run", "--hostname", &long, BUSYBOX, "true"][..],
+            125,
+            "has 65 bytes, and the kernel takes 64 at most",
+        ),
+        (
+            &["create", "--hostname", "a b", BUSYBOX],
+            1,
+            "leave out slashes, spaces",
+        ),
+        (
+            &["image", "load", "-i", "/no/such/file"],
+            1,
+            "name an image archive with -i",
+        ),
+        // Which of the words is the image is not for the parser to say.
+        (&["run", "", "true"], 125, "IMAGE: \"\" is no name"),
+        (&["exec", "", "true"], 125, "CONTAINER: \"\" is no name"),
+    ] {
+        let done = plyd.snapctl(args);
+        assert_eq!((done.code, done.stdout.as_str()), (code, ""), "{args:?}");
+        assert!(done.stderr.contains(words), "{}", done.stderr);
+        let usage = done.stderr.contains("Usage: snapctl");
+        assert_eq!(usage, words.contains("is no name"), "{}", done.stderr);
+    }
+    // An empty word is the command's.
+    assert_eq!(plyd.ok(["run", "--rm", BUSYBOX, "echo", ""]), "\n");
 }

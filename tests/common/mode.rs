@@ -80,6 +80,11 @@ impl Mode {
         !self.options.contains("7.22")
     }
 
+    /// Whether the kernel gathers writes.
+    pub fn gathers(&self) -> bool {
+        self.options.contains("writeback")
+    }
+
     /// Whether the server is asked when a file is opened.
     pub fn opens(&self) -> bool {
         !self.options.contains("no_open")
@@ -88,6 +93,11 @@ impl Mode {
     /// Whether an open that truncates is one request; otherwise it opens for writing first, and cuts then.
     pub fn truncates_at_open(&self) -> bool {
         self.opens() && self.name != "all-off"
+    }
+
+    /// Whether the kernel keeps listings and the targets of symbolic links.
+    pub fn keeps_listings(&self) -> bool {
+        self.is_new() && self.name != "all-off"
     }
 
     /// Whether two names can be exchanged.

@@ -14,29 +14,43 @@ use nix::sys::time::TimeSpec;
 
 /// The facts of every object of a tree, by path.
 #[derive(PartialEq, Eq)]
-pub struct Snapshot(BTreeMap<PathBuf, String>);
+pub struct Snapshot {
+    facts: BTreeMap<PathBuf, String>,
+    /// Access times are among them.
+    access: bool,
+}
 
 impl Snapshot {
     /// Takes the facts without changing any: no access time moves.
     pub fn of(root: &Path) -> Self {
+        Self::taken(root, true)
+    }
+
+    /// As `of`, without access times, for whom reading may move them.
+    pub fn but_access_times(root: &Path) -> Self {
+        Self::taken(root, false)
+    }
+
+    fn taken(root: &Path, access: bool) -> Self {
         let mut facts = BTreeMap::new();
-        add(root, Path::new(""), &mut facts);
-        Self(facts)
+        add(root, Path::new(""), access, &mut facts);
+        Self { facts, access }
     }
 
     /// Fails with the first differences when the tree is not what it was.
     pub fn assert_same(&self, root: &Path) {
-        let now = Self::of(root);
-        let paths = self.0.keys().chain(now.0.keys());
+        let now = Self::taken(root, self.access);
+        let (was, is) = (&self.facts, &now.facts);
+        let paths = was.keys().chain(is.keys());
         let different: Vec<String> = paths
-            .filter(|path| self.0.get(*path) != now.0.get(*path))
+            .filter(|path| was.get(*path) != is.get(*path))
             .take(6)
             .map(|path| {
                 format!(
                     "{}:\n  was {:?}\n  is  {:?}",
                     path.display(),
-                    self.0.get(path),
-                    now.0.get(path)
+                    was.get(path),
+                    is.get(path)
                 )
             })
             .collect();
@@ -73,7 +87,7 @@ pub fn age_access_times(root: &Path) {
     .unwrap();
 }
 
-fn add(root: &Path, relative: &Path, facts: &mut BTreeMap<PathBuf, String>) {
+fn add(root: &Path, relative: &Path, access: bool, facts: &mut BTreeMap<PathBuf, String>) {
     let path = if relative.as_os_str().is_empty() {
         root.to_owned()
     } else {
@@ -81,7 +95,7 @@ fn add(root: &Path, relative: &Path, facts: &mut BTreeMap<PathBuf, String>) {
     };
     let m = fs::symlink_metadata(&path).unwrap();
     let kind = m.file_type();
-    let atime = if kind.is_symlink() {
+    let atime = if kind.is_symlink() || !access {
         // Reading the target moves it.
         (0, 0)
     } else {
@@ -117,7 +131,12 @@ fn add(root: &Path, relative: &Path, facts: &mut BTreeMap<PathBuf, String>) {
     );
     if kind.is_dir() {
         for name in list(&path) {
-            add(root, &relative.join(OsStr::from_bytes(&name)), facts);
+            add(
+                root,
+                &relative.join(OsStr::from_bytes(&name)),
+                access,
+                facts,
+            );
         }
     }
 }

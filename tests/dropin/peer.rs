@@ -9,6 +9,7 @@ use std::process::Command;
 use nix::mount::{MntFlags, umount2};
 
 use crate::common::mount::{PLYFS, wait_until};
+use crate::common::snapshot::Snapshot;
 
 const FUSE_OVERLAYFS: &str = "/usr/bin/fuse-overlayfs";
 
@@ -49,8 +50,11 @@ impl Program {
         command
     }
 
-    /// Runs `body` on a mount that is gone when this returns.
+    /// Runs `body` on a mount that is gone when this returns, and has changed no lower layer.
     pub fn on_mount<T>(self, target: &Path, options: &str, body: impl FnOnce(&Path) -> T) -> T {
+        let lowers: Vec<_> = lowers_of(options)
+            .map(|lower| (lower, Snapshot::but_access_times(lower)))
+            .collect();
         let output = self.command(target, options).output().unwrap();
         assert!(output.status.success(), "{self:?} -o {options}: {output:?}");
         let mount = Mounted(target.to_owned());
@@ -63,12 +67,23 @@ impl Program {
             wait_until(|| !mentions(&text)),
             "{self:?} outlived its mount"
         );
+        for (lower, before) in lowers {
+            before.assert_same(lower);
+        }
         result
     }
 }
 
+/// The lower directories that the options name.
+fn lowers_of(options: &str) -> impl Iterator<Item = &Path> {
+    let lowers = options
+        .split(',')
+        .filter_map(|word| word.strip_prefix("lowerdir="));
+    lowers.flat_map(|list| list.split(':')).map(Path::new)
+}
+
 /// Directories for mounts by both programs. fuse-overlayfs moves access times of lower layers, so these are not
-/// sealed as [`Layers`](crate::common::Layers) are.
+/// sealed as [`Layers`](crate::common::Layers) are; [`Program::on_mount`] compares all the rest.
 pub struct Dirs(tempfile::TempDir);
 
 impl Dirs {

@@ -29,7 +29,7 @@ mod tree;
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestError, TestRunner};
 
-use crate::replay::{Hosts, Which, replay_beside, replay_on};
+use crate::replay::{Hosts, Which, replay_beside, replay_on, replay_on_both};
 
 fn from_env(name: &str, default: u32) -> u32 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
@@ -102,6 +102,24 @@ fn a_mount_that_copies_in_chunks_agrees_with_the_model() {
 #[test]
 fn a_mount_without_kernel_features_agrees_with_the_model() {
     agrees_with_the_model(Which::Plyfs(",kernel_features=-all"), false, 60);
+}
+
+/// The same operations on the same layers, not only others of the same kind.
+#[test]
+fn a_mount_and_kernel_overlayfs_agree_with_each_other() {
+    let config = ProptestConfig {
+        cases: from_env("PLYWOOD_MODEL_CASES", 60),
+        failure_persistence: None,
+        max_shrink_iters: 1000,
+        ..ProptestConfig::default()
+    };
+    let most = from_env("PLYWOOD_MODEL_OPS", 40) as usize;
+    let ops = prop::collection::vec(ops::op(), 1..most);
+    TestRunner::new(config)
+        .run(&(layers::stack(false), ops), |(stack, ops)| {
+            replay_on_both("", &stack, &ops).map_err(TestCaseError::fail)
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
 }
 
 /// Two that write to the same layers, each in its own way, and two that only look at them.

@@ -251,6 +251,19 @@ pub enum Outcome {
     Skip,
 }
 
+impl Outcome {
+    /// This one, with no more said of a time than in `known`.
+    pub fn at_time_of(self, known: Self) -> Self {
+        match (self, known) {
+            (Self::Facts(seen), Self::Facts(known)) => Self::Facts(Facts {
+                mtime: known.mtime,
+                ..seen
+            }),
+            (seen, _) => seen,
+        }
+    }
+}
+
 pub const SLOTS: usize = 4;
 const DIR_MODES: [u32; 5] = [0o755, 0o700, 0o2755, 0o1755, 0o711];
 const FILE_MODES: [u32; 6] = [0o644, 0o600, 0o755, 0o4755, 0o2755, 0o6711];

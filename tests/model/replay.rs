@@ -251,6 +251,82 @@ pub fn replay_beside(which: Which, stack: &[Layer], ops: [&[Op]; 2]) -> Result<(
     are_unchanged(&lowers, &before)
 }
 
+/// Runs `ops` on a plyfs mount and on a kernel overlayfs mount of the same lowers, step by step: after each both have to
+/// have answered what the model does, and the same; so at the end do their trees.
+pub fn replay_on_both(options: &'static str, stack: &[Layer], ops: &[Op]) -> Result<(), String> {
+    let base = tempfile::Builder::new()
+        .prefix("plywood-model")
+        .tempdir()
+        .unwrap();
+    let lowers: Vec<PathBuf> = (0..stack.len())
+        .map(|at| base.path().join(format!("l{at}")))
+        .collect();
+    for (layer, dir) in stack.iter().zip(&lowers) {
+        std::fs::create_dir(dir).unwrap();
+        layer.write(dir);
+    }
+    let before: Vec<_> = lowers.iter().map(|dir| layers::fingerprint(dir)).collect();
+    let plyfs = Which::Plyfs(options);
+    let [(mut ours, mut mount), (mut kernels, mut overlay)] =
+        [(plyfs, "ours"), (Which::Kernel, "kernel")].map(|(which, name)| {
+            let (run, dirs) = Run::new(which, stack, &base.path().join(name), &lowers);
+            let subject = which.start(&dirs);
+            (run, subject)
+        });
+    for op in &plyfs.possible(ops) {
+        let step = ours.op(mount.as_mut(), op)?;
+        match (step, kernels.op(overlay.as_mut(), op)?) {
+            (Step::Agreed { got, .. }, Step::Agreed { want, got: kernel }) => {
+                if let Some(why) = kernels.disagree(&got.at_time_of(want), &kernel) {
+                    return Err(format!("after\n{}kernel overlayfs: {why}", kernels.done));
+                }
+            }
+            // What the kernel has closed with it is closed here, too.
+            (_, Step::Excused) => {
+                if let Op::ChmodOpen { slot, .. } = op {
+                    ours.op(mount.as_mut(), &Op::Close { slot: *slot })?;
+                }
+            }
+            _ => {}
+        }
+    }
+    for when in ["at the end", "after a remount"] {
+        let mut seen = ours.look(mount.as_mut(), when)?;
+        let kernel = kernels.look(overlay.as_mut(), when)?;
+        // Both took the time from the clock where the model says no more than that.
+        for (path, item) in kernels.model.snapshot() {
+            if let Some(seen) = seen.get_mut(&path) {
+                seen.facts.mtime = item.facts.mtime;
+            }
+        }
+        let why = compare(&seen, &kernel, kernels.began);
+        if !why.is_empty() {
+            let done = &kernels.done;
+            return Err(format!(
+                "after\n{done}{when}, kernel overlayfs beside plyfs:\n{why}"
+            ));
+        }
+        for (run, subject) in [(&mut ours, &mut mount), (&mut kernels, &mut overlay)] {
+            run.model.run(&Op::Remount);
+            subject.remount();
+        }
+    }
+    drop((mount, overlay));
+    are_unchanged(&lowers, &before)
+}
+
+/// What became of an operation on one subject.
+enum Step {
+    /// It is nothing that one can compare.
+    Skipped,
+    /// The subject is known to do otherwise here.
+    Excused,
+    Agreed {
+        want: Outcome,
+        got: Outcome,
+    },
+}
+
 struct Run {
     which: Which,
     model: Model,
@@ -284,23 +360,24 @@ impl Run {
         self.end(subject.as_mut())
     }
 
-    fn op(&mut self, subject: &mut dyn Subject, op: &Op) -> Result<(), String> {
+    fn op(&mut self, subject: &mut dyn Subject, op: &Op) -> Result<Step, String> {
         let want = self.model.run(op);
         if want == Outcome::Skip {
-            return Ok(());
+            return Ok(Step::Skipped);
         }
         let _ = writeln!(self.done, "  {op:?}");
         if *op == Op::Remount {
             self.look(subject, "before a remount")?;
             subject.remount();
-            return self.look(subject, "after a remount");
+            self.look(subject, "after a remount")?;
+            return Ok(Step::Skipped);
         }
         if self.which == Which::Kernel {
             differences::blur_for_kernel(&mut self.model, op, &want);
         }
         let got = subject.perform(op);
         let Some(why) = self.disagree(&want, &got) else {
-            return Ok(());
+            return Ok(Step::Agreed { want, got });
         };
         if self.which != Which::Kernel || differences::of_kernel(op, &want, &got).is_none() {
             return Err(format!("after\n{}{why}", self.done));
@@ -310,14 +387,15 @@ impl Run {
             self.model.run(&Op::Close { slot: *slot });
             subject.perform(&Op::Close { slot: *slot });
         }
-        Ok(())
+        Ok(Step::Excused)
     }
 
     fn end(&mut self, subject: &mut dyn Subject) -> Result<(), String> {
         self.look(subject, "at the end")?;
         self.model.run(&Op::Remount);
         subject.remount();
-        self.look(subject, "after the last remount")
+        self.look(subject, "after the last remount")?;
+        Ok(())
     }
 
     fn disagree(&self, want: &Outcome, got: &Outcome) -> Option<String> {
@@ -329,7 +407,7 @@ impl Run {
         }
     }
 
-    fn look(&mut self, subject: &mut dyn Subject, when: &str) -> Result<(), String> {
+    fn look(&mut self, subject: &mut dyn Subject, when: &str) -> Result<Snapshot, String> {
         let want = self.model.snapshot();
         let (seen, odd) = subject.snapshot();
         let mut why = compare(&want, &seen, self.began);
@@ -340,7 +418,7 @@ impl Run {
             }
         }
         if why.is_empty() {
-            Ok(())
+            Ok(seen)
         } else {
             Err(format!("after\n{}{when}:\n{why}", self.done))
         }
@@ -353,7 +431,7 @@ impl Run {
         let which = std::mem::replace(&mut self.which, by);
         let result = self.look(subject.as_mut(), what);
         self.which = which;
-        result
+        result.map(drop)
     }
 
     /// Commits: the upper becomes the topmost lower below a fresh one, and work goes on.

@@ -9,7 +9,7 @@ use nix::sys::stat::{Mode, SFlag, mknod};
 use rustix::fs::XattrFlags;
 
 use crate::common::mode;
-use crate::common::snapshot::xattrs;
+use crate::common::snapshot::{age_access_times, xattrs};
 use crate::common::{Layers, Mount, errno};
 
 fn set(path: &Path, name: &str, value: &[u8]) -> rustix::io::Result<()> {
@@ -259,5 +259,39 @@ fn the_unions_own_marks_do_not_show() {
     for path in ["", "e", "e/f"] {
         let names = xattrs(&mount.join(path));
         assert!(names.is_empty(), "{path}: {names:?}");
+    }
+}
+
+/// The kernel leaves the access times of a FUSE mount to its server, so its own `noatime` alone did nothing.
+#[test]
+fn noatime_and_nodiratime_keep_access_times() {
+    for (options, files_move, directories_move) in [
+        ("relatime", true, true),
+        ("nodiratime", true, false),
+        ("noatime", false, false),
+    ] {
+        let layers = Layers::new(1);
+        let (upper, lower) = (layers.upper(), layers.lower(0));
+        Layers::write(&lower.join("below"), "x");
+        Layers::write(&upper.join("dir/above"), "x");
+        age_access_times(&upper);
+        let mount = Mount::new(&layers, options);
+        let atime = |path: &Path| fs::metadata(path).unwrap().atime();
+        let read = [mount.join("below"), mount.join("dir/above")];
+        let before = read.each_ref().map(|path| atime(path));
+        let listed = atime(&upper.join("dir"));
+        for path in &read {
+            fs::read(path).unwrap();
+        }
+        assert_eq!(fs::read_dir(mount.join("dir")).unwrap().count(), 1);
+        let after = read.each_ref().map(|path| atime(path));
+        for (before, after) in before.iter().zip(after) {
+            assert_eq!(after > *before, files_move, "{options}");
+        }
+        let of_upper = atime(&upper.join("dir/above"));
+        assert_eq!(of_upper > before[1], files_move, "{options}");
+        let of_directory = atime(&upper.join("dir"));
+        assert_eq!(of_directory > listed, directories_move, "{options}");
+        mount.unmount();
     }
 }

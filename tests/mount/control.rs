@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::Child;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -26,10 +26,14 @@ struct Served {
 
 impl Served {
     fn new(more: &str) -> Self {
+        Self::started_by(mode::plyfs(), more)
+    }
+
+    fn started_by(mut plyfs: Command, more: &str) -> Self {
         let layers = Layers::new(1);
         let device = fuse_mount::mount(&layers.mnt(), &MountOptions::default()).unwrap();
         fcntl(&device, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
-        let child = mode::plyfs()
+        let child = plyfs
             .args([
                 "-o",
                 &format!(
@@ -137,4 +141,26 @@ fn its_death_is_the_end_of_the_connection_and_frees_its_clients() {
     let path = served.layers.mnt().join("f");
     let errno = fs::metadata(path).unwrap_err().raw_os_error().unwrap();
     assert!([libc::ENOTCONN, libc::ECONNABORTED].contains(&errno));
+}
+
+/// Whoever ends a mount below plyd once waited for everything that the host had to write, and killed plyfs after 5 seconds.
+#[test]
+fn its_end_waits_for_no_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("calls");
+    let plyfs = mode::plyfs();
+    let mut traced = Command::new("strace");
+    traced
+        .args(["-f", "-qq", "-e", "trace=syncfs,fsync", "-o"])
+        .arg(&log)
+        .arg(plyfs.get_program())
+        .args(plyfs.get_args());
+    let mut served = Served::started_by(traced, "");
+    let client = served.connect();
+    fs::write(served.layers.mnt().join("f"), "x").unwrap();
+    client.stop(SOON).unwrap();
+    umount2(&served.layers.mnt(), MntFlags::empty()).unwrap();
+    assert!(wait_until(|| served.child.try_wait().unwrap().is_some()));
+    let calls = fs::read_to_string(&log).unwrap();
+    assert!(!calls.contains("sync"), "{calls}");
 }

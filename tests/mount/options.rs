@@ -32,11 +32,14 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
     let lower = layers.lower_options();
     let target = layers.mnt();
     for (more, message) in [
-        ("frobnicate", "unknown option `frobnicate`"),
+        (
+            "frobnicate",
+            "unknown option `frobnicate`; `plyfs --help` lists",
+        ),
         ("frob=1", "unknown option `frob=1`"),
         ("upperdir=/x", "needs `workdir`"),
         ("workdir=/x", "only with `upperdir`"),
-        ("xino=perhaps", "say `on`, `off` or `auto`"),
+        ("xino=perhaps", "say `on` or `off` or `auto`"),
         ("kernel_features=-nonsense", "plyfs --probe"),
         ("threads=none", "1 to 64"),
         ("passthrough,writeback", "`passthrough` and `writeback`"),
@@ -149,13 +152,31 @@ fn upper_and_work_on_two_file_systems_are_refused() {
     result.unwrap();
 }
 
+/// Two mounts of one upper were once let in if each had a work directory of its own, and showed different trees.
 #[test]
-fn a_work_directory_in_use_is_refused() {
+fn an_upper_or_a_work_directory_in_use_is_refused() {
     let layers = Layers::new(1);
     let first = Mount::new(&layers, "");
-    let second = layers.path("second");
-    fs::create_dir(&second).unwrap();
-    refused(&layers.options(), &second, 1, "use");
+    let [second, other_upper, other_work] = ["second", "other upper", "other work"].map(|name| {
+        let dir = layers.path(name);
+        fs::create_dir(&dir).unwrap();
+        dir
+    });
+    let (upper, work) = (layers.upper(), layers.path("work"));
+    for (upper, work, what, whose) in [
+        (&upper, &work, "work", &work),
+        (&other_upper, &work, "work", &work),
+        (&upper, &other_work, "upper", &upper),
+    ] {
+        let lower = layers.lower_options();
+        let [shown_upper, shown_work] = [upper, work].map(|path| path.display());
+        let options = format!("{lower},upperdir={shown_upper},workdir={shown_work}");
+        let message = format!(
+            "the {what} directory {} is in use by another mount",
+            whose.display()
+        );
+        refused(&options, &second, 1, &message);
+    }
     fs::write(first.join("still"), "works").unwrap();
     first.unmount();
     Mount::with_options(&second, &layers.options()).unmount();
@@ -316,6 +337,31 @@ fn words_without_a_meaning_here_are_taken() {
     fs::write(mount.join("f"), "x").unwrap();
     mount.unmount();
     assert_eq!(fs::read(layers.upper().join("f")).unwrap(), b"x");
+}
+
+/// `xino` was shown as a choice and read nowhere.
+#[test]
+fn inode_numbers_are_what_they_are_whatever_xino_says() {
+    let layers = Layers::new(2);
+    for n in 0..2 {
+        fs::write(layers.lower(n).join(format!("f{n}")), "x").unwrap();
+    }
+    layers.seal();
+    let numbers = ["on", "off", "auto"].map(|xino| {
+        let mount = Mount::new(&layers, &format!("xino={xino}"));
+        let numbers = ["", "f0", "f1"].map(|name| fs::metadata(mount.join(name)).unwrap().ino());
+        mount.unmount();
+        numbers
+    });
+    assert_eq!(numbers[0], numbers[1]);
+    assert_eq!(numbers[0], numbers[2]);
+    let help = plyfs(&["--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    let (choices, without_effect) = help.split_once("without effect").unwrap();
+    assert!(
+        !choices.contains("xino") && without_effect.contains("xino="),
+        "{help}"
+    );
 }
 
 #[test]

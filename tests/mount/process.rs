@@ -40,6 +40,46 @@ fn nothing_of_the_server_is_left_on_the_callers_streams() {
     nix::mount::umount2(&layers.mnt(), nix::mount::MntFlags::empty()).unwrap();
 }
 
+/// A script that locks with `flock 9` and mounts would never have been rid of its lock.
+#[test]
+fn nothing_that_the_caller_had_open_is_left_open() {
+    let layers = Layers::new(1);
+    let lock = layers.path("lock");
+    fs::write(layers.path("more"), layers.path("lower1").to_str().unwrap()).unwrap();
+    fs::create_dir(layers.path("lower1")).unwrap();
+    fs::write(layers.path("lower1/f"), "x").unwrap();
+    let plyfs = mode::plyfs();
+    let output = Command::new("bash")
+        .args([
+            "-c",
+            r#"exec 9>"$1" 8<"$2"; flock 9; shift 2; exec "$@""#,
+            "bash",
+        ])
+        .args([&lock, &layers.path("more")])
+        .arg(plyfs.get_program())
+        .args(plyfs.get_args())
+        .args(["-o", &layers.options(), "-o", "lowerdir_file=/dev/fd/8"])
+        .arg(layers.mnt())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(fs::read(layers.mnt().join("f")).unwrap(), b"x");
+    let status = Command::new("flock")
+        .args(["-n"])
+        .arg(&lock)
+        .arg("true")
+        .status();
+    let pid = crate::common::mount::server_of(&layers.mnt()).unwrap();
+    let held: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .filter(|target| *target == lock || *target == layers.path("more"))
+        .collect();
+    nix::mount::umount2(&layers.mnt(), nix::mount::MntFlags::empty()).unwrap();
+    assert!(status.unwrap().success(), "the lock stays");
+    assert!(held.is_empty(), "{held:?}");
+}
+
 #[test]
 fn a_killed_server_gives_its_clients_an_error_at_once() {
     let layers = Layers::new(1);

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use nix::unistd::Pid;
 use tonic::Code;
 
 use super::client::{Snapshots, source};
-use super::common::{PATIENCE, Plyd, mounts_below, until};
+use super::common::{PATIENCE, PLYD, Plyd, mounts_below, until};
 
 /// The plyfs processes whose command lines name `dir`.
 pub fn plyfs_of(dir: &Path) -> Vec<i32> {
@@ -85,6 +87,40 @@ fn a_dead_plyfs_means_errors_at_once_and_a_new_mount_on_request() {
     assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
     snapshots.commit("base", "a").unwrap();
     assert_tidy(&plyd, &snapshots, 0);
+}
+
+/// plyd once waited for the dead one's process, with all mounts locked.
+#[test]
+fn a_dead_plyfs_whose_process_lingers_keeps_nobody_from_being_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, linger) = (dir.path().join("server"), dir.path().join("linger"));
+    fs::write(&linger, "").unwrap();
+    let script = format!(
+        "#!/bin/sh\n{} \"$@\"\nstatus=$?\n\
+         while [ \"$1\" != --version ] && [ -e {} ]; do sleep 0.1; done\nexit $status\n",
+        env!("CARGO_BIN_EXE_plyfs"),
+        linger.display()
+    );
+    fs::write(&server, script).unwrap();
+    fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(PLYD);
+    command.arg("--plyfs").arg(&server);
+    let plyd = Plyd::start_with(command);
+    let snapshots = Arc::new(Snapshots::of(&plyd));
+    for key in ["a", "b"] {
+        snapshots.prepare(key, "").unwrap();
+    }
+    let pids = plyfs_of(plyd.dir());
+    assert_eq!(pids.len(), 2);
+    for (n, pid) in pids.into_iter().enumerate() {
+        kill_9(pid);
+        let dead = || plyd.log().matches("plyfs died").count();
+        until("the death is noticed", || dead() == n + 1);
+        let calls = Arc::clone(&snapshots);
+        let view = move || calls.view(&format!("v{n}"), "");
+        within_patience("a mount of another", view).unwrap();
+    }
+    fs::remove_file(&linger).unwrap();
 }
 
 #[test]
@@ -480,6 +516,16 @@ fn a_removal_whose_plyfs_is_killed_is_done_or_can_be_repeated() {
     assert!(!plyd.log().contains("panicked"));
 }
 
+/// The record of the snapshot with that key.
+fn record_of(plyd: &Plyd, key: &str) -> PathBuf {
+    let quoted = format!("\"{key}\"");
+    fs::read_dir(plyd.root().join("snapshots/records"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| fs::read_to_string(path).unwrap().contains(&quoted))
+        .unwrap()
+}
+
 #[test]
 fn a_corrupt_record_is_named_and_costs_nothing_else() {
     let mut plyd = Plyd::start();
@@ -487,12 +533,7 @@ fn a_corrupt_record_is_named_and_costs_nothing_else() {
     snapshots.layer("one", "", |_| {});
     snapshots.layer("two", "", |root| fs::write(root.join("file"), "1").unwrap());
     plyd.signal(Signal::SIGTERM);
-    let records = plyd.root().join("snapshots/records");
-    let of_one = fs::read_dir(&records)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| fs::read_to_string(path).unwrap().contains("\"one\""))
-        .unwrap();
+    let of_one = record_of(&plyd, "one");
     let good = fs::read(&of_one).unwrap();
     fs::write(&of_one, &good[..good.len() - 70]).unwrap();
 
@@ -509,6 +550,35 @@ fn a_corrupt_record_is_named_and_costs_nothing_else() {
     plyd.signal(Signal::SIGTERM);
     plyd.launch();
     assert_eq!(Snapshots::of(&plyd).names(), ["one", "two", "v"]);
+}
+
+/// Its snapshot was once taken for a removed one, and whoever worked in the mount got ENOTCONN.
+#[test]
+fn a_mount_whose_record_is_corrupt_goes_on() {
+    let mut plyd = Plyd::start();
+    let root = source(&Snapshots::of(&plyd).prepare("a", "").unwrap());
+    let mut inside = fs::File::create(root.join("file")).unwrap();
+    let before = plyfs_of(plyd.dir());
+    plyd.signal(Signal::SIGTERM);
+    let record = record_of(&plyd, "a");
+    let good = fs::read(&record).unwrap();
+    fs::write(&record, &good[..good.len() / 2]).unwrap();
+
+    plyd.launch();
+    let name = record.file_name().unwrap().to_str().unwrap();
+    assert!(plyd.log().contains(name), "{}", plyd.log());
+    inside.write_all(b"written on").unwrap();
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"written on");
+
+    plyd.signal(Signal::SIGTERM);
+    fs::write(&record, &good).unwrap();
+    plyd.launch();
+    let snapshots = Snapshots::of(&plyd);
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(plyfs_of(plyd.dir()), before);
+    drop(inside);
+    snapshots.commit("base", "a").unwrap();
+    assert_tidy(&plyd, &snapshots, 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use nix::sys::signal::Signal;
 
-use super::client::Snapshots;
+use super::client::{Snapshots, source};
 use super::common::{BUSYBOX, PLYD, Plyd, until};
 
 fn plyd(args: &[&str]) -> Output {
@@ -247,4 +247,28 @@ fn that_a_snapshot_is_mounted_is_on_the_disk_before_anybody_can_write() {
             .any(|line| line.contains("fsync(") && line.contains(&synced)),
         "{log}"
     );
+}
+
+/// plyfs below plyd leaves it to plyd.
+#[test]
+fn what_was_written_is_on_the_disk_before_a_snapshot_counts_as_whole() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    fs::write(root.join("file"), "x").unwrap();
+    let calls = "trace=syncfs,umount2,unlink,unlinkat";
+    let trace = Trace::of(plyd.pid(), calls, plyd.dir().join("trace"));
+    snapshots.commit("base", "a").unwrap();
+    let log = fs::read_to_string(&trace.file).unwrap();
+    let line = |words: [&str; 2]| {
+        let has = |line: &str| words.iter().all(|word| line.contains(word));
+        log.lines()
+            .position(has)
+            .unwrap_or_else(|| panic!("{words:?}: {log}"))
+    };
+    let unmounted = line(["umount2(", "/root\""]);
+    let marked = line(["unlink", "/mounted\""]);
+    let between = log.lines().take(marked).skip(unmounted);
+    let synced = between.filter(|line| line.contains("syncfs(") && line.contains("/upper>"));
+    assert_eq!(synced.count(), 1, "{log}");
 }

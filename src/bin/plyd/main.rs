@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use plywood::cli::usage;
 use plywood::grpc::server::{self, Backends};
 use plywood::image::ImageStore;
 use plywood::runtime::containers::{Containers, ContainersConfig, ImageRoots};
@@ -23,6 +24,9 @@ use tracing_subscriber::EnvFilter;
 
 use settings::{Args, Checked, LogFormat};
 
+/// Exit code of a command line or a configuration file that makes no sense.
+const USAGE: u8 = 2;
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
@@ -30,7 +34,10 @@ fn main() -> ExitCode {
     if words.next().as_deref() == Some(OsStr::new(index::PROBE_ARGUMENT)) {
         return probe_index(words.next().map(PathBuf::from));
     }
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return usage::refuse(&error, Args::command(), &[], USAGE),
+    };
     // First, or the configuration file may be what an ordinary user is told of.
     if let Err(problem) = host::privileged() {
         eprintln!("plyd: {problem}");
@@ -40,7 +47,7 @@ fn main() -> ExitCode {
         Ok(settings) => run(settings),
         Err(problem) => {
             eprintln!("plyd: {problem}");
-            return ExitCode::from(2);
+            return ExitCode::from(USAGE);
         }
     };
     match started {

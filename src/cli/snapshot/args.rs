@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::super::args::{name, utf8};
+use super::super::args::{label, name};
 use super::super::output::{Cut, ListFormat};
 
 /// Arguments of `snapshot ls`.
@@ -74,8 +74,8 @@ pub struct CommitArgs {
 #[derive(Args, Debug)]
 pub struct Labels {
     /// Set a label
-    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = utf8())]
-    pub(super) labels: Vec<String>,
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label())]
+    pub(super) labels: Vec<(String, String)>,
 }
 
 /// Arguments of `snapshot mounts`.
@@ -92,7 +92,7 @@ pub struct MountsArgs {
 #[derive(Args, Debug)]
 pub struct RemoveArgs {
     /// Keys of the snapshots
-    #[arg(required = true, value_name = "KEY", value_parser = utf8())]
+    #[arg(required = true, value_name = "KEY", value_parser = name())]
     pub(super) keys: Vec<String>,
 }
 

@@ -3,7 +3,6 @@
 mod args;
 mod view;
 
-use std::collections::HashMap;
 use std::os::unix::ffi::OsStringExt;
 
 use clap::Subcommand;
@@ -98,13 +97,13 @@ pub async fn run(command: Command, client: &Client) -> Result<()> {
         Command::Info(args) => info(args, client).await,
         Command::Prepare(args) => {
             let json = args.json;
-            let request = prepare_request(args)?;
+            let request = prepare_request(args);
             let response = client.snapshots().prepare(request).await?.into_inner();
             made(response.snapshot, json)
         }
         Command::View(args) => {
             let json = args.json;
-            let request = prepare_request(args)?;
+            let request = prepare_request(args);
             let response = client.snapshots().view(request).await?.into_inner();
             made(response.snapshot, json)
         }
@@ -206,22 +205,12 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
     lines_out(&lines)
 }
 
-fn prepare_request(args: PrepareArgs) -> Result<PrepareRequest> {
-    Ok(PrepareRequest {
+fn prepare_request(args: PrepareArgs) -> PrepareRequest {
+    PrepareRequest {
         key: args.key,
         parent: args.parent.unwrap_or_default(),
-        labels: label_map(args.labels)?,
-    })
-}
-
-fn label_map(labels: Labels) -> Result<HashMap<String, String>> {
-    let pair = |label: String| match label.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(Error::Input(format!(
-            "{label:?} is not a label: write KEY=VALUE"
-        ))),
-    };
-    labels.labels.into_iter().map(pair).collect()
+        labels: args.labels.labels.into_iter().collect(),
+    }
 }
 
 /// Answers with what was made: its key, or all of it.
@@ -238,7 +227,7 @@ async fn commit(args: CommitArgs, client: &Client) -> Result<()> {
     let request = CommitRequest {
         key: args.key.clone(),
         name: args.name.clone(),
-        labels: label_map(args.labels)?,
+        labels: args.labels.labels.into_iter().collect(),
     };
     match client.snapshots().commit(request).await {
         Ok(response) => made(response.into_inner().snapshot, args.json),
@@ -372,21 +361,4 @@ async fn export_overlay(args: ExportOverlayArgs, client: &Client) -> Result<()> 
     options.push(b'\n');
     // A program reads it, so the bytes stay what they are.
     output::bytes_out(&options)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn labels() {
-        let map = |labels: &[&str]| {
-            label_map(Labels {
-                labels: labels.iter().map(|label| (*label).to_owned()).collect(),
-            })
-        };
-        assert_eq!(map(&["a=b=c", "d="]).unwrap().len(), 2);
-        assert!(map(&["a"]).is_err());
-        assert!(map(&["=b"]).is_err());
-    }
 }

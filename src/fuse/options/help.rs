@@ -27,8 +27,11 @@ const LINES: &[(&str, &str)] = &[
         "suid, nosuid, dev, nodev, exec, noexec",
         "as for mount(8); suid,dev for root",
     ),
-    ("atime, noatime, diratime, nodiratime", "as for mount(8)"),
-    ("sync, async, dirsync", "as for mount(8)"),
+    (
+        "atime, noatime, diratime, nodiratime",
+        "as for mount(8); symbolic links excepted",
+    ),
+    ("sync, async", "as for mount(8)"),
     ("allow_other", "let in other users; the default for root"),
     (
         "allow_root",
@@ -59,7 +62,6 @@ const LINES: &[(&str, &str)] = &[
         "userxattr",
         "keep marks in user.overlay.*; the default but for root",
     ),
-    ("xino=on|auto|off", "unique and stable inode numbers; on"),
     ("metacopy=on|off", "copy no data for a change of attributes"),
     (
         "chunk_size=BYTES|off",
@@ -105,6 +107,7 @@ const LINES: &[(&str, &str)] = &[
 const CHECKED: &[&str] = &[
     "redirect_dir=",
     "index=",
+    "xino=",
     "nfs_export=",
     "uuid=",
     "timeout=",

@@ -6,6 +6,7 @@
 //! understand and what has no bearing here is accepted; what would change the meaning of the mount
 //! and is not known is refused by name.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ mod table;
 use table::{Action, TABLE};
 
 use super::features::FeatureSet;
-use crate::cow::{Chunking, Owners, StatOverride, UnionConfig, UpperConfig, XattrFamily, Xino};
+use crate::cow::{Chunking, Owners, Quiet, StatOverride, UnionConfig, UpperConfig, XattrFamily};
 use crate::store::view::Verify;
 use crate::sys::fuse_mount::MountOptions;
 use crate::sys::process;
@@ -64,8 +65,6 @@ pub struct Options {
     pub complete: Option<Duration>,
     /// `userxattr`.
     pub user_xattr: bool,
-    /// `xino`.
-    pub xino: Xino,
     /// How the kernel is served.
     pub session: SessionOptions,
 }
@@ -139,7 +138,7 @@ impl Mounter {
 #[non_exhaustive]
 pub enum OptionError {
     /// Nothing of that name.
-    #[error("unknown option `{0}`; docs/SEMANTICS.md lists what plyfs knows")]
+    #[error("unknown option `{0}`; `plyfs --help` lists those that there are")]
     Unknown(String),
     /// Two that exclude each other.
     #[error("`passthrough` and `{0}` exclude each other in the kernel; leave one of them out")]
@@ -158,7 +157,7 @@ pub enum OptionError {
         /// What was given.
         value: String,
         /// What would be right.
-        expected: &'static str,
+        expected: Cow<'static, str>,
     },
     /// Known to fuse-overlayfs, and not to be had here.
     #[error("option `{name}` cannot be used with plyfs: {why}")]
@@ -217,7 +216,6 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
         chunking: Chunking::default(),
         complete: Some(copying::DEFAULT_COMPLETE),
         user_xattr: mounter != Mounter::Root,
-        xino: Xino::default(),
         session: SessionOptions::default(),
     };
     for argument in arguments {
@@ -354,6 +352,15 @@ pub fn parse_lowerdir_file(content: &[u8]) -> Vec<PathBuf> {
 }
 
 impl Options {
+    /// The kernel leaves access times to the server, so its own flag of that name does nothing.
+    fn quiet(&self) -> Quiet {
+        match (self.mount.noatime, self.mount.nodiratime) {
+            (true, _) => Quiet::All,
+            (false, true) => Quiet::Directories,
+            (false, false) => Quiet::Nothing,
+        }
+    }
+
     /// The union that the options describe, without its view, which is to be opened. `more_lowers` are the lines of
     /// `lowerdir_file`.
     pub fn union_config(&self, more_lowers: Vec<PathBuf>) -> UnionConfig {
@@ -385,7 +392,7 @@ impl Options {
             no_xattrs: self.no_xattrs,
             volatile: self.volatile,
             no_acl: self.no_acl,
-            xino: self.xino,
+            quiet: self.quiet(),
             chunking: self.chunking,
             no_metacopy: !self.metacopy.unwrap_or(!self.user_xattr),
         }

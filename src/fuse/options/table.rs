@@ -1,5 +1,6 @@
 //! Every word of the language, and what it does to the options.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -7,7 +8,7 @@ use std::str::FromStr;
 
 use super::copying;
 use super::{DEFAULT_THREADS, MAX_THREADS, OptionError, Options, split, unescape};
-use crate::cow::{IdRange, StatOverride, Xino};
+use crate::cow::{IdRange, StatOverride};
 use crate::fuse::features::{Feature, FeatureSet};
 use crate::store::view::Verify;
 
@@ -56,7 +57,6 @@ pub(super) const TABLE: &[(&str, Action)] = &[
     ("nodiratime", Flag(|o| o.mount.nodiratime = true)),
     ("sync", Flag(|o| o.mount.synchronous = true)),
     ("async", Flag(|o| o.mount.synchronous = false)),
-    ("dirsync", Flag(|o| o.mount.dirsync = true)),
     (
         "allow_other",
         Flag(|o| {
@@ -112,7 +112,6 @@ pub(super) const TABLE: &[(&str, Action)] = &[
     ("noacl", Flag(|o| o.no_acl = true)),
     ("acl", Flag(|o| o.no_acl = false)),
     ("userxattr", Flag(|o| o.user_xattr = true)),
-    ("xino=", Value(set_xino)),
     (
         "fsname=",
         Value(|o, v| text("fsname", v).map(|t| o.mount.source = t)),
@@ -163,6 +162,10 @@ pub(super) const TABLE: &[(&str, Action)] = &[
     ),
     ("index=", Value(|_, v| one_of("index", v, &["on", "off"]))),
     (
+        "xino=",
+        Value(|_, v| one_of("xino", v, &["on", "off", "auto"])),
+    ),
+    (
         "nfs_export=",
         Value(|_, v| one_of("nfs_export", v, &["off"])),
     ),
@@ -204,6 +207,7 @@ pub(super) const TABLE: &[(&str, Action)] = &[
     ("nostrictatime", Ignore),
     ("lazytime", Ignore),
     ("nolazytime", Ignore),
+    ("dirsync", Ignore),
     ("silent", Ignore),
     ("loud", Ignore),
     ("mand", Ignore),
@@ -246,16 +250,6 @@ fn set_verify(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
             let expected = "say `never`, `first` or `always`";
             return Err(bad_value("verify", value, expected));
         }
-    };
-    Ok(())
-}
-
-fn set_xino(options: &mut Options, value: &OsStr) -> Result<(), OptionError> {
-    options.xino = match value.as_bytes() {
-        b"on" => Xino::On,
-        b"auto" => Xino::Auto,
-        b"off" => Xino::Off,
-        _ => return Err(bad_value("xino", value, "say `on`, `off` or `auto`")),
     };
     Ok(())
 }
@@ -463,13 +457,19 @@ fn one_of(name: &'static str, value: &OsStr, known: &[&str]) -> Result<(), Optio
     if known.iter().any(|known| *known == value) {
         return Ok(());
     }
-    Err(bad_value(name, value, "plyfs has no such setting"))
+    let known: Vec<String> = known.iter().map(|word| format!("`{word}`")).collect();
+    let expected = format!("say {}", known.join(" or "));
+    Err(bad_value(name, value, expected))
 }
 
-pub(super) fn bad_value(name: &'static str, value: &OsStr, expected: &'static str) -> OptionError {
+pub(super) fn bad_value(
+    name: &'static str,
+    value: &OsStr,
+    expected: impl Into<Cow<'static, str>>,
+) -> OptionError {
     OptionError::BadValue {
         name,
         value: value.to_string_lossy().into_owned(),
-        expected,
+        expected: expected.into(),
     }
 }

@@ -37,12 +37,12 @@ fn a_name_need_not_be_utf8() {
 #[test]
 fn the_last_word_counts_and_empty_ones_do_not() {
     let options = parse(
-        &["", "lowerdir=/a,,ro,xino=off,", "lowerdir=/b,xino=on"],
+        &["", "lowerdir=/a,,ro,threads=3,", "lowerdir=/b,threads=4"],
         Mounter::Root,
     );
     let options = options.unwrap();
     assert_eq!(options.lowers, [PathBuf::from("/b")]);
-    assert_eq!(options.xino, Xino::On);
+    assert_eq!(options.session.threads, 4);
     assert!(options.mount.read_only);
 }
 

@@ -19,6 +19,9 @@ use crate::runtime::state::RunState;
 use crate::runtime::{names, signals};
 use crate::store::{create_dir, sync_dir};
 
+/// `__NEW_UTS_LEN` of `linux/utsname.h`.
+const LONGEST_HOSTNAME: usize = 64;
+
 /// A volume, as it is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeRequest {
@@ -316,8 +319,17 @@ impl Plan {
                 }
             }
         }
-        if request.hostname.len() > 64 || request.hostname.contains(['/', '\0', '\n', ' ']) {
-            return invalid(format!("{:?} cannot be a host name", request.hostname));
+        let hostname = &request.hostname;
+        if hostname.len() > LONGEST_HOSTNAME {
+            let length = hostname.len();
+            return invalid(format!(
+                "the host name {hostname:?} has {length} bytes, and the kernel takes {LONGEST_HOSTNAME} at most; give a shorter one"
+            ));
+        }
+        if hostname.contains(['/', '\0', '\n', ' ']) {
+            return invalid(format!(
+                "{hostname:?} cannot be a host name: leave out slashes, spaces and line feeds"
+            ));
         }
         let texts = args.iter().chain([&working_dir, &request.hostname]);
         if texts.into_iter().any(|text| text.contains('\0')) {

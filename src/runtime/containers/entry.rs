@@ -114,8 +114,12 @@ impl Entry {
     /// As it is, with a word about its root if that has failed under it.
     pub(super) fn look(&self, roots: &dyn Roots) -> Container {
         let mut state = self.state();
-        if state.status == Status::Running && !roots.is_served(&self.id).unwrap_or(false) {
-            state.error = format!("{ROOT_IS_GONE}; stop it and start it again");
+        if state.status == Status::Running {
+            match roots.is_served(&self.id) {
+                Ok(true) => {}
+                Ok(false) => state.error = format!("{ROOT_IS_GONE}; stop it and start it again"),
+                Err(error) => state.error = format!("how its root is cannot be told: {error}"),
+            }
         }
         Container {
             id: self.id.clone(),

@@ -18,6 +18,16 @@ pub enum Error {
         /// What was asked for.
         reference: String,
     },
+    /// None that is known, and there are some of which nothing is.
+    #[error(
+        "there is no container {reference:?} among those whose records can be read, and the record {path} cannot be; restore it from a backup, or delete the file to give up what it stands for, and start plyd again"
+    )]
+    NotFoundInSound {
+        /// What was asked for.
+        reference: String,
+        /// One of the damaged records.
+        path: PathBuf,
+    },
     /// The prefix of an id fits several.
     #[error("{reference:?} fits {count} containers; give more digits of the id")]
     Ambiguous {

@@ -59,7 +59,7 @@ pub use streams::{ExecRequest, Input, LogStream, Output, OutputEvent};
 use super::oci::OciRuntime;
 use super::spec::Cgroups;
 use crate::store::create_dir;
-use crate::store::record::RecordDir;
+use crate::store::record::{Damaged, Error as RecordError, RecordDir};
 
 /// Settings.
 #[derive(Clone, Debug, Default)]
@@ -92,6 +92,8 @@ struct Inner {
 #[derive(Default)]
 struct Table {
     entries: BTreeMap<String, Arc<Entry>>,
+    /// Those whose records could not be read when plyd started: what they are is not known, only that they are.
+    damaged: BTreeMap<String, Damaged>,
     /// Names of containers that are being created.
     reserved: BTreeSet<String>,
 }
@@ -183,14 +185,18 @@ impl Containers {
         blocking(move || std::fs::read(&path).map_err(io_error("read", &path))).await
     }
 
-    /// The names of the containers that were created from the image `image_id`.
-    pub fn users_of_image(&self, image_id: &str) -> Vec<String> {
+    /// Who was created from the image `image_id`, or may have been, as words for a sentence.
+    pub fn user_of_image(&self, image_id: &str) -> Option<String> {
         let table = self.0.table.lock();
-        let users = table.entries.values();
-        users
-            .filter(|entry| entry.record.image_id == image_id)
-            .map(|entry| entry.record.name.clone())
-            .collect()
+        let mut entries = table.entries.values();
+        if let Some(user) = entries.find(|entry| entry.record.image_id == image_id) {
+            return Some(format!("the container {}", user.record.name));
+        }
+        let (id, damaged) = table.damaged.first_key_value()?;
+        let path = damaged.path.display();
+        Some(format!(
+            "the container {id}, for all that is known, for its record {path} cannot be used"
+        ))
     }
 
     /// How many there are, and how many run.
@@ -214,14 +220,23 @@ impl Containers {
             .take_while(|(id, _)| id.starts_with(reference))
             .map(|(_, entry)| entry)
             .collect();
-        match fits[..] {
-            [entry] if !reference.is_empty() => Ok(Arc::clone(entry)),
-            [_, _, ..] if !reference.is_empty() => Err(Error::Ambiguous {
-                reference: reference.to_owned(),
-                count: fits.len(),
+        let damaged = table.damaged.values();
+        let fits_damaged: Vec<_> = damaged.filter(|d| d.id.starts_with(reference)).collect();
+        let reference = reference.to_owned();
+        match (&fits[..], &fits_damaged[..]) {
+            _ if reference.is_empty() => Err(Error::NotFound { reference }),
+            ([entry], []) => Ok(Arc::clone(entry)),
+            ([], [damaged]) => Err(RecordError::from((*damaged).clone()).into()),
+            ([], []) => Err(match table.damaged.first_key_value() {
+                Some((_, damaged)) => Error::NotFoundInSound {
+                    reference,
+                    path: damaged.path.clone(),
+                },
+                None => Error::NotFound { reference },
             }),
-            _ => Err(Error::NotFound {
-                reference: reference.to_owned(),
+            _ => Err(Error::Ambiguous {
+                reference,
+                count: fits.len() + fits_damaged.len(),
             }),
         }
     }

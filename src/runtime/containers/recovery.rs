@@ -32,7 +32,9 @@ impl Containers {
         let mut known: BTreeSet<String> = BTreeSet::new();
         for damaged in listing.damaged {
             tracing::error!(error = %damaged, "a container cannot be used");
-            known.insert(damaged.id);
+            known.insert(damaged.id.clone());
+            let mut table = self.0.table.lock();
+            table.damaged.insert(damaged.id.clone(), damaged);
         }
         let mut tasks = Vec::new();
         for (id, record) in listing.records {

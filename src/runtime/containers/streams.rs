@@ -169,7 +169,7 @@ impl Containers {
             return Err(Error::NotRunning { name });
         }
         let (roots, id) = (Arc::clone(&self.0.roots), entry.id.clone());
-        if !blocking(move || Ok(roots.is_served(&id).unwrap_or(false))).await? {
+        if !blocking(move || Ok(roots.is_served(&id)?)).await? {
             let name = entry.record.name.clone();
             return Err(Error::RootIsGone { name });
         }

@@ -462,7 +462,8 @@ impl Shared {
         }
         let Some(live) = all.remove(id) else { return };
         if live.left {
-            live.reap();
+            drop(all);
+            live.reap_aside(id);
             return;
         }
         let (path, pid) = (live.point.path.clone(), live.point.pid);
@@ -477,13 +478,13 @@ impl Shared {
         if let Err(error) = fs::remove_dir(&path) {
             tracing::warn!(id, %error, "the directory of a dead mount stays");
         }
-        let status = live.reap();
+        drop(all);
         tracing::error!(
             id,
             pid,
-            status,
             "plyfs died: whatever runs on its mount fails from now on; start it again"
         );
+        live.reap_aside(id);
     }
 
     fn wake_up(&self) {
@@ -512,6 +513,22 @@ impl Live {
             has_ended(&self.control, ANSWER);
         }
         self.reap();
+    }
+
+    /// As `reap`, in a thread of its own: a process that has hung up may take its time to end, and every other mount
+    /// is still to be watched.
+    fn reap_aside(self, id: &str) {
+        let owned = id.to_owned();
+        let reaping = std::thread::Builder::new()
+            .name("reaper".to_owned())
+            .spawn(move || {
+                let pid = self.point.pid;
+                let status = self.reap();
+                tracing::info!(id = owned, pid, status, "a dead plyfs has ended");
+            });
+        if let Err(error) = reaping {
+            tracing::warn!(id, %error, "a dead plyfs stays a zombie");
+        }
     }
 
     /// Lets go of everything, of the descriptor first, and says how the process ended.

@@ -51,7 +51,8 @@ impl Mounts {
 }
 
 impl Live {
-    /// Has the process leave the upper as it is; where it cannot, whoever uses the mount gets errors.
+    /// Has the process leave the upper as it is. Where it cannot, or is of a release that does not know how, whoever
+    /// uses the mount gets errors: reading on would move access times of the layer.
     fn seal(&self, id: &str) -> bool {
         match self.control.seal(SEALING) {
             Ok(()) => true,
