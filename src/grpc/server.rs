@@ -19,10 +19,11 @@ use super::pb::containerd::services::diff::v1::diff_server::DiffServer;
 use super::pb::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use super::pb::plywood::containers_server::ContainersServer;
 use super::pb::plywood::images_server::ImagesServer;
+use super::pb::plywood::layers_server::LayersServer;
 use super::pb::plywood::snapshot_admin_server::SnapshotAdminServer;
 use super::pb::plywood::system_server::SystemServer;
 use super::system::Place;
-use super::{container, diff, images, snapshot_admin, snapshots, system};
+use super::{container, diff, images, layers, snapshot_admin, snapshots, system};
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
@@ -162,6 +163,11 @@ pub async fn serve(
     ))
     .max_decoding_message_size(LARGEST_MESSAGE)
     .max_encoding_message_size(LARGEST_MESSAGE);
+    let layers = LayersServer::new(layers::Service::new(
+        Arc::clone(&snapshotter),
+        Arc::clone(&image_store),
+    ))
+    .max_encoding_message_size(LARGEST_MESSAGE);
     let system = SystemServer::new(system::Service::new(
         Place { root, state },
         snapshotter,
@@ -183,6 +189,7 @@ pub async fn serve(
         .set_serving::<SnapshotAdminServer<snapshot_admin::Service>>()
         .await;
     health.set_serving::<ImagesServer<images::Service>>().await;
+    health.set_serving::<LayersServer<layers::Service>>().await;
     health
         .set_serving::<ContainersServer<container::Service>>()
         .await;
@@ -214,6 +221,7 @@ pub async fn serve(
         .add_service(differ)
         .add_service(admin)
         .add_service(images)
+        .add_service(layers)
         .add_service(containers)
         .add_service(system)
         .serve_with_incoming_shutdown(incoming, end);

@@ -9,6 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::care;
 use super::pb::plywood as api;
+use super::space;
 use super::status::blocking;
 use crate::fuse::probe;
 use crate::image::ImageStore;
@@ -69,6 +70,19 @@ impl api::system_server::System for Service {
         let snapshotter = Arc::clone(&self.snapshotter);
         care::start_verify(snapshotter, request.into_inner().deep, answers);
         Ok(Response::new(ReceiverStream::new(answered)))
+    }
+
+    async fn disk_usage(
+        &self,
+        _request: Request<api::DiskUsageRequest>,
+    ) -> Result<Response<api::DiskUsageResponse>, Status> {
+        let root = self.place.root.clone();
+        let (snapshotter, images) = (Arc::clone(&self.snapshotter), Arc::clone(&self.images));
+        let containers = self.containers.clone();
+        blocking(move || {
+            space::disk_usage(&root, &snapshotter, &images, &containers).map(Response::new)
+        })
+        .await
     }
 
     async fn info(

@@ -80,6 +80,12 @@ impl ImageStore {
         Ok(images)
     }
 
+    /// All images with the chain ids of their layers, the bottom first: keys of snapshots of
+    /// [`Owner::Image`](crate::snapshotter::Owner).
+    pub fn chains(&self) -> Vec<(Image, Vec<String>)> {
+        self.records.lock().chains().collect()
+    }
+
     /// One image by name, digest or unique prefix of its id.
     pub fn inspect(&self, reference: &str) -> Result<ImageDetails> {
         let records = self.records.lock();

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use super::Snapshotter;
 use super::catalog::{self, SnapshotRecord};
+use super::packed::HeldLayer;
 use super::types::*;
+use crate::store::LayerName;
 use crate::store::ingest::{Observer, Settings};
 use crate::store::layers::{Expected, Layers};
 
@@ -55,6 +57,11 @@ impl Snapshotter {
     /// How layers are packed.
     pub fn packing(&self) -> &Settings {
         &self.packing
+    }
+
+    /// Keeps a packed layer while somebody reads it; its last snapshot may be removed meanwhile.
+    pub fn hold_layer(&self, name: LayerName) -> Result<HeldLayer<'_>> {
+        self.packed.hold(name)
     }
 
     /// The packed layers, to collect, verify and look at.

@@ -49,6 +49,7 @@ mod packed;
 mod queries;
 mod recovery;
 mod settle;
+mod space;
 #[cfg(test)]
 pub(in crate::snapshotter) mod tests;
 pub mod types;
@@ -66,7 +67,9 @@ pub use diff::{Change, ChangeKind};
 pub use export::ExportedOverlay;
 use locks::Locks;
 use mounts::Mounts;
+pub use packed::HeldLayer;
 use packed::Packed;
+pub use space::{Space, Taken};
 pub use types::*;
 use types::{io_error, plyfs_error};
 

@@ -16,13 +16,15 @@ use super::types::*;
 use crate::store::ingest::{self, Settings};
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
-use crate::store::{Collector, LayerName};
+use crate::store::{self, Collector, LayerName, ViewKey};
 
 #[derive(Debug)]
 pub(super) struct Packed {
     layers: Arc<Layers>,
     collector: Collector,
     state: Mutex<State>,
+    /// What the trees of chains have, which never changes.
+    logical: Mutex<HashMap<ViewKey, u64>>,
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +41,13 @@ pub(super) struct Imported<'a> {
     packed: &'a Packed,
     pub(super) name: LayerName,
     pub(super) usage: Usage,
+}
+
+/// Keeps a layer from being removed while it lives.
+#[derive(Debug)]
+pub struct HeldLayer<'a> {
+    packed: &'a Packed,
+    name: LayerName,
 }
 
 /// Ends an import, however it ends.
@@ -77,6 +86,7 @@ impl Packed {
             layers,
             collector,
             state: Mutex::new(state),
+            logical: Mutex::default(),
         };
         if !incomplete {
             packed.remove_unused(&packed.state.lock());
@@ -92,6 +102,17 @@ impl Packed {
         layers.reverse();
         let view = self.layers.view(&layers, Verify::default())?;
         Ok(Some(Arc::new(view)))
+    }
+
+    /// Bytes of the files of the tree that the layers make, the lowest first.
+    pub(super) fn logical(&self, layers: &[LayerName]) -> Result<u64> {
+        let key = ViewKey::of(layers);
+        if let Some(bytes) = self.logical.lock().get(&key) {
+            return Ok(*bytes);
+        }
+        let bytes = self.layers.logical(layers)?;
+        self.logical.lock().insert(key, bytes);
+        Ok(bytes)
     }
 
     /// Takes a layer in, unless it is there already, which can lie on the layers `below`, the topmost first.
@@ -124,6 +145,17 @@ impl Packed {
     /// All packed layers.
     pub(super) fn layers(&self) -> &Arc<Layers> {
         &self.layers
+    }
+
+    /// Keeps a layer for somebody who reads it, as a snapshot would.
+    pub(super) fn hold(&self, name: LayerName) -> Result<HeldLayer<'_>> {
+        let mut state = self.state.lock();
+        if self.layers.get(name).is_none() {
+            let layer = name.to_string();
+            return Err(store::Error::NoLayer { layer }.into());
+        }
+        *state.uses.entry(name).or_default() += 1;
+        Ok(HeldLayer { packed: self, name })
     }
 
     /// Waits until what was removed has left the disk.
@@ -184,6 +216,12 @@ impl Imported<'_> {
     pub(super) fn used(self) {
         let mut state = self.packed.state.lock();
         *state.uses.entry(self.name).or_default() += 1;
+    }
+}
+
+impl Drop for HeldLayer<'_> {
+    fn drop(&mut self) {
+        self.packed.release(self.name);
     }
 }
 

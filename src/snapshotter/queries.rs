@@ -35,6 +35,20 @@ impl Snapshotter {
         Ok(of_layer.map(|found| found.record.key).collect())
     }
 
+    /// Owners and keys of the snapshots whose content each packed layer is.
+    pub fn users_of_layers(&self) -> Result<HashMap<LayerName, Vec<ParentRef>>> {
+        let mut users: HashMap<LayerName, Vec<ParentRef>> = HashMap::new();
+        for Found { record, .. } in self.catalog.all()? {
+            if let Some(layer) = record.packed {
+                users.entry(layer).or_default().push(ParentRef {
+                    owner: record.owner,
+                    key: record.key,
+                });
+            }
+        }
+        Ok(users)
+    }
+
     /// What is known of one snapshot.
     pub fn stat(&self, owner: Owner, key: &str) -> Result<SnapshotInfo> {
         self.describe(self.catalog.resolve(owner, key)?)

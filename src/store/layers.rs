@@ -223,7 +223,7 @@ impl Layers {
         view::check(&self.indexes(chain)?)
     }
 
-    fn indexes(&self, chain: &[LayerName]) -> Result<Vec<LayerIndex>> {
+    pub(super) fn indexes(&self, chain: &[LayerName]) -> Result<Vec<LayerIndex>> {
         chain.iter().map(|name| self.index(*name)).collect()
     }
 
@@ -302,6 +302,11 @@ impl Layers {
 
     pub(super) fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Where all of it lies.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Where what is half-made lies.

@@ -1,13 +1,14 @@
 //! `snapctl system`.
 
 mod care;
+mod space;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use crate::cli::client::Client;
 use crate::cli::error::Result;
-use crate::cli::output;
+use crate::cli::output::{self, Cut};
 use crate::grpc::pb::plywood::{Feature, InfoSystemRequest, InfoSystemResponse};
 
 /// The commands of `snapctl system`.
@@ -18,6 +19,24 @@ pub enum Command {
   snapctl system info
   snapctl system info --json | jq '.features[] | select(.in_use | not)'")]
     Info(InfoArgs),
+    /// Show what images and snapshots take on disk
+    #[command(
+        after_help = "LOGICAL is what the files of its tree have. UNIQUE is what nothing else needs: it comes free if that image
+or snapshot goes (in packs, when the pack is written anew). ON DISK is its part of what lies on the disk:
+what several have is divided evenly among them, so that the column adds up to what `du` says of plyd's
+root. A snapshot has what was written to it, or its own layer; a layer of an image is counted there.
+
+views         trees of chains of layers, made again when they are needed
+packs         headers and tables of the files that small contents are in
+records       what is known of all of these, with indexes and directories
+containers    bundles and logs
+uncollected   what nothing has: it awaits `snapctl system gc`, or is being loaded
+
+Examples:
+  snapctl system df
+  snapctl system df --json | jq -r '.users[] | select(.kind == \"image\") | [.unique, .name] | @tsv' | sort -n"
+    )]
+    Df(DfArgs),
     /// Remove what no layer needs any more; plyd does it by itself when layers are removed
     #[command(after_help = "Exits with 1 if something could not be removed.
 
@@ -34,6 +53,19 @@ Examples:
   snapctl system verify --deep --json"
     )]
     Verify(VerifyArgs),
+}
+
+/// Arguments of `system df`.
+#[derive(Args, Debug)]
+pub struct DfArgs {
+    #[command(flatten)]
+    cut: Cut,
+    /// Print a JSON object
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the bytes of all together only
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 /// Arguments of `system gc`.
@@ -151,6 +183,7 @@ impl From<Feature> for FeatureView {
 pub async fn run(command: Command, client: &Client) -> Result<()> {
     match command {
         Command::Info(args) => info(args, client).await,
+        Command::Df(args) => space::df(args, client).await,
         Command::Gc(args) => care::gc(args, client).await,
         Command::Verify(args) => care::verify(args, client).await,
     }

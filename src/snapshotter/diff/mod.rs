@@ -370,7 +370,7 @@ fn looks_different(new: &Attr, old: &Attr) -> bool {
     look(new) != look(old) || (new.kind != FileKind::Directory && new.size != old.size)
 }
 
-fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> {
+pub(super) fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> {
     match union.lookup(parent, name) {
         Ok(entry) => Ok(Some(entry)),
         Err(error) if error.errno == libc::ENOENT => Ok(None),
@@ -378,7 +378,7 @@ fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> 
     }
 }
 
-fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>> {
+pub(super) fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>> {
     let handle = union.open_dir(node)?;
     let mut names = BTreeSet::new();
     union.read_dir(node, &handle, 0, &mut |entry| {

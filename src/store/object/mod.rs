@@ -247,6 +247,16 @@ impl Objects {
         Ok(Content::File(Arc::new(file)))
     }
 
+    /// Where packs lie.
+    pub(super) fn packs(&self) -> &Path {
+        &self.packs
+    }
+
+    /// Where objects that are files of their own lie, in a directory for each first two digits.
+    pub(super) fn files(&self) -> &Path {
+        &self.files
+    }
+
     fn path_of(&self, name: &ObjectName) -> PathBuf {
         let digits = name.to_string();
         self.files.join(&digits[..2]).join(digits)

@@ -21,7 +21,7 @@ use super::layer::index::is_name;
 use super::object::{Content, Objects, Place};
 use super::pack::PackId;
 
-pub(super) use build::{build, check};
+pub(super) use build::{build, check, logical};
 pub use file::ViewFile;
 
 /// When contents are compared with their names.
