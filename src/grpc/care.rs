@@ -78,6 +78,7 @@ impl Told for Client<'_> {
             path: fault.path.unwrap_or_default(),
             problem: fault.error.to_string(),
             snapshots,
+            ..api::Fault::default()
         }));
     }
 

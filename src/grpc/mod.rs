@@ -13,6 +13,7 @@ mod images;
 mod layer;
 mod layers;
 pub mod pb;
+mod repair;
 pub mod server;
 mod snapshot_admin;
 mod snapshot_names;

@@ -139,9 +139,10 @@ pub async fn serve(
     let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
+    let content = Content::new(containerd);
     let differ = DiffServer::new(diff::Service::new(
         Arc::clone(&snapshotter),
-        Content::new(containerd),
+        content.clone(),
     ))
     .max_decoding_message_size(LARGEST_MESSAGE);
     let admin_service = snapshot_admin::Service::new(
@@ -173,6 +174,7 @@ pub async fn serve(
         snapshotter,
         image_store,
         all_containers.clone(),
+        content,
     ));
     // Streams that follow a container would keep the server from ending.
     let end = async move {

@@ -5,10 +5,13 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::care;
+use super::content::Content;
+use super::images::Archive;
 use super::pb::plywood as api;
+use super::repair::Repair;
 use super::space;
 use super::status::blocking;
 use crate::fuse::probe;
@@ -31,6 +34,7 @@ pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
     images: Arc<ImageStore>,
     containers: Containers,
+    content: Content,
 }
 
 impl Service {
@@ -39,18 +43,21 @@ impl Service {
         snapshotter: Arc<Snapshotter>,
         images: Arc<ImageStore>,
         containers: Containers,
+        content: Content,
     ) -> Self {
         Self {
             place,
             snapshotter,
             images,
             containers,
+            content,
         }
     }
 }
 
 #[tonic::async_trait]
 impl api::system_server::System for Service {
+    type RepairStream = ReceiverStream<Result<api::RepairResponse, Status>>;
     type VerifyStream = ReceiverStream<Result<api::VerifyResponse, Status>>;
 
     async fn collect(
@@ -69,6 +76,37 @@ impl api::system_server::System for Service {
         let (answers, answered) = mpsc::channel(care::ANSWERS_WAITING);
         let snapshotter = Arc::clone(&self.snapshotter);
         care::start_verify(snapshotter, request.into_inner().deep, answers);
+        Ok(Response::new(ReceiverStream::new(answered)))
+    }
+
+    async fn repair(
+        &self,
+        request: Request<Streaming<api::RepairRequest>>,
+    ) -> Result<Response<Self::RepairStream>, Status> {
+        let mut messages = request.into_inner();
+        let Some(api::repair_request::Part::Start(start)) =
+            messages.message().await?.and_then(|message| message.part)
+        else {
+            return Err(Status::invalid_argument(
+                "the first message of Repair must carry `start`",
+            ));
+        };
+        let archive = start.archive.then(|| {
+            let archive = Archive::receive(messages, |message| match message.part {
+                Some(api::repair_request::Part::Data(part)) => Some(part),
+                _ => None,
+            });
+            (archive, start.total)
+        });
+        let (answers, answered) = mpsc::channel(care::ANSWERS_WAITING);
+        let repair = Repair {
+            snapshotter: Arc::clone(&self.snapshotter),
+            images: Arc::clone(&self.images),
+            content: self.content.clone(),
+            runtime: tokio::runtime::Handle::current(),
+            answers,
+        };
+        tokio::task::spawn_blocking(move || repair.run(archive));
         Ok(Response::new(ReceiverStream::new(answered)))
     }
 

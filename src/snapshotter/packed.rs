@@ -125,9 +125,12 @@ impl Packed {
     ) -> Result<Imported<'_>> {
         self.state.lock().imports += 1;
         let import = Import(self);
-        let known = self.layers.known(expected);
-        let name = match known {
-            Some(name) => name,
+        let name = match self.layers.known(expected) {
+            Some(name) if self.layers.is_whole(name) => name,
+            Some(name) => {
+                tracing::warn!(layer = %name, "a known layer is damaged and is taken in once more");
+                self.layers.restore(name, stream, expected, observer)?
+            }
             None => self.layers.import(stream, expected, observer)?,
         };
         below.reverse();
@@ -140,6 +143,24 @@ impl Packed {
             name,
             usage,
         })
+    }
+
+    /// Takes in a layer that snapshots have once more.
+    pub(super) fn restore(
+        &self,
+        layer: LayerName,
+        stream: impl Read + Send,
+        expected: &Expected<'_>,
+        observer: &dyn ingest::Observer,
+    ) -> Result<()> {
+        self.state.lock().imports += 1;
+        let _import = Import(self);
+        let found = self.layers.restore(layer, stream, expected, observer)?;
+        if found == layer {
+            Ok(())
+        } else {
+            Err(Error::AnotherLayer { layer, found })
+        }
     }
 
     /// All packed layers.

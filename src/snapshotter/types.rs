@@ -251,6 +251,16 @@ pub enum Error {
         /// Key.
         key: String,
     },
+    /// What was to restore a layer is another one.
+    #[error(
+        "the stream is that of the layer {found} and not of {layer}; remove the image that has it and load that again"
+    )]
+    AnotherLayer {
+        /// What is to be restored.
+        layer: LayerName,
+        /// What the stream is.
+        found: LayerName,
+    },
     /// A key must not be empty.
     #[error("a snapshot needs a key that is not empty")]
     EmptyKey,

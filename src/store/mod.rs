@@ -29,6 +29,7 @@ mod lock;
 pub mod object;
 mod pack;
 pub mod record;
+pub mod repair;
 pub mod space;
 pub mod tar;
 pub mod trash;

@@ -86,8 +86,8 @@ struct VerifiedView {
 }
 
 #[derive(Serialize)]
-struct FaultView {
-    layer: String,
+pub(super) struct FaultView {
+    pub(super) layer: String,
     path: Option<String>,
     problem: String,
     snapshots: Vec<String>,
@@ -105,7 +105,7 @@ impl From<Fault> for FaultView {
 }
 
 impl FaultView {
-    fn line(&self) -> String {
+    pub(super) fn line(&self) -> String {
         let layer = output::short(&self.layer);
         let path = self.path.as_deref().unwrap_or("the layer itself");
         let of = match self.snapshots.as_slice() {

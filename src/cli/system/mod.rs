@@ -1,7 +1,10 @@
 //! `snapctl system`.
 
 mod care;
+mod repair;
 mod space;
+
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -46,13 +49,24 @@ Examples:
     Gc(GcArgs),
     /// Read what is stored of the layers and compare it with its checksums
     #[command(
-        after_help = "Exits with 1 if something is damaged. Nothing is changed: to mend an image, remove it and load it again.
+        after_help = "Exits with 1 if something is damaged. Nothing is changed: `snapctl system repair` mends it.
 
 Examples:
   snapctl system verify
   snapctl system verify --deep --json"
     )]
     Verify(VerifyArgs),
+    /// Make whole what is damaged of the layers
+    #[command(
+        after_help = "Reads everything first. What can be made from something else is made anew; layers are taken in again
+from the archive, or else from containerd's content store. Mounts go on, and read what was mended.
+Exits with 1 if something is left, with a line for each: what it is, and what would mend it.
+
+Examples:
+  snapctl system repair
+  snapctl system repair -i debian.tar"
+    )]
+    Repair(RepairArgs),
 }
 
 /// Arguments of `system df`.
@@ -95,6 +109,20 @@ pub struct VerifyArgs {
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
     /// Print the names of damaged layers only
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// Arguments of `system repair`.
+#[derive(Args, Debug)]
+pub struct RepairArgs {
+    /// An image archive, a layout directory, or - for stdin, to take damaged layers from
+    #[arg(short, long, value_name = "FILE|DIR|-")]
+    input: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the names of the layers that are left only
     #[arg(short, long)]
     quiet: bool,
 }
@@ -185,6 +213,7 @@ pub async fn run(command: Command, client: &Client) -> Result<()> {
         Command::Info(args) => info(args, client).await,
         Command::Df(args) => space::df(args, client).await,
         Command::Gc(args) => care::gc(args, client).await,
+        Command::Repair(args) => repair::repair(args, client).await,
         Command::Verify(args) => care::verify(args, client).await,
     }
 }

@@ -162,7 +162,7 @@ impl Sink<'_> {
             Incoming::Large(writer) => {
                 let file = writer.finish()?;
                 let object = file.object;
-                if is_new(self.objects, self.seen, &object.name)? {
+                if is_new(self.objects, self.seen, &object)? {
                     file.start_writing();
                     self.files.push(file);
                 }
@@ -199,8 +199,8 @@ impl Incoming {
 }
 
 /// Whether neither the store nor this layer has brought the content yet.
-fn is_new(objects: &Objects, seen: &Mutex<HashSet<ObjectName>>, name: &ObjectName) -> Result<bool> {
-    Ok(objects.find_for_import(name)?.is_none() && seen.lock().insert(*name))
+fn is_new(objects: &Objects, seen: &Mutex<HashSet<ObjectName>>, object: &Object) -> Result<bool> {
+    Ok(objects.find_for_import(object)?.is_none() && seen.lock().insert(object.name))
 }
 
 fn work(
@@ -215,7 +215,7 @@ fn work(
             name: ObjectName::of(&content),
             size: content.len() as u64,
         };
-        let new = if is_new(objects, seen, &object.name)? {
+        let new = if is_new(objects, seen, &object)? {
             let encoded = Encoded::new(object, content, level);
             let compressing =
                 |error| io_error("compress an object for", Path::new("a pack"))(error);

@@ -5,14 +5,17 @@
 //! not where the view says.
 
 mod file;
+mod restore;
 mod sweep;
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::SystemTime;
 
 use parking_lot::{Mutex, RwLock};
 
@@ -98,6 +101,11 @@ pub struct Objects {
     collects: bool,
     /// What must not be collected, though no layer may name it yet.
     relied: Mutex<Relied>,
+    /// Restorations under way, and what they have found not to be what it was.
+    restorations: AtomicUsize,
+    distrusted: Mutex<Vec<(ObjectName, Place)>>,
+    /// When the directory of the packs had changed last before the places were read.
+    read_at: Mutex<Option<SystemTime>>,
 }
 
 impl Objects {
@@ -110,6 +118,9 @@ impl Objects {
             open: Mutex::default(),
             collects: false,
             relied: Mutex::default(),
+            restorations: AtomicUsize::new(0),
+            distrusted: Mutex::default(),
+            read_at: Mutex::default(),
         }
     }
 
@@ -165,10 +176,10 @@ impl Objects {
                     continue;
                 }
             }
-            if self.collects || !(missing || tried.is_none()) {
+            if self.collects || !(missing || tried.is_none() || self.is_out_of_date()) {
                 break;
             }
-            // Another process collects: the places are out of date.
+            // Another process collects and repairs: the places are out of date.
             *self.places.write() = Some(self.load()?);
             next = self.find(&object.name)?;
             tried = None;
@@ -208,6 +219,7 @@ impl Objects {
         let mut open = self.open.lock();
         if let Some(at) = open.iter().position(|(known, _)| *known == id)
             && let Some(found) = open.remove(at)
+            && !(self.collects && is_removed(&found.1))
         {
             let file = Arc::clone(&found.1);
             open.push_back(found);
@@ -318,7 +330,19 @@ impl Objects {
         Ok(())
     }
 
+    /// Whether a pack has come or gone since the places were read.
+    fn is_out_of_date(&self) -> bool {
+        *self.read_at.lock() != self.changed_at()
+    }
+
+    fn changed_at(&self) -> Option<SystemTime> {
+        fs::metadata(&self.packs)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    }
+
     fn load(&self) -> Result<HashMap<ObjectName, Place>> {
+        *self.read_at.lock() = self.changed_at();
         let mut places = HashMap::new();
         for name in names(&self.packs)? {
             let Some(id) = PackId::of_file(&name) else {
@@ -354,6 +378,11 @@ impl Objects {
         }
         Ok(places)
     }
+}
+
+/// Whether nobody else can open the file any more: whoever answers for the store must not take it for being there.
+fn is_removed(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>> {
