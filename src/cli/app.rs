@@ -299,6 +299,8 @@ mod tests {
             "snapctl umount /mnt /srv",
             "snapctl snapshot tree -q",
             "snapctl system info --json",
+            "snapctl system df --no-trunc",
+            "snapctl system repair -i x.tar --json",
             "snapctl layer ls --no-trunc",
             "snapctl layer inspect --files 0123 --json",
             "snapctl layer export 0123 -o x.tar",

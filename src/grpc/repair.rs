@@ -12,16 +12,17 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use super::care;
 use super::content::{self, Caller, Content};
 use super::images::{Archive, progress_message};
 use super::layers::shown;
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
 use crate::snapshotter::{Owner, ParentRef, Snapshotter};
-use crate::store::LayerName;
 use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
 use crate::store::verify::{Fault, Told};
+use crate::store::{self, LayerName};
 
 use api::repair_response::Event;
 
@@ -124,13 +125,27 @@ impl Repair {
         for fault in found.faults.into_inner() {
             patients.entry(fault.layer).or_default().faults.push(fault);
         }
-        let mut users = self.snapshotter.users_of_layers()?;
-        for layer in users.keys() {
-            if layers.get(*layer).is_none() {
-                let faults = layers.verify_layer(*layer, true, self);
-                patients.entry(*layer).or_default().faults.extend(faults);
+        for layer in care::unknown_layers(&self.snapshotter) {
+            let mut faults = layers.verify_layer(layer, true, self);
+            if faults.is_empty() {
+                // All there but the record, which could not be made anew.
+                faults.push(Fault {
+                    layer,
+                    path: None,
+                    error: store::Error::NoLayer {
+                        layer: layer.to_string(),
+                    },
+                });
             }
+            patients.insert(
+                layer,
+                Patient {
+                    faults,
+                    ..Patient::default()
+                },
+            );
         }
+        let mut users = self.snapshotter.users_of_layers()?;
         let images = self.images_by_chain();
         for (layer, patient) in &mut patients {
             if let Some(record) = layers.get(*layer) {
@@ -307,6 +322,9 @@ impl Patient {
             [] => String::new(),
             reasons => format!("{}; ", reasons.join("; ")),
         };
+        if self.snapshots.is_empty() {
+            return "nothing uses it; end plyd, delete the record of that name in ROOT/store/records, and start plyd again".to_owned();
+        }
         let namespace = self
             .snapshots
             .iter()

@@ -155,6 +155,7 @@ impl api::system_server::System for Service {
             let kernel = nix::sys::utsname::uname()
                 .map(|name| name.release().to_string_lossy().into_owned())
                 .map_err(|errno| Status::internal(format!("uname fails: {errno}")))?;
+            let damaged = snapshotter.damaged_contents(&snapshots);
             Ok::<_, Status>(Response::new(api::InfoSystemResponse {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 kernel,
@@ -170,6 +171,8 @@ impl api::system_server::System for Service {
                 containers: containers as u64,
                 containers_running: running as u64,
                 cgroups,
+                damaged_contents: damaged.values().sum(),
+                damaged_mounts: damaged.values().filter(|contents| **contents > 0).count() as u64,
             }))
         })
         .await

@@ -104,14 +104,19 @@ impl Snapshotter {
         let trash_dir = root.join("trash");
         let trash = Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?;
         let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
-        let mounts = Arc::new(Mounts::open(state, config.plyfs)?);
+        let mounts = Arc::new(Mounts::open(state, config.plyfs, config.verify)?);
         mounts.adopt(|id| {
             all.iter()
                 .any(|found| found.id == id && found.record.kind != Kind::Committed)
         })?;
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
         let store = root.join("store");
-        let packed = Packed::open(&store, config.packing, &all, !damaged.is_empty())?;
+        let packed = Packed::open(
+            &store,
+            (config.packing, config.verify),
+            &all,
+            !damaged.is_empty(),
+        )?;
         Ok(Self {
             catalog,
             locks: Locks::default(),

@@ -23,6 +23,7 @@ pub(super) struct Packed {
     layers: Arc<Layers>,
     collector: Collector,
     state: Mutex<State>,
+    verify: Verify,
     /// What the trees of chains have, which never changes.
     logical: Mutex<HashMap<ViewKey, u64>>,
 }
@@ -57,7 +58,7 @@ impl Packed {
     /// Opens the store in `dir` for the snapshots `all`. If `incomplete`, there are others.
     pub(super) fn open(
         dir: &Path,
-        settings: Settings,
+        (settings, verify): (Settings, Verify),
         all: &[Found],
         incomplete: bool,
     ) -> Result<Self> {
@@ -75,7 +76,7 @@ impl Packed {
                 tracing::error!(
                     snapshot = found.record.key,
                     %layer,
-                    "the content of a committed snapshot is missing; remove the snapshot and pull its image again"
+                    "the content of a committed snapshot is missing; `snapctl system repair` brings it back, or says what would"
                 );
             }
         }
@@ -86,6 +87,7 @@ impl Packed {
             layers,
             collector,
             state: Mutex::new(state),
+            verify,
             logical: Mutex::default(),
         };
         if !incomplete {
@@ -100,7 +102,7 @@ impl Packed {
             return Ok(None);
         }
         layers.reverse();
-        let view = self.layers.view(&layers, Verify::default())?;
+        let view = self.layers.view(&layers, self.verify)?;
         Ok(Some(Arc::new(view)))
     }
 

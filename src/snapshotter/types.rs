@@ -8,6 +8,7 @@ use std::time::SystemTime;
 
 use crate::cow;
 use crate::store::ingest::Settings;
+use crate::store::view::Verify;
 use crate::store::{self, LayerName, index, record};
 use crate::sys::fuse_mount;
 
@@ -116,6 +117,8 @@ pub struct SnapshotterConfig {
     pub index_prober: Option<PathBuf>,
     /// How layers are packed.
     pub packing: Settings,
+    /// When contents of packed layers are compared with their names.
+    pub verify: Verify,
 }
 
 impl std::ops::Add for Usage {

@@ -20,7 +20,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A file of the store does not hold what was written to it.
-    #[error("{path} is damaged: {problem}; remove the layer that uses it and import that again")]
+    #[error("{path} is damaged: {problem}; `snapctl system repair` mends it, or says what would")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -63,13 +63,15 @@ pub enum Error {
     #[error("the import was cancelled; nothing of it was kept")]
     Cancelled,
     /// There is no such layer.
-    #[error("there is no layer {layer} in the store; import it again")]
+    #[error("there is no layer {layer} in the store; load the image that has it again")]
     NoLayer {
         /// Its name.
         layer: String,
     },
     /// A content that a layer names is not in the store.
-    #[error("the store has lost the object {object}; import the layers that use it again")]
+    #[error(
+        "the store has lost the object {object}; `snapctl system repair` brings it back, or says what would"
+    )]
     NoObject {
         /// Its name.
         object: String,

@@ -298,7 +298,7 @@ impl Layers {
     }
 
     /// Layers whose records cannot be used.
-    pub(super) fn damaged(&self) -> Vec<LayerName> {
+    pub fn damaged(&self) -> Vec<LayerName> {
         self.damaged.lock().clone()
     }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use super::archive::*;
-use super::common::{Done, Plyd};
+use super::common::{Done, PLYD, Plyd};
 
 /// Bytes that no compression makes fewer.
 fn noise(seed: u64, bytes: usize) -> Vec<u8> {
@@ -303,10 +303,65 @@ fn a_mount_reads_what_it_could_not_read_before() {
         let error = fs::read(mnt.join(name)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{name}");
     }
+    let damaged = || {
+        let snapshot = plyd.json(["snapshot", "info", "look", "--json"]);
+        let system = plyd.json(["system", "info", "--json"]);
+        assert_eq!(snapshot["damaged_contents"], system["damaged_contents"]);
+        assert_eq!(
+            system["damaged_mounts"],
+            u64::from(system["damaged_contents"] != 0)
+        );
+        system["damaged_contents"].as_u64().unwrap()
+    };
+    assert_eq!(damaged(), 2);
+    let info = plyd.ok(["system", "info"]);
+    assert!(
+        info.contains("2 contents in 1 mount; `snapctl system repair`"),
+        "{info}"
+    );
+    // What is damaged is named with layer, path and object.
+    let id = plyd.json(["snapshot", "info", "look", "--json"])["id"].clone();
+    let log = plyd
+        .state()
+        .join("mounts")
+        .join(id.as_str().unwrap())
+        .join("plyfs.log");
+    let log = fs::read_to_string(log).unwrap();
+    let layer = plyd.ok(["layer", "ls", "-q"]);
+    for (name, bytes) in [
+        ("small", noise(1, 40 << 10)),
+        ("large", noise(2, 300 << 10)),
+    ] {
+        let object = plywood::store::ObjectName::of(&bytes).to_string();
+        let told = log.lines().any(|line| {
+            let words = [&*format!("/{name} of the layer"), layer.trim(), &object];
+            words.iter().all(|word| line.contains(word))
+        });
+        assert!(told, "{name}: {log}");
+    }
     assert_eq!(repair(&plyd, &image).code, 0);
     assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
     assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
+    assert_eq!(damaged(), 0);
     plyd.ok(["umount", mnt.to_str().unwrap()]);
+}
+
+#[test]
+fn when_contents_are_verified_is_a_setting_of_plyd() {
+    for (when, seen) in [("first", false), ("always", true)] {
+        let mut command = Command::new(PLYD);
+        command.args(["--verify", when]);
+        let plyd = Plyd::start_with(command);
+        load(&plyd, &image());
+        plyd.ok(["snapshot", "view", "look", "whole"]);
+        let mnt = plyd.dir().join("mnt");
+        fs::create_dir(&mnt).unwrap();
+        plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+        assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
+        flip(&stored(&plyd, "objects")[0], 5000);
+        assert_eq!(fs::read(mnt.join("large")).is_err(), seen, "{when}");
+        plyd.ok(["umount", mnt.to_str().unwrap()]);
+    }
 }
 
 #[test]
@@ -344,6 +399,7 @@ fn loading_an_image_again_heals_it() {
     fs::remove_file(&stored(&plyd, "records")[0]).unwrap();
     plyd.signal(nix::sys::signal::Signal::SIGTERM);
     plyd.launch();
+    assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
     let left = plyd.snapctl(["system", "repair", "--json"]);
     assert_eq!(left.code, 1);
     let left: Value = serde_json::from_str(&left.stdout).unwrap();

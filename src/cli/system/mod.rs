@@ -152,6 +152,8 @@ struct InfoView {
     mounts: u64,
     containers: u64,
     containers_running: u64,
+    damaged_contents: u64,
+    damaged_mounts: u64,
 }
 
 #[derive(Serialize)]
@@ -192,6 +194,8 @@ impl From<InfoSystemResponse> for InfoView {
             mounts: info.mounts,
             containers: info.containers,
             containers_running: info.containers_running,
+            damaged_contents: info.damaged_contents,
+            damaged_mounts: info.damaged_mounts,
         }
     }
 }
@@ -262,9 +266,22 @@ fn lines(info: &InfoView) -> Vec<String> {
             "containers",
             format!("{} ({} running)", info.containers, info.containers_running),
         ),
+        ("damaged", damaged(info)),
         ("", String::new()),
     ]
     .into_iter()
     .map(|(key, value)| output::printable(format!("{key:<15}{value}").trim_end()))
     .collect()
+}
+
+/// What mounts could not read.
+fn damaged(info: &InfoView) -> String {
+    match info.damaged_contents {
+        0 => "nothing that was read".to_owned(),
+        contents => format!(
+            "{} in {}; `snapctl system repair` mends them",
+            output::count(contents, "content"),
+            output::count(info.damaged_mounts, "mount")
+        ),
+    }
 }

@@ -11,10 +11,11 @@ mod sweep;
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use parking_lot::{Mutex, RwLock};
@@ -24,6 +25,7 @@ use super::error::{Error, Result, damaged, io_error};
 use super::format::ObjectName;
 use super::format::tables::Object;
 use super::pack::{self, PackId, SealedPack, Slot, Wrong};
+use crate::sys::{self, private_mount};
 
 pub(super) use file::{FileWriter, NewFile};
 use sweep::Relied;
@@ -104,6 +106,8 @@ pub struct Objects {
     /// Restorations under way, and what they have found not to be what it was.
     restorations: AtomicUsize,
     distrusted: Mutex<Vec<(ObjectName, Place)>>,
+    /// The directory of the files, through a mount that is read-only.
+    sealed: OnceLock<OwnedFd>,
     /// When the directory of the packs had changed last before the places were read.
     read_at: Mutex<Option<SystemTime>>,
 }
@@ -120,6 +124,7 @@ impl Objects {
             relied: Mutex::default(),
             restorations: AtomicUsize::new(0),
             distrusted: Mutex::default(),
+            sealed: OnceLock::new(),
             read_at: Mutex::default(),
         }
     }
@@ -235,7 +240,7 @@ impl Objects {
 
     fn open_file(&self, object: &Object, verify: bool) -> Result<Content> {
         let path = self.path_of(&object.name);
-        let mut file = File::open(&path).map_err(io_error("open", &path))?;
+        let mut file = self.open_at(&path).map_err(io_error("open", &path))?;
         let length = file.metadata().map_err(io_error("look at", &path))?.len();
         if length != object.size {
             let problem = format!("it has {length} bytes and should have {}", object.size);
@@ -257,6 +262,31 @@ impl Objects {
             }
         }
         Ok(Content::File(Arc::new(file)))
+    }
+
+    fn open_at(&self, path: &Path) -> io::Result<File> {
+        match (self.sealed.get(), path.strip_prefix(&self.files)) {
+            (Some(dir), Ok(inside)) => {
+                let file = sys::fs::openat(dir.as_fd(), inside.as_os_str(), libc::O_RDONLY, 0)?;
+                Ok(file.into())
+            }
+            _ => File::open(path),
+        }
+    }
+
+    /// Has files be opened through a mount that is read-only and that nobody else sees.
+    pub(super) fn seal(&self) -> io::Result<()> {
+        let bound = private_mount::read_only(std::slice::from_ref(&self.files))?;
+        for dir in bound {
+            // Only the first call counts, as one mount is as good as another.
+            let _ = self.sealed.set(dir?);
+        }
+        Ok(())
+    }
+
+    /// Whether files are opened so.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed.get().is_some()
     }
 
     /// Where packs lie.

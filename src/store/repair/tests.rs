@@ -304,7 +304,7 @@ fn a_damaged_view_is_dropped_and_a_damaged_record_made_anew() {
     assert!(sound.views.is_empty() && sound.records.is_empty());
     flip(&path, 1024 + 60);
     let mended = store.layers.mend(&());
-    assert_eq!(mended.views, [path.clone()]);
+    assert_eq!(mended.views, std::slice::from_ref(&path));
     assert!(!path.exists());
     let again = store.layers.view(&chain, Verify::First).unwrap();
     again.verify().unwrap();
