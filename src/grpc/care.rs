@@ -99,7 +99,7 @@ impl Told for Client<'_> {
         self.answer(api::verify_response::Event::Fault(api::Fault {
             layer: fault.layer.to_string(),
             path: fault.path.unwrap_or_default(),
-            problem: fault.error.to_string(),
+            problem: fault.error.problem(),
             snapshots,
             ..api::Fault::default()
         }));

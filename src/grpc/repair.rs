@@ -60,12 +60,17 @@ impl Repair {
     }
 
     fn repair(&self, archive: Option<(Archive, u64)>) -> Result<(), Status> {
-        let lost = self.snapshotter.mend_index()?;
-        if lost > 0 {
-            self.mended(
+        match self.snapshotter.mend_index() {
+            Ok(0) => {}
+            Ok(lost) => self.mended(
                 None,
                 format!("the index had lost {lost} names, which lead to their records again"),
-            );
+            ),
+            Err(error) => self.tell(Event::Left(api::Fault {
+                problem: error.to_string(),
+                advice: "end plyd, delete ROOT/index, and start plyd again".to_owned(),
+                ..api::Fault::default()
+            })),
         }
         self.mend_without_source();
         let mut patients = self.examine()?;
@@ -291,7 +296,7 @@ impl Repair {
             self.tell(Event::Left(api::Fault {
                 layer: layer.to_string(),
                 path: fault.path.unwrap_or_default(),
-                problem: fault.error.to_string(),
+                problem: fault.error.problem(),
                 snapshots: snapshots.clone(),
                 images: patient.images.clone(),
                 advice: advice.clone(),

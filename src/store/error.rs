@@ -79,7 +79,7 @@ pub enum Error {
     /// A content of a layer is not sound.
     #[error("{problem}")]
     Content {
-        /// What is wrong, and what to do.
+        /// What is wrong.
         problem: String,
     },
     /// A layer that did not come as a tar stream.
@@ -91,6 +91,18 @@ pub enum Error {
     /// The records.
     #[error(transparent)]
     Record(#[from] record::Error),
+}
+
+impl Error {
+    /// What is wrong, without what to do about it: for who says that for several at once.
+    pub fn problem(&self) -> String {
+        match self {
+            Self::Damaged { path, problem } => format!("{} is damaged: {problem}", path.display()),
+            Self::NoLayer { .. } => "it is not in the store".to_owned(),
+            Self::NoObject { object } => format!("the object {object} is not in the store"),
+            other => other.to_string(),
+        }
+    }
 }
 
 /// Result of an operation on packed layers.

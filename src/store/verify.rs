@@ -121,7 +121,7 @@ impl<'a> Examination<'a> {
             let object = match index.object(number) {
                 Ok(object) => object,
                 Err(error) => {
-                    bad.push((number, error.to_string()));
+                    bad.push((number, error.problem()));
                     continue;
                 }
             };
@@ -131,7 +131,7 @@ impl<'a> Examination<'a> {
                     self.objects += 1;
                     self.bytes += if self.deep { object.size } else { 0 };
                     let checked = self.check_object(layers, &object);
-                    let problem = checked.err().map(|error| error.to_string());
+                    let problem = checked.err().map(|error| error.problem());
                     self.known.insert(object.name, problem.clone());
                     problem
                 }

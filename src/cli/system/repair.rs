@@ -1,12 +1,13 @@
 //! `snapctl system repair`.
 
+use indicatif::ProgressBar;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::RepairArgs;
-use super::care::FaultView;
+use super::care::{FaultView, style};
 use crate::cli::archive::Source;
 use crate::cli::client::Client;
 use crate::cli::error::{Error, Result};
@@ -107,15 +108,28 @@ async fn receive(
     quiet: bool,
 ) -> Result<RepairedView> {
     let mut progress = Progress::new(quiet);
+    let bar = match quiet {
+        true => ProgressBar::hidden(),
+        // Shown on a terminal only.
+        false => ProgressBar::new(0).with_style(style()),
+    };
     let mut view = RepairedView::default();
     let mut sum = VerifyProgress::default();
     while let Some(answer) = events.message().await? {
         match answer.event {
-            Some(Event::Checked(checked)) => sum = checked,
+            Some(Event::Checked(checked)) => {
+                bar.set_length(checked.layers_total);
+                bar.set_position(checked.layers);
+                if checked.layers == checked.layers_total {
+                    bar.finish_and_clear();
+                }
+                sum = checked;
+            }
             Some(Event::Progress(report)) => progress.show(&report),
             Some(Event::Mended(mended)) => {
                 if !quiet {
-                    output::lines_out(&[output::printable(&mended.what)])?;
+                    let line = output::printable(&mended.what);
+                    bar.suspend(|| output::lines_out(&[line]))?;
                 }
                 view.mended.push(MendedView {
                     what: mended.what,
