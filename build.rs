@@ -8,6 +8,7 @@ const SERVED: &[&str] = &[
     "github.com/containerd/containerd/api/services/snapshots/v1/snapshots.proto",
     "plywood/v1/container.proto",
     "plywood/v1/image.proto",
+    "plywood/v1/layer.proto",
     "plywood/v1/snapshot.proto",
     "plywood/v1/system.proto",
 ];

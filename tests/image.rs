@@ -1,6 +1,7 @@
 //! Image archives, from the stream to the tree of a layer chain. Needs root, umoci, skopeo, mmdebstrap,
 //! busybox-static and containerd.
 //!
+//! - `care`: what the store takes, and its repair;
 //! - `good`: what is accepted, and what comes of it;
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
@@ -15,6 +16,8 @@
 
 #[path = "image/archive.rs"]
 mod archive;
+#[path = "image/care.rs"]
+mod care;
 #[path = "cli/common.rs"]
 mod common;
 #[path = "image/good.rs"]

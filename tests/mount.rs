@@ -18,6 +18,7 @@ mod mount {
     mod mapping;
     mod modes;
     mod options;
+    mod packed;
     mod passthrough;
     mod process;
     mod user;

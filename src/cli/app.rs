@@ -9,7 +9,7 @@ use clap_complete::Shell;
 use super::args::address;
 use super::client::{Address, Client};
 use super::error::{ENGINE, Error, Result, USAGE};
-use super::{container, exec, image, mount, output, run, snapshot, system, usage};
+use super::{container, exec, image, layer, mount, output, run, snapshot, system, usage};
 
 const EXIT_CODES: &str = "Exit codes:
   0    done
@@ -101,6 +101,9 @@ enum Command {
     /// Look at snapshots, make and remove them
     #[command(subcommand)]
     Snapshot(snapshot::Command),
+    /// Look at the packed layers that images and snapshots are made of, and take them out
+    #[command(subcommand)]
+    Layer(layer::Command),
     /// Mount a snapshot at a directory
     #[command(after_help = "Examples:
   snapctl snapshot prepare work busybox:latest
@@ -201,6 +204,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Inspect(targets) => container::inspect(targets, client).await,
         Command::Logs(args) => container::logs(args, client).await,
         Command::Snapshot(command) => snapshot::run(command, client).await,
+        Command::Layer(command) => layer::run(command, client).await,
         Command::Mount(args) => mount::mount(args, client).await,
         Command::Umount(args) => mount::umount(args, client).await,
         Command::System(command) => system::run(command, client).await,
@@ -291,6 +295,11 @@ mod tests {
             "snapctl umount /mnt /srv",
             "snapctl snapshot tree -q",
             "snapctl system info --json",
+            "snapctl system df --no-trunc",
+            "snapctl system repair -i x.tar --json",
+            "snapctl layer ls --no-trunc",
+            "snapctl layer inspect --files 0123 --json",
+            "snapctl layer export 0123 -o x.tar",
             "snapctl completions bash",
             "snapctl ps --address unix:///x",
         ] {

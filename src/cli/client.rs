@@ -14,6 +14,7 @@ use tower::service_fn;
 use super::error::{Error, Result};
 use crate::grpc::pb::plywood::containers_client::ContainersClient;
 use crate::grpc::pb::plywood::images_client::ImagesClient;
+use crate::grpc::pb::plywood::layers_client::LayersClient;
 use crate::grpc::pb::plywood::snapshot_admin_client::SnapshotAdminClient;
 use crate::grpc::pb::plywood::system_client::SystemClient;
 
@@ -89,6 +90,11 @@ impl Client {
     /// The container service.
     pub fn containers(&self) -> ContainersClient<Channel> {
         ContainersClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    /// The service for packed layers.
+    pub fn layers(&self) -> LayersClient<Channel> {
+        LayersClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     /// The snapshot service for administrators.

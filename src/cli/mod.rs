@@ -16,6 +16,7 @@ mod container;
 mod error;
 mod exec;
 mod image;
+mod layer;
 mod mount;
 mod output;
 mod progress;

@@ -101,6 +101,10 @@ impl Union {
             }
         } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.copy_up(&node, Content::Writable)?;
+        } else if self.verifies_each_open && !node.in_upper() {
+            // Whoever reads it meanwhile goes on with what was opened before.
+            node.io.clear();
+            self.io(&node, false)?;
         }
         Ok(self.handle(&node))
     }

@@ -24,6 +24,10 @@ pub trait Lower: Send + Sync {
     fn decodes_origins(&self) -> bool;
     /// Free space and sizes, for a union without an upper.
     fn statfs(&self) -> Result<super::types::StatFs>;
+    /// Contents that could not be used when they were last read, as far as the layer can tell.
+    fn damaged_contents(&self) -> u64 {
+        0
+    }
 }
 
 /// What a directory of a layer says of the layers below it.

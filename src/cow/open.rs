@@ -25,6 +25,7 @@ use super::types::{Chunking, FileKind, NodeId, UnionConfig, UpperConfig, XattrFa
 use super::union::Union;
 use super::upper::{Upper, remove_tree};
 use super::view_lower::ViewLower;
+use crate::store::view::Verify;
 use crate::sys::fs::{self, Object};
 use crate::sys::{dirents, xattr};
 
@@ -124,6 +125,10 @@ impl Union {
                 Some(upper) if upper.stat_override.is_some() => Chunking::OFF,
                 _ => config.chunking,
             },
+            verifies_each_open: config
+                .view
+                .as_ref()
+                .is_some_and(|view| view.when_verified() == Verify::Always),
             origin_numbers,
             numbers,
             table,

@@ -32,6 +32,8 @@ pub struct Union {
     pub(super) quiet: Quiet,
     pub(super) no_metacopy: bool,
     pub(super) chunking: Chunking,
+    /// Lower files are opened anew, and so verified, for each open.
+    pub(super) verifies_each_open: bool,
     /// File handles cannot be opened: origins are noted by number.
     pub(super) origin_numbers: bool,
     /// The topmost first.
@@ -55,6 +57,14 @@ impl Union {
     /// Whether there is no upper.
     pub fn is_read_only(&self) -> bool {
         self.upper.is_none()
+    }
+
+    /// Contents of packed layers that could not be used when they were last read.
+    pub fn damaged_contents(&self) -> u64 {
+        self.lowers
+            .iter()
+            .map(|lower| lower.damaged_contents())
+            .sum()
     }
 
     /// Says that attributes of a node have changed without a request for it.

@@ -77,6 +77,10 @@ impl Lower for ViewLower {
         true
     }
 
+    fn damaged_contents(&self) -> u64 {
+        self.shared.view.damaged() as u64
+    }
+
     fn statfs(&self) -> Result<StatFs> {
         Ok(statfs_of(&fs::fstatvfs(self.shared.view.as_fd())?))
     }
@@ -282,6 +286,13 @@ impl LowerFile for OpenFile {
 
     fn host_fd(&self) -> Option<BorrowedFd<'_>> {
         self.file.host_file().map(AsFd::as_fd)
+    }
+
+    fn sealed_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self.shared.view.is_sealed() {
+            true => self.host_fd(),
+            false => None,
+        }
     }
 }
 

@@ -46,6 +46,9 @@ pub struct Hello {
     pub release: String,
     /// The kernel's INIT has been answered: the mount serves.
     pub serving: bool,
+    /// Contents of packed layers that could not be used when they were last read.
+    #[serde(default)]
+    pub damaged: u64,
 }
 
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
@@ -116,6 +119,8 @@ pub struct Controlled {
     pub device: OwnedFd,
     /// There once the kernel's INIT has been answered.
     pub flusher: OnceLock<Flusher>,
+    /// Contents that could not be used when they were last read.
+    pub damaged: Box<dyn Fn() -> u64 + Send + Sync>,
     /// Called by `stop`.
     pub stop: Box<dyn Fn() + Send + Sync>,
 }
@@ -225,6 +230,7 @@ fn perform(operation: Operation, controlled: &Controlled) -> Outcome {
             pid: std::process::id(),
             release: env!("CARGO_PKG_VERSION").to_owned(),
             serving: controlled.flusher.get().is_some(),
+            damaged: (controlled.damaged)(),
         }),
         Operation::Hello { version } => Outcome::Failed {
             errno: Some(libc::EPROTONOSUPPORT),
@@ -428,6 +434,7 @@ mod tests {
         let controlled = Controlled {
             device: File::open("/proc/self/comm").unwrap().into(),
             flusher: OnceLock::new(),
+            damaged: Box::new(|| 7),
             stop: Box::new(move || flag.store(true, Ordering::SeqCst)),
         };
         server.serve(Arc::new(controlled)).unwrap();
@@ -510,6 +517,7 @@ mod tests {
         let controlled = Controlled {
             device: File::open("/dev/null").unwrap().into(),
             flusher: OnceLock::new(),
+            damaged: Box::new(|| 0),
             stop: Box::new(|| {}),
         };
         let outcome = perform(

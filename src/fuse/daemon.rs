@@ -28,7 +28,8 @@ use super::options::{Options, parse_lowerdir_file};
 use super::server::{Flusher, Server};
 use crate::cow::union::OpenError;
 use crate::cow::{Union, UnionConfig};
-use crate::store::{self, view::View};
+use crate::store;
+use crate::store::view::{Verify, View};
 use crate::sys::fuse_mount::{self, MountError};
 use crate::sys::{mountinfo, process};
 
@@ -216,6 +217,10 @@ fn resolve(invocation: &mut Invocation) -> Result<UnionConfig, DaemonError> {
             options.verify,
         )?));
     }
+    if invocation.options.verify == Verify::Always {
+        // Without OPEN nobody would know when a file is to be looked at again.
+        invocation.options.session.no_open = false;
+    }
     if let Some(upper) = &mut config.upper {
         upper.dir = absolute(&upper.dir);
         upper.work = absolute(&upper.work);
@@ -291,6 +296,13 @@ fn serve(
     let signals = block_signals().map_err(DaemonError::Session)?;
     protect();
 
+    // Here and not before: it takes a thread, and who has any cannot go into the background.
+    if invocation.options.session.passthrough
+        && let Some(view) = &config.view
+        && let Err(error) = view.seal()
+    {
+        tracing::debug!(%error, "files of packed layers are not passed through");
+    }
     let union = Arc::new(Union::open_keeping(config, kept_descriptors())?);
     let control = match &invocation.control {
         None => None,
@@ -368,9 +380,11 @@ fn serve_mount(
     let controlled = match control {
         None => None,
         Some(server) => {
+            let damaged_in = Arc::clone(&union);
             let controlled = Arc::new(Controlled {
                 device: device.try_clone().map_err(DaemonError::FuseFd)?,
                 flusher: OnceLock::new(),
+                damaged: Box::new(move || damaged_in.damaged_contents()),
                 stop: Box::new(|| tracing::info!("asked to end with the mount")),
             });
             server

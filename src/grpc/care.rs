@@ -1,5 +1,6 @@
 //! The part of `plywood.v1.System` that looks after the packed layers.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,6 +11,7 @@ use super::pb::plywood as api;
 use crate::snapshotter::Snapshotter;
 use crate::store::ingest::Observer;
 use crate::store::verify::{Fault, Told};
+use crate::store::{self, LayerName};
 
 /// Answers that wait for the client.
 pub(super) const ANSWERS_WAITING: usize = 32;
@@ -40,7 +42,28 @@ pub(super) fn verify(
         answers,
         gone: AtomicBool::new(false),
     };
+    for layer in unknown_layers(snapshotter) {
+        client.fault(Fault {
+            layer,
+            path: None,
+            error: store::Error::NoLayer {
+                layer: layer.to_string(),
+            },
+        });
+    }
     snapshotter.packed_layers().verify(deep, &client);
+}
+
+/// Layers that have no record that can be used, though something needs them or a record is there.
+pub(super) fn unknown_layers(snapshotter: &Snapshotter) -> BTreeSet<LayerName> {
+    let layers = snapshotter.packed_layers();
+    let mut unknown: BTreeSet<_> = layers.damaged().into_iter().collect();
+    match snapshotter.users_of_layers() {
+        Ok(users) => unknown.extend(users.into_keys()),
+        Err(error) => tracing::warn!(%error, "cannot tell which layers are needed"),
+    }
+    unknown.retain(|layer| layers.get(*layer).is_none());
+    unknown
 }
 
 struct Client<'a> {
@@ -76,8 +99,9 @@ impl Told for Client<'_> {
         self.answer(api::verify_response::Event::Fault(api::Fault {
             layer: fault.layer.to_string(),
             path: fault.path.unwrap_or_default(),
-            problem: fault.error.to_string(),
+            problem: fault.error.problem(),
             snapshots,
+            ..api::Fault::default()
         }));
     }
 

@@ -62,6 +62,14 @@ impl Caller {
         })
     }
 
+    /// For a namespace, as whoever looks after it.
+    pub(super) fn of_namespace(namespace: &str) -> Option<Self> {
+        Some(Self {
+            namespace: namespace.parse().ok()?,
+            lease: None,
+        })
+    }
+
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let headers = request.metadata_mut();

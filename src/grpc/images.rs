@@ -49,11 +49,13 @@ impl api::images_server::Images for Service {
                 "the first message of Load must carry `start`",
             ));
         };
-        let (data, received) = mpsc::channel(MESSAGES_WAITING);
+        let archive = Archive::receive(messages, |message| match message.part {
+            Some(api::load_request::Part::Data(part)) => Some(part),
+            _ => None,
+        });
         let (answers, answered) = mpsc::channel(ANSWERS_WAITING);
-        tokio::spawn(forward(messages, data));
         let images = Arc::clone(&self.images);
-        tokio::task::spawn_blocking(move || load(&images, &start, received, &answers));
+        tokio::task::spawn_blocking(move || load(&images, &start, archive, &answers));
         Ok(Response::new(ReceiverStream::new(answered)))
     }
 
@@ -102,19 +104,16 @@ impl api::images_server::Images for Service {
 }
 
 /// Hands the archive's bytes on, and how the stream ended: one that broke off must not look complete.
-async fn forward(
-    mut messages: Streaming<api::LoadRequest>,
+async fn forward<M>(
+    mut messages: Streaming<M>,
+    part_of: fn(M) -> Option<Vec<u8>>,
     data: mpsc::Sender<io::Result<Vec<u8>>>,
 ) {
     loop {
         let part = match messages.message().await {
             Ok(None) => return,
-            Ok(Some(message)) => match message.part {
-                Some(api::load_request::Part::Data(part)) => Ok(part),
-                _ => Err(io::Error::other(
-                    "every message of Load but the first must carry `data`",
-                )),
-            },
+            Ok(Some(message)) => part_of(message)
+                .ok_or_else(|| io::Error::other("every message but the first must carry `data`")),
             Err(status) => Err(io::Error::other(status.message().to_owned())),
         };
         let last = part.is_err();
@@ -128,14 +127,9 @@ async fn forward(
 fn load(
     images: &ImageStore,
     start: &api::LoadStart,
-    received: mpsc::Receiver<io::Result<Vec<u8>>>,
+    mut archive: Archive,
     answers: &mpsc::Sender<Result<api::LoadResponse, Status>>,
 ) {
-    let mut archive = Archive {
-        received,
-        part: Vec::new(),
-        at: 0,
-    };
     let client = Client {
         answers,
         last: Mutex::new(None),
@@ -155,11 +149,27 @@ fn load(
     }
 }
 
-/// The client's messages as a stream of bytes.
-struct Archive {
+/// The client's messages as a stream of bytes. Only for threads that may block.
+pub(super) struct Archive {
     received: mpsc::Receiver<io::Result<Vec<u8>>>,
     part: Vec<u8>,
     at: usize,
+}
+
+impl Archive {
+    /// Begins to take in messages, of each of which `part_of` is the bytes.
+    pub(super) fn receive<M: Send + 'static>(
+        messages: Streaming<M>,
+        part_of: fn(M) -> Option<Vec<u8>>,
+    ) -> Self {
+        let (data, received) = mpsc::channel(MESSAGES_WAITING);
+        tokio::spawn(forward(messages, part_of, data));
+        Self {
+            received,
+            part: Vec::new(),
+            at: 0,
+        }
+    }
 }
 
 impl Read for Archive {
@@ -193,17 +203,7 @@ impl Observer for Client<'_> {
             return;
         }
         *last = Some((Instant::now(), progress.phase, progress.digest.clone()));
-        let phase = match progress.phase {
-            Phase::Reading => "reading",
-            Phase::Unpacking => "unpacking",
-            Phase::Exists => "exists",
-        };
-        let part = api::load_response::Part::Progress(api::LoadProgress {
-            phase: phase.to_owned(),
-            digest: progress.digest,
-            done: progress.done,
-            total: progress.total,
-        });
+        let part = api::load_response::Part::Progress(progress_message(progress));
         // No room, or nobody there: either way the next one will do.
         let _ = self.answers.try_send(Ok(api::LoadResponse {
             part: Some(part),
@@ -213,6 +213,21 @@ impl Observer for Client<'_> {
 
     fn cancelled(&self) -> bool {
         self.answers.is_closed()
+    }
+}
+
+/// How far something is, as a message.
+pub(super) fn progress_message(progress: Progress) -> api::LoadProgress {
+    let phase = match progress.phase {
+        Phase::Reading => "reading",
+        Phase::Unpacking => "unpacking",
+        Phase::Exists => "exists",
+    };
+    api::LoadProgress {
+        phase: phase.to_owned(),
+        digest: progress.digest,
+        done: progress.done,
+        total: progress.total,
     }
 }
 

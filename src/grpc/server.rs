@@ -19,10 +19,11 @@ use super::pb::containerd::services::diff::v1::diff_server::DiffServer;
 use super::pb::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use super::pb::plywood::containers_server::ContainersServer;
 use super::pb::plywood::images_server::ImagesServer;
+use super::pb::plywood::layers_server::LayersServer;
 use super::pb::plywood::snapshot_admin_server::SnapshotAdminServer;
 use super::pb::plywood::system_server::SystemServer;
 use super::system::Place;
-use super::{container, diff, images, snapshot_admin, snapshots, system};
+use super::{container, diff, images, layers, snapshot_admin, snapshots, system};
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
@@ -138,9 +139,10 @@ pub async fn serve(
     let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
+    let content = Content::new(containerd);
     let differ = DiffServer::new(diff::Service::new(
         Arc::clone(&snapshotter),
-        Content::new(containerd),
+        content.clone(),
     ))
     .max_decoding_message_size(LARGEST_MESSAGE);
     let admin_service = snapshot_admin::Service::new(
@@ -162,11 +164,17 @@ pub async fn serve(
     ))
     .max_decoding_message_size(LARGEST_MESSAGE)
     .max_encoding_message_size(LARGEST_MESSAGE);
+    let layers = LayersServer::new(layers::Service::new(
+        Arc::clone(&snapshotter),
+        Arc::clone(&image_store),
+    ))
+    .max_encoding_message_size(LARGEST_MESSAGE);
     let system = SystemServer::new(system::Service::new(
         Place { root, state },
         snapshotter,
         image_store,
         all_containers.clone(),
+        content,
     ));
     // Streams that follow a container would keep the server from ending.
     let end = async move {
@@ -183,6 +191,7 @@ pub async fn serve(
         .set_serving::<SnapshotAdminServer<snapshot_admin::Service>>()
         .await;
     health.set_serving::<ImagesServer<images::Service>>().await;
+    health.set_serving::<LayersServer<layers::Service>>().await;
     health
         .set_serving::<ContainersServer<container::Service>>()
         .await;
@@ -214,6 +223,7 @@ pub async fn serve(
         .add_service(differ)
         .add_service(admin)
         .add_service(images)
+        .add_service(layers)
         .add_service(containers)
         .add_service(system)
         .serve_with_incoming_shutdown(incoming, end);

@@ -102,8 +102,12 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         let request = request.into_inner();
         self.with(move |snapshotter, named| {
             let found = find(snapshotter, named, &request.key, &request.owner)?;
+            let damaged = snapshotter.damaged_contents([&found]);
             Ok(api::InfoResponse {
-                snapshot: Some(describe(found)),
+                snapshot: Some(api::Snapshot {
+                    damaged_contents: damaged.get(&found.id).copied(),
+                    ..describe(found)
+                }),
             })
         })
         .await
@@ -394,6 +398,7 @@ fn describe(info: SnapshotInfo) -> api::Snapshot {
         upper_dir: info.upper_dir.map_or_else(String::new, text),
         layer_dirs: info.layer_dirs.into_iter().map(text).collect(),
         packed_layers: info.packed_layers.into_iter().map(String::from).collect(),
+        damaged_contents: None,
     }
 }
 

@@ -81,6 +81,7 @@ impl From<snapshotter::Error> for Status {
             | Error::WritesLost { .. }
             | Error::NotPacked { .. }
             | Error::NotPristine { .. }
+            | Error::AnotherLayer { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
             Error::Store(error) => store_code(error),
             Error::Record(error) => record_code(error),

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::care;
+use super::content::Content;
+use super::images::Archive;
 use super::pb::plywood as api;
+use super::repair::Repair;
+use super::space;
 use super::status::blocking;
 use crate::fuse::probe;
 use crate::image::ImageStore;
@@ -30,6 +34,7 @@ pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
     images: Arc<ImageStore>,
     containers: Containers,
+    content: Content,
 }
 
 impl Service {
@@ -38,18 +43,21 @@ impl Service {
         snapshotter: Arc<Snapshotter>,
         images: Arc<ImageStore>,
         containers: Containers,
+        content: Content,
     ) -> Self {
         Self {
             place,
             snapshotter,
             images,
             containers,
+            content,
         }
     }
 }
 
 #[tonic::async_trait]
 impl api::system_server::System for Service {
+    type RepairStream = ReceiverStream<Result<api::RepairResponse, Status>>;
     type VerifyStream = ReceiverStream<Result<api::VerifyResponse, Status>>;
 
     async fn collect(
@@ -69,6 +77,50 @@ impl api::system_server::System for Service {
         let snapshotter = Arc::clone(&self.snapshotter);
         care::start_verify(snapshotter, request.into_inner().deep, answers);
         Ok(Response::new(ReceiverStream::new(answered)))
+    }
+
+    async fn repair(
+        &self,
+        request: Request<Streaming<api::RepairRequest>>,
+    ) -> Result<Response<Self::RepairStream>, Status> {
+        let mut messages = request.into_inner();
+        let Some(api::repair_request::Part::Start(start)) =
+            messages.message().await?.and_then(|message| message.part)
+        else {
+            return Err(Status::invalid_argument(
+                "the first message of Repair must carry `start`",
+            ));
+        };
+        let archive = start.archive.then(|| {
+            let archive = Archive::receive(messages, |message| match message.part {
+                Some(api::repair_request::Part::Data(part)) => Some(part),
+                _ => None,
+            });
+            (archive, start.total)
+        });
+        let (answers, answered) = mpsc::channel(care::ANSWERS_WAITING);
+        let repair = Repair {
+            snapshotter: Arc::clone(&self.snapshotter),
+            images: Arc::clone(&self.images),
+            content: self.content.clone(),
+            runtime: tokio::runtime::Handle::current(),
+            answers,
+        };
+        tokio::task::spawn_blocking(move || repair.run(archive));
+        Ok(Response::new(ReceiverStream::new(answered)))
+    }
+
+    async fn disk_usage(
+        &self,
+        _request: Request<api::DiskUsageRequest>,
+    ) -> Result<Response<api::DiskUsageResponse>, Status> {
+        let root = self.place.root.clone();
+        let (snapshotter, images) = (Arc::clone(&self.snapshotter), Arc::clone(&self.images));
+        let containers = self.containers.clone();
+        blocking(move || {
+            space::disk_usage(&root, &snapshotter, &images, &containers).map(Response::new)
+        })
+        .await
     }
 
     async fn info(
@@ -103,6 +155,7 @@ impl api::system_server::System for Service {
             let kernel = nix::sys::utsname::uname()
                 .map(|name| name.release().to_string_lossy().into_owned())
                 .map_err(|errno| Status::internal(format!("uname fails: {errno}")))?;
+            let damaged = snapshotter.damaged_contents(&snapshots);
             Ok::<_, Status>(Response::new(api::InfoSystemResponse {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 kernel,
@@ -118,6 +171,8 @@ impl api::system_server::System for Service {
                 containers: containers as u64,
                 containers_running: running as u64,
                 cgroups,
+                damaged_contents: damaged.values().sum(),
+                damaged_mounts: damaged.values().filter(|contents| **contents > 0).count() as u64,
             }))
         })
         .await

@@ -184,6 +184,13 @@ impl Records {
             .map(|(id, known)| self.with_names(id, known))
     }
 
+    /// All images with the chain ids of their layers, the bottom first.
+    pub(super) fn chains(&self) -> impl Iterator<Item = (Image, Vec<String>)> {
+        self.known
+            .iter()
+            .map(|(id, known)| (self.with_names(id, known), known.chain_ids.clone()))
+    }
+
     /// Whether some image needs the layer, or may need it for all that can be read.
     pub(super) fn need(&self, chain_id: &str) -> bool {
         !self.damaged.is_empty()

@@ -1,5 +1,6 @@
 //! All images of one plyd.
 
+use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,9 +60,7 @@ impl ImageStore {
         if let Some(name) = name {
             reference::complete(name)?;
         }
-        let spool = self.spools.join(format!("{:032x}", rand::random::<u128>()));
-        let mut spool = archive::Spool::create(spool)?;
-        spool.fill(archive, total, observer)?;
+        let spool = self.spool(archive, total, observer)?;
         let archived = archive::images(&spool, name)?;
         let loaded = self.unpack_and_record(&archived, observer);
         if loaded.is_err() {
@@ -73,6 +72,22 @@ impl ImageStore {
         loaded
     }
 
+    /// Takes in an archive as [`load`](Self::load) does and hands its layers to `work`, each as the file with its blob by
+    /// its diff id. Nothing of it stays.
+    pub fn with_layers<T>(
+        &self,
+        archive: &mut dyn Read,
+        total: u64,
+        observer: &dyn Observer,
+        work: impl FnOnce(&HashMap<String, PathBuf>) -> T,
+    ) -> Result<T> {
+        let spool = self.spool(archive, total, observer)?;
+        let archived = archive::images(&spool, None)?;
+        let layers = archived.iter().flat_map(|image| &image.layers);
+        let by_diff_id = layers.map(|layer| (layer.diff_id.clone(), layer.file.path.clone()));
+        Ok(work(&by_diff_id.collect()))
+    }
+
     /// All images, ordered by name; those without one last.
     pub fn list(&self) -> Result<Vec<Image>> {
         let mut images: Vec<Image> = self.records.lock().all().collect();
@@ -81,6 +96,12 @@ impl ImageStore {
             key(a).cmp(&key(b)).then_with(|| a.id.cmp(&b.id))
         });
         Ok(images)
+    }
+
+    /// All images with the chain ids of their layers, the bottom first: keys of snapshots of
+    /// [`Owner::Image`](crate::snapshotter::Owner).
+    pub fn chains(&self) -> Vec<(Image, Vec<String>)> {
+        self.records.lock().chains().collect()
     }
 
     /// One image by name, digest or unique prefix of its id.
@@ -156,6 +177,18 @@ impl ImageStore {
     pub fn sweep(&self) -> Result<()> {
         let records = self.records.lock();
         self.unpacker.sweep(&|chain_id| records.need(chain_id))
+    }
+
+    fn spool(
+        &self,
+        archive: &mut dyn Read,
+        total: u64,
+        observer: &dyn Observer,
+    ) -> Result<archive::Spool> {
+        let dir = self.spools.join(format!("{:032x}", rand::random::<u128>()));
+        let mut spool = archive::Spool::create(dir)?;
+        spool.fill(archive, total, observer)?;
+        Ok(spool)
     }
 
     fn unpack_and_record(

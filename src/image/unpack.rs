@@ -114,6 +114,7 @@ impl Unpacker {
         for (layer, chain_id) in layers.iter().zip(chain_ids) {
             let turn = self.turn(chain_id, observer)?;
             if self.exists(chain_id)? {
+                self.heal(layer, chain_id, observer)?;
                 observer.progress(Progress {
                     phase: Phase::Exists,
                     digest: layer.digest.clone(),
@@ -230,6 +231,27 @@ impl Unpacker {
             &Told { layer, observer },
         );
         match packed {
+            Ok(_) => Ok(()),
+            Err(snapshotter::Error::Store(error)) => Err(worded(error, layer)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A layer that is there already may be damaged.
+    fn heal(&self, layer: &ArchivedLayer, chain_id: &str, observer: &dyn Observer) -> Result<()> {
+        let path = &layer.file.path;
+        let file = File::open(path).map_err(io_error("open", path))?;
+        let expected = Expected {
+            blob: None,
+            diff_id: Some(&layer.diff_id),
+        };
+        let healed = self.snapshotter.heal_layer(
+            Owner::Image,
+            chain_id,
+            (file, &expected),
+            &Told { layer, observer },
+        );
+        match healed {
             Ok(_) => Ok(()),
             Err(snapshotter::Error::Store(error)) => Err(worded(error, layer)),
             Err(error) => Err(error.into()),

@@ -284,6 +284,33 @@ mod tests {
     }
 
     #[test]
+    fn a_known_layer_that_is_damaged_is_taken_in_once_more() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let stream = tar(&["a", "b"]);
+        prepare(&snapshots, "one", None);
+        let diff_id = apply(&snapshots, "one", &stream).unwrap().diff_id;
+        let layers = snapshots.packed_layers();
+        let name = layers.list()[0].0;
+        let recipe = place.root().join(format!("store/layers/{name}.tar"));
+        fs::remove_file(&recipe).unwrap();
+        assert!(!layers.is_whole(name));
+        prepare(&snapshots, "two", None);
+        let expected = Expected {
+            blob: None,
+            diff_id: Some(&diff_id),
+        };
+        let layer = (&*stream, &expected);
+        snapshots.apply_layer(OWNER, "two", layer, &()).unwrap();
+        assert!(layers.is_whole(name) && recipe.exists());
+        assert_eq!(layers.list().len(), 1);
+        // A whole one is not read.
+        prepare(&snapshots, "three", None);
+        let unread: (&[u8], _) = (b"nonsense", &expected);
+        snapshots.apply_layer(OWNER, "three", unread, &()).unwrap();
+    }
+
+    #[test]
     fn a_changed_root_directory_is_kept() {
         let place = Place::new();
         let snapshots = place.open();

@@ -107,6 +107,21 @@ impl Catalog {
         Ok(self.index.close()?)
     }
 
+    /// Makes each name lead to its record again; says how many did not.
+    pub(super) fn mend_index(&self) -> Result<usize> {
+        // Nobody changes a record meanwhile; whoever looks one up finds it at any moment.
+        let _changes = self.changes.lock();
+        let mut lost = 0;
+        for (id, record) in self.records.list()?.records {
+            let name = name(record.owner, &record.key);
+            if self.index.get(&name)?.as_deref() != Some(&*id) {
+                self.index.insert(&name, &id)?;
+                lost += 1;
+            }
+        }
+        Ok(lost)
+    }
+
     /// The snapshot `key` of `owner`.
     pub(super) fn find(&self, owner: Owner, key: &str) -> Result<Option<Found>> {
         let Some(id) = self.index.get(&name(owner, key))? else {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use super::Snapshotter;
 use super::catalog::{self, SnapshotRecord};
+use super::packed::HeldLayer;
 use super::types::*;
+use crate::store::LayerName;
 use crate::store::ingest::{Observer, Settings};
 use crate::store::layers::{Expected, Layers};
 
@@ -55,6 +57,48 @@ impl Snapshotter {
     /// How layers are packed.
     pub fn packing(&self) -> &Settings {
         &self.packing
+    }
+
+    /// Takes the packed layer of a committed snapshot in once more, if it is not whole; says whether it did. Without a need for it
+    /// `stream` is not read.
+    pub fn heal_layer(
+        &self,
+        owner: Owner,
+        name: &str,
+        layer: (impl Read + Send, &Expected<'_>),
+        observer: &dyn Observer,
+    ) -> Result<bool> {
+        let found = self.catalog.resolve(owner, name)?;
+        match found.record.packed {
+            Some(packed) if !self.packed.layers().is_whole(packed) => {
+                tracing::warn!(snapshot = name, layer = %packed, "a damaged layer is taken in once more");
+                let (stream, expected) = layer;
+                self.packed.restore(packed, stream, expected, observer)?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Takes a packed layer in once more, in place of what is damaged of it.
+    pub fn restore_layer(
+        &self,
+        layer: LayerName,
+        stream: impl Read + Send,
+        expected: &Expected<'_>,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        self.packed.restore(layer, stream, expected, observer)
+    }
+
+    /// Puts the names into the index that it has lost; says how many.
+    pub fn mend_index(&self) -> Result<usize> {
+        self.catalog.mend_index()
+    }
+
+    /// Keeps a packed layer while somebody reads it; its last snapshot may be removed meanwhile.
+    pub fn hold_layer(&self, name: LayerName) -> Result<HeldLayer<'_>> {
+        self.packed.hold(name)
     }
 
     /// The packed layers, to collect, verify and look at.

@@ -49,6 +49,7 @@ mod packed;
 mod queries;
 mod recovery;
 mod settle;
+mod space;
 #[cfg(test)]
 pub(in crate::snapshotter) mod tests;
 pub mod types;
@@ -66,7 +67,9 @@ pub use diff::{Change, ChangeKind};
 pub use export::ExportedOverlay;
 use locks::Locks;
 use mounts::Mounts;
+pub use packed::HeldLayer;
 use packed::Packed;
+pub use space::{Space, Taken};
 pub use types::*;
 use types::{io_error, plyfs_error};
 
@@ -101,7 +104,7 @@ impl Snapshotter {
         let trash_dir = root.join("trash");
         let trash = Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?;
         let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
-        let mounts = Arc::new(Mounts::open(state, config.plyfs)?);
+        let mounts = Arc::new(Mounts::open(state, config.plyfs, config.verify)?);
         mounts.adopt(|id| {
             // Whoever works in the mount of a damaged record has done nothing wrong.
             damaged.iter().any(|damaged| damaged.id == id)
@@ -111,7 +114,12 @@ impl Snapshotter {
         })?;
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
         let store = root.join("store");
-        let packed = Packed::open(&store, config.packing, &all, !damaged.is_empty())?;
+        let packed = Packed::open(
+            &store,
+            (config.packing, config.verify),
+            &all,
+            !damaged.is_empty(),
+        )?;
         Ok(Self {
             catalog,
             locks: Locks::default(),

@@ -16,13 +16,16 @@ use super::types::*;
 use crate::store::ingest::{self, Settings};
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
-use crate::store::{Collector, LayerName};
+use crate::store::{self, Collector, LayerName, ViewKey};
 
 #[derive(Debug)]
 pub(super) struct Packed {
     layers: Arc<Layers>,
     collector: Collector,
     state: Mutex<State>,
+    verify: Verify,
+    /// What the trees of chains have, which never changes.
+    logical: Mutex<HashMap<ViewKey, u64>>,
 }
 
 #[derive(Debug, Default)]
@@ -41,6 +44,13 @@ pub(super) struct Imported<'a> {
     pub(super) usage: Usage,
 }
 
+/// Keeps a layer from being removed while it lives.
+#[derive(Debug)]
+pub struct HeldLayer<'a> {
+    packed: &'a Packed,
+    name: LayerName,
+}
+
 /// Ends an import, however it ends.
 struct Import<'a>(&'a Packed);
 
@@ -48,7 +58,7 @@ impl Packed {
     /// Opens the store in `dir` for the snapshots `all`. If `incomplete`, there are others.
     pub(super) fn open(
         dir: &Path,
-        settings: Settings,
+        (settings, verify): (Settings, Verify),
         all: &[Found],
         incomplete: bool,
     ) -> Result<Self> {
@@ -66,7 +76,7 @@ impl Packed {
                 tracing::error!(
                     snapshot = found.record.key,
                     %layer,
-                    "the content of a committed snapshot is missing; remove the snapshot and pull its image again"
+                    "the content of a committed snapshot is missing; `snapctl system repair` brings it back, or says what would"
                 );
             }
         }
@@ -77,6 +87,8 @@ impl Packed {
             layers,
             collector,
             state: Mutex::new(state),
+            verify,
+            logical: Mutex::default(),
         };
         if !incomplete {
             packed.remove_unused(&packed.state.lock());
@@ -90,8 +102,19 @@ impl Packed {
             return Ok(None);
         }
         layers.reverse();
-        let view = self.layers.view(&layers, Verify::default())?;
+        let view = self.layers.view(&layers, self.verify)?;
         Ok(Some(Arc::new(view)))
+    }
+
+    /// Bytes of the files of the tree that the layers make, the lowest first.
+    pub(super) fn logical(&self, layers: &[LayerName]) -> Result<u64> {
+        let key = ViewKey::of(layers);
+        if let Some(bytes) = self.logical.lock().get(&key) {
+            return Ok(*bytes);
+        }
+        let bytes = self.layers.logical(layers)?;
+        self.logical.lock().insert(key, bytes);
+        Ok(bytes)
     }
 
     /// Takes a layer in, unless it is there already, which can lie on the layers `below`, the topmost first.
@@ -104,9 +127,12 @@ impl Packed {
     ) -> Result<Imported<'_>> {
         self.state.lock().imports += 1;
         let import = Import(self);
-        let known = self.layers.known(expected);
-        let name = match known {
-            Some(name) => name,
+        let name = match self.layers.known(expected) {
+            Some(name) if self.layers.is_whole(name) => name,
+            Some(name) => {
+                tracing::warn!(layer = %name, "a known layer is damaged and is taken in once more");
+                self.layers.restore(name, stream, expected, observer)?
+            }
             None => self.layers.import(stream, expected, observer)?,
         };
         below.reverse();
@@ -121,9 +147,38 @@ impl Packed {
         })
     }
 
+    /// Takes in a layer that snapshots have once more.
+    pub(super) fn restore(
+        &self,
+        layer: LayerName,
+        stream: impl Read + Send,
+        expected: &Expected<'_>,
+        observer: &dyn ingest::Observer,
+    ) -> Result<()> {
+        self.state.lock().imports += 1;
+        let _import = Import(self);
+        let found = self.layers.restore(layer, stream, expected, observer)?;
+        if found == layer {
+            Ok(())
+        } else {
+            Err(Error::AnotherLayer { layer, found })
+        }
+    }
+
     /// All packed layers.
     pub(super) fn layers(&self) -> &Arc<Layers> {
         &self.layers
+    }
+
+    /// Keeps a layer for somebody who reads it, as a snapshot would.
+    pub(super) fn hold(&self, name: LayerName) -> Result<HeldLayer<'_>> {
+        let mut state = self.state.lock();
+        if self.layers.get(name).is_none() {
+            let layer = name.to_string();
+            return Err(store::Error::NoLayer { layer }.into());
+        }
+        *state.uses.entry(name).or_default() += 1;
+        Ok(HeldLayer { packed: self, name })
     }
 
     /// Waits until what was removed has left the disk.
@@ -184,6 +239,12 @@ impl Imported<'_> {
     pub(super) fn used(self) {
         let mut state = self.packed.state.lock();
         *state.uses.entry(self.name).or_default() += 1;
+    }
+}
+
+impl Drop for HeldLayer<'_> {
+    fn drop(&mut self) {
+        self.packed.release(self.name);
     }
 }
 

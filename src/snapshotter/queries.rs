@@ -2,11 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::Snapshotter;
 use super::catalog::Found;
 use super::types::*;
 use crate::store::LayerName;
+
+/// How long all mounts together may take to tell of damage.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Snapshotter {
     /// Where the snapshot's mount is to be seen beside its own place.
@@ -33,6 +37,38 @@ impl Snapshotter {
         let all = self.catalog.all()?.into_iter();
         let of_layer = all.filter(|found| found.record.packed == Some(layer));
         Ok(of_layer.map(|found| found.record.key).collect())
+    }
+
+    /// How many contents of packed layers each mount could not use when it last read them, by the ids of the snapshots. One that
+    /// does not answer soon is left out.
+    pub fn damaged_contents<'a>(
+        &self,
+        snapshots: impl IntoIterator<Item = &'a SnapshotInfo>,
+    ) -> HashMap<String, u64> {
+        let deadline = Instant::now() + PATIENCE;
+        let mounted = snapshots
+            .into_iter()
+            .filter(|snapshot| snapshot.mount.is_some());
+        mounted
+            .filter_map(|snapshot| {
+                let damaged = self.mounts.damaged(&snapshot.id, deadline)?;
+                Some((snapshot.id.clone(), damaged))
+            })
+            .collect()
+    }
+
+    /// Owners and keys of the snapshots whose content each packed layer is.
+    pub fn users_of_layers(&self) -> Result<HashMap<LayerName, Vec<ParentRef>>> {
+        let mut users: HashMap<LayerName, Vec<ParentRef>> = HashMap::new();
+        for Found { record, .. } in self.catalog.all()? {
+            if let Some(layer) = record.packed {
+                users.entry(layer).or_default().push(ParentRef {
+                    owner: record.owner,
+                    key: record.key,
+                });
+            }
+        }
+        Ok(users)
     }
 
     /// What is known of one snapshot.

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 
 use crate::cow;
 use crate::store::ingest::Settings;
+use crate::store::view::Verify;
 use crate::store::{self, LayerName, index, record};
 use crate::sys::fuse_mount;
 
@@ -116,6 +117,8 @@ pub struct SnapshotterConfig {
     pub index_prober: Option<PathBuf>,
     /// How layers are packed.
     pub packing: Settings,
+    /// When contents of packed layers are compared with their names.
+    pub verify: Verify,
 }
 
 impl std::ops::Add for Usage {
@@ -250,6 +253,16 @@ pub enum Error {
     NotPristine {
         /// Key.
         key: String,
+    },
+    /// What was to restore a layer is another one.
+    #[error(
+        "the stream is that of the layer {found} and not of {layer}; remove the image that has it and load that again"
+    )]
+    AnotherLayer {
+        /// What is to be restored.
+        layer: LayerName,
+        /// What the stream is.
+        found: LayerName,
     },
     /// A key must not be empty.
     #[error("a snapshot needs a key that is not empty")]

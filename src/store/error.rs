@@ -20,7 +20,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A file of the store does not hold what was written to it.
-    #[error("{path} is damaged: {problem}; remove the layer that uses it and import that again")]
+    #[error("{path} is damaged: {problem}; `snapctl system repair` mends it, or says what would")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -63,13 +63,15 @@ pub enum Error {
     #[error("the import was cancelled; nothing of it was kept")]
     Cancelled,
     /// There is no such layer.
-    #[error("there is no layer {layer} in the store; import it again")]
+    #[error("there is no layer {layer} in the store; load the image that has it again")]
     NoLayer {
         /// Its name.
         layer: String,
     },
     /// A content that a layer names is not in the store.
-    #[error("the store has lost the object {object}; import the layers that use it again")]
+    #[error(
+        "the store has lost the object {object}; `snapctl system repair` brings it back, or says what would"
+    )]
     NoObject {
         /// Its name.
         object: String,
@@ -77,7 +79,7 @@ pub enum Error {
     /// A content of a layer is not sound.
     #[error("{problem}")]
     Content {
-        /// What is wrong, and what to do.
+        /// What is wrong.
         problem: String,
     },
     /// A layer that did not come as a tar stream.
@@ -89,6 +91,18 @@ pub enum Error {
     /// The records.
     #[error(transparent)]
     Record(#[from] record::Error),
+}
+
+impl Error {
+    /// What is wrong, without what to do about it: for who says that for several at once.
+    pub fn problem(&self) -> String {
+        match self {
+            Self::Damaged { path, problem } => format!("{} is damaged: {problem}", path.display()),
+            Self::NoLayer { .. } => "it is not in the store".to_owned(),
+            Self::NoObject { object } => format!("the object {object} is not in the store"),
+            other => other.to_string(),
+        }
+    }
 }
 
 /// Result of an operation on packed layers.

@@ -64,7 +64,9 @@ pub struct Layers {
     records: RecordDir<LayerRecord>,
     known: Mutex<BTreeMap<LayerName, LayerRecord>>,
     /// Layers whose records cannot be used. What they name is needed still.
-    damaged: Vec<LayerName>,
+    damaged: Mutex<Vec<LayerName>>,
+    /// Layers that were found to be damaged since the store was opened.
+    pub(super) doubted: Mutex<HashSet<LayerName>>,
     /// Held by a collection.
     pub(super) collecting: Mutex<()>,
 }
@@ -106,7 +108,8 @@ impl Layers {
             objects: Arc::new(objects),
             records,
             known: Mutex::new(known),
-            damaged: damaged_names,
+            damaged: Mutex::new(damaged_names),
+            doubted: Mutex::default(),
             collecting: Mutex::new(()),
         };
         Ok((layers, listing.damaged))
@@ -223,7 +226,7 @@ impl Layers {
         view::check(&self.indexes(chain)?)
     }
 
-    fn indexes(&self, chain: &[LayerName]) -> Result<Vec<LayerIndex>> {
+    pub(super) fn indexes(&self, chain: &[LayerName]) -> Result<Vec<LayerIndex>> {
         chain.iter().map(|name| self.index(*name)).collect()
     }
 
@@ -281,8 +284,7 @@ impl Layers {
             objects,
             content_bytes,
         };
-        self.records.put(&name.to_string(), &record)?;
-        self.known.lock().insert(name, record);
+        self.put_record(name, record)?;
         Ok(name)
     }
 
@@ -296,12 +298,25 @@ impl Layers {
     }
 
     /// Layers whose records cannot be used.
-    pub(super) fn damaged(&self) -> &[LayerName] {
-        &self.damaged
+    pub fn damaged(&self) -> Vec<LayerName> {
+        self.damaged.lock().clone()
+    }
+
+    /// Records a layer of which everything is there.
+    pub(super) fn put_record(&self, name: LayerName, record: LayerRecord) -> Result<()> {
+        self.records.put(&name.to_string(), &record)?;
+        self.known.lock().insert(name, record);
+        self.damaged.lock().retain(|damaged| *damaged != name);
+        Ok(())
     }
 
     pub(super) fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Where all of it lies.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Where what is half-made lies.

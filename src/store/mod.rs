@@ -5,7 +5,8 @@
 //! Packed layers (`docs/layer-format.md`): `format` and `pack` are the files, [`object`] finds contents
 //! by their names, [`layer::index`] is what a layer says, [`ingest`] takes layers in and `export` gives
 //! their streams back, [`layers`] has all of them. A [`view`] is what a
-//! chain of layers looks like, in one index.
+//! chain of layers looks like, in one index. [`gc`] removes what no layer needs, [`verify`] finds damage, [`repair`] mends it,
+//! [`space`] says what takes how much.
 //!
 //! The rules that everything here follows:
 //! - A fact is true when its record file is in place. Every change of state is exactly one rename
@@ -29,6 +30,8 @@ mod lock;
 pub mod object;
 mod pack;
 pub mod record;
+pub mod repair;
+pub mod space;
 pub mod tar;
 pub mod trash;
 mod usage;

@@ -62,6 +62,14 @@ pub(super) struct Slot {
     pub(super) stored: u32,
 }
 
+impl Slot {
+    /// Bytes of the object with its header and what follows it up to the next one.
+    pub(super) fn bytes(self) -> u64 {
+        let stored = u64::from(self.stored);
+        HEADER as u64 + stored + padding(stored)
+    }
+}
+
 /// An object as it is stored.
 #[derive(Debug)]
 pub(super) struct Encoded {

@@ -42,6 +42,11 @@ struct State {
 }
 
 impl Trash {
+    /// Where it lies.
+    pub fn dir(&self) -> &Path {
+        &self.shared.dir
+    }
+
     /// Opens the trash in `dir`, on the file system of all that will be thrown into it, and goes on
     /// with what it still holds.
     pub fn open(dir: &Path) -> io::Result<Self> {

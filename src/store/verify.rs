@@ -30,9 +30,10 @@ pub trait Told: Observer {
     fn sum(&self, layers: u64, total: u64, objects: u64, bytes: u64);
 }
 
-/// What was looked at.
-#[derive(Default)]
-struct Sum {
+/// A look at layers, one after the other.
+pub(super) struct Examination<'a> {
+    deep: bool,
+    observer: &'a dyn Observer,
     objects: u64,
     bytes: u64,
     /// An object of several layers is read once, and its damage told for each.
@@ -45,79 +46,93 @@ impl Layers {
     pub fn verify(&self, deep: bool, told: &dyn Told) {
         let layers = self.list();
         let total = layers.len() as u64;
-        let mut sum = Sum::default();
+        let mut examination = Examination::new(deep, told);
         told.sum(0, total, 0, 0);
         for (done, (layer, _)) in (1..).zip(layers) {
-            let faults = self.verify_layer(layer, deep, told, &mut sum);
+            let faults = examination.layer(self, layer);
             if told.cancelled() {
                 return;
             }
             // Removed meanwhile, it has nothing to be sound.
             if self.get(layer).is_some() {
-                for (path, error) in faults {
-                    told.fault(Fault { layer, path, error });
+                for fault in faults {
+                    self.doubt(layer);
+                    told.fault(fault);
                 }
             }
-            told.sum(done, total, sum.objects, sum.bytes);
+            told.sum(done, total, examination.objects, examination.bytes);
         }
     }
 
-    fn verify_layer(
+    /// As [`verify`](Self::verify), of one layer, whether it is known or not.
+    pub fn verify_layer(
         &self,
         layer: LayerName,
         deep: bool,
-        told: &dyn Told,
-        sum: &mut Sum,
-    ) -> Vec<(Option<String>, Error)> {
-        let index = LayerIndex::open(&self.index_path(layer), layer)
+        observer: &dyn Observer,
+    ) -> Vec<Fault> {
+        Examination::new(deep, observer).layer(self, layer)
+    }
+}
+
+impl<'a> Examination<'a> {
+    /// With `deep`, contents are read.
+    pub(super) fn new(deep: bool, observer: &'a dyn Observer) -> Self {
+        Self {
+            deep,
+            observer,
+            objects: 0,
+            bytes: 0,
+            known: HashMap::new(),
+        }
+    }
+
+    /// What is not sound of a layer.
+    pub(super) fn layer(&mut self, layers: &Layers, layer: LayerName) -> Vec<Fault> {
+        let index = LayerIndex::open(&layers.index_path(layer), layer)
             .and_then(|index| index.verify().map(|()| index));
+        let fault = |path, error| Fault { layer, path, error };
         let index = match index {
             Ok(index) => index,
-            Err(error) => return vec![(None, error)],
+            Err(error) => return vec![fault(None, error)],
         };
         let mut faults = Vec::new();
         if index.diff_id().is_some() {
-            let path = self.recipe_path(layer);
+            let path = layers.recipe_path(layer);
             let recipe = recipe::Reader::open(&path).and_then(recipe::Reader::verify);
-            faults.extend(recipe.err().map(|error| (None, error)));
+            faults.extend(recipe.err().map(|error| fault(None, error)));
         }
-        let bad = self.bad_objects(&index, deep, told, sum);
+        let bad = self.bad_objects(layers, &index);
         let mut paths = paths_of(&index, &bad);
         let bad = bad
             .into_iter()
-            .map(|(number, problem)| (paths.remove(&number), Error::Content { problem }));
+            .map(|(number, problem)| fault(paths.remove(&number), Error::Content { problem }));
         faults.extend(bad);
         faults
     }
 
     /// The objects of a layer that are not sound, by their numbers.
-    fn bad_objects(
-        &self,
-        index: &LayerIndex,
-        deep: bool,
-        told: &dyn Told,
-        sum: &mut Sum,
-    ) -> Vec<(u32, String)> {
+    fn bad_objects(&mut self, layers: &Layers, index: &LayerIndex) -> Vec<(u32, String)> {
         let mut bad = Vec::new();
         for number in 0..index.object_count() {
-            if told.cancelled() {
+            if self.observer.cancelled() {
                 break;
             }
             let object = match index.object(number) {
                 Ok(object) => object,
                 Err(error) => {
-                    bad.push((number, error.to_string()));
+                    bad.push((number, error.problem()));
                     continue;
                 }
             };
-            let problem = match sum.known.get(&object.name) {
+            let problem = match self.known.get(&object.name) {
                 Some(known) => known.clone(),
                 None => {
-                    sum.objects += 1;
-                    sum.bytes += if deep { object.size } else { 0 };
-                    let checked = self.check_object(&object, deep);
-                    let problem = checked.err().map(|error| error.to_string());
-                    sum.known.insert(object.name, problem.clone());
+                    self.objects += 1;
+                    self.bytes += if self.deep { object.size } else { 0 };
+                    let checked = self.check_object(layers, &object);
+                    let problem = checked.err().map(|error| error.problem());
+                    self.known.insert(object.name, problem.clone());
                     problem
                 }
             };
@@ -126,10 +141,10 @@ impl Layers {
         bad
     }
 
-    fn check_object(&self, object: &Object, deep: bool) -> Result<()> {
-        let objects = self.objects();
+    fn check_object(&self, layers: &Layers, object: &Object) -> Result<()> {
+        let objects = layers.objects();
         let place = objects.find(&object.name)?;
-        if deep {
+        if self.deep {
             objects.read(object, place, true).map(drop)
         } else if place.is_some() {
             Ok(())

@@ -4,6 +4,7 @@ mod common;
 
 mod containers;
 mod images;
+mod layers;
 mod snapshots;
 mod stdio;
 mod usage;

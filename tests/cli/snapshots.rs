@@ -193,6 +193,7 @@ fn lists_are_tables_names_or_json() {
     fields.sort_unstable();
     let documented = [
         "created",
+        "damaged_contents",
         "id",
         "key",
         "kind",

@@ -327,6 +327,14 @@ impl Host {
             .count()
     }
 
+    /// What is in a directory below plyd's root.
+    pub fn files(&self, dir: &str) -> Vec<PathBuf> {
+        fs::read_dir(self.dir.join("ply").join(dir))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect()
+    }
+
     /// The plyfs processes of this plyd.
     pub fn plyfs(&self) -> Vec<i32> {
         let here = self.dir.to_string_lossy().into_owned();

@@ -1,6 +1,7 @@
 //! Other releases of containerd than the installed one, each with the form of the configuration that is shipped for it.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::host::{Host, Release, sh};
@@ -80,6 +81,49 @@ fn other_releases_of_containerd_import_and_run_with_the_shipped_configurations()
         });
         imports_and_runs(&host, line);
     }
+}
+
+#[test]
+fn damaged_layers_are_restored_from_the_content_store() {
+    let line = &LINES[0];
+    let host = Host::start_with(Release {
+        programs: Some(programs(line.suite)),
+        config: line.config,
+    });
+    let busybox = super::image::busybox(&host.dir);
+    let import = ["images", "import", "--snapshotter", "plywood"];
+    // Not by the helper, which sees to it that nobody damages what was imported.
+    host.try_ctr(&[&import[..], &[busybox.to_str().unwrap()]].concat())
+        .unwrap();
+    let damage = || {
+        let layers = host.files("store/layers").into_iter();
+        for recipe in layers.filter(|path| path.extension().is_some_and(|of| of == "tar")) {
+            std::fs::remove_file(recipe).unwrap();
+        }
+        for pack in host.files("store/packs") {
+            let file = std::fs::File::options().write(true).open(pack).unwrap();
+            file.write_all_at(&[0xff; 64], 130).unwrap();
+        }
+    };
+    damage();
+    assert!(host.try_snapctl(&["system", "verify", "--deep"]).is_err());
+    let told = host.snapctl(&["system", "repair"]);
+    assert_eq!(
+        told.matches("restored from containerd's content store")
+            .count(),
+        2,
+        "{told}"
+    );
+    host.snapctl(&["system", "verify", "--deep"]);
+
+    // What containerd does not have any more is said by its name.
+    damage();
+    for blob in host.ctr(&["content", "ls", "-q"]).lines() {
+        host.ctr(&["content", "rm", blob]);
+    }
+    let told = host.try_snapctl(&["system", "repair"]).unwrap_err();
+    assert!(told.contains("left: layer"), "{told}");
+    assert!(told.contains("fetch the blob sha256:"), "{told}");
 }
 
 fn imports_and_runs(host: &Host, line: &Line) {

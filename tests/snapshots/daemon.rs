@@ -35,6 +35,12 @@ fn a_wrong_configuration_is_refused_by_name() {
         ("log_format = \"xml\"", "xml"),
         ("address = \"tcp://1.2.3.4\"", "tcp://1.2.3.4"),
         ("log_level = \"a=b=c\"", "a=b=c"),
+        ("verify = \"often\"", "verify"),
+        ("import_memory = \"1M\"", "import_memory is 1048576"),
+        ("small_object_limit = \"1kB\"", "small_object_limit"),
+        ("zstd_level = 99", "zstd_level is 99"),
+        ("import_workers = 0", "import_workers is 0"),
+        ("layer_max_entries = 0", "layer_max_entries is 0"),
     ] {
         fs::write(&config, content).unwrap();
         let root = tmp.path().join("root");
@@ -59,6 +65,9 @@ fn a_wrong_configuration_is_refused_by_name() {
         ("--log-level", "loud"),
         ("--log-level", "info,loud"),
         ("--log-format", "xml"),
+        ("--verify", "often"),
+        ("--import-memory", "12x"),
+        ("--zstd-level", "99"),
     ] {
         let dirs = ["--state", text(&root), "--root", text(&root)];
         let (code, stderr) =

@@ -1,6 +1,7 @@
 //! `plyd`: the daemon that keeps snapshots, images and containers, and serves them on one socket.
 
 mod host;
+mod packing;
 mod settings;
 
 use std::ffi::OsStr;
@@ -73,6 +74,7 @@ fn run(checked: Checked) -> Result<(), Failure> {
         log_filter,
         socket,
         containerd,
+        packing,
     } = checked;
     start_log(log_filter, settings.log_format.unwrap_or_default());
     if let Err(error) = process::raise_open_files() {
@@ -104,7 +106,8 @@ fn run(checked: Checked) -> Result<(), Failure> {
         SnapshotterConfig {
             plyfs,
             index_prober: std::env::current_exe().ok(),
-            ..SnapshotterConfig::default()
+            packing,
+            verify: settings.verify.unwrap_or_default().into(),
         },
     )?);
     let images = Arc::new(ImageStore::open(&root, Arc::clone(&snapshotter))?);

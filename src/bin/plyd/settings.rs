@@ -4,9 +4,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
+use plywood::store::ingest::Settings as Packing;
 use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+
+use super::packing::{self, Size, WhenVerified};
 
 const DEFAULT_CONFIG: &str = "/etc/plywood/config.toml";
 const DEFAULT_ADDRESS: &str = "unix:///run/plywood/plyd.sock";
@@ -58,6 +61,33 @@ pub struct Settings {
     /// [default: unix:///run/containerd/containerd.sock]
     #[arg(long, value_name = "unix://PATH")]
     pub containerd_address: Option<String>,
+    /// When contents of packed layers are compared with their names [default: first]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub verify: Option<WhenVerified>,
+    /// Memory for the contents of a layer that is being taken in [default: 256M]
+    #[arg(long, value_name = "BYTES")]
+    pub import_memory: Option<Size>,
+    /// Threads that hash and compress the contents of a layer [default: one for each CPU]
+    #[arg(long, value_name = "NUMBER")]
+    pub import_workers: Option<u64>,
+    /// Contents of more bytes become files of their own, all others are packed [default: 128K]
+    #[arg(long, value_name = "BYTES")]
+    pub small_object_limit: Option<Size>,
+    /// Whether those files are compressed, or plain for mounts that pass them through [default: compressed]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub large_objects: Option<LargeObjects>,
+    /// How much what is packed is compressed, 1 to 22 [default: 1]
+    #[arg(long, value_name = "LEVEL")]
+    pub zstd_level: Option<i64>,
+    /// Most bytes of a layer, uncompressed [default: 1T]
+    #[arg(long, value_name = "BYTES")]
+    pub layer_max_bytes: Option<Size>,
+    /// Most entries of a layer [default: 10000000]
+    #[arg(long, value_name = "NUMBER")]
+    pub layer_max_entries: Option<u64>,
+    /// Most bytes of the names of a layer's paths [default: 512M]
+    #[arg(long, value_name = "BYTES")]
+    pub layer_max_names: Option<Size>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
@@ -70,6 +100,16 @@ pub enum LogFormat {
     Text,
 }
 
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LargeObjects {
+    /// In frames that can be read one by one
+    #[default]
+    Compressed,
+    /// As they are, so that the kernel can read them by itself
+    Plain,
+}
+
 /// Settings of which nothing is wrong in itself.
 pub struct Checked {
     pub settings: Settings,
@@ -77,6 +117,8 @@ pub struct Checked {
     pub socket: PathBuf,
     /// containerd's socket.
     pub containerd: PathBuf,
+    /// How layers are packed.
+    pub packing: Packing,
 }
 
 impl Settings {
@@ -91,6 +133,15 @@ impl Settings {
             plyshim: self.plyshim.or(other.plyshim),
             oci_runtime: self.oci_runtime.or(other.oci_runtime),
             containerd_address: self.containerd_address.or(other.containerd_address),
+            verify: self.verify.or(other.verify),
+            import_memory: self.import_memory.or(other.import_memory),
+            import_workers: self.import_workers.or(other.import_workers),
+            small_object_limit: self.small_object_limit.or(other.small_object_limit),
+            large_objects: self.large_objects.or(other.large_objects),
+            zstd_level: self.zstd_level.or(other.zstd_level),
+            layer_max_bytes: self.layer_max_bytes.or(other.layer_max_bytes),
+            layer_max_entries: self.layer_max_entries.or(other.layer_max_entries),
+            layer_max_names: self.layer_max_names.or(other.layer_max_names),
         }
     }
 }
@@ -125,6 +176,7 @@ pub fn read(args: Args) -> Result<Checked, String> {
         log_filter: log_filter(settings.log_level.as_deref().unwrap_or("info"))?,
         socket: socket_path("--address", address)?,
         containerd: socket_path("--containerd-address", containerd)?,
+        packing: packing::packing(&settings)?,
         settings,
     })
 }

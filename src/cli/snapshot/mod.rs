@@ -199,6 +199,13 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
     for name in &view.packed_layers {
         line("packed layer", name);
     }
+    if let Some(damaged) = view.damaged_contents.filter(|contents| *contents > 0) {
+        let contents = count(damaged, "content");
+        line(
+            "damaged",
+            &format!("{contents}; `snapctl system repair` mends them"),
+        );
+    }
     for (key, value) in &view.labels {
         line("label", &format!("{key}={value}"));
     }

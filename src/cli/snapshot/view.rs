@@ -25,6 +25,8 @@ pub struct SnapshotView {
     pub upper_dir: Option<String>,
     pub layer_dirs: Vec<String>,
     pub packed_layers: Vec<String>,
+    /// Of a mounted one, where it was asked for.
+    pub damaged_contents: Option<u64>,
     #[serde(skip)]
     pub age: String,
 }
@@ -52,6 +54,7 @@ impl From<Snapshot> for SnapshotView {
             upper_dir: some(snapshot.upper_dir),
             layer_dirs: snapshot.layer_dirs,
             packed_layers: snapshot.packed_layers,
+            damaged_contents: snapshot.damaged_contents,
         }
     }
 }

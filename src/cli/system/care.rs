@@ -86,8 +86,8 @@ struct VerifiedView {
 }
 
 #[derive(Serialize)]
-struct FaultView {
-    layer: String,
+pub(super) struct FaultView {
+    pub(super) layer: String,
     path: Option<String>,
     problem: String,
     snapshots: Vec<String>,
@@ -105,7 +105,10 @@ impl From<Fault> for FaultView {
 }
 
 impl FaultView {
-    fn line(&self) -> String {
+    pub(super) fn line(&self) -> String {
+        if self.layer.is_empty() {
+            return self.problem.clone();
+        }
         let layer = output::short(&self.layer);
         let path = self.path.as_deref().unwrap_or("the layer itself");
         let of = match self.snapshots.as_slice() {
@@ -163,8 +166,12 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             true => format!(", {} read", output::size(sum.bytes)),
             false => String::new(),
         };
+        let how = match damaged {
+            true => "; `snapctl system repair` mends it, or says what would",
+            false => "",
+        };
         output::lines_out(&[format!(
-            "{} with {}{read}: {} damaged",
+            "{} with {}{read}: {} damaged{how}",
             output::count(sum.layers, "layer"),
             output::count(sum.objects, "content"),
             faults.len()
@@ -177,7 +184,7 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
     }
 }
 
-fn style() -> ProgressStyle {
+pub(super) fn style() -> ProgressStyle {
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} layers {elapsed}");
     style.unwrap_or_else(|_| ProgressStyle::default_bar())
 }

@@ -1,13 +1,17 @@
 //! `snapctl system`.
 
 mod care;
+mod repair;
+mod space;
+
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use crate::cli::client::Client;
 use crate::cli::error::Result;
-use crate::cli::output;
+use crate::cli::output::{self, Cut};
 use crate::grpc::pb::plywood::{Feature, InfoSystemRequest, InfoSystemResponse};
 
 /// The commands of `snapctl system`.
@@ -18,6 +22,24 @@ pub enum Command {
   snapctl system info
   snapctl system info --json | jq '.features[] | select(.in_use | not)'")]
     Info(InfoArgs),
+    /// Show what images and snapshots take on disk
+    #[command(
+        after_help = "LOGICAL is what the files of its tree have. UNIQUE is what nothing else needs: it comes free if that image
+or snapshot goes (in packs, when the pack is written anew). ON DISK is its part of what lies on the disk:
+what several have is divided evenly among them, so that the column adds up to what `du` says of plyd's
+root. A snapshot has what was written to it, or its own layer; a layer of an image is counted there.
+
+views         trees of chains of layers, made again when they are needed
+packs         headers and tables of the files that small contents are in
+records       what is known of all of these, with indexes and directories
+containers    bundles and logs
+uncollected   what nothing has: it awaits `snapctl system gc`, or is being loaded
+
+Examples:
+  snapctl system df
+  snapctl system df --json | jq -r '.users[] | select(.kind == \"image\") | [.unique, .name] | @tsv' | sort -n"
+    )]
+    Df(DfArgs),
     /// Remove what no layer needs any more; plyd does it by itself when layers are removed
     #[command(after_help = "Exits with 1 if something could not be removed.
 
@@ -27,13 +49,37 @@ Examples:
     Gc(GcArgs),
     /// Read what is stored of the layers and compare it with its checksums
     #[command(
-        after_help = "Exits with 1 if something is damaged. Nothing is changed: to mend an image, remove it and load it again.
+        after_help = "Exits with 1 if something is damaged. Nothing is changed: `snapctl system repair` mends it.
 
 Examples:
   snapctl system verify
   snapctl system verify --deep --json"
     )]
     Verify(VerifyArgs),
+    /// Make whole what is damaged of the layers
+    #[command(
+        after_help = "Reads everything first. What can be made from something else is made anew; layers are taken in again
+from the archive, or else from containerd's content store. Mounts go on, and read what was mended.
+Exits with 1 if something is left, with a line for each: what it is, and what would mend it.
+
+Examples:
+  snapctl system repair
+  snapctl system repair -i debian.tar"
+    )]
+    Repair(RepairArgs),
+}
+
+/// Arguments of `system df`.
+#[derive(Args, Debug)]
+pub struct DfArgs {
+    #[command(flatten)]
+    cut: Cut,
+    /// Print a JSON object
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the bytes of all together only
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 /// Arguments of `system gc`.
@@ -67,6 +113,20 @@ pub struct VerifyArgs {
     quiet: bool,
 }
 
+/// Arguments of `system repair`.
+#[derive(Args, Debug)]
+pub struct RepairArgs {
+    /// An image archive, a layout directory, or - for stdin, to take damaged layers from
+    #[arg(short, long, value_name = "FILE|DIR|-")]
+    input: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the names of the layers that are left only
+    #[arg(short, long)]
+    quiet: bool,
+}
+
 /// Arguments of `system info`.
 #[derive(Args, Debug)]
 pub struct InfoArgs {
@@ -92,6 +152,8 @@ struct InfoView {
     mounts: u64,
     containers: u64,
     containers_running: u64,
+    damaged_contents: u64,
+    damaged_mounts: u64,
 }
 
 #[derive(Serialize)]
@@ -132,6 +194,8 @@ impl From<InfoSystemResponse> for InfoView {
             mounts: info.mounts,
             containers: info.containers,
             containers_running: info.containers_running,
+            damaged_contents: info.damaged_contents,
+            damaged_mounts: info.damaged_mounts,
         }
     }
 }
@@ -151,7 +215,9 @@ impl From<Feature> for FeatureView {
 pub async fn run(command: Command, client: &Client) -> Result<()> {
     match command {
         Command::Info(args) => info(args, client).await,
+        Command::Df(args) => space::df(args, client).await,
         Command::Gc(args) => care::gc(args, client).await,
+        Command::Repair(args) => repair::repair(args, client).await,
         Command::Verify(args) => care::verify(args, client).await,
     }
 }
@@ -200,9 +266,22 @@ fn lines(info: &InfoView) -> Vec<String> {
             "containers",
             format!("{} ({} running)", info.containers, info.containers_running),
         ),
+        ("damaged", damaged(info)),
         ("", String::new()),
     ]
     .into_iter()
     .map(|(key, value)| output::printable(format!("{key:<15}{value}").trim_end()))
     .collect()
+}
+
+/// What mounts could not read.
+fn damaged(info: &InfoView) -> String {
+    match info.damaged_contents {
+        0 => "nothing that was read".to_owned(),
+        contents => format!(
+            "{} in {}; `snapctl system repair` mends them",
+            output::count(contents, "content"),
+            output::count(info.damaged_mounts, "mount")
+        ),
+    }
 }

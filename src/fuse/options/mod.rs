@@ -143,9 +143,6 @@ pub enum OptionError {
     /// Two that exclude each other.
     #[error("`passthrough` and `{0}` exclude each other in the kernel; leave one of them out")]
     NotWithPassthrough(&'static str),
-    /// The kernel is not given files of a store, which it could be made to write to.
-    #[error("`passthrough` is for layers that are directories; leave it out, or `view`")]
-    PassthroughOfView,
     /// A value is missing.
     #[error("option `{0}` needs a value, as in `{0}=VALUE`")]
     NeedsValue(&'static str),
@@ -239,9 +236,6 @@ pub fn parse<S: AsRef<OsStr>>(arguments: &[S], mounter: Mounter) -> Result<Optio
     }
     let session = &options.session;
     if session.passthrough {
-        if options.view.is_some() {
-            return Err(OptionError::PassthroughOfView);
-        }
         for (other, name) in [
             (session.no_open, "no_open"),
             (session.writeback, "writeback"),

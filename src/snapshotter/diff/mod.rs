@@ -303,20 +303,20 @@ impl Walk {
 }
 
 /// What a snapshot has itself, as it lies on disk.
-struct OwnLayer {
+pub(super) struct OwnLayer {
     dir: PathBuf,
     tree: Tree,
 }
 
 impl OwnLayer {
-    fn open(dir: &Path) -> Result<Self> {
+    pub(super) fn open(dir: &Path) -> Result<Self> {
         let tree = Tree::open(dir).map_err(|errno| io_error("open", dir)(errno.into()))?;
         let dir = dir.to_owned();
         Ok(Self { dir, tree })
     }
 
     /// The directory at `path`, which is absolute as seen in the snapshot, if it is (still) one.
-    fn directory(&self, path: &Path) -> Result<Option<OwnDirectory>> {
+    pub(super) fn directory(&self, path: &Path) -> Result<Option<OwnDirectory>> {
         let path = path.strip_prefix("/").unwrap_or(path);
         let on_disk = self.dir.join(path);
         match self.tree.directory(path) {
@@ -326,7 +326,7 @@ impl OwnLayer {
     }
 }
 
-struct OwnDirectory {
+pub(super) struct OwnDirectory {
     fd: OwnedFd,
     /// For messages.
     on_disk: PathBuf,
@@ -339,16 +339,16 @@ impl OwnDirectory {
     }
 
     /// What the layer itself names: a whiteout stands under the name that it hides.
-    fn names(&self) -> Result<BTreeSet<OsString>> {
+    pub(super) fn names(&self) -> Result<BTreeSet<OsString>> {
         let names = tree::names(self.fd.as_fd()).map_err(self.failed("list"))?;
         Ok(names.into_iter().collect())
     }
 
-    fn stat(&self, name: &OsStr) -> Result<Option<Stat>> {
+    pub(super) fn stat(&self, name: &OsStr) -> Result<Option<Stat>> {
         tree::stat(self.fd.as_fd(), name).map_err(self.failed("look into"))
     }
 
-    fn is_marked(&self) -> Result<bool> {
+    pub(super) fn is_marked(&self) -> Result<bool> {
         for name in NOT_MERGED {
             match xattr::get(Object::Open(self.fd.as_fd()), OsStr::new(name)) {
                 // "x" marks a directory that holds whiteouts of another kind, which merges.
@@ -370,7 +370,7 @@ fn looks_different(new: &Attr, old: &Attr) -> bool {
     look(new) != look(old) || (new.kind != FileKind::Directory && new.size != old.size)
 }
 
-fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> {
+pub(super) fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> {
     match union.lookup(parent, name) {
         Ok(entry) => Ok(Some(entry)),
         Err(error) if error.errno == libc::ENOENT => Ok(None),
@@ -378,7 +378,7 @@ fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> 
     }
 }
 
-fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>> {
+pub(super) fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>> {
     let handle = union.open_dir(node)?;
     let mut names = BTreeSet::new();
     union.read_dir(node, &handle, 0, &mut |entry| {

@@ -49,6 +49,7 @@ use crate::cow::UnionConfig;
 use crate::fuse::control::{ControlClient, Hello};
 use crate::store::create_dir;
 use crate::store::trash::Trash;
+use crate::store::view::Verify;
 use crate::sys::fuse_mount::{self, MountOptions};
 use crate::sys::mountinfo::{self, MountEntry};
 
@@ -71,6 +72,7 @@ const START: Duration = Duration::from_secs(20);
 pub(super) struct Mounts {
     dir: PathBuf,
     plyfs: Option<PathBuf>,
+    verify: Verify,
     /// For what was written below a dead mount.
     trash: Trash,
     shared: Arc<Shared>,
@@ -116,7 +118,7 @@ impl std::fmt::Debug for Live {
 
 impl Mounts {
     /// Starts to watch. `plyfs` is the program that the configuration names.
-    pub(super) fn open(state: &Path, plyfs: Option<PathBuf>) -> Result<Self> {
+    pub(super) fn open(state: &Path, plyfs: Option<PathBuf>, verify: Verify) -> Result<Self> {
         create_dir(state, 0o700).map_err(io_error("make", state))?;
         let dir = state.join("mounts");
         create_dir(&dir, 0o700).map_err(io_error("make", &dir))?;
@@ -141,6 +143,7 @@ impl Mounts {
         Ok(Self {
             dir,
             plyfs,
+            verify,
             trash,
             shared,
             arriving: Mutex::default(),
@@ -325,7 +328,7 @@ impl Mounts {
         };
         let fuse = fuse_mount::mount(&root, &options)?;
         let program = process::find(self.plyfs.as_deref())?;
-        let mut child = process::start(&program, &place, union, &fuse)?;
+        let mut child = process::start(&program, &place, union, self.verify, &fuse)?;
         let served = process::wait_until_served(&mut child, &place)
             .and_then(|(control, hello)| self.assemble(id, Arc::new(control), &hello, fuse, None));
         match served {
@@ -364,6 +367,19 @@ impl Mounts {
         // A connection of its own: it may take long, and the calls on one take turns.
         let (control, _) = ControlClient::connect(&self.place(id).socket(), ANSWER)?;
         control.complete(COMPLETE).map(|()| true)
+    }
+
+    /// How many contents the plyfs of a snapshot could not use when it last read them; `None` if there is none, or it does not
+    /// answer by `deadline`.
+    pub(super) fn damaged(&self, id: &str, deadline: Instant) -> Option<u64> {
+        self.point(id)?;
+        let timeout = deadline.checked_duration_since(Instant::now())?;
+        // A connection of its own: calls on one take turns, and a flush may take long.
+        let connected = ControlClient::connect(&self.place(id).socket(), timeout);
+        let (_, hello) = connected
+            .inspect_err(|error| tracing::debug!(id, %error, "a plyfs does not tell of damage"))
+            .ok()?;
+        Some(hello.damaged)
     }
 
     /// Ends the mount, if there is one, and its process, and with them every copy of the mount that

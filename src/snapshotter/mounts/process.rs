@@ -16,6 +16,7 @@ use crate::cow::UnionConfig;
 use crate::fuse::control::{ControlClient, Hello};
 use crate::store::create_dir;
 use crate::store::trash::Trash;
+use crate::store::view::Verify;
 use crate::sys::{mountinfo, spawn};
 
 /// Under which number the child finds its /dev/fuse.
@@ -130,6 +131,7 @@ pub(super) fn start(
     program: &Path,
     place: &Place,
     union: &UnionConfig,
+    verify: Verify,
     fuse: &OwnedFd,
 ) -> Result<Child> {
     let failed = io_error("start", program);
@@ -150,7 +152,7 @@ pub(super) fn start(
         .arg("--control")
         .arg(place.socket())
         .arg("-o")
-        .arg(options(place, union))
+        .arg(options(place, union, verify))
         .arg(place.root())
         .current_dir("/")
         .stdin(Stdio::null())
@@ -160,7 +162,7 @@ pub(super) fn start(
     command.spawn().map_err(failed)
 }
 
-fn options(place: &Place, union: &UnionConfig) -> OsString {
+fn options(place: &Place, union: &UnionConfig, verify: Verify) -> OsString {
     let mut options = OsString::new();
     let mut add = |name: &str, path: &Path| {
         if !options.is_empty() {
@@ -175,6 +177,7 @@ fn options(place: &Place, union: &UnionConfig) -> OsString {
     }
     if let Some(view) = &union.view {
         add("view", view.path());
+        add("verify", verify.as_str().as_ref());
     }
     if let Some(upper) = &union.upper {
         add("upperdir", &upper.dir);
@@ -234,7 +237,7 @@ mod tests {
             ..UnionConfig::default()
         };
         assert_eq!(
-            options(&Place::new("/s".into()), &union),
+            options(&Place::new("/s".into()), &union, Verify::First),
             "lowerdir_file=/s/lowers,upperdir=/a\\,b/upper,workdir=/a\\:b\\\\/work"
         );
     }

@@ -102,12 +102,13 @@ impl Layers {
         let mut live = Live::new();
         let mut whole = true;
         let recorded = self.list().into_iter().map(|(name, _)| name);
-        for name in recorded.chain(self.damaged().iter().copied()) {
+        let damaged = self.damaged();
+        for name in recorded.chain(damaged.iter().copied()) {
             let path = self.index_path(name);
             match LayerIndex::open(&path, name).and_then(|index| add(&index, &mut live)) {
                 Ok(()) => {}
                 // Removed since the list was made.
-                Err(_) if self.get(name).is_none() && !self.damaged().contains(&name) => {}
+                Err(_) if self.get(name).is_none() && !damaged.contains(&name) => {}
                 Err(error) => {
                     collected.errors.push(error);
                     whole = false;

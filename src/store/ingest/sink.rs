@@ -172,7 +172,7 @@ impl Sink<'_> {
     /// Keeps a large content if it is new. Whether somebody listens.
     fn file(&mut self, number: u32, file: NewFile) -> Result<bool> {
         let object = file.object;
-        if is_new(self.objects, self.seen, &object.name)? {
+        if is_new(self.objects, self.seen, &object)? {
             file.start_writing();
             self.files.push(file);
         }
@@ -221,8 +221,8 @@ impl Incoming {
 }
 
 /// Whether neither the store nor this layer has brought the content yet.
-fn is_new(objects: &Objects, seen: &Mutex<HashSet<ObjectName>>, name: &ObjectName) -> Result<bool> {
-    Ok(objects.find_for_import(name)?.is_none() && seen.lock().insert(*name))
+fn is_new(objects: &Objects, seen: &Mutex<HashSet<ObjectName>>, object: &Object) -> Result<bool> {
+    Ok(objects.find_for_import(object)?.is_none() && seen.lock().insert(object.name))
 }
 
 fn work(
@@ -247,7 +247,7 @@ fn work(
             name: ObjectName::of(&content),
             size: content.len() as u64,
         };
-        let new = if is_new(objects, seen, &object.name)? {
+        let new = if is_new(objects, seen, &object)? {
             let encoded = Encoded::new(object, content, &mut compressor);
             Some(encoded.map_err(compressing)?)
         } else {

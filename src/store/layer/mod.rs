@@ -34,6 +34,11 @@ impl LayerStore {
         Ok(Self { dir })
     }
 
+    /// Where they lie.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Makes the tree at `upper`, whose content is durable already and has no writer any more, the
     /// layer `id`. One rename, durable on return.
     pub fn adopt(&self, id: &LayerId, upper: &Path) -> io::Result<()> {

@@ -6,14 +6,18 @@
 
 mod file;
 mod framed;
+mod restore;
 mod sweep;
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use parking_lot::{Mutex, RwLock};
 
@@ -22,6 +26,7 @@ use super::error::{Error, Result, damaged, io_error};
 use super::format::ObjectName;
 use super::format::tables::Object;
 use super::pack::{self, PackId, SealedPack, Slot, Wrong};
+use crate::sys::{self, private_mount};
 
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
 use framed::FrameCache;
@@ -106,6 +111,13 @@ pub struct Objects {
     collects: bool,
     /// What must not be collected, though no layer may name it yet.
     relied: Mutex<Relied>,
+    /// Restorations under way, and what they have found not to be what it was.
+    restorations: AtomicUsize,
+    distrusted: Mutex<Vec<(ObjectName, Place)>>,
+    /// The directory of the files, through a mount that is read-only.
+    sealed: OnceLock<OwnedFd>,
+    /// When the directory of the packs had changed last before the places were read.
+    read_at: Mutex<Option<SystemTime>>,
 }
 
 impl Objects {
@@ -119,6 +131,10 @@ impl Objects {
             frames: Arc::default(),
             collects: false,
             relied: Mutex::default(),
+            restorations: AtomicUsize::new(0),
+            distrusted: Mutex::default(),
+            sealed: OnceLock::new(),
+            read_at: Mutex::default(),
         }
     }
 
@@ -174,10 +190,10 @@ impl Objects {
                     continue;
                 }
             }
-            if self.collects || !(missing || tried.is_none()) {
+            if self.collects || !(missing || tried.is_none() || self.is_out_of_date()) {
                 break;
             }
-            // Another process collects: the places are out of date.
+            // Another process collects and repairs: the places are out of date.
             *self.places.write() = Some(self.load()?);
             next = self.find(&object.name)?;
             tried = None;
@@ -217,6 +233,7 @@ impl Objects {
         let mut open = self.open.lock();
         if let Some(at) = open.iter().position(|(known, _)| *known == id)
             && let Some(found) = open.remove(at)
+            && !(self.collects && is_removed(&found.1))
         {
             let file = Arc::clone(&found.1);
             open.push_back(found);
@@ -232,7 +249,7 @@ impl Objects {
 
     fn open_file(&self, object: &Object, verify: bool) -> Result<Content> {
         let path = self.path_of(&object.name);
-        let mut file = File::open(&path).map_err(io_error("open", &path))?;
+        let mut file = self.open_at(&path).map_err(io_error("open", &path))?;
         let length = file.metadata().map_err(io_error("look at", &path))?.len();
         if length != object.size {
             let framed = Framed::open(&path, file, length, object, &self.frames)?;
@@ -257,6 +274,41 @@ impl Objects {
             }
         }
         Ok(Content::File(Arc::new(file)))
+    }
+
+    fn open_at(&self, path: &Path) -> io::Result<File> {
+        match (self.sealed.get(), path.strip_prefix(&self.files)) {
+            (Some(dir), Ok(inside)) => {
+                let file = sys::fs::openat(dir.as_fd(), inside.as_os_str(), libc::O_RDONLY, 0)?;
+                Ok(file.into())
+            }
+            _ => File::open(path),
+        }
+    }
+
+    /// Has files be opened through a mount that is read-only and that nobody else sees.
+    pub(super) fn seal(&self) -> io::Result<()> {
+        let bound = private_mount::read_only(std::slice::from_ref(&self.files))?;
+        for dir in bound {
+            // Only the first call counts, as one mount is as good as another.
+            let _ = self.sealed.set(dir?);
+        }
+        Ok(())
+    }
+
+    /// Whether files are opened so.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.sealed.get().is_some()
+    }
+
+    /// Where packs lie.
+    pub(super) fn packs(&self) -> &Path {
+        &self.packs
+    }
+
+    /// Where objects that are files of their own lie, in a directory for each first two digits.
+    pub(super) fn files(&self) -> &Path {
+        &self.files
     }
 
     fn path_of(&self, name: &ObjectName) -> PathBuf {
@@ -320,7 +372,19 @@ impl Objects {
         Ok(())
     }
 
+    /// Whether a pack has come or gone since the places were read.
+    fn is_out_of_date(&self) -> bool {
+        *self.read_at.lock() != self.changed_at()
+    }
+
+    fn changed_at(&self) -> Option<SystemTime> {
+        fs::metadata(&self.packs)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+    }
+
     fn load(&self) -> Result<HashMap<ObjectName, Place>> {
+        *self.read_at.lock() = self.changed_at();
         let mut places = HashMap::new();
         for name in names(&self.packs)? {
             let Some(id) = PackId::of_file(&name) else {
@@ -356,6 +420,11 @@ impl Objects {
         }
         Ok(places)
     }
+}
+
+/// Whether nobody else can open the file any more: whoever answers for the store must not take it for being there.
+fn is_removed(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>> {

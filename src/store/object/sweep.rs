@@ -101,9 +101,14 @@ impl Objects {
     }
 
     /// Where an object is, for an import, which relies on it from now on.
-    pub(in crate::store) fn find_for_import(&self, name: &ObjectName) -> Result<Option<Place>> {
+    pub(in crate::store) fn find_for_import(&self, object: &Object) -> Result<Option<Place>> {
+        let name = &object.name;
         // Reads them if that was not done.
-        self.find(name)?;
+        if let Some(place) = self.find(name)?
+            && !self.is_trusted(object, place)
+        {
+            return Ok(None);
+        }
         let places = self.places.read();
         let found = places.as_ref().and_then(|places| places.get(name).copied());
         if found.is_some() {
@@ -199,7 +204,7 @@ impl Objects {
         Ok(swept)
     }
 
-    fn write_anew(
+    pub(super) fn write_anew(
         &self,
         id: PackId,
         keep: &[(Object, Slot)],

@@ -9,10 +9,14 @@ mod file;
 mod path;
 mod tree;
 
+use std::collections::HashSet;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
 
 use super::error::{Result, damaged};
 use super::format::index_file::{IndexFile, Kind, Section};
@@ -22,7 +26,7 @@ use super::layer::index::is_name;
 use super::object::{Content, Objects, Place};
 use super::pack::PackId;
 
-pub(super) use build::{build, check};
+pub(super) use build::{build, check, logical};
 pub use file::ViewFile;
 
 /// When contents are compared with their names.
@@ -35,6 +39,17 @@ pub enum Verify {
     First,
     /// Whenever they are opened.
     Always,
+}
+
+impl Verify {
+    /// Its word in options and settings.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Never => "never",
+            Self::First => "first",
+            Self::Always => "always",
+        }
+    }
 }
 
 /// A name in a directory of a view.
@@ -67,6 +82,9 @@ pub struct View {
     verify: Verify,
     /// A bit for each object that was compared with its name.
     verified: Box<[AtomicU64]>,
+    /// Objects that could not be used when they were last read, and their number for whoever only asks for that.
+    damaged: Mutex<HashSet<u32>>,
+    damage: AtomicUsize,
 }
 
 impl AsFd for View {
@@ -92,6 +110,8 @@ impl View {
             objects,
             verify,
             verified: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            damaged: Mutex::default(),
+            damage: AtomicUsize::new(0),
         };
         if view.inode(Self::ROOT)?.kind() != libc::S_IFDIR {
             return Err(view.file.damaged("its root is not a directory"));
@@ -222,6 +242,27 @@ impl View {
         self.file.verify_all()
     }
 
+    /// When contents are compared with their names.
+    pub fn when_verified(&self) -> Verify {
+        self.verify
+    }
+
+    /// How many contents could not be used when they were last read.
+    pub fn damaged(&self) -> usize {
+        self.damage.load(Ordering::Relaxed)
+    }
+
+    /// Has contents that are files be opened so that nobody can write them by way of the descriptor. Fails with EPERM
+    /// without the privilege to mount.
+    pub fn seal(&self) -> io::Result<()> {
+        self.objects.seal()
+    }
+
+    /// Whether [`seal`](Self::seal) was called.
+    pub fn is_sealed(&self) -> bool {
+        self.objects.is_sealed()
+    }
+
     fn content(&self, number: u32) -> Result<Content> {
         let object = self.file.object(number)?;
         let (word, bit) = (number as usize / 64, 1u64 << (number % 64));
@@ -233,13 +274,27 @@ impl View {
             Verify::First => !known,
             Verify::Always => true,
         };
-        let content = self
-            .objects
-            .read(&object, self.place(number, &object)?, verify)?;
+        let place = self.place(number, &object)?;
+        let content = self.objects.read(&object, place, verify);
+        self.note(number, content.is_ok());
+        let content = content?;
         if verify && let Some(word) = verified {
             word.fetch_or(bit, Ordering::Relaxed);
         }
         Ok(content)
+    }
+
+    /// Notes whether an object could be used.
+    fn note(&self, number: u32, usable: bool) {
+        if usable && self.damaged() == 0 {
+            return;
+        }
+        let mut damaged = self.damaged.lock();
+        match usable {
+            true => damaged.remove(&number),
+            false => damaged.insert(number),
+        };
+        self.damage.store(damaged.len(), Ordering::Relaxed);
     }
 
     /// Where the view says that an object is.

@@ -1,0 +1,72 @@
+//! `snapctl system df`.
+
+use serde::Serialize;
+
+use super::DfArgs;
+use crate::cli::client::Client;
+use crate::cli::error::Result;
+use crate::cli::output::{self, or_dash, size};
+use crate::grpc::pb::plywood::{DiskUsageRequest, DiskUser};
+
+#[derive(Serialize)]
+struct UsageView {
+    total: u64,
+    users: Vec<UserView>,
+}
+
+#[derive(Serialize)]
+struct UserView {
+    kind: String,
+    name: Option<String>,
+    owner: Option<String>,
+    /// Of images and snapshots.
+    logical: Option<u64>,
+    unique: Option<u64>,
+    on_disk: u64,
+}
+
+impl From<DiskUser> for UserView {
+    fn from(user: DiskUser) -> Self {
+        let has_tree = matches!(user.kind.as_str(), "image" | "snapshot" | "container");
+        let known = |text: String| (!text.is_empty()).then_some(text);
+        Self {
+            name: known(user.name),
+            owner: known(user.owner),
+            logical: has_tree.then_some(user.logical),
+            unique: has_tree.then_some(user.unique),
+            on_disk: user.on_disk,
+            kind: user.kind,
+        }
+    }
+}
+
+pub(super) async fn df(args: DfArgs, client: &Client) -> Result<()> {
+    let usage = client.system().disk_usage(DiskUsageRequest {}).await?;
+    let usage = usage.into_inner();
+    let view = UsageView {
+        total: usage.total,
+        users: usage.users.into_iter().map(UserView::from).collect(),
+    };
+    if args.json {
+        return output::json(&view);
+    }
+    if args.quiet {
+        return output::lines_out(&[view.total.to_string()]);
+    }
+    let bytes = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), size);
+    let rows = view.users.iter().map(|user| {
+        vec![
+            user.kind.clone(),
+            or_dash(&args.cut.digests(user.name.as_deref().unwrap_or_default())),
+            bytes(user.logical),
+            bytes(user.unique),
+            size(user.on_disk),
+        ]
+    });
+    let dash = || "-".to_owned();
+    let total = vec!["total".to_owned(), dash(), dash(), dash(), size(view.total)];
+    output::table(
+        &["KIND", "NAME", "LOGICAL", "UNIQUE", "ON DISK"],
+        rows.chain([total]),
+    )
+}

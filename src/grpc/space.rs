@@ -1,0 +1,141 @@
+//! The part of `plywood.v1.System` that says what lies below plyd's root.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use tonic::Status;
+
+use super::layers::shown;
+use super::pb::plywood as api;
+use super::status::io_code;
+use crate::image::ImageStore;
+use crate::runtime::containers::Containers;
+use crate::snapshotter::{Owner, SnapshotInfo, Snapshotter, Taken};
+use crate::store;
+
+/// Divides everything below `root` among images, snapshots, and what belongs to neither.
+pub(super) fn disk_usage(
+    root: &Path,
+    snapshotter: &Snapshotter,
+    images: &ImageStore,
+    containers: &Containers,
+) -> Result<api::DiskUsageResponse, Status> {
+    let (images, chains): (Vec<_>, Vec<_>) = images.chains().into_iter().unzip();
+    let space = snapshotter.space(&chains)?;
+    let beside = Beside::look(root)?;
+    let mut users: Vec<api::DiskUser> = images
+        .iter()
+        .zip(&space.images)
+        .map(|(image, taken)| user("image", shown(image), "", *taken))
+        .collect();
+    users.sort_by(|a, b| a.name.cmp(&b.name));
+    for (snapshot, taken) in &space.snapshots {
+        users.push(of_snapshot(snapshot, *taken, containers));
+    }
+    for (kind, on_disk) in [
+        ("views", space.store.views),
+        ("packs", space.store.packs),
+        (
+            "records",
+            space.records + space.store.records + beside.records,
+        ),
+        ("containers", beside.containers),
+        ("uncollected", space.unclaimed + beside.unclaimed),
+        ("other", beside.other),
+    ] {
+        let taken = Taken {
+            on_disk,
+            ..Taken::default()
+        };
+        users.push(user(kind, String::new(), "", taken));
+    }
+    let total = users.iter().map(|user| user.on_disk).sum();
+    Ok(api::DiskUsageResponse { users, total })
+}
+
+fn of_snapshot(snapshot: &SnapshotInfo, taken: Taken, containers: &Containers) -> api::DiskUser {
+    let owner = snapshot.owner.as_str();
+    match snapshot.owner {
+        Owner::Container => {
+            let named = containers.named(&snapshot.key);
+            let name = named.map_or_else(|| snapshot.key.clone(), |(_, name)| name);
+            user("container", name, owner, taken)
+        }
+        _ => user("snapshot", snapshot.key.clone(), owner, taken),
+    }
+}
+
+fn user(kind: &str, name: String, owner: &str, taken: Taken) -> api::DiskUser {
+    api::DiskUser {
+        kind: kind.to_owned(),
+        name,
+        owner: owner.to_owned(),
+        logical: taken.logical,
+        unique: taken.unique,
+        on_disk: taken.on_disk,
+    }
+}
+
+/// What lies beside the snapshots and the layers.
+#[derive(Default)]
+struct Beside {
+    records: u64,
+    containers: u64,
+    unclaimed: u64,
+    other: u64,
+}
+
+impl Beside {
+    fn look(root: &Path) -> Result<Self, Status> {
+        let mut beside = Self {
+            records: own(root)?,
+            ..Self::default()
+        };
+        for entry in fs::read_dir(root).map_err(failed("list", root))? {
+            let entry = entry.map_err(failed("list", root))?;
+            let path = entry.path();
+            match entry.file_name().to_str() {
+                Some(name) if Snapshotter::space_is_of().contains(&name) => {}
+                Some("images") => {
+                    // Archives that are being loaded.
+                    let spool = path.join("spool");
+                    let spooled = tree(&spool)?.saturating_sub(own(&spool)?);
+                    beside.unclaimed += spooled;
+                    beside.records += tree(&path)?.saturating_sub(spooled);
+                }
+                Some("containers") => beside.containers += tree(&path)?,
+                Some("index" | "lock") => beside.records += tree(&path)?,
+                _ => beside.other += tree(&path)?,
+            }
+        }
+        Ok(beside)
+    }
+}
+
+/// Bytes of a file, or of a directory and all that is in it; none if it is gone.
+fn tree(path: &Path) -> Result<u64, Status> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => match store::usage(path) {
+            Ok(usage) => Ok(usage.bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(failed("add up", path)(error)),
+        },
+        _ => own(path),
+    }
+}
+
+fn own(path: &Path) -> Result<u64, Status> {
+    match fs::symlink_metadata(path) {
+        // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
+        Ok(metadata) => Ok(metadata.blocks() * 512),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(failed("look at", path)(error)),
+    }
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Status {
+    let path = path.display().to_string();
+    move |error| Status::new(io_code(&error), format!("cannot {action} {path}: {error}"))
+}

@@ -1,0 +1,549 @@
+//! What images and snapshots take on disk.
+//!
+//! Image and snapshot each have what they were made of: an image the layers of its chain, a snapshot its own layer or what was
+//! written to it. A snapshot that is a layer of an image is counted there. Nothing is locked: what changes
+//! meanwhile may be counted or not.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::Snapshotter;
+use super::catalog::Found;
+use super::chain::{self, Below};
+use super::diff::{OwnDirectory, OwnLayer, lookup, names_in};
+use super::types::*;
+use crate::cow::{FileKind, NodeId, Union};
+use crate::store::space::{Holder, Overhead, Shares};
+use crate::store::{self, layer::LayerId};
+
+/// What an image or a snapshot takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Bytes of the files that its tree has, each file once.
+    pub logical: u64,
+    /// Bytes on disk that nothing else needs.
+    pub unique: u64,
+    /// Its part of the bytes on disk.
+    pub on_disk: u64,
+}
+
+/// What lies below a root, as far as it belongs to snapshots.
+#[derive(Clone, Debug)]
+pub struct Space {
+    /// In the order in which they were given.
+    pub images: Vec<Taken>,
+    /// Snapshots that are no layers of these images, in order of creation.
+    pub snapshots: Vec<(SnapshotInfo, Taken)>,
+    /// What the store of packed layers takes for itself.
+    pub store: Overhead,
+    /// Records and directories.
+    pub records: u64,
+    /// What nobody has: it awaits collection, or is on its way in.
+    pub unclaimed: u64,
+}
+
+impl Snapshotter {
+    /// Divides what lies in [`places`](Self::space_is_of) among images, each given as the keys of its layers' snapshots,
+    /// and snapshots. What several have is divided evenly.
+    pub fn space(&self, images: &[Vec<String>]) -> Result<Space> {
+        let all = self.catalog.all()?;
+        let by_id: HashMap<&str, &Found> =
+            all.iter().map(|found| (found.id.as_str(), found)).collect();
+        let by_chain: HashMap<&str, &Found> = all
+            .iter()
+            .filter(|found| found.record.owner == Owner::Image)
+            .map(|found| (found.record.key.as_str(), found))
+            .collect();
+        let of_images: Vec<Vec<&Found>> = images
+            .iter()
+            .map(|keys| {
+                let found = keys.iter().filter_map(|key| by_chain.get(key.as_str()));
+                found.copied().collect()
+            })
+            .collect();
+        let covered: HashSet<&str> = of_images
+            .iter()
+            .flatten()
+            .map(|found| found.id.as_str())
+            .collect();
+        let others: Vec<&Found> = all
+            .iter()
+            .filter(|found| !covered.contains(found.id.as_str()))
+            .collect();
+
+        let mut held = Held::default();
+        for has in &of_images {
+            held.add(has, &by_id, all.len());
+        }
+        for found in &others {
+            held.add(&[*found], &by_id, all.len());
+        }
+        let mut shares = Shares::new(held.holders.len());
+        let packed = self.packed.layers();
+        let store = packed.space(&held.holders, &mut shares)?;
+        let records = self.add_trees(&all, &held, &mut shares)?;
+
+        let taken = |number: usize, logical: u64| {
+            let share = shares.of().get(number).copied().unwrap_or_default();
+            Taken {
+                logical,
+                unique: share.unique,
+                on_disk: share.on_disk,
+            }
+        };
+        let mut of = Vec::with_capacity(images.len());
+        for (number, has) in of_images.iter().enumerate() {
+            let logical = match has.last() {
+                Some(top) => self.logical(top, &by_id, all.len()),
+                None => 0,
+            };
+            of.push(taken(number, logical));
+        }
+        let mut snapshots = Vec::with_capacity(others.len());
+        for (number, found) in (images.len()..).zip(&others) {
+            let logical = self.logical(found, &by_id, all.len());
+            let ancestors = ancestors(found, &by_id, all.len());
+            let info = self.info((*found).clone(), &ancestors);
+            snapshots.push((info, taken(number, logical)));
+        }
+        Ok(Space {
+            images: of,
+            snapshots,
+            store,
+            records,
+            unclaimed: shares.unclaimed(),
+        })
+    }
+
+    /// Names in the root of what [`space`](Self::space) divides.
+    pub fn space_is_of() -> [&'static str; 4] {
+        ["snapshots", "layers", "store", "trash"]
+    }
+
+    /// Adds what is not packed: uppers, layers that are directories, and what is on its way out. Answers what records
+    /// take.
+    fn add_trees(&self, all: &[Found], held: &Held<'_>, shares: &mut Shares) -> Result<u64> {
+        let mut records = 0;
+        let by_id: HashSet<&str> = all.iter().map(|found| found.id.as_str()).collect();
+        let by_layer: HashMap<&LayerId, &str> = all
+            .iter()
+            .filter_map(|found| Some((found.record.layer.as_ref()?, found.id.as_str())))
+            .collect();
+        let layers = self.layers.dir();
+        for (dir, is_data) in [(&*self.data, true), (layers, false)] {
+            records += own(dir)?;
+            for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
+                let entry = entry.map_err(io_error("list", dir))?;
+                let bytes = tree(&entry.path())?;
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let id = match is_data {
+                    true => by_id.get(&*name).copied(),
+                    false => by_layer.get(&LayerId(name)).copied(),
+                };
+                match id {
+                    Some(id) => shares.add(bytes, held.has(id), held.needs(id)),
+                    None => shares.add_unclaimed(bytes),
+                }
+            }
+        }
+        let trash = self.trash.dir();
+        shares.add_unclaimed(tree(trash)?.saturating_sub(own(trash)?));
+        records += own(trash)?;
+        if let Some(snapshots) = self.data.parent() {
+            records += own(snapshots)? + tree(&snapshots.join("records"))?;
+        }
+        Ok(records)
+    }
+
+    /// Bytes of the files of a snapshot's tree. One that cannot be read has none, which the log says.
+    fn logical(&self, found: &Found, by_id: &HashMap<&str, &Found>, most: usize) -> u64 {
+        let ancestors = ancestors(found, by_id, most);
+        let counted = self.logical_of(found, &ancestors);
+        counted.unwrap_or_else(|error| {
+            // Most likely it is gone.
+            tracing::warn!(snapshot = found.record.key, %error, "what is in a snapshot cannot be counted");
+            0
+        })
+    }
+
+    fn logical_of(&self, found: &Found, ancestors: &[&Found]) -> Result<u64> {
+        let mut lowers = self.lowers_in(found, ancestors);
+        let upper = self.data.join(&found.id).join("upper");
+        if found.record.kind == Kind::Active && !is_empty(&upper)? {
+            lowers.insert(0, upper);
+        }
+        let mut chain = chain::packed_in(found, ancestors);
+        if lowers.is_empty() {
+            chain.reverse();
+            return self.packed.logical(&chain);
+        }
+        let below = Below {
+            lowers: lowers.split_off(1),
+            view: self.packed.view(chain.clone())?,
+        };
+        let own = &lowers[0];
+        // What it has itself is little, and what lies below was counted before.
+        if below.lowers.is_empty()
+            && let Some(change) = Change::of(own, below.clone())?
+        {
+            chain.reverse();
+            let before = self.packed.logical(&chain)?;
+            return Ok(before.saturating_add_signed(change));
+        }
+        count(&union_on(own, below)?)
+    }
+}
+
+/// Who has and needs which snapshots.
+#[derive(Default)]
+struct Held<'a> {
+    holders: Vec<Holder>,
+    has: HashMap<&'a str, Vec<u32>>,
+    needs: HashMap<&'a str, Vec<u32>>,
+}
+
+impl<'a> Held<'a> {
+    /// One more holder, of the snapshots `has`.
+    fn add(&mut self, has: &[&'a Found], by_id: &HashMap<&str, &'a Found>, most: usize) {
+        let number = u32::try_from(self.holders.len()).unwrap_or(u32::MAX);
+        let mut holder = Holder::default();
+        let mut met = HashSet::new();
+        for found in has {
+            let chain = std::iter::once(*found).chain(ancestors(found, by_id, most));
+            for needed in chain {
+                if !met.insert(&*needed.id) {
+                    break;
+                }
+                self.needs.entry(&needed.id).or_default().push(number);
+                holder.needs.extend(needed.record.packed);
+            }
+            self.has.entry(&found.id).or_default().push(number);
+            holder.has.extend(found.record.packed);
+        }
+        self.holders.push(holder);
+    }
+
+    fn has(&self, id: &str) -> &[u32] {
+        self.has.get(id).map_or(&[], Vec::as_slice)
+    }
+
+    fn needs(&self, id: &str) -> &[u32] {
+        self.needs.get(id).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// The snapshots below one, the nearest first. Parents are older than their children, so the steps are fewer than the
+/// snapshots.
+fn ancestors<'a>(found: &Found, by_id: &HashMap<&str, &'a Found>, most: usize) -> Vec<&'a Found> {
+    let parent = |found: &Found| by_id.get(found.record.parent.as_deref()?).copied();
+    std::iter::successors(parent(found), |found| parent(found))
+        .take(most)
+        .collect()
+}
+
+fn union_on(own: &Path, mut below: Below) -> Result<Union> {
+    below.lowers.insert(0, own.to_owned());
+    Ok(Union::open(below.union())?)
+}
+
+/// What a directory in overlayfs's format changes in the bytes of a tree.
+struct Change {
+    own: OwnLayer,
+    new: Union,
+    old: Option<Union>,
+    waiting: Vec<Pair>,
+    bytes: i64,
+}
+
+/// A directory as it is and as it was; a lookup of its nodes is held.
+struct Pair {
+    path: PathBuf,
+    new: Option<NodeId>,
+    old: Option<NodeId>,
+    /// What is in one of them has nothing to do with what is in the other.
+    unrelated: bool,
+}
+
+impl Change {
+    /// Of `own` on what lies `below`. `None` if a file with several names is involved, which this cannot count.
+    fn of(own: &Path, below: Below) -> Result<Option<i64>> {
+        let old = match below.is_empty() {
+            true => None,
+            false => Some(Union::open(below.clone().union())?),
+        };
+        let root = Pair {
+            path: PathBuf::new(),
+            new: Some(NodeId::ROOT),
+            old: old.is_some().then_some(NodeId::ROOT),
+            unrelated: false,
+        };
+        let mut change = Self {
+            own: OwnLayer::open(own)?,
+            new: union_on(own, below)?,
+            old,
+            waiting: vec![root],
+            bytes: 0,
+        };
+        while let Some(pair) = change.waiting.pop() {
+            if !change.directory(&pair)? {
+                return Ok(None);
+            }
+            change.forget(pair.new, pair.old);
+        }
+        Ok(Some(change.bytes))
+    }
+
+    fn directory(&mut self, at: &Pair) -> Result<bool> {
+        let own = match (at.unrelated, at.new.and(at.old)) {
+            (false, Some(_)) => self.own.directory(&at.path)?,
+            _ => None,
+        };
+        let own = match own {
+            Some(own) if !own.is_marked()? => Some(own),
+            _ => None,
+        };
+        let mut names = BTreeSet::new();
+        match &own {
+            Some(own) => names = own.names()?,
+            None => {
+                if let Some(new) = at.new {
+                    names.extend(names_in(&self.new, new)?);
+                }
+                if let (Some(union), Some(old)) = (&self.old, at.old) {
+                    names.extend(names_in(union, old)?);
+                }
+            }
+        }
+        for name in names {
+            let new = match at.new {
+                Some(new) => lookup(&self.new, new, &name)?,
+                None => None,
+            };
+            let old = match (&self.old, at.old) {
+                (Some(union), Some(old)) => lookup(union, old, &name)?,
+                _ => None,
+            };
+            let sides = [(&new, 1), (&old, -1)];
+            for (attr, sign) in sides
+                .iter()
+                .filter_map(|(entry, sign)| Some((entry.as_ref()?.attr, *sign)))
+                .filter(|(attr, _)| attr.kind == FileKind::Regular)
+            {
+                if attr.nlink > 1 {
+                    return Ok(false);
+                }
+                self.bytes += sign * i64::try_from(attr.size).unwrap_or(i64::MAX);
+            }
+            let (mut files, mut dirs) = ([None; 2], [None; 2]);
+            for (side, (entry, _)) in sides.iter().enumerate() {
+                if let Some(entry) = entry {
+                    match entry.attr.kind {
+                        FileKind::Directory => dirs[side] = Some(entry.node),
+                        _ => files[side] = Some(entry.node),
+                    }
+                }
+            }
+            self.forget(files[0], files[1]);
+            let both = dirs.iter().all(Option::is_some);
+            let has = |own: &OwnDirectory| Ok::<_, Error>(own.stat(&name)?.is_some());
+            // Without a directory of its own in between, the two are one.
+            if both
+                && let Some(own) = &own
+                && !has(own)?
+            {
+                self.forget(dirs[0], dirs[1]);
+            } else if dirs != [None; 2] {
+                self.waiting.push(Pair {
+                    path: at.path.join(&name),
+                    new: dirs[0],
+                    old: dirs[1],
+                    unrelated: own.is_none(),
+                });
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives back a lookup of each.
+    fn forget(&self, new: Option<NodeId>, old: Option<NodeId>) {
+        if let Some(new) = new.filter(|new| *new != NodeId::ROOT) {
+            self.new.forget(new, 1);
+        }
+        if let (Some(union), Some(old)) = (&self.old, old.filter(|old| *old != NodeId::ROOT)) {
+            union.forget(old, 1);
+        }
+    }
+}
+
+/// Bytes of all regular files of a union, each file once.
+fn count(union: &Union) -> Result<u64> {
+    let mut bytes = 0;
+    let mut met = HashSet::new();
+    let mut waiting = vec![NodeId::ROOT];
+    while let Some(directory) = waiting.pop() {
+        for name in names_in(union, directory)? {
+            let Some(entry) = lookup(union, directory, &name)? else {
+                continue;
+            };
+            if entry.attr.kind == FileKind::Directory {
+                waiting.push(entry.node);
+                continue;
+            }
+            if entry.attr.kind == FileKind::Regular
+                && (entry.attr.nlink < 2 || met.insert(entry.attr.ino))
+            {
+                bytes += entry.attr.size;
+            }
+            union.forget(entry.node, 1);
+        }
+        if directory != NodeId::ROOT {
+            union.forget(directory, 1);
+        }
+    }
+    Ok(bytes)
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(dir).map_err(io_error("list", dir))?;
+    Ok(entries.next().is_none())
+}
+
+/// Bytes that a directory takes with all that is in it; none if it is gone.
+fn tree(dir: &Path) -> Result<u64> {
+    match store::usage(dir) {
+        Ok(usage) => Ok(usage.bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(io_error("add up", dir)(error)),
+    }
+}
+
+fn own(dir: &Path) -> Result<u64> {
+    match fs::symlink_metadata(dir) {
+        // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
+        Ok(metadata) => Ok(metadata.blocks() * 512),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(io_error("look at", dir)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::tests::Place;
+    use super::*;
+    use crate::cow::{Caller, RenameMode, UpperConfig};
+    use crate::store::layers::Expected;
+
+    /// A snapshot on a packed layer with files of 1, 2, 4... KiB.
+    fn prepared(snapshots: &Snapshotter, linked: bool) -> UpperConfig {
+        let mut tar = tar::Builder::new(Vec::new());
+        let names = ["a", "d/b", "d/c", "d/e/f", "gone/g", "gone/h/i", "moved/j"];
+        for (at, name) in names.iter().enumerate() {
+            let content = vec![1; 1024 << at];
+            let mut header = tar::Header::new_gnu();
+            header.set_mode(0o644);
+            header.set_size(content.len() as u64);
+            tar.append_data(&mut header, name, &*content).unwrap();
+        }
+        if linked {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::Link);
+            header.set_size(0);
+            tar.append_link(&mut header, "d/link", "a").unwrap();
+        }
+        let stream = tar.into_inner().unwrap();
+        let owner = Owner::Snapctl;
+        snapshots
+            .prepare(owner, "base", None, BTreeMap::new())
+            .unwrap();
+        let layer = (&*stream, &Expected::default());
+        snapshots.apply_layer(owner, "base", layer, &()).unwrap();
+        snapshots
+            .commit(owner, "done", "base", BTreeMap::new())
+            .unwrap();
+        let parent = ParentRef {
+            owner,
+            key: "done".to_owned(),
+        };
+        snapshots
+            .prepare(owner, "work", Some(&parent), BTreeMap::new())
+            .unwrap();
+        snapshots
+            .union_config(owner, "work")
+            .unwrap()
+            .upper
+            .unwrap()
+    }
+
+    #[test]
+    fn what_a_snapshot_changes_is_counted_as_all_of_it_is() {
+        for linked in [false, true] {
+            let place = Place::new();
+            let snapshots = place.open();
+            let upper = prepared(&snapshots, linked).dir;
+            let config = snapshots.union_config(Owner::Snapctl, "work").unwrap();
+            let below = Below {
+                lowers: Vec::new(),
+                view: config.view.clone(),
+            };
+            let before = snapshots
+                .packed
+                .logical(&[snapshots.packed_layers().list()[0].0]);
+            let before = before.unwrap();
+            assert_eq!(before, 127 << 10);
+            let check = |countable: bool| {
+                let whole = count(&union_on(&upper, below.clone()).unwrap()).unwrap();
+                let change = Change::of(&upper, below.clone()).unwrap();
+                assert_eq!(change.is_some(), countable);
+                if let Some(change) = change {
+                    assert_eq!(before.saturating_add_signed(change), whole);
+                }
+                let space = snapshots.space(&[]).unwrap().snapshots;
+                let work = space.iter().find(|(info, _)| info.key == "work").unwrap();
+                assert_eq!(work.1.logical, whole);
+                whole
+            };
+            check(true);
+            {
+                let union = Union::open(config).unwrap();
+                let root = NodeId::ROOT;
+                let dir = |name: &str| union.lookup(root, name.as_ref()).unwrap().node;
+                let (d, gone) = (dir("d"), dir("gone"));
+                union.unlink(d, "b".as_ref()).unwrap();
+                union.unlink(gone, "g".as_ref()).unwrap();
+                // A directory of the layer goes elsewhere, and another one comes in its place.
+                union
+                    .rename(
+                        root,
+                        "moved".as_ref(),
+                        d,
+                        "e2".as_ref(),
+                        RenameMode::Replace,
+                    )
+                    .unwrap();
+                union
+                    .mkdir(root, "moved".as_ref(), 0o755, &Caller::ROOT)
+                    .unwrap();
+                let made = union.create(d, "new".as_ref(), 0o644, libc::O_RDWR, &Caller::ROOT);
+                let (entry, handle) = made.unwrap();
+                union
+                    .write(entry.node, Some(&handle), 0, &[7; 3000], false)
+                    .unwrap();
+                union.release(entry.node, handle);
+            }
+            assert_eq!(check(true), (127 << 10) - (2 << 10) - (16 << 10) + 3000);
+            {
+                let config = snapshots.union_config(Owner::Snapctl, "work").unwrap();
+                let union = Union::open(config).unwrap();
+                union.unlink(NodeId::ROOT, "a".as_ref()).unwrap();
+            }
+            let left = check(!linked);
+            let expected = (127 << 10) - (2 << 10) - (16 << 10) + 3000;
+            assert_eq!(left, expected - if linked { 0 } else { 1 << 10 });
+        }
+    }
+}

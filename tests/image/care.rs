@@ -1,0 +1,412 @@
+//! What an administrator asks of the layer store: what it takes, and to mend it.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::archive::*;
+use super::common::{Done, PLYD, Plyd};
+
+/// Bytes that no compression makes fewer.
+fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.flatten().take(bytes).collect()
+}
+
+fn load(plyd: &Plyd, image: &[u8]) {
+    let loaded = plyd.piped(["image", "load", "-q"], image);
+    assert_eq!(loaded.code, 0, "{}", loaded.stderr);
+}
+
+fn du(dir: &Path) -> u64 {
+    let du = Command::new("du")
+        .args(["-sx", "--block-size=1"])
+        .arg(dir)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(du.stdout).unwrap();
+    text.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// What `system df` says, which is what du says.
+fn df(plyd: &Plyd) -> Value {
+    let df = plyd.json(["system", "df", "--json"]);
+    let users = df["users"].as_array().unwrap();
+    let number = |value: &Value| value.as_u64().unwrap();
+    let sum: u64 = users.iter().map(|user| number(&user["on_disk"])).sum();
+    assert_eq!(sum, number(&df["total"]));
+    assert_eq!(sum, du(&plyd.root()), "{df:#}");
+    for user in users.iter().filter(|user| !user["unique"].is_null()) {
+        assert!(
+            number(&user["unique"]) <= number(&user["on_disk"]),
+            "{user}"
+        );
+    }
+    df
+}
+
+fn user<'a>(df: &'a Value, kind: &str, name: &str) -> &'a Value {
+    let users = df["users"].as_array().unwrap().iter();
+    let mut found = users.filter(|user| {
+        user["kind"] == kind && user["name"].as_str().unwrap_or_default().contains(name)
+    });
+    found
+        .next()
+        .unwrap_or_else(|| panic!("{kind} {name}: {df:#}"))
+}
+
+#[test]
+fn what_everything_takes_adds_up_to_what_du_says() {
+    let plyd = Plyd::start();
+    df(&plyd);
+    let shared = noise(1, 40 << 10);
+    let large = noise(2, 300 << 10);
+    let base = || Layer::new().file("base", 0o644, &noise(3, 100 << 10));
+    let own = |name: &str, seed, bytes| {
+        Layer::new()
+            .file(name, 0o644, &noise(seed, bytes))
+            .file("shared", 0o644, &shared)
+            .file("large", 0o644, &large)
+    };
+    let image = |name: &str, top: Layer| archive(name, &[Blob::gzip(base()), Blob::gzip(top)]);
+    // The second one's contents that the first has, too, are in the first one's pack.
+    load(&plyd, &image("first", own("one", 4, 30 << 10)));
+    load(&plyd, &image("second", own("two", 5, 60 << 10)));
+    let two = df(&plyd);
+    let bytes = |user: &Value, what: &str| user[what].as_u64().unwrap() >> 10;
+    let (first, second) = (user(&two, "image", "first"), user(&two, "image", "second"));
+    assert_eq!(bytes(first, "logical"), 100 + 30 + 40 + 300);
+    assert_eq!(bytes(second, "logical"), 100 + 60 + 40 + 300);
+    assert!((30..45).contains(&bytes(first, "unique")), "{first}");
+    assert!((60..75).contains(&bytes(second, "unique")), "{second}");
+    let half = (100 + 40 + 300) / 2;
+    assert!(
+        (half + 30..half + 55).contains(&bytes(first, "on_disk")),
+        "{first}"
+    );
+
+    // A snapshot that is written to and mounted, and a committed one.
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    let dir = mnt.to_str().unwrap();
+    plyd.ok(["snapshot", "prepare", "work", "first"]);
+    plyd.ok(["mount", "work", dir]);
+    fs::write(mnt.join("data"), noise(6, 200 << 10)).unwrap();
+    fs::remove_file(mnt.join("large")).unwrap();
+    fs::hard_link(mnt.join("data"), mnt.join("again")).unwrap();
+    assert!(Command::new("sync").status().unwrap().success());
+    let active = df(&plyd);
+    let work = user(&active, "snapshot", "work");
+    assert_eq!(bytes(work, "logical"), 100 + 30 + 40 + 200);
+    assert!((200..250).contains(&bytes(work, "unique")), "{work}");
+    // Nothing comes free of an image that a snapshot stands on.
+    assert_eq!(user(&active, "image", "first")["unique"], 0);
+    plyd.ok(["umount", dir]);
+    // Not by the helper, which sees to it that nobody reads the layer in a way that moves its access times, as du does.
+    let commit = plyd.piped(["snapshot", "commit", "work", "done"], b"");
+    assert_eq!(commit.code, 0, "{}", commit.stderr);
+    plyd.ok(["snapshot", "prepare", "next", "done"]);
+    let committed = df(&plyd);
+    let done = user(&committed, "snapshot", "done");
+    assert_eq!(bytes(done, "logical"), 100 + 30 + 40 + 200);
+    assert_eq!(done["unique"], 0, "{done}");
+    assert_eq!(bytes(user(&committed, "snapshot", "next"), "logical"), 370);
+
+    // What is dead in a pack that lives on, and what awaits collection.
+    for key in ["next", "done"] {
+        plyd.ok(["snapshot", "rm", key]);
+    }
+    plyd.ok(["image", "rm", "first"]);
+    plyd.ok(["system", "gc"]);
+    let left = df(&plyd);
+    let dead = bytes(user(&left, "uncollected", ""), "on_disk");
+    assert!((30..40).contains(&dead), "{left:#}");
+    let orphan = plyd.root().join("store/objects/00").join("0".repeat(64));
+    fs::create_dir_all(orphan.parent().unwrap()).unwrap();
+    fs::write(&orphan, noise(7, 64 << 10)).unwrap();
+    let dead = bytes(user(&df(&plyd), "uncollected", ""), "on_disk");
+    assert!((94..110).contains(&dead), "{dead}");
+
+    let table = plyd.ok(["system", "df"]);
+    let words = |line: &str| -> Vec<String> {
+        let words = line.split("  ").map(str::trim);
+        words
+            .filter(|word| !word.is_empty())
+            .map(str::to_owned)
+            .collect()
+    };
+    let lines: Vec<_> = table.lines().map(words).collect();
+    assert_eq!(lines[0], ["KIND", "NAME", "LOGICAL", "UNIQUE", "ON DISK"]);
+    assert_eq!(lines.last().unwrap()[0], "total");
+    let total = plyd.ok(["system", "df", "-q"]);
+    assert_eq!(total.trim(), du(&plyd.root()).to_string());
+}
+
+/// Every file below a directory of the store, the largest first.
+fn stored(plyd: &Plyd, dir: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut waiting = vec![plyd.root().join("store").join(dir)];
+    while let Some(dir) = waiting.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let entry = entry.unwrap();
+            match entry.file_type().unwrap().is_dir() {
+                true => waiting.push(entry.path()),
+                false => found.push((entry.metadata().unwrap().len(), entry.path())),
+            }
+        }
+    }
+    found.sort();
+    found.into_iter().rev().map(|(_, path)| path).collect()
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = fs::File::options().read(true).write(true).open(path);
+    let file = file.unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+/// An image of one layer that is kept in a pack, a file, an index and a recipe.
+fn image() -> Vec<u8> {
+    let layer = Layer::new().file("small", 0o644, &noise(1, 40 << 10)).file(
+        "large",
+        0o644,
+        &noise(2, 300 << 10),
+    );
+    archive("whole", &[Blob::gzip(layer)])
+}
+
+fn repair(plyd: &Plyd, archive: &[u8]) -> Done {
+    plyd.piped(["system", "repair", "-i", "-"], archive)
+}
+
+#[test]
+fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
+    let plyd = Plyd::start();
+    let image = image();
+    load(&plyd, &image);
+    let whole = plyd.snapctl(["system", "repair"]);
+    assert_eq!(whole.code, 0, "{}", whole.stderr);
+    assert_eq!(
+        whole.stdout,
+        "1 layer with 2 contents looked at: 0 mended, 0 left\n"
+    );
+
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", "work", mnt.to_str().unwrap()]);
+    type Break = fn(&Plyd);
+    let breaks: [(&str, Break); 6] = [
+        ("a byte in a pack", |plyd| {
+            flip(&stored(plyd, "packs")[0], 5000)
+        }),
+        ("a byte of a large object", |plyd| {
+            flip(&stored(plyd, "objects")[0], 5000)
+        }),
+        ("a damaged index", |plyd| {
+            let index = stored(plyd, "layers");
+            let index = index
+                .iter()
+                .find(|path| path.extension().unwrap() == "index");
+            let file = fs::File::options().write(true).open(index.unwrap());
+            file.unwrap().set_len(1200).unwrap();
+        }),
+        ("no recipe", |plyd| {
+            let recipe = stored(plyd, "layers");
+            let recipe = recipe
+                .iter()
+                .find(|path| path.extension().unwrap() == "tar");
+            fs::remove_file(recipe.unwrap()).unwrap();
+        }),
+        ("no pack", |plyd| {
+            fs::remove_file(&stored(plyd, "packs")[0]).unwrap()
+        }),
+        ("a damaged view", |plyd| {
+            flip(&stored(plyd, "views")[0], 1100)
+        }),
+    ];
+    for (what, damage) in breaks {
+        damage(&plyd);
+        if what != "a damaged view" {
+            // Nothing that could mend it.
+            let left = plyd.snapctl(["system", "repair"]);
+            assert_eq!(left.code, 1, "{what}: {}", left.stdout);
+            assert!(
+                left.stdout
+                    .contains("get the archive of the image docker.io/library/whole:latest"),
+                "{what}: {}",
+                left.stdout
+            );
+            let other = archive("other", &[Blob::gzip(Layer::new().file("x", 0o644, b"x"))]);
+            let other = repair(&plyd, &other);
+            assert_eq!(other.code, 1, "{what}");
+            assert!(
+                other.stdout.contains("the archive does not have it"),
+                "{}",
+                other.stdout
+            );
+        }
+        let mended = repair(&plyd, &image);
+        assert_eq!(mended.code, 0, "{what}: {}{}", mended.stdout, mended.stderr);
+        assert!(
+            mended.stdout.contains(" 1 mended, 0 left"),
+            "{what}: {}",
+            mended.stdout
+        );
+        assert_eq!(
+            plyd.snapctl(["system", "verify", "--deep"]).code,
+            0,
+            "{what}"
+        );
+        // Nothing of the archive is left, nor of what was replaced.
+        assert!(
+            fs::read_dir(plyd.root().join("images/spool"))
+                .unwrap()
+                .next()
+                .is_none()
+        );
+        plyd.ok(["system", "gc"]);
+        assert_eq!(
+            (stored(&plyd, "packs").len(), stored(&plyd, "objects").len()),
+            (1, 1)
+        );
+    }
+    // The mount is older than all of this, and has read nothing of the two yet.
+    assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
+    assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
+    plyd.ok(["umount", mnt.to_str().unwrap()]);
+}
+
+#[test]
+fn a_mount_reads_what_it_could_not_read_before() {
+    let plyd = Plyd::start();
+    let image = image();
+    load(&plyd, &image);
+    plyd.ok(["snapshot", "view", "look", "whole"]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    flip(&stored(&plyd, "packs")[0], 5000);
+    flip(&stored(&plyd, "objects")[0], 5000);
+    for name in ["small", "large"] {
+        let error = fs::read(mnt.join(name)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{name}");
+    }
+    let damaged = || {
+        let snapshot = plyd.json(["snapshot", "info", "look", "--json"]);
+        let system = plyd.json(["system", "info", "--json"]);
+        assert_eq!(snapshot["damaged_contents"], system["damaged_contents"]);
+        assert_eq!(
+            system["damaged_mounts"],
+            u64::from(system["damaged_contents"] != 0)
+        );
+        system["damaged_contents"].as_u64().unwrap()
+    };
+    assert_eq!(damaged(), 2);
+    let info = plyd.ok(["system", "info"]);
+    assert!(
+        info.contains("2 contents in 1 mount; `snapctl system repair`"),
+        "{info}"
+    );
+    // What is damaged is named with layer, path and object.
+    let id = plyd.json(["snapshot", "info", "look", "--json"])["id"].clone();
+    let log = plyd
+        .state()
+        .join("mounts")
+        .join(id.as_str().unwrap())
+        .join("plyfs.log");
+    let log = fs::read_to_string(log).unwrap();
+    let layer = plyd.ok(["layer", "ls", "-q"]);
+    for (name, bytes) in [
+        ("small", noise(1, 40 << 10)),
+        ("large", noise(2, 300 << 10)),
+    ] {
+        let object = plywood::store::ObjectName::of(&bytes).to_string();
+        let told = log.lines().any(|line| {
+            let words = [&*format!("/{name} of the layer"), layer.trim(), &object];
+            words.iter().all(|word| line.contains(word))
+        });
+        assert!(told, "{name}: {log}");
+    }
+    assert_eq!(repair(&plyd, &image).code, 0);
+    assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
+    assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
+    assert_eq!(damaged(), 0);
+    plyd.ok(["umount", mnt.to_str().unwrap()]);
+}
+
+#[test]
+fn when_contents_are_verified_is_a_setting_of_plyd() {
+    for (when, seen) in [("first", false), ("always", true)] {
+        let mut command = Command::new(PLYD);
+        command.args(["--verify", when]);
+        let plyd = Plyd::start_with(command);
+        load(&plyd, &image());
+        plyd.ok(["snapshot", "view", "look", "whole"]);
+        let mnt = plyd.dir().join("mnt");
+        fs::create_dir(&mnt).unwrap();
+        plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+        assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
+        flip(&stored(&plyd, "objects")[0], 5000);
+        assert_eq!(fs::read(mnt.join("large")).is_err(), seen, "{when}");
+        plyd.ok(["umount", mnt.to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn loading_an_image_again_heals_it() {
+    let mut plyd = Plyd::start();
+    let image = image();
+    load(&plyd, &image);
+    // What is missing is seen at once.
+    for (dir, extension) in [("layers", "tar"), ("layers", "index"), ("packs", "pack")] {
+        let files = stored(&plyd, dir);
+        let file = files
+            .iter()
+            .find(|path| path.extension().unwrap() == extension);
+        fs::remove_file(file.unwrap()).unwrap();
+        if dir == "packs" {
+            // Which packs there are it learns at its start.
+            plyd.signal(nix::sys::signal::Signal::SIGTERM);
+            plyd.launch();
+        }
+        assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
+        load(&plyd, &image);
+        assert_eq!(
+            plyd.snapctl(["system", "verify", "--deep"]).code,
+            0,
+            "{extension}"
+        );
+    }
+    // What is not what it was is once somebody has found that out.
+    flip(&stored(&plyd, "objects")[0], 5000);
+    load(&plyd, &image);
+    assert_eq!(plyd.snapctl(["system", "verify", "--deep"]).code, 1);
+    load(&plyd, &image);
+    assert_eq!(plyd.snapctl(["system", "verify", "--deep"]).code, 0);
+    // A layer whose record is gone, and with it all that the next start clears away.
+    fs::remove_file(&stored(&plyd, "records")[0]).unwrap();
+    plyd.signal(nix::sys::signal::Signal::SIGTERM);
+    plyd.launch();
+    assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
+    let left = plyd.snapctl(["system", "repair", "--json"]);
+    assert_eq!(left.code, 1);
+    let left: Value = serde_json::from_str(&left.stdout).unwrap();
+    assert_eq!(
+        left["left"][0]["images"][0],
+        "docker.io/library/whole:latest"
+    );
+    load(&plyd, &image);
+    assert_eq!(plyd.snapctl(["system", "repair"]).code, 0);
+}

@@ -1,0 +1,161 @@
+//! Mounts of packed layers: when contents are compared with their names, and that the kernel reads large ones by itself.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::sys::signal::Signal;
+use plywood::store::ObjectName;
+use plywood::store::ingest::Settings;
+use plywood::store::layers::{Expected, Layers as Store};
+use plywood::store::view::Verify;
+
+use crate::common::mode::kernel_passes;
+use crate::common::{Layers, Mount, errno};
+
+fn content(name: &str, bytes: usize) -> Vec<u8> {
+    let words = name.bytes().cycle().zip(0u32..);
+    let words = words.flat_map(|(letter, number)| (number ^ u32::from(letter)).to_le_bytes());
+    words.take(bytes).collect()
+}
+
+const LARGE: usize = 1 << 20;
+const SMALL: usize = 10_000;
+
+/// A store with one layer that has these files; those whose names begin with `large` are files of their own there.
+struct Packed {
+    layers: Layers,
+    view: PathBuf,
+}
+
+impl Packed {
+    fn new(files: &[&str]) -> Self {
+        let layers = Layers::new(0);
+        let (store, _) = Store::open(&layers.path("store"), Settings::default()).unwrap();
+        let mut builder = tar::Builder::new(Vec::new());
+        for name in files {
+            let content = Self::content(name);
+            let mut header = tar::Header::new_ustar();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            builder.append_data(&mut header, name, &*content).unwrap();
+        }
+        let stream = builder.into_inner().unwrap();
+        let layer = store.import(&*stream, &Expected::default(), &()).unwrap();
+        let view = store.view(&[layer], Verify::Never).unwrap();
+        let view = view.path().to_owned();
+        Self { layers, view }
+    }
+
+    fn content(name: &str) -> Vec<u8> {
+        content(
+            name,
+            if name.starts_with("large") {
+                LARGE
+            } else {
+                SMALL
+            },
+        )
+    }
+
+    fn mount(&self, more: &str) -> Mount {
+        let options = format!(
+            "view={},upperdir={},workdir={},{more}",
+            self.view.display(),
+            self.layers.upper().display(),
+            self.layers.path("work").display()
+        );
+        Mount::with_options(&self.layers.mnt(), &options)
+    }
+
+    /// The file that a large content is.
+    fn object(&self, name: &str) -> PathBuf {
+        let digits = ObjectName::of(&Self::content(name)).to_string();
+        let dir = self.layers.path("store/objects").join(&digits[..2]);
+        dir.join(digits)
+    }
+
+    fn damage(&self, name: &str) {
+        let file = File::options().write(true).open(self.object(name));
+        file.unwrap().write_all_at(b"rot", 5000).unwrap();
+    }
+}
+
+fn read(mount: &Mount, name: &str) -> std::io::Result<Vec<u8>> {
+    let mut file = File::open(mount.join(name))?;
+    // The kernel may have kept what was read before.
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    Ok(content)
+}
+
+#[test]
+fn damage_is_seen_when_the_option_says() {
+    let files = ["large a", "large b", "small"];
+    for (when, before, after) in [
+        ("never", false, false),
+        ("first", true, false),
+        ("always", true, true),
+    ] {
+        let packed = Packed::new(&files);
+        let mount = packed.mount(&format!("verify={when}"));
+        packed.damage("large a");
+        let first = read(&mount, "large a");
+        assert_eq!(first.is_err(), before, "{when}");
+        assert!(read(&mount, "large b").unwrap() == Packed::content("large b"));
+        assert!(read(&mount, "small").unwrap() == Packed::content("small"));
+        packed.damage("large b");
+        let again = read(&mount, "large b");
+        assert_eq!(again.is_err(), after, "{when}");
+        for failed in [first, again].into_iter().filter_map(Result::err) {
+            assert_eq!(failed.raw_os_error(), Some(libc::EIO), "{when}");
+        }
+        // And nothing else.
+        assert!(read(&mount, "small").unwrap() == Packed::content("small"));
+        mount.unmount();
+    }
+}
+
+#[test]
+fn verifying_always_needs_to_be_told_of_opens() {
+    let packed = Packed::new(&["large"]);
+    let mount = packed.mount("verify=always,no_open");
+    assert!(read(&mount, "large").is_ok());
+    packed.damage("large");
+    assert_eq!(errno(File::open(mount.join("large"))), libc::EIO);
+    mount.unmount();
+}
+
+#[test]
+fn large_contents_are_passed_once_they_were_found_sound() {
+    let packed = Packed::new(&["large", "large bad", "small"]);
+    packed.damage("large bad");
+    let mount = packed.mount("passthrough,kernel_features=+passthrough");
+    if !kernel_passes() {
+        return;
+    }
+    let before = fs::read(packed.object("large")).unwrap();
+    assert!(read(&mount, "small").unwrap() == Packed::content("small"));
+    // Damaged, it is not handed to the kernel.
+    for _ in 0..2 {
+        let bad = read(&mount, "large bad").unwrap_err();
+        assert_eq!(bad.raw_os_error(), Some(libc::EIO));
+    }
+    let mut passed = File::open(mount.join("large")).unwrap();
+    // A write goes to a copy, and never to the object.
+    let writer = File::options().write(true).open(mount.join("large"));
+    writer.unwrap().write_all_at(b"new", 0).unwrap();
+    assert!(fs::read(packed.object("large")).unwrap() == before);
+    mount.signal(Signal::SIGKILL);
+    assert!(mount.wait_for_end());
+    let mut content = Vec::new();
+    passed.read_to_end(&mut content).unwrap();
+    assert!(content == Packed::content("large"));
+    let again = format!("/proc/self/fd/{}", passed.as_raw_fd());
+    assert!(File::options().write(true).open(again).is_err());
+    assert!(fs::read(packed.object("large")).unwrap() == before);
+}
