@@ -1,5 +1,5 @@
 //! Contents on their way into the store: hashed and compressed by workers, written to a pack by one thread.
-//! Large contents are written by whoever reads the stream.
+//! Large contents are written by whoever hands them over.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -55,18 +55,19 @@ pub(super) struct Sink<'a> {
 }
 
 /// A content that is being handed over.
+#[derive(Debug)]
 pub(super) enum Incoming {
     Small(Vec<u8>),
     Large(Box<FileWriter>),
 }
 
 /// Calls `fill` with a sink and answers what came of it.
-pub(super) fn with_sink<T>(
+pub(super) fn with_sink<T, E: From<Error>>(
     objects: &Objects,
     tmp: &Path,
     settings: &Settings,
-    fill: impl FnOnce(&mut Sink<'_>) -> Result<T>,
-) -> Result<(T, Stored)> {
+    fill: impl FnOnce(&mut Sink<'_>) -> Result<T, E>,
+) -> Result<(T, Stored), E> {
     // A quarter of the memory for contents on the way to the workers, as much on the way from them.
     let depth = (settings.memory / 4 / settings.small.max(1)).clamp(2, MOST_WAITING) as usize;
     let (to_workers, jobs) = bounded::<Job>(depth);
@@ -120,7 +121,7 @@ pub(super) fn with_sink<T>(
         contents.sort_unstable_by_key(|(number, _)| *number);
         let contents: Vec<_> = contents.into_iter().map(|(_, object)| object).collect();
         if contents.len() != count as usize {
-            return Err(ended_early(tmp));
+            return Err(ended_early(tmp).into());
         }
         Ok((
             filled,
@@ -153,10 +154,42 @@ impl Sink<'_> {
         }
     }
 
-    /// Ends a content and answers its number.
-    pub(super) fn end(&mut self, content: Incoming) -> Result<u32> {
+    /// The number of a content that the store has.
+    pub(super) fn known(&mut self, object: Object) -> Result<u32> {
+        if self.objects.find_for_import(&object.name)?.is_none() {
+            return Err(Error::NoObject {
+                object: object.name.to_string(),
+            });
+        }
+        let number = self.next_number();
+        let new = None;
+        let done = Done {
+            number,
+            object,
+            new,
+        };
+        let sent = self.done.send(done).is_ok();
+        self.answer(number, sent)
+    }
+
+    fn next_number(&mut self) -> u32 {
         let number = self.contents;
         self.contents += 1;
+        number
+    }
+
+    /// Whoever does not listen any more has the reason; see `with_sink`.
+    fn answer(&self, number: u32, sent: bool) -> Result<u32> {
+        if sent {
+            Ok(number)
+        } else {
+            Err(ended_early(self.tmp))
+        }
+    }
+
+    /// Ends a content and answers its number.
+    pub(super) fn end(&mut self, content: Incoming) -> Result<u32> {
+        let number = self.next_number();
         let sent = match content {
             Incoming::Small(content) => self.jobs.send(Job { number, content }).is_ok(),
             Incoming::Large(writer) => {
@@ -176,12 +209,7 @@ impl Sink<'_> {
                     .is_ok()
             }
         };
-        // Whoever does not listen any more has the reason; see `with_sink`.
-        if sent {
-            Ok(number)
-        } else {
-            Err(ended_early(self.tmp))
-        }
+        self.answer(number, sent)
     }
 }
 

@@ -1,4 +1,5 @@
-//! The index of a packed layer: what its stream says, entry by entry, in the stream's order.
+//! The index of a packed layer: what its stream says, entry by entry, in the stream's order; or, of a layer that was
+//! made by a commit, what that has changed.
 //!
 //! Nothing is resolved here. What a path means depends on the layers below (a parent may be a symbolic link
 //! there, the target of a hard link may lie there) and on what the stream said before, so a view is
@@ -24,8 +25,11 @@ const PATH: usize = Section::Paths.record();
 /// What an entry asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Make the object that the inode describes.
+    /// Make the object that the inode describes. A directory that is there keeps the extended attributes that the
+    /// inode does not name.
     Make,
+    /// The same, with the inode's extended attributes alone. Of the root: its attributes.
+    MakeExactly,
     /// Make a hard link; the inode's attributes go to its target.
     Link,
     /// Remove the path and all below it, if it is there.
@@ -35,7 +39,13 @@ pub enum Action {
 }
 
 impl Action {
-    const ALL: [Self; 4] = [Self::Make, Self::Link, Self::Remove, Self::Clear];
+    const ALL: [Self; 5] = [
+        Self::Make,
+        Self::Link,
+        Self::Remove,
+        Self::Clear,
+        Self::MakeExactly,
+    ];
 
     fn number(self) -> u8 {
         match self {
@@ -43,6 +53,7 @@ impl Action {
             Self::Link => 2,
             Self::Remove => 3,
             Self::Clear => 4,
+            Self::MakeExactly => 5,
         }
     }
 }
@@ -67,7 +78,7 @@ pub struct Attributes {
 /// What an object is, beyond its attributes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// A directory or a fifo.
+    /// A directory, a fifo or a socket.
     Nothing,
     /// A device.
     Device {
@@ -132,6 +143,16 @@ impl LayerBuilder {
     /// Adds an object at the path of these components.
     pub fn make(&mut self, path: &[&[u8]], attributes: &Attributes, body: &Body) -> Result<()> {
         self.object(Action::Make, path, attributes, body)
+    }
+
+    /// Adds an object, or the attributes of the root, with these extended attributes and no others.
+    pub fn make_exactly(
+        &mut self,
+        path: &[&[u8]],
+        attributes: &Attributes,
+        body: &Body,
+    ) -> Result<()> {
+        self.object(Action::MakeExactly, path, attributes, body)
     }
 
     /// Adds a hard link to `target`, a path from the root.
