@@ -35,13 +35,18 @@ impl Snapshotter {
 
     /// As `complete`, if there are files that are copied up in part: without their maps nobody can read those.
     pub(super) fn complete_partial(&self, found: &Found) -> Result<()> {
+        match self.has_partial(found)? {
+            true => self.complete(found),
+            false => Ok(()),
+        }
+    }
+
+    fn has_partial(&self, found: &Found) -> Result<bool> {
         // While there is one, this keeps kernel overlayfs from the upper (`docs/chunks.md`).
         let incompat = self.data.join(&found.id).join("work/work/incompat");
-        match incompat.try_exists() {
-            Ok(true) => self.complete(found),
-            Ok(false) => Ok(()),
-            Err(error) => Err(io_error("look for", &incompat)(error)),
-        }
+        incompat
+            .try_exists()
+            .map_err(io_error("look for", &incompat))
     }
 
     /// Hard links of lower files that were copied up hang together by the work directory's index.
@@ -52,6 +57,12 @@ impl Snapshotter {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(io_error("read", &index)(error)),
         }
+    }
+
+    /// Whether the upper needs its work directory to be read: for the links of a file that hang together by the index,
+    /// or for the map of one that is copied up in part.
+    pub(super) fn needs_work(&self, found: &Found) -> Result<bool> {
+        Ok(self.has_link_index(found)? || self.has_partial(found)?)
     }
 
     /// Whether the upper does not say all by itself.

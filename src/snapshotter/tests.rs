@@ -1,5 +1,6 @@
 //! The life cycle without mounts, and what `open` makes of crashes and damage.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -9,6 +10,7 @@ use nix::errno::Errno;
 
 use super::*;
 use crate::cow::{self, Union, UnionConfig};
+use crate::store::layer::LayerId;
 use crate::sys::fs::Object;
 use crate::sys::xattr;
 
@@ -60,6 +62,22 @@ pub(super) fn layer(snapshots: &Snapshotter, name: &str, on: Option<&str>) -> Sn
         .unwrap()
 }
 
+/// As `layer` on nothing, as a plyd before packed layers left it.
+pub(super) fn directory_layer(snapshots: &Snapshotter, name: &str) -> SnapshotInfo {
+    let upper = prepare(snapshots, name, None).upper_dir.unwrap();
+    fs::write(upper.join(name), name).unwrap();
+    let found = snapshots.catalog.resolve(Owner::Containerd, name).unwrap();
+    let layer = LayerId(found.id.clone());
+    snapshots.layers.adopt(&layer, &upper).unwrap();
+    let committed = snapshots.catalog.update(&found, |record| {
+        record.kind = Kind::Committed;
+        record.layer = Some(layer);
+        record.usage = Some(Usage::default());
+    });
+    fs::remove_dir_all(snapshots.data.join(&found.id)).unwrap();
+    snapshots.describe(committed.unwrap()).unwrap()
+}
+
 fn keys(snapshots: &Snapshotter) -> Vec<String> {
     let all = snapshots.list(None).unwrap();
     all.into_iter().map(|info| info.key).collect()
@@ -67,11 +85,17 @@ fn keys(snapshots: &Snapshotter) -> Vec<String> {
 
 /// No tree that no record names.
 fn assert_tidy(place: &Place, snapshots: &Snapshotter) {
-    snapshots.trash.wait_until_empty();
+    snapshots.wait_until_deleted();
     let count = |dir: &str| fs::read_dir(place.root().join(dir)).unwrap().count();
     let all = snapshots.list(None).unwrap();
     let committed = |info: &&SnapshotInfo| info.kind == Kind::Committed;
-    assert_eq!(count("layers"), all.iter().filter(committed).count());
+    let directories: Vec<_> = all.iter().flat_map(|info| &info.layer_dirs).collect();
+    assert_eq!(count("layers"), HashSet::<_>::from_iter(directories).len());
+    let packed: Vec<_> = all.iter().flat_map(|info| &info.packed_layers).collect();
+    assert_eq!(
+        snapshots.packed_layers().list().len(),
+        HashSet::<_>::from_iter(packed).len()
+    );
     assert_eq!(
         count("snapshots/data"),
         all.iter().filter(|info| !committed(info)).count()
@@ -88,16 +112,22 @@ fn from_prepare_to_remove() {
     layer(&snapshots, "top", Some("base"));
     let info = prepare(&snapshots, "container", Some("top"));
     assert_eq!(info.parent, Some(parent("top")));
-    assert_eq!(info.layer_dirs.len(), 2);
-    assert!(info.layer_dirs[0].join("top").exists());
-    assert!(info.layer_dirs[1].join("base").exists());
+    assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (0, 2));
     assert_eq!(keys(&snapshots), ["base", "top", "container"]);
 
     let config = snapshots
         .union_config(Owner::Containerd, "container")
         .unwrap();
-    assert_eq!(config.lowers, info.layer_dirs);
-    assert_eq!(config.upper.unwrap().dir, info.upper_dir.unwrap());
+    assert!(config.lowers.is_empty());
+    assert_eq!(
+        config.upper.as_ref().unwrap().dir,
+        *info.upper_dir.as_ref().unwrap()
+    );
+    let union = Union::open(config).unwrap();
+    for name in ["base", "top"] {
+        assert!(union.lookup(cow::NodeId::ROOT, name.as_ref()).is_ok());
+    }
+    drop(union);
 
     let error = snapshots.remove(Owner::Containerd, "top").unwrap_err();
     assert!(matches!(error, Error::HasChildren { children: 1, .. }));
@@ -110,20 +140,19 @@ fn from_prepare_to_remove() {
 }
 
 #[test]
-fn a_layer_is_whole_whatever_little_was_changed() {
+fn a_layer_on_a_directory_is_a_directory_and_whole_whatever_little_was_changed() {
     let place = Place::new();
     let snapshots = place.open();
-    let info = prepare(&snapshots, "extract base", None);
     let text = "data\n".repeat(100_000);
+    let base = directory_layer(&snapshots, "base");
     for name in ["file", "linked"] {
-        fs::write(info.upper_dir.as_ref().unwrap().join(name), &text).unwrap();
+        fs::write(base.layer_dirs[0].join(name), &text).unwrap();
     }
     let commit = |name: &str, key: &str| {
         snapshots
             .commit(Owner::Containerd, name, key, BTreeMap::new())
             .unwrap()
     };
-    commit("base", "extract base");
     let info = prepare(&snapshots, "container", Some("base"));
     {
         let config = UnionConfig {
@@ -327,7 +356,7 @@ fn trees_without_a_record_are_cleared() {
 fn a_damaged_record_costs_no_tree_and_no_other_snapshot() {
     let place = Place::new();
     let snapshots = place.open();
-    let base = layer(&snapshots, "base", None);
+    let base = directory_layer(&snapshots, "base");
     layer(&snapshots, "other", None);
     prepare(&snapshots, "child", Some("base"));
     drop(snapshots);
