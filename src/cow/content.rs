@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::error::Result;
 use super::file::Backing;
 use super::lower::Stored;
-use super::node::Node;
+use super::node::{LowerAt, Node};
 use super::types::{FileKind, NodeId};
 use super::union::Union;
 use crate::store::view::StoredPart;
@@ -63,18 +63,26 @@ impl Union {
 
     /// Which inode of the packed layers' view a node is, if nothing of it is in a layer above those.
     pub fn stored_inode(&self, node: NodeId) -> Result<Option<u32>> {
-        let node = self.node(node)?;
-        let top = {
-            let place = node.place.read();
-            match place.upper {
-                Some(_) => None,
-                None => place.lowers.first().cloned(),
-            }
-        };
-        match top {
+        match self.topmost_lower(node)? {
             Some(top) => Ok(top.object.stored()?.map(|stored| stored.inode)),
             None => Ok(None),
         }
+    }
+
+    /// What tells the object of a lower layer that a node is from all others of the lower layers, if nothing of it
+    /// is in the upper.
+    pub fn lower_identity(&self, node: NodeId) -> Result<Option<(u64, u64)>> {
+        let top = self.topmost_lower(node)?;
+        Ok(top.map(|top| (top.object.number_space(), top.object.attr().ino)))
+    }
+
+    fn topmost_lower(&self, node: NodeId) -> Result<Option<LowerAt>> {
+        let node = self.node(node)?;
+        let place = node.place.read();
+        Ok(match place.upper {
+            Some(_) => None,
+            None => place.lowers.first().cloned(),
+        })
     }
 
     /// What the store knows of the data of a file that has not come up.

@@ -215,3 +215,6 @@ fn wait_and_discard(work: &File, dir: &Path, trash: &Trash) -> io::Result<()> {
     fs::lock(work.as_fd())?;
     trash.put(dir)
 }
+
+#[cfg(test)]
+mod tests;

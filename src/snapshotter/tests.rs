@@ -78,6 +78,88 @@ pub(super) fn directory_layer(snapshots: &Snapshotter, name: &str) -> SnapshotIn
     snapshots.describe(committed.unwrap()).unwrap()
 }
 
+/// Everything below the root, as whoever looks at it sees it: attributes, what it is, and the first of its names.
+pub(super) fn tree(union: &Union) -> BTreeMap<PathBuf, String> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![(PathBuf::new(), cow::NodeId::ROOT)];
+    while let Some((path, directory)) = waiting.pop() {
+        for name in names_in(union, directory) {
+            let entry = union.lookup(directory, &name).unwrap();
+            let path = path.join(&name);
+            if entry.attr.kind == cow::FileKind::Directory {
+                waiting.push((path.clone(), entry.node));
+            }
+            found.insert(path, (entry.attr.ino, look(union, entry.node)));
+        }
+    }
+    let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
+    let named = found.into_iter().map(|(path, (ino, text))| {
+        let first = first.entry(ino).or_insert_with(|| path.clone());
+        let text = format!("{} {text}", first.display());
+        (path, text)
+    });
+    named.collect()
+}
+
+pub(super) fn names_in(union: &Union, directory: cow::NodeId) -> Vec<std::ffi::OsString> {
+    let handle = union.open_dir(directory).unwrap();
+    let mut names = Vec::new();
+    let mut take = |entry: cow::DirEntry| {
+        if entry.name != "." && entry.name != ".." {
+            names.push(entry.name);
+        }
+        true
+    };
+    union.read_dir(directory, &handle, 0, &mut take).unwrap();
+    names
+}
+
+/// All that a user can see of an object but its number, its change time and when it was read.
+pub(super) fn look(union: &Union, node: cow::NodeId) -> String {
+    use cow::FileKind::{Directory, Regular, Symlink};
+
+    let attr = union.getattr(node, None).unwrap();
+    let what = match attr.kind {
+        Directory => String::new(),
+        Symlink => format!("{:?}", union.readlink(node).unwrap()),
+        Regular => {
+            let mut content = vec![0; attr.size as usize];
+            let count = union.read(node, None, 0, &mut content).unwrap();
+            assert_eq!(count, content.len());
+            let digits = blake3::hash(&content).to_hex();
+            format!("{:?} {}", data(union, node, attr.size), &digits[..16])
+        }
+        _ => attr.rdev.to_string(),
+    };
+    let mut xattrs: Vec<_> = union.listxattr(node).unwrap();
+    xattrs.sort();
+    let xattrs: Vec<_> = xattrs
+        .into_iter()
+        .map(|name| (union.getxattr(node, &name).unwrap(), name))
+        .collect();
+    let (links, size) = match attr.kind {
+        Directory => (0, 0),
+        _ => (attr.nlink, attr.size),
+    };
+    format!(
+        "{:?} {:o} {}:{} {:?} {size} {links} {xattrs:?} {what}",
+        attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime
+    )
+}
+
+/// The parts of a file that are no holes.
+fn data(union: &Union, node: cow::NodeId, size: u64) -> Vec<(i64, i64)> {
+    let mut parts = Vec::new();
+    let mut at = 0;
+    while at < size as i64
+        && let Ok(from) = union.lseek(node, None, at, libc::SEEK_DATA)
+    {
+        at = union.lseek(node, None, from, libc::SEEK_HOLE).unwrap();
+        parts.push((from, at));
+    }
+    parts
+}
+
 fn keys(snapshots: &Snapshotter) -> Vec<String> {
     let all = snapshots.list(None).unwrap();
     all.into_iter().map(|info| info.key).collect()

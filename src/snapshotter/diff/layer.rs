@@ -177,66 +177,14 @@ fn check(path: &[u8]) -> Result<(), Fault> {
 mod tests {
     use std::collections::BTreeMap;
     use std::ffi::OsStr;
-    use std::path::PathBuf;
 
     use super::*;
     use crate::cow::{Caller, NodeId, RenameMode, SetAttr, SetXattrMode};
     use crate::snapshotter::Snapshotter;
-    use crate::snapshotter::tests::{Place, prepare};
+    use crate::snapshotter::tests::{Place, prepare, tree};
     use crate::store::layers::Expected;
 
     const OWNER: Owner = Owner::Containerd;
-
-    /// Everything below the root, as whoever looks at it sees it: attributes, what it is, and the first of its names.
-    fn tree(union: &Union) -> BTreeMap<PathBuf, String> {
-        let mut found = BTreeMap::new();
-        let mut waiting = vec![(PathBuf::new(), NodeId::ROOT)];
-        while let Some((path, directory)) = waiting.pop() {
-            for name in super::super::names_in(union, directory).unwrap() {
-                let entry = union.lookup(directory, &name).unwrap();
-                let (node, attr) = (entry.node, entry.attr);
-                let path = path.join(&name);
-                let what = match attr.kind {
-                    FileKind::Directory => {
-                        waiting.push((path.clone(), node));
-                        String::new()
-                    }
-                    FileKind::Symlink => format!("{:?}", union.readlink(node).unwrap()),
-                    FileKind::Regular => {
-                        let mut content = vec![0; attr.size as usize];
-                        assert_eq!(
-                            union.read(node, None, 0, &mut content).unwrap(),
-                            content.len()
-                        );
-                        blake3::hash(&content).to_hex().to_string()
-                    }
-                    _ => attr.rdev.to_string(),
-                };
-                let mut xattrs: Vec<_> = union.listxattr(node).unwrap();
-                xattrs.sort();
-                let xattrs: Vec<_> = xattrs
-                    .into_iter()
-                    .map(|name| (union.getxattr(node, &name).unwrap(), name))
-                    .collect();
-                let links = match attr.kind {
-                    FileKind::Directory => 0,
-                    _ => attr.nlink,
-                };
-                let text = format!(
-                    "{:?} {:o} {}:{} {:?} {} {links} {xattrs:?} {what}",
-                    attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime, attr.size
-                );
-                found.insert(path, (attr.ino, text));
-            }
-        }
-        let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
-        let named = found.into_iter().map(|(path, (ino, text))| {
-            let first = first.entry(ino).or_insert_with(|| path.clone());
-            let text = format!("{} {text}", first.display());
-            (path, text)
-        });
-        named.collect()
-    }
 
     fn base() -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());

@@ -51,6 +51,8 @@ struct Directory {
     old: Option<NodeId>,
     /// The snapshot's own layer has it, under the same path.
     in_own: bool,
+    /// None of those above it hides what lies at its place below, or has been put there from elsewhere.
+    in_place: bool,
 }
 
 impl<'a> Walk<'a> {
@@ -66,6 +68,7 @@ impl<'a> Walk<'a> {
             new: NodeId::ROOT,
             old: old.is_some().then_some(NodeId::ROOT),
             in_own: true,
+            in_place: true,
         };
         Ok(Self {
             own: OwnLayer::open(own)?,
@@ -97,8 +100,12 @@ impl<'a> Walk<'a> {
             },
             false => None,
         };
+        let in_place = match &own {
+            Some(own) => at.in_place && !own.is_marked()?,
+            None => false,
+        };
         let names: BTreeSet<OsString> = match &own {
-            Some(own) if !own.is_marked()? => own.names()?,
+            Some(own) if in_place => own.names()?,
             _ => {
                 let mut names = names_in(self.new, at.new)?;
                 if let (Some(union), Some(old)) = (&self.old, at.old) {
@@ -117,7 +124,7 @@ impl<'a> Walk<'a> {
                 Some(own) => own.stat(&name)?,
                 None => None,
             };
-            self.entry(at.path.join(&name), new, old, own)?;
+            self.entry(at.path.join(&name), (new, old), own, in_place)?;
         }
         Ok(())
     }
@@ -126,9 +133,9 @@ impl<'a> Walk<'a> {
     fn entry(
         &mut self,
         path: PathBuf,
-        new: Option<Entry>,
-        old: Option<Entry>,
+        (new, old): (Option<Entry>, Option<Entry>),
         own: Option<Stat>,
+        in_place: bool,
     ) -> Result<()> {
         let is_dir = |entry: &Entry| entry.attr.kind == FileKind::Directory;
         let in_own = own.is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
@@ -157,8 +164,12 @@ impl<'a> Walk<'a> {
             });
         }
         let old_dir = old.filter(is_dir);
+        let other_dir = match (&new, &old_dir, own) {
+            (Some(new), Some(old), None) => self.is_another(new, old)?,
+            _ => false,
+        };
         // Otherwise it is the parent's own directory.
-        let may_differ = in_own || old_dir.is_none() || kind.is_some();
+        let may_differ = in_own || old_dir.is_none() || kind.is_some() || other_dir;
         let (new, old) = (
             new.map(|new| (new.node, is_dir(&new))),
             old.map(|old| old.node),
@@ -173,6 +184,7 @@ impl<'a> Walk<'a> {
                     new,
                     old: old_dir.map(|old| old.node),
                     in_own,
+                    in_place,
                 });
             }
             new => self.forget(new.map(|(new, _)| new), old),
@@ -189,13 +201,13 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Whether files that look the same are two of the packed layers: a directory with the one was put where a directory
+    /// Whether what looks the same are two objects of the layers below: a directory with the one was put where a directory
     /// with the other was.
     fn is_another(&self, new: &Entry, old: &Entry) -> Result<bool> {
         let Some(union) = &self.old else {
             return Ok(false);
         };
-        Ok(self.new.stored_inode(new.node)? != union.stored_inode(old.node)?)
+        Ok(self.new.lower_identity(new.node)? != union.lower_identity(old.node)?)
     }
 
     /// Gives back a lookup of each.
