@@ -15,21 +15,33 @@ use crate::sys::fs::Object;
 use crate::sys::xattr;
 
 pub(super) struct Place {
-    tmp: tempfile::TempDir,
+    dir: PathBuf,
+    _tmp: Option<tempfile::TempDir>,
 }
 
 impl Place {
     pub(super) fn new() -> Self {
         let tmp = tempfile::tempdir().unwrap();
-        Self { tmp }
+        Self {
+            dir: tmp.path().to_owned(),
+            _tmp: Some(tmp),
+        }
+    }
+
+    /// In a directory that the caller keeps.
+    pub(super) fn at(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            _tmp: None,
+        }
     }
 
     pub(super) fn root(&self) -> PathBuf {
-        self.tmp.path().join("root")
+        self.dir.join("root")
     }
 
     pub(super) fn open(&self) -> Snapshotter {
-        let state = self.tmp.path().join("state");
+        let state = self.dir.join("state");
         let config = SnapshotterConfig {
             index_prober: Some("/bin/true".into()),
             ..SnapshotterConfig::default()
