@@ -130,8 +130,8 @@ pub(super) fn diff_packed(new: &View, old: Option<&View>, topmost: u16) -> Resul
     packed::compare(new, old, topmost).map(ordered)
 }
 
-/// The changes of a layer on one with the changes `below`, and those, as one step from what is below both. What was
-/// removed by the lower and is a directory again in the upper is both, removed and then added.
+/// The changes of a layer on one with the changes `below`, and those, as one step from what is below both. What may have been a
+/// directory there, was none between the two and is one again is both, removed and then added.
 fn joined(below: Vec<Change>, on_top: Vec<Step>) -> Vec<Change> {
     use ChangeKind::{Added, Deleted, Modified};
 
@@ -140,10 +140,10 @@ fn joined(below: Vec<Change>, on_top: Vec<Step>) -> Vec<Change> {
         .map(|change| (change.path, change.kind))
         .collect();
     let mut made_anew = Vec::new();
-    for Step { change, directory } in on_top {
-        let Change { path, kind } = change;
+    for step in on_top {
+        let Change { path, kind } = step.change;
         // Below what is gone, or no directory any more, nothing is told.
-        if kind == Deleted || !directory {
+        if !step.is_directory {
             // Paths are in the order of their parts, so what lies below one follows it.
             let after = all.range::<PathBuf, _>((Bound::Excluded(&path), Bound::Unbounded));
             let inside = after
@@ -156,7 +156,7 @@ fn joined(below: Vec<Change>, on_top: Vec<Step>) -> Vec<Change> {
         let kind = match (all.get(&path), kind) {
             (Some(Added), Deleted) => None,
             (Some(Added), _) => Some(Added),
-            (Some(Deleted), Added) if directory => {
+            (Some(_), _) if step.is_directory && !step.was_directory => {
                 let kind = Deleted;
                 made_anew.push(Change {
                     path: path.clone(),
@@ -332,7 +332,9 @@ mod tests {
             ("/removed-once", Added),
         ]);
         let on_top = on_top.into_iter().map(|change| Step {
-            directory: change.path == Path::new("/removed-once"),
+            was_directory: change.path != Path::new("/removed-once"),
+            is_directory: change.path.starts_with("/made-a-directory")
+                || change.path == Path::new("/removed-once"),
             change,
         });
         let expected = list(&[

@@ -17,11 +17,12 @@ use crate::sys::xattr;
 /// Marks of a directory that hides or leaves what lies at its place below.
 const NOT_MERGED: [&str; 2] = ["trusted.overlay.opaque", "trusted.overlay.redirect"];
 
-/// A change, and whether a directory is at its path now.
+/// A change, and whether there is a directory at its path, before and now.
 #[derive(Clone, Debug)]
 pub(super) struct Step {
     pub(super) change: Change,
-    pub(super) directory: bool,
+    pub(super) was_directory: bool,
+    pub(super) is_directory: bool,
 }
 
 /// Which directories of its own a snapshot is said to change.
@@ -160,7 +161,8 @@ impl<'a> Walk<'a> {
             let path = path.clone();
             self.steps.push(Step {
                 change: Change { path, kind },
-                directory: new.as_ref().is_some_and(is_dir),
+                was_directory: old.as_ref().is_some_and(is_dir),
+                is_directory: new.as_ref().is_some_and(is_dir),
             });
         }
         let old_dir = old.filter(is_dir);
