@@ -435,4 +435,6 @@ fn check(what: &'static str, expected: Option<&str>, found: &[u8; 32]) -> Result
 }
 
 #[cfg(test)]
+mod made;
+#[cfg(test)]
 mod tests;

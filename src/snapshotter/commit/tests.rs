@@ -219,7 +219,7 @@ fn take(union: &Union, step: Step) {
         8 => {
             if let Some((parent, name, ..)) = pick(step.one) {
                 remove_all(union, parent, &name);
-                if step.other % 2 == 0 {
+                if step.other.is_multiple_of(2) {
                     drop(union.mkdir(parent, &name, 0o711, &Caller::ROOT));
                 }
             }
