@@ -710,6 +710,50 @@ fn fs_lock(file: &File) {
 }
 
 #[test]
+fn the_changes_of_a_snapshot_are_told_the_same_before_and_after_its_commit() {
+    let place = Place::new();
+    let snapshots = base(&place);
+    prepare(&snapshots, "work", Some("base"));
+    let union = open(&snapshots, "work");
+    let of = |name: &str| find(&union, name);
+    let name = OsStr::new("user.name");
+    let noted = union.setxattr(of("directory 1"), name, b"1", SetXattrMode::Any);
+    noted.unwrap();
+    // Copied up, and as it was.
+    let (file, directory) = (of("directory 2/3"), of("directory 2"));
+    let time = union.getattr(directory, None).unwrap().mtime;
+    set(
+        &union,
+        file,
+        SetAttr {
+            perm: Some(0o600),
+            ..SetAttr::default()
+        },
+    );
+    set(
+        &union,
+        directory,
+        SetAttr {
+            mtime: Some(SetTime::At(time)),
+            ..SetAttr::default()
+        },
+    );
+    let renamed = union.rename(
+        ROOT,
+        "directory 4".as_ref(),
+        ROOT,
+        "moved".as_ref(),
+        RenameMode::Replace,
+    );
+    renamed.unwrap();
+    drop(union);
+    let told = changes(&snapshots, "work");
+    assert_eq!(told.len(), 1 + 1 + 1 + 11, "{told:?}");
+    commit(&snapshots, "top", "work");
+    assert_eq!(changes(&snapshots, "top"), told);
+}
+
+#[test]
 fn times_of_any_year_and_objects_without_content_are_kept() {
     let place = Place::new();
     let snapshots = place.open();

@@ -17,6 +17,8 @@ const BUFFER: usize = 256 << 10;
 /// A file that is changed in part again and again is written whole once it has come to so many objects: each is opened
 /// by whoever opens the file.
 const MOST_OBJECTS: usize = 8;
+/// As well once it has come to so many parts.
+const MOST_PARTS: usize = 100_000;
 
 /// Tells the root, and the changes, which are in byte order of their paths, of the union `new`. `view` is that of the
 /// packed layers in it.
@@ -170,7 +172,7 @@ fn is_scattered(parts: &[ContentPart]) -> bool {
     let has_new = parts
         .iter()
         .any(|part| matches!(part, ContentPart::Own { .. }));
-    has_new && objects.collect::<HashSet<_>>().len() >= MOST_OBJECTS
+    has_new && (parts.len() > MOST_PARTS || objects.collect::<HashSet<_>>().len() >= MOST_OBJECTS)
 }
 
 /// The same parts as something to read, those that touch as one.

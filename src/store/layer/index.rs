@@ -16,6 +16,8 @@ use crate::store::format::{LayerName, Time};
 
 /// PATH_MAX without the final zero.
 pub const LONGEST_PATH: usize = 4095;
+/// Parts of a file that are no holes.
+const MOST_EXTENTS: usize = 1_000_000;
 /// Bytes of a name.
 pub const LONGEST_NAME: usize = 255;
 const ENTRY: usize = Section::Entries.record();
@@ -236,8 +238,14 @@ impl LayerBuilder {
             }
             Body::Sparse { size, extents } => {
                 inode.size = *size;
-                inode.count = u32::try_from(extents.len())
-                    .map_err(|_| refused(&path.join(&b'/'), "it has too many parts"))?;
+                if extents.len() > MOST_EXTENTS {
+                    return Err(refused(
+                        &path.join(&b'/'),
+                        "it has more than a million parts",
+                    ));
+                }
+                // Less than a million.
+                inode.count = extents.len() as u32;
                 inode.start = self.tables.extents(extents)?;
             }
         }
