@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::error::Result;
 use super::origin::Origin;
 use super::types::{Attr, FileKind};
+use crate::store::view::StoredPart;
 
 /// A read-only layer.
 pub trait Lower: Send + Sync {
@@ -56,6 +57,14 @@ pub enum ListedKind {
     Object(FileKind),
 }
 
+/// An object of a merged view, as the store knows it.
+pub struct Stored {
+    /// Number of its inode.
+    pub inode: u32,
+    /// Parts of a regular file that are no holes.
+    pub parts: Vec<StoredPart>,
+}
+
 /// A file or directory of a layer; never changes.
 pub trait LowerObject: Send + Sync {
     /// Its attributes; `ino` is the number in the layer's number space.
@@ -78,6 +87,10 @@ pub trait LowerObject: Send + Sync {
     fn xattr_names(&self) -> Result<Vec<OsString>>;
     /// Opens a regular file for reading.
     fn open(&self) -> Result<Arc<dyn LowerFile>>;
+    /// Which inode of a merged view it is, if the layer is one, and, of a regular file, where its content lies.
+    fn stored(&self) -> Result<Option<Stored>> {
+        Ok(None)
+    }
     /// What names the object for `overlay.origin`, if the layer can tell.
     fn origin(&self) -> Option<Origin>;
 }

@@ -11,6 +11,7 @@
 //! - `chunks`: large files, of which only what changes is copied up;
 //! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer; `plain`: what becomes of
 //!   them when a mount ends;
+//! - `content`: where the data of a file lies;
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
 //!   fuse-overlayfs has written;
@@ -23,6 +24,7 @@ mod acl;
 mod adopt;
 mod attr;
 mod chunks;
+mod content;
 mod copyup;
 mod create;
 mod dir;
@@ -60,6 +62,7 @@ mod view_lower;
 mod whiteout;
 mod xattr;
 
+pub use content::ContentPart;
 pub use metacopy::may_hold_metacopies;
 pub use owner::{IdRange, IdView, OVERFLOW_ID, Owners};
 pub use stat_override::StatOverride;

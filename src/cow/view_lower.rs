@@ -13,7 +13,7 @@ use nix::errno::Errno;
 
 use super::attr::statfs_of;
 use super::error::{Error, Result};
-use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject};
+use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject, Stored};
 use super::origin::Origin;
 use super::types::{Attr, FileKind, StatFs, Timestamp, XattrFamily};
 use crate::store::view::{View, ViewFile};
@@ -239,6 +239,16 @@ impl LowerObject for ViewObject {
             number: self.number,
             file,
         }))
+    }
+
+    fn stored(&self) -> Result<Option<Stored>> {
+        let inode = self.inode()?;
+        let parts = match kind_of(inode.kind()) {
+            FileKind::Regular => self.ok(self.shared.view.parts(&inode))?,
+            _ => Vec::new(),
+        };
+        let inode = self.number;
+        Ok(Some(Stored { inode, parts }))
     }
 
     fn origin(&self) -> Option<Origin> {

@@ -397,7 +397,10 @@ fn serve_mount(
     let no_acl = !union.keeps_acls();
     let server =
         Server::attach(union, device, options.session, no_acl).map_err(DaemonError::Session)?;
-    let flusher = server.flusher();
+    let flusher = match mount.device() {
+        Some(device) => server.flusher().at(mount.target.clone(), device),
+        None => server.flusher(),
+    };
     if let Some(controlled) = controlled {
         // It is set once, here.
         let _ = controlled.flusher.set(flusher.clone());
@@ -554,6 +557,12 @@ impl Mount {
                 fs::write(path, READ_AHEAD_KB.to_string()),
             );
         }
+    }
+
+    /// The number that the kernel gives the mount's device.
+    fn device(&self) -> Option<u64> {
+        let (major, minor) = self.entry.as_ref()?.device.split_once(':')?;
+        Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))
     }
 
     /// Takes the mount away if it is still there.

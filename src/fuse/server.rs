@@ -3,10 +3,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use fuser::{BackingId, Config, INodeNo, Notifier, Session, SessionACL};
+use nix::errno::Errno;
 
 use super::claims::Claims;
 use super::long::Long;
@@ -17,7 +19,7 @@ use super::seek::{self, Seeker};
 use super::session::{Helpers, UnionFs};
 use crate::cow::Union;
 use crate::cow::union::Error as UnionError;
-use crate::sys::process;
+use crate::sys::{fs, process};
 
 /// A session whose INIT has been answered.
 pub struct Server {
@@ -32,6 +34,9 @@ pub struct Flusher {
     union: Arc<Union>,
     passing: Arc<Passing<BackingId>>,
     notifier: Notifier,
+    policy: Arc<OnceLock<Policy>>,
+    /// Where the mount is, and the number of its device there.
+    root: Option<(PathBuf, u64)>,
 }
 
 impl Server {
@@ -80,11 +85,13 @@ impl Server {
         });
         Ok(Self {
             session,
-            policy,
+            policy: policy.clone(),
             flusher: Flusher {
                 union,
                 passing,
                 notifier,
+                policy,
+                root: None,
             },
         })
     }
@@ -164,7 +171,37 @@ impl Flusher {
                 });
             }
         }
+        if self.policy.get().is_some_and(|policy| policy.writeback) {
+            self.flush_times()?;
+        }
         self.union.sync()
+    }
+
+    /// The same, of a mount at `path`, whose device has that number.
+    pub fn at(self, path: PathBuf, device: u64) -> Self {
+        Self {
+            root: Some((path, device)),
+            ..self
+        }
+    }
+
+    /// Has the kernel tell the times that it keeps to itself, as it does with writeback, when its pages are written already:
+    /// only a sync of the mount makes it. The descriptor is not kept, for it would keep the mount.
+    fn flush_times(&self) -> Result<(), UnionError> {
+        let Some((path, device)) = &self.root else {
+            return Ok(());
+        };
+        let failed = |errno: Errno| UnionError {
+            errno: errno as i32,
+            context: "flushing the times of files that were written".into(),
+        };
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let root = fs::open_path(path, flags).map_err(failed)?;
+        match fs::fstat(root.as_fd()).map_err(failed)?.st_dev == *device {
+            true => fs::syncfs(root.as_fd()).map_err(failed),
+            // Taken away meanwhile: with a mount goes all that the kernel knew of it.
+            false => Ok(()),
+        }
     }
 }
 

@@ -261,7 +261,7 @@ fn entry(index: &LayerIndex, number: u32) -> Result<api::LayerEntry, store::Erro
     path.extend(index.path(entry.path)?.join(&b'/'));
     Ok(api::LayerEntry {
         action: match entry.action {
-            Action::Make => Told::Make,
+            Action::Make | Action::MakeExactly => Told::Make,
             Action::Link => Told::Link,
             Action::Remove => Told::Remove,
             Action::Clear => Told::Clear,

@@ -60,7 +60,7 @@ pub(super) fn store_code(error: &store::Error) -> Code {
         Error::Refused { .. } | Error::Digest { .. } | Error::Input(_) => Code::InvalidArgument,
         Error::Cancelled => Code::Cancelled,
         Error::NoLayer { .. } => Code::NotFound,
-        Error::NoStream { .. } | Error::Unsupported { .. } => Code::FailedPrecondition,
+        Error::Unsupported { .. } => Code::FailedPrecondition,
         Error::Output(source) => io_code(source),
         Error::Record(error) => record_code(error),
     }

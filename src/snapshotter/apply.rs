@@ -1,9 +1,8 @@
 //! A layer's tar stream as the content of an active snapshot, straight into the store.
 //!
 //! Nothing goes through the mount: the stream becomes a packed layer, which lies below the snapshot's upper from then
-//! on. Commit makes it the content of the committed snapshot, if the upper has nothing of its own.
+//! on. Commit makes it the content of the committed snapshot, if the upper has nothing of its own; else one layer of both.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -12,8 +11,9 @@ use super::catalog::Found;
 use super::chain;
 use super::mounts::Mounts;
 use super::types::*;
-use super::{Snapshotter, upper};
+use super::{Snapshotter, diff, upper};
 use crate::cow::UnionConfig;
+use crate::store::LayerName;
 use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
 
@@ -99,41 +99,19 @@ impl Snapshotter {
         upper::sync(&upper).map_err(io_error("make durable", &upper))
     }
 
-    /// Commits a snapshot that has nothing but the layer that was applied.
-    pub(super) fn commit_applied(
-        &self,
-        found: &Found,
-        name: &str,
-        labels: &BTreeMap<String, String>,
-    ) -> Result<Option<SnapshotInfo>> {
-        let dir = self.data.join(&found.id);
-        let upper = dir.join("upper");
-        let in_use = || Ok::<_, Error>(!self.mounts.places(&found.id)?.is_empty());
-        if found.record.packed.is_none() || in_use()? || !is_empty(&upper)? {
+    /// The applied layer of a snapshot that is not mounted, if its upper says nothing that the layers below do not say.
+    pub(super) fn untouched(&self, found: &Found) -> Result<Option<LayerName>> {
+        let upper = self.data.join(&found.id).join("upper");
+        let Some(applied) = found.record.packed else {
+            return Ok(None);
+        };
+        if !is_empty(&upper)? {
             return Ok(None);
         }
-        self.end_mount(found, Mounts::unmount)?;
-        if !self.is_untouched(found)? {
-            return Ok(None);
-        }
-        let usage = self.usage_of_packed(found);
-        let committed = self.catalog.update(found, |record| {
-            record.key = name.to_owned();
-            record.kind = Kind::Committed;
-            record.labels = labels.clone();
-            record.usage = Some(usage);
-        })?;
-        self.throw_away(&dir);
-        self.describe(committed).map(Some)
-    }
-
-    /// Whether the upper of a snapshot that is not mounted says nothing that the layers below do not say.
-    fn is_untouched(&self, found: &Found) -> Result<bool> {
-        if !is_empty(&self.data.join(&found.id).join("upper"))? {
-            return Ok(false);
-        }
-        let union = self.union_of(found)?;
-        Ok(upper::Root::of(union)?.is_same(&self.root_of_layers(found)?))
+        // As a lower layer: a plyfs whose mount is still read may have the work directory.
+        let top = diff::with_own(&upper, &self.below(found)?).root();
+        let same = upper::Root::of(top)?.is_same(&self.root_of_layers(found)?);
+        Ok(same.then_some(applied))
     }
 
     fn root_of_layers(&self, found: &Found) -> Result<upper::Root> {
@@ -164,7 +142,7 @@ impl Snapshotter {
         let topmost = u16::try_from(chain.len()).unwrap_or(u16::MAX);
         let old = self.packed.view(chain)?;
         match new {
-            Some(new) => super::diff::diff_packed(&new, old.as_deref(), topmost),
+            Some(new) => diff::diff_packed(&new, old.as_deref(), topmost),
             None => Ok(Vec::new()),
         }
     }
@@ -177,9 +155,10 @@ fn is_empty(dir: &Path) -> Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-    use super::super::tests::{Place, layer, prepare};
+    use super::super::tests::{Place, directory_layer, layer, prepare};
     use super::super::{Change, ChangeKind};
     use super::*;
     use crate::cow::{NodeId, Union};
@@ -266,13 +245,14 @@ mod tests {
         let snapshots = place.open();
         assert_eq!(changes(&snapshots, "work"), expected);
         let info = commit(&snapshots, "done", "work");
-        assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (1, 1));
+        assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (0, 1));
         assert_eq!(changes(&snapshots, "done"), expected);
+        // One layer of both, and nothing is left of the one that was applied.
+        snapshots.wait_until_deleted();
+        assert_eq!(snapshots.packed_layers().list().len(), 1);
         prepare(&snapshots, "next", Some("done"));
         assert!(changes(&snapshots, "next").is_empty());
-        // No packed layer can lie on that.
-        let refused = apply(&snapshots, "next", &tar(&["d"]));
-        assert!(matches!(refused, Err(Error::NotPacked { .. })));
+        apply(&snapshots, "next", &tar(&["d"])).unwrap();
         snapshots.remove(OWNER, "next").unwrap();
         snapshots.remove(OWNER, "done").unwrap();
         snapshots.wait_until_deleted();
@@ -319,11 +299,9 @@ mod tests {
         assert_eq!(fs::metadata(&upper).unwrap().mode() & 0o7777, 0o755);
         fs::set_permissions(&upper, fs::Permissions::from_mode(0o1755)).unwrap();
         let info = commit(&snapshots, "done", "work");
-        assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (1, 1));
-        assert_eq!(
-            fs::metadata(&info.layer_dirs[0]).unwrap().mode() & 0o7777,
-            0o1755
-        );
+        assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (0, 1));
+        let upper = prepare(&snapshots, "next", Some("done")).upper_dir.unwrap();
+        assert_eq!(fs::metadata(upper).unwrap().mode() & 0o7777, 0o1755);
     }
 
     #[test]
@@ -338,9 +316,15 @@ mod tests {
         apply(&snapshots, "twice", &tar(&["a"])).unwrap();
         let refused = apply(&snapshots, "twice", &tar(&["b"]));
         assert!(matches!(refused, Err(Error::NotPristine { .. })));
-        layer(&snapshots, "directory", None);
-        let refused = apply(&snapshots, "directory", &tar(&["a"]));
+        layer(&snapshots, "committed", None);
+        let refused = apply(&snapshots, "committed", &tar(&["a"]));
         assert!(matches!(refused, Err(Error::NotActive { .. })));
+        snapshots.remove(OWNER, "committed").unwrap();
+        // No packed layer can lie on what an earlier plyd has left.
+        directory_layer(&snapshots, "directory");
+        prepare(&snapshots, "on a directory", Some("directory"));
+        let refused = apply(&snapshots, "on a directory", &tar(&["a"]));
+        assert!(matches!(refused, Err(Error::NotPacked { .. })));
         // What was refused has left no layer behind.
         snapshots.wait_until_deleted();
         assert_eq!(snapshots.packed_layers().list().len(), 1);

@@ -5,12 +5,12 @@
 //!
 //! ```text
 //! snapshots/records/ID.record   what is known of a snapshot; it exists if and only if this does
-//! snapshots/data/ID/upper       what an active snapshot changes
+//! snapshots/data/ID/upper       what an active snapshot changes; kept of a committed one while copies of its mount are read
 //! snapshots/data/ID/work        the union's scratch directory for it
 //! snapshots/data/ID/empty       the only lower of a snapshot on nothing
 //! snapshots/data/ID/mounted     the active snapshot is mounted, or was when its plyfs died
 //! store/                        the packed layers of committed snapshots, and what was made of them
-//! layers/LAYER                  the content of a committed snapshot that was an upper
+//! layers/LAYER                  the upper of a committed snapshot, of an earlier plyd or on such a layer
 //! index/                        names to ids; can be deleted while plyd is not running
 //! trash/                        trees on their way out
 //! ```
@@ -29,9 +29,11 @@
 //!
 //! - prepare: directories first, then the record. Left behind: a data directory that no record
 //!   names, which is thrown away.
-//! - commit: flush, unmount and sync; the upper becomes a layer by one rename; the record is replaced
-//!   by one that names the layer. Left behind: an active snapshot whose upper is a layer already,
-//!   which is given back; or the work directory of a committed one, which is thrown away.
+//! - commit: flush, unmount; what changed is made a packed layer, durable and recorded in the store; the record is
+//!   replaced by one that names it; the upper is thrown away. Left behind: an active snapshot with its upper, and a layer that no
+//!   snapshot has, which is removed; or the directories of a committed one, which are thrown away once no plyfs has
+//!   them open. On a layer that is a directory: the upper becomes a layer by one rename before the record is replaced. Left
+//!   behind: an active snapshot whose upper is a layer already, which is given back.
 //! - remove: unmount; the record is removed; then the trees are thrown away. Left behind: trees that
 //!   no record names.
 //!
@@ -40,6 +42,7 @@
 mod apply;
 mod catalog;
 mod chain;
+mod commit;
 mod diff;
 mod export;
 mod layers;
@@ -74,7 +77,7 @@ pub use types::*;
 use types::{io_error, plyfs_error};
 
 use crate::store::ingest::Settings;
-use crate::store::layer::{LayerId, LayerStore};
+use crate::store::layer::LayerStore;
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
 
@@ -87,7 +90,7 @@ pub struct Snapshotter {
     layers: LayerStore,
     packed: Packed,
     packing: Settings,
-    trash: Trash,
+    trash: Arc<Trash>,
     data: PathBuf,
     mounts: Arc<Mounts>,
 }
@@ -102,7 +105,7 @@ impl Snapshotter {
         let layers_dir = root.join("layers");
         let layers = LayerStore::open(&layers_dir).map_err(io_error("open", &layers_dir))?;
         let trash_dir = root.join("trash");
-        let trash = Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?;
+        let trash = Arc::new(Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?);
         let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
         let mounts = Arc::new(Mounts::open(state, config.plyfs, config.verify)?);
         mounts.adopt(|id| {
@@ -242,69 +245,17 @@ impl Snapshotter {
             .map_err(io_error("make durable", dir))
     }
 
-    /// Flushes, unmounts, makes durable and turns the active snapshot `key` into the committed `name`.
-    pub fn commit(
-        &self,
-        owner: Owner,
-        name: &str,
-        key: &str,
-        labels: BTreeMap<String, String>,
-    ) -> Result<SnapshotInfo> {
-        if name.is_empty() {
-            return Err(Error::EmptyKey);
-        }
-        self.locked(owner, key, |found| {
-            self.expect_active(&found)?;
-            if name != key {
-                self.catalog.check_free(owner, name)?;
-            }
-            let dir = self.data.join(&found.id);
-            let upper = dir.join("upper");
-            if let Some(applied) = self.commit_applied(&found, name, &labels)? {
-                return Ok(applied);
-            }
-            // Settling needs the work directory for itself: then no copy of the mount can go on.
-            let settle = self.needs_settling(&found)?;
-            self.end_mount(&found, if settle { Mounts::unmount } else { Mounts::seal })?;
-            self.settle(&found)?;
-            upper::sync(&upper).map_err(io_error("make durable", &upper))?;
-            let usage = usage_of(&upper)? + self.usage_of_packed(&found);
-            let layer = LayerId(found.id.clone());
-            self.layers
-                .adopt(&layer, &upper)
-                .map_err(io_error("commit", &upper))?;
-            let committed = self.catalog.update(&found, |record| {
-                record.key = name.to_owned();
-                record.kind = Kind::Committed;
-                record.labels = labels;
-                record.layer = Some(layer.clone());
-                record.usage = Some(usage);
-            });
-            match committed {
-                Ok(committed) => {
-                    self.throw_away(&dir);
-                    self.describe(committed)
-                }
-                Err(error) => {
-                    // Whether the record was replaced before it failed decides the next `open`.
-                    if let Ok(Some(_)) = self.catalog.find(owner, key)
-                        && let Err(error) = self.layers.give_back(&layer, &upper)
-                    {
-                        tracing::error!(snapshot = key, %error, "cannot undo a failed commit; restart plyd");
-                    }
-                    Err(error)
-                }
-            }
-        })
-    }
-
     /// Deletes a snapshot that has no children; unmounts it first.
     pub fn remove(&self, owner: Owner, key: &str) -> Result<()> {
         self.locked(owner, key, |found| {
             self.catalog.check_childless(&found)?;
             self.mounts.unmount(&found.id)?;
             self.catalog.remove(&found)?;
-            self.throw_away(&self.data.join(&found.id));
+            let dir = self.data.join(&found.id);
+            match found.record.kind {
+                Kind::Committed => commit::discard(&dir, &self.trash),
+                Kind::Active | Kind::View => self.throw_away(&dir),
+            }
             if let Some(layer) = found.record.packed {
                 self.packed.release(layer);
             }
@@ -428,7 +379,7 @@ impl Snapshotter {
             });
         }
         end(&self.mounts, &found.id)?;
-        if flushed {
+        if flushed && found.record.kind == Kind::Active {
             // Somebody may have written until the mount went, and without the mark it counts as whole.
             self.sync_upper(found)?;
         }

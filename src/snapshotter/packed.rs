@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use super::catalog::Found;
 use super::types::*;
-use crate::store::ingest::{self, Settings};
+use crate::store::ingest::{self, NewLayer, Settings};
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
 use crate::store::{self, Collector, LayerName, ViewKey};
@@ -32,11 +32,11 @@ pub(super) struct Packed {
 struct State {
     /// By how many snapshots each layer is used.
     uses: HashMap<LayerName, usize>,
-    /// Imports under way.
+    /// Imports and commits under way.
     imports: usize,
 }
 
-/// A layer that an import has found or made. It is not removed while this lives.
+/// A layer that an import has found or made, or a commit. It is not removed while this lives.
 #[derive(Debug)]
 pub(super) struct Imported<'a> {
     packed: &'a Packed,
@@ -163,6 +163,27 @@ impl Packed {
         } else {
             Err(Error::AnotherLayer { layer, found })
         }
+    }
+
+    /// Makes the layer whose entries `fill` hands over.
+    pub(super) fn make(
+        &self,
+        fill: impl FnOnce(&mut NewLayer<'_, '_>) -> Result<()>,
+    ) -> Result<Imported<'_>> {
+        self.state.lock().imports += 1;
+        let import = Import(self);
+        let made = self.layers.make(fill)?;
+        let record = self.layers.get(made.name);
+        let usage = Usage {
+            size: made.bytes + record.map_or(0, |record| record.index_bytes),
+            inodes: made.inodes,
+        };
+        std::mem::forget(import);
+        Ok(Imported {
+            packed: self,
+            name: made.name,
+            usage,
+        })
     }
 
     /// All packed layers.

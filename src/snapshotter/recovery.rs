@@ -3,8 +3,10 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::catalog::Found;
+use super::commit::discard;
 use super::types::*;
 use crate::store::layer::{LayerId, LayerStore};
 use crate::store::record::Damaged;
@@ -16,7 +18,7 @@ pub(super) fn mend(
     damaged: &[Damaged],
     data: &Path,
     layers: &LayerStore,
-    trash: &Trash,
+    trash: &Arc<Trash>,
 ) -> Result<()> {
     for damaged in damaged {
         tracing::error!("{damaged}");
@@ -52,7 +54,8 @@ pub(super) fn mend(
             .is_none_or(|id| !data_kept.contains(id))
         {
             tracing::info!(path = %path.display(), "clearing what a crash left");
-            trash.put(&path).map_err(io_error("throw away", &path))?;
+            // The upper of a committed snapshot may still be read where somebody holds a copy of its mount.
+            discard(&path, trash);
         }
     }
     let stored = layers

@@ -73,6 +73,12 @@ impl Snapshotter {
         }
     }
 
+    /// Whether the upper needs its work directory to be read: for the links of a file that hang together by the index,
+    /// or for the map of one that is copied up in part.
+    pub(super) fn needs_work(&self, found: &Found) -> Result<bool> {
+        Ok(self.has_link_index(found)? || self.has_partial(found)?)
+    }
+
     /// Whether the upper does not say all by itself.
     pub(super) fn needs_settling(&self, found: &Found) -> Result<bool> {
         let config = self.union_of(found)?;

@@ -1,5 +1,6 @@
 //! The life cycle without mounts, and what `open` makes of crashes and damage.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -9,25 +10,38 @@ use nix::errno::Errno;
 
 use super::*;
 use crate::cow::{self, Union, UnionConfig};
+use crate::store::layer::LayerId;
 use crate::sys::fs::Object;
 use crate::sys::xattr;
 
 pub(super) struct Place {
-    tmp: tempfile::TempDir,
+    dir: PathBuf,
+    _tmp: Option<tempfile::TempDir>,
 }
 
 impl Place {
     pub(super) fn new() -> Self {
         let tmp = tempfile::tempdir().unwrap();
-        Self { tmp }
+        Self {
+            dir: tmp.path().to_owned(),
+            _tmp: Some(tmp),
+        }
+    }
+
+    /// In a directory that the caller keeps.
+    pub(super) fn at(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            _tmp: None,
+        }
     }
 
     pub(super) fn root(&self) -> PathBuf {
-        self.tmp.path().join("root")
+        self.dir.join("root")
     }
 
     pub(super) fn open(&self) -> Snapshotter {
-        let state = self.tmp.path().join("state");
+        let state = self.dir.join("state");
         let config = SnapshotterConfig {
             index_prober: Some("/bin/true".into()),
             ..SnapshotterConfig::default()
@@ -60,6 +74,104 @@ pub(super) fn layer(snapshots: &Snapshotter, name: &str, on: Option<&str>) -> Sn
         .unwrap()
 }
 
+/// As `layer` on nothing, as a plyd before packed layers left it.
+pub(super) fn directory_layer(snapshots: &Snapshotter, name: &str) -> SnapshotInfo {
+    let upper = prepare(snapshots, name, None).upper_dir.unwrap();
+    fs::write(upper.join(name), name).unwrap();
+    let found = snapshots.catalog.resolve(Owner::Containerd, name).unwrap();
+    let layer = LayerId(found.id.clone());
+    snapshots.layers.adopt(&layer, &upper).unwrap();
+    let committed = snapshots.catalog.update(&found, |record| {
+        record.kind = Kind::Committed;
+        record.layer = Some(layer);
+        record.usage = Some(Usage::default());
+    });
+    fs::remove_dir_all(snapshots.data.join(&found.id)).unwrap();
+    snapshots.describe(committed.unwrap()).unwrap()
+}
+
+/// Everything below the root, as whoever looks at it sees it: attributes, what it is, and the first of its names.
+pub(super) fn tree(union: &Union) -> BTreeMap<PathBuf, String> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![(PathBuf::new(), cow::NodeId::ROOT)];
+    while let Some((path, directory)) = waiting.pop() {
+        for name in names_in(union, directory) {
+            let entry = union.lookup(directory, &name).unwrap();
+            let path = path.join(&name);
+            if entry.attr.kind == cow::FileKind::Directory {
+                waiting.push((path.clone(), entry.node));
+            }
+            found.insert(path, (entry.attr.ino, look(union, entry.node)));
+        }
+    }
+    let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
+    let named = found.into_iter().map(|(path, (ino, text))| {
+        let first = first.entry(ino).or_insert_with(|| path.clone());
+        let text = format!("{} {text}", first.display());
+        (path, text)
+    });
+    named.collect()
+}
+
+pub(super) fn names_in(union: &Union, directory: cow::NodeId) -> Vec<std::ffi::OsString> {
+    let handle = union.open_dir(directory).unwrap();
+    let mut names = Vec::new();
+    let mut take = |entry: cow::DirEntry| {
+        if entry.name != "." && entry.name != ".." {
+            names.push(entry.name);
+        }
+        true
+    };
+    union.read_dir(directory, &handle, 0, &mut take).unwrap();
+    names
+}
+
+/// All that a user can see of an object but its number, its change time and when it was read.
+pub(super) fn look(union: &Union, node: cow::NodeId) -> String {
+    use cow::FileKind::{Directory, Regular, Symlink};
+
+    let attr = union.getattr(node, None).unwrap();
+    let what = match attr.kind {
+        Directory => String::new(),
+        Symlink => format!("{:?}", union.readlink(node).unwrap()),
+        Regular => {
+            let mut content = vec![0; attr.size as usize];
+            let count = union.read(node, None, 0, &mut content).unwrap();
+            assert_eq!(count, content.len());
+            let digits = blake3::hash(&content).to_hex();
+            format!("{:?} {}", data(union, node, attr.size), &digits[..16])
+        }
+        _ => attr.rdev.to_string(),
+    };
+    let mut xattrs: Vec<_> = union.listxattr(node).unwrap();
+    xattrs.sort();
+    let xattrs: Vec<_> = xattrs
+        .into_iter()
+        .map(|name| (union.getxattr(node, &name).unwrap(), name))
+        .collect();
+    let (links, size) = match attr.kind {
+        Directory => (0, 0),
+        _ => (attr.nlink, attr.size),
+    };
+    format!(
+        "{:?} {:o} {}:{} {:?} {size} {links} {xattrs:?} {what}",
+        attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime
+    )
+}
+
+/// The parts of a file that are no holes.
+fn data(union: &Union, node: cow::NodeId, size: u64) -> Vec<(i64, i64)> {
+    let mut parts = Vec::new();
+    let mut at = 0;
+    while at < size as i64
+        && let Ok(from) = union.lseek(node, None, at, libc::SEEK_DATA)
+    {
+        at = union.lseek(node, None, from, libc::SEEK_HOLE).unwrap();
+        parts.push((from, at));
+    }
+    parts
+}
+
 fn keys(snapshots: &Snapshotter) -> Vec<String> {
     let all = snapshots.list(None).unwrap();
     all.into_iter().map(|info| info.key).collect()
@@ -67,11 +179,17 @@ fn keys(snapshots: &Snapshotter) -> Vec<String> {
 
 /// No tree that no record names.
 fn assert_tidy(place: &Place, snapshots: &Snapshotter) {
-    snapshots.trash.wait_until_empty();
+    snapshots.wait_until_deleted();
     let count = |dir: &str| fs::read_dir(place.root().join(dir)).unwrap().count();
     let all = snapshots.list(None).unwrap();
     let committed = |info: &&SnapshotInfo| info.kind == Kind::Committed;
-    assert_eq!(count("layers"), all.iter().filter(committed).count());
+    let directories: Vec<_> = all.iter().flat_map(|info| &info.layer_dirs).collect();
+    assert_eq!(count("layers"), HashSet::<_>::from_iter(directories).len());
+    let packed: Vec<_> = all.iter().flat_map(|info| &info.packed_layers).collect();
+    assert_eq!(
+        snapshots.packed_layers().list().len(),
+        HashSet::<_>::from_iter(packed).len()
+    );
     assert_eq!(
         count("snapshots/data"),
         all.iter().filter(|info| !committed(info)).count()
@@ -88,16 +206,22 @@ fn from_prepare_to_remove() {
     layer(&snapshots, "top", Some("base"));
     let info = prepare(&snapshots, "container", Some("top"));
     assert_eq!(info.parent, Some(parent("top")));
-    assert_eq!(info.layer_dirs.len(), 2);
-    assert!(info.layer_dirs[0].join("top").exists());
-    assert!(info.layer_dirs[1].join("base").exists());
+    assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (0, 2));
     assert_eq!(keys(&snapshots), ["base", "top", "container"]);
 
     let config = snapshots
         .union_config(Owner::Containerd, "container")
         .unwrap();
-    assert_eq!(config.lowers, info.layer_dirs);
-    assert_eq!(config.upper.unwrap().dir, info.upper_dir.unwrap());
+    assert!(config.lowers.is_empty());
+    assert_eq!(
+        config.upper.as_ref().unwrap().dir,
+        *info.upper_dir.as_ref().unwrap()
+    );
+    let union = Union::open(config).unwrap();
+    for name in ["base", "top"] {
+        assert!(union.lookup(cow::NodeId::ROOT, name.as_ref()).is_ok());
+    }
+    drop(union);
 
     let error = snapshots.remove(Owner::Containerd, "top").unwrap_err();
     assert!(matches!(error, Error::HasChildren { children: 1, .. }));
@@ -110,20 +234,19 @@ fn from_prepare_to_remove() {
 }
 
 #[test]
-fn a_layer_is_whole_whatever_little_was_changed() {
+fn a_layer_on_a_directory_is_a_directory_and_whole_whatever_little_was_changed() {
     let place = Place::new();
     let snapshots = place.open();
-    let info = prepare(&snapshots, "extract base", None);
     let text = "data\n".repeat(100_000);
+    let base = directory_layer(&snapshots, "base");
     for name in ["file", "linked"] {
-        fs::write(info.upper_dir.as_ref().unwrap().join(name), &text).unwrap();
+        fs::write(base.layer_dirs[0].join(name), &text).unwrap();
     }
     let commit = |name: &str, key: &str| {
         snapshots
             .commit(Owner::Containerd, name, key, BTreeMap::new())
             .unwrap()
     };
-    commit("base", "extract base");
     let info = prepare(&snapshots, "container", Some("base"));
     {
         let config = UnionConfig {
@@ -327,7 +450,7 @@ fn trees_without_a_record_are_cleared() {
 fn a_damaged_record_costs_no_tree_and_no_other_snapshot() {
     let place = Place::new();
     let snapshots = place.open();
-    let base = layer(&snapshots, "base", None);
+    let base = directory_layer(&snapshots, "base");
     layer(&snapshots, "other", None);
     prepare(&snapshots, "child", Some("base"));
     drop(snapshots);

@@ -82,12 +82,6 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// A layer that did not come as a tar stream.
-    #[error("the layer {layer} did not come as a tar stream, so there is none to give back")]
-    NoStream {
-        /// Its name.
-        layer: String,
-    },
     /// The records.
     #[error(transparent)]
     Record(#[from] record::Error),

@@ -15,7 +15,7 @@ use super::error::{Error, Result, io_error};
 use super::export::{self, sha256};
 use super::format::{LayerName, ViewKey};
 use super::ingest::recipe;
-use super::ingest::{self, Digests, Observer, Settings, Stored, Taken};
+use super::ingest::{self, Digests, NewLayer, Observer, Settings, Stored, Taken};
 use super::layer::index::{FinishedLayer, LayerIndex};
 use super::object::Objects;
 use super::record::{Damaged, Record, RecordDir};
@@ -52,6 +52,17 @@ pub struct Expected<'a> {
     pub blob: Option<&'a str>,
     /// Of its content.
     pub diff_id: Option<&'a str>,
+}
+
+/// What came of a layer's entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// The layer.
+    pub name: LayerName,
+    /// Objects of the tree that were made, the root included.
+    pub inodes: u64,
+    /// Bytes of contents that were handed over, those left out that the store was known to have.
+    pub bytes: u64,
 }
 
 /// All packed layers below one directory. One process has it open at a time; any thread may use it.
@@ -188,16 +199,34 @@ impl Layers {
         self.keep(index, stored, Some((recipe, digests)))
     }
 
-    /// Writes the tar stream that a layer came as to `out`. When it fails, part of it may be written.
+    /// Makes the layer whose entries `fill` hands over. It exists, and is durable, when this returns; when it fails,
+    /// nothing of it exists. Nothing is made of one that is there.
+    pub fn make<E: From<Error>>(
+        &self,
+        fill: impl FnOnce(&mut NewLayer<'_, '_>) -> Result<(), E>,
+    ) -> Result<Made, E> {
+        let _importing = self.objects.importing();
+        let made = ingest::collect(&self.objects, &self.tmp, &self.settings, fill)?;
+        let index = made.index.finish(&made.stored.contents)?;
+        let name = self.keep(index, made.stored, None)?;
+        Ok(Made {
+            name,
+            inodes: made.inodes,
+            bytes: made.bytes,
+        })
+    }
+
+    /// Writes the tar stream of a layer to `out`: the one that it came as, or one that is made of its index. When it
+    /// fails, part of it may be written.
     pub fn export(&self, name: LayerName, out: &mut dyn Write) -> Result<()> {
         let index = self.index(name)?;
-        if index.diff_id().is_none() {
-            return Err(Error::NoStream {
-                layer: name.to_string(),
-            });
+        match index.diff_id() {
+            Some(diff_id) => {
+                let recipe = recipe::Reader::open(&self.recipe_path(name))?;
+                export::export(&index, (recipe, diff_id), &self.objects, out)
+            }
+            None => export::write(&index, &self.objects, out),
         }
-        let recipe = recipe::Reader::open(&self.recipe_path(name))?;
-        export::export(&index, recipe, &self.objects, out)
     }
 
     /// The merged view of a chain of layers, the lowest first. It is built if it is not in the cache, or if
@@ -267,6 +296,10 @@ impl Layers {
         let tar_bytes = digests.map_or(0, |digests| digests.bytes);
         let mut temporary = Temporary(Some(self.temporary("index")));
         let name = temporary.write(|file| index.write(file, diff_id, tar_bytes), true)?;
+        if self.known.lock().contains_key(&name) {
+            // A layer never changes, its files included.
+            return Ok(name);
+        }
         temporary.rename(&self.index_path(name))?;
         if let Some(mut recipe) = recipe {
             recipe.rename(&self.recipe_path(name))?;
@@ -416,5 +449,7 @@ fn check(what: &'static str, expected: Option<&str>, found: &[u8; 32]) -> Result
     }
 }
 
+#[cfg(test)]
+mod made;
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use super::format::tables::Object;
 use super::format::{LayerName, ObjectName};
 use super::ingest::Observer;
 use super::ingest::recipe;
-use super::layer::index::LayerIndex;
+use super::layer::index::{Action, LayerIndex};
 use super::layers::Layers;
 
 /// Something that is not what it was.
@@ -165,7 +165,8 @@ fn paths_of(index: &LayerIndex, bad: &[(u32, String)]) -> HashMap<u32, String> {
     }
     for number in 0..index.len() {
         let found = index.entry(number).and_then(|entry| {
-            let extents = match entry.inode.kind() == libc::S_IFREG {
+            let extents = match entry.action != Action::Link && entry.inode.kind() == libc::S_IFREG
+            {
                 true => index.extents(&entry.inode)?,
                 false => Vec::new(),
             };

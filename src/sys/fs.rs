@@ -375,6 +375,17 @@ pub fn try_lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) })
 }
 
+/// `flock`, exclusive, waiting for whoever has it.
+pub fn lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    loop {
+        // SAFETY: plain values.
+        match check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX) }) {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
+}
+
 /// `fstatvfs`.
 pub fn fstatvfs(fd: BorrowedFd<'_>) -> Result<libc::statvfs, Errno> {
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();

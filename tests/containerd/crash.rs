@@ -34,7 +34,7 @@ const MOMENTS: [Moment; 6] = [
 const ENOUGH: usize = MOMENTS.len() / 2;
 
 /// How long that may take; nothing is measured by it.
-const DEADLINE: Duration = Duration::from_secs(150);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 const fn moment(layers: usize, entries: usize) -> Moment {
     Moment { layers, entries }
@@ -51,7 +51,7 @@ fn import_until(host: &Host, archive: &Path, moment: &Moment) -> Child {
     let data = host.dir.join("ply/snapshots/data");
     let deadline = Instant::now() + DEADLINE;
     loop {
-        let layers = host.stored("layers");
+        let layers = host.stored("store/records");
         let there = layers == moment.layers && entries(&data) >= moment.entries;
         if there || layers > moment.layers || child.try_wait().unwrap().is_some() {
             return child;
@@ -107,8 +107,10 @@ fn remove(host: &Host) {
         host.snapshots("plywood").is_empty() && host.stored("snapshots/records") == 0
     });
     host.until("nothing is left", || {
-        let stored = ["layers", "snapshots/data", "trash"].map(|dir| host.stored(dir));
-        stored == [0; 3] && host.mounts().is_empty() && host.plyfs().is_empty()
+        let dirs = ["layers", "store/records", "snapshots/data", "trash"];
+        dirs.map(|dir| host.stored(dir)) == [0; 4]
+            && host.mounts().is_empty()
+            && host.plyfs().is_empty()
     });
 }
 
@@ -129,7 +131,7 @@ impl Cuts {
         let archive = many(&host.dir);
         let began = super::now();
         host.ctr(&import(&archive));
-        assert_eq!(host.stored("layers"), MANY_LAYERS);
+        assert_eq!(host.stored("store/records"), MANY_LAYERS);
         let untouched = look(&host);
         assert!(untouched.len() > 2000, "{}", untouched.len());
         remove(&host);
@@ -208,7 +210,7 @@ fn an_import_whose_plyd_is_killed_ends_and_can_be_repeated() {
             failed
         };
         let records = cuts.host.stored("snapshots/records");
-        let trees = cuts.host.stored("layers") + cuts.host.stored("snapshots/data");
+        let trees = cuts.host.stored("store/records") + cuts.host.stored("snapshots/data");
         assert_eq!(
             records, trees,
             "a tree without its record, or the other way round"

@@ -40,13 +40,35 @@ fn count(dir: PathBuf) -> usize {
     fs::read_dir(dir).unwrap().count()
 }
 
+/// The names of what is in a directory, without what follows their last dot.
+fn names(dir: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let stem = |path: PathBuf| path.file_stem().unwrap().to_str().unwrap().to_owned();
+    entries.map(|entry| stem(entry.unwrap().path())).collect()
+}
+
+/// The packed layers that the records of snapshots name.
+fn packed(root: &Path) -> BTreeSet<String> {
+    let mut layers = BTreeSet::new();
+    for entry in fs::read_dir(root.join("snapshots/records")).unwrap() {
+        let record = fs::read_to_string(entry.unwrap().path()).unwrap();
+        let Some((_, after)) = record.split_once("\"packed\"") else {
+            continue;
+        };
+        layers.insert(after.split('"').nth(1).unwrap().to_owned());
+    }
+    layers
+}
+
 /// Exactly what the snapshots need is on disk, mounted and running.
 pub fn assert_tidy(plyd: &Plyd, snapshots: &Snapshots, mounted: usize) {
     snapshots.cleanup().unwrap();
     let (committed, _) = snapshots.list(&["kind==committed"]).unwrap();
     let (others, _) = snapshots.list(&["kind!=committed"]).unwrap();
     let root = plyd.root();
-    assert_eq!(count(root.join("layers")), committed.len());
+    assert_eq!(count(root.join("layers")), 0);
+    assert_eq!(count(root.join("store/tmp")), 0);
+    assert_eq!(names(&root.join("store/records")), packed(&root));
     assert_eq!(count(root.join("snapshots/data")), others.len());
     assert_eq!(
         count(root.join("snapshots/records")),
@@ -544,7 +566,7 @@ fn a_corrupt_record_is_named_and_costs_nothing_else() {
     assert_eq!(snapshots.names(), ["two"]);
     let view = source(&snapshots.view("v", "two").unwrap());
     assert_eq!(fs::read(view.join("file")).unwrap(), b"1");
-    assert_eq!(count(plyd.root().join("layers")), 2);
+    assert_eq!(names(&plyd.root().join("store/records")).len(), 2);
 
     fs::write(&of_one, &good).unwrap();
     plyd.signal(Signal::SIGTERM);

@@ -5,6 +5,7 @@
 //! - `commit`: deaths of both in the middle of a commit.
 //! - `daemon`: plyd as a program: command line, configuration, socket, signals.
 //! - `contrib`: the configurations for containerd.
+//! - `readers`: what Usage, Diff and Commit see of a mount in use.
 //! - `standard`: what gRPC itself defines, health and reflection.
 #![allow(
     clippy::unwrap_used,
@@ -20,5 +21,9 @@ mod common;
 mod contrib;
 mod crash;
 mod daemon;
+#[path = "../common/mapping.rs"]
+#[allow(dead_code, reason = "other test programs use the rest of it")]
+mod mapping;
+mod readers;
 mod service;
 mod standard;

@@ -2,13 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use nix::sys::signal::Signal;
 use tonic::Code;
 
 use super::client::{Bind, Snapshots, labels, source};
-use super::common::{Plyd, mounts_below};
+use super::common::{Plyd, mounts_below, until};
 
 const REF: &str = "containerd.io/snapshot.ref";
 
@@ -223,6 +224,38 @@ fn a_copy_of_a_committed_snapshots_mount_can_be_read_and_not_written() {
     let view = source(&snapshots.view("v", "base").unwrap());
     assert_eq!(fs::read(view.join("file")).unwrap(), b"1");
     drop(bind);
+}
+
+#[test]
+fn a_copy_is_read_until_nobody_has_it_any_more() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    snapshots.layer("base", "", |root| {
+        fs::write(root.join("lower"), vec![1; 300_000]).unwrap();
+    });
+    let place = plyd.dir().join("consumer");
+    let mounts = snapshots.prepare("a", "base").unwrap();
+    let bind = Bind::new(&mounts, &place);
+    fs::write(place.join("new"), "new").unwrap();
+    // Its data stays where it is.
+    fs::set_permissions(place.join("lower"), fs::Permissions::from_mode(0o600)).unwrap();
+    snapshots.commit("top", "a").unwrap();
+    let data = plyd.root().join("snapshots/data");
+    assert_eq!(fs::read_dir(&data).unwrap().count(), 1);
+    assert_eq!(fs::read(place.join("new")).unwrap(), b"new");
+    plyd.signal(Signal::SIGKILL);
+    plyd.launch();
+    let snapshots = Snapshots::of(&plyd);
+    assert_eq!(fs::read(place.join("lower")).unwrap(), [1; 300_000]);
+    let error = fs::write(place.join("new"), "2").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    snapshots.remove("top").unwrap();
+    snapshots.cleanup().unwrap();
+    assert_eq!(fs::read_dir(&place).unwrap().count(), 2);
+    drop(bind);
+    until("the upper goes", || {
+        fs::read_dir(&data).unwrap().count() == 0
+    });
 }
 
 #[test]

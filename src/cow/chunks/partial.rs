@@ -292,6 +292,12 @@ impl Partial {
         Ok(())
     }
 
+    /// The run of bytes of one kind from `offset` on, no longer than to `end`: where it ends, and whether it is the
+    /// lower's.
+    pub(in super::super) fn run(&self, offset: u64, end: u64) -> (u64, bool) {
+        self.map.run(offset, end)
+    }
+
     /// `SEEK_DATA` and `SEEK_HOLE`.
     pub(in super::super) fn seek(&self, offset: i64, whence: i32) -> Result<i64> {
         let size = self.size()?;

@@ -4,25 +4,19 @@
 //! without the process that made them and which containerd's differ leaves out too. The root directory has no entry,
 //! and neither have extended attributes that are the host's own business.
 
-use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
 use std::io::Write;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
-use super::{Change, ChangeKind};
-use crate::cow::{Attr, FileKind, NodeId, Union, UnionConfig};
+use super::Change;
+use super::entries::{Fault, Object, Output, at, tell, unspeakable};
+use crate::cow::{FileKind, Union, UnionConfig};
 use crate::snapshotter::types::*;
-use crate::store::tar::write::{NewEntry, Writer};
+use crate::store::Time;
+use crate::store::tar::write::{NewEntry, Writer, is_carried, parts};
 use crate::store::tar::{Kind, Part};
-use crate::store::{Time, Xattrs};
 
 const WHITEOUT: &[u8] = b".wh.";
-/// Holes are told in whole blocks: tar's, and those of the host's file systems.
-const HOLE: u64 = 4096;
 const BUFFER: usize = 256 << 10;
-/// Names of attributes that a layer carries, or how they begin.
-const XATTRS: [&str; 3] = ["user.", "security.capability", "system.posix_acl_"];
 
 /// Writes the changes, which are in byte order of their paths, of the union that `new` is. Whiteouts have the time
 /// `whiteouts`.
@@ -32,126 +26,30 @@ pub(in crate::snapshotter) fn write(
     out: impl Write,
     whiteouts: Time,
 ) -> Result<()> {
-    if changes.is_empty() {
-        let ended = Writer::new(out).finish().map(drop);
-        return ended.map_err(|source| at(Path::new("/"), source.into()));
-    }
     let mut layer = Layer {
-        new: Union::open(new)?,
         out: Writer::new(out),
-        above: Vec::new(),
-        links: HashMap::new(),
         whiteouts,
         buffer: vec![0; BUFFER],
     };
-    for change in changes {
-        layer
-            .change(change)
-            .map_err(|error| at(&change.path, error))?;
+    if !changes.is_empty() {
+        let view = new.view.clone();
+        let new = Union::open(new)?;
+        tell(changes, &new, view.as_deref(), &mut layer)?;
     }
-    layer
-        .out
-        .finish()
-        .map(drop)
-        .map_err(|source| at(Path::new("/"), source.into()))
-}
-
-/// Why an entry cannot be written.
-enum Fault {
-    Io(std::io::Error),
-    Other(Error),
-}
-
-impl From<std::io::Error> for Fault {
-    fn from(source: std::io::Error) -> Self {
-        Self::Io(source)
-    }
-}
-
-impl From<crate::cow::Error> for Fault {
-    fn from(source: crate::cow::Error) -> Self {
-        Self::Other(source.into())
-    }
-}
-
-fn at(path: &Path, fault: Fault) -> Error {
-    match fault {
-        Fault::Io(source) => io_error("write a layer with", path)(source),
-        Fault::Other(error) => error,
-    }
+    let ended = layer.out.finish().map(drop);
+    ended.map_err(|source| at(Path::new("/"), source.into()))
 }
 
 struct Layer<W> {
-    new: Union,
     out: Writer<W>,
-    /// The directories that lead to the last entry, from below the root, each with its node and an entry of its own.
-    above: Vec<(OsString, NodeId)>,
-    /// Paths of files with several names, by number.
-    links: HashMap<u64, Vec<u8>>,
     whiteouts: Time,
     buffer: Vec<u8>,
 }
 
-impl<W: Write> Layer<W> {
-    fn change(&mut self, change: &Change) -> Result<(), Fault> {
-        let parts = change.path.components().filter_map(|part| match part {
-            Component::Normal(name) => Some(name),
-            _ => None,
-        });
-        let mut parts: Vec<&OsStr> = parts.collect();
-        let Some(name) = parts.pop() else {
-            return Ok(());
-        };
-        let parent = self.descend(&parts)?;
-        if name.as_bytes().starts_with(WHITEOUT) {
-            return Err(unspeakable(
-                "its name begins with \".wh.\", which marks a deletion in a layer",
-            ));
-        }
-        let path: PathBuf = parts.iter().collect();
-        let path = |name: &OsStr| path.join(name).into_os_string().into_vec();
-        if change.kind == ChangeKind::Deleted {
-            let name = [WHITEOUT, name.as_bytes()].concat();
-            let path = path(OsStr::from_bytes(&name));
-            let whiteout = NewEntry {
-                perm: 0,
-                mtime: self.whiteouts,
-                ..plain(&path, Kind::Regular)
-            };
-            return Ok(self.out.entry(&whiteout)?);
-        }
-        let entry = self.new.lookup(parent, name)?;
-        let written = self.object(&path(name), entry.node, &entry.attr);
-        if entry.attr.kind == FileKind::Directory {
-            self.above.push((name.to_owned(), entry.node));
-        } else {
-            self.new.forget(entry.node, 1);
-        }
-        written
-    }
-
-    /// Goes to a directory by these names. Whatever reads the layer without those below it makes of them what it likes,
-    /// if they have no entries.
-    fn descend(&mut self, names: &[&OsStr]) -> Result<NodeId, Fault> {
-        let pairs = self.above.iter().zip(names);
-        let common = pairs
-            .take_while(|((name, _), other)| name == *other)
-            .count();
-        for (_, node) in self.above.drain(common..) {
-            self.new.forget(node, 1);
-        }
-        for depth in common..names.len() {
-            let parent = self.above.last().map_or(NodeId::ROOT, |(_, node)| *node);
-            let entry = self.new.lookup(parent, names[depth])?;
-            self.above.push((names[depth].to_owned(), entry.node));
-            let path: PathBuf = names[..=depth].iter().collect();
-            self.object(path.as_os_str().as_bytes(), entry.node, &entry.attr)?;
-        }
-        Ok(self.above.last().map_or(NodeId::ROOT, |(_, node)| *node))
-    }
-
-    fn object(&mut self, path: &[u8], node: NodeId, attr: &Attr) -> Result<(), Fault> {
-        let kind = match attr.kind {
+impl<W: Write> Output for Layer<W> {
+    fn object(&mut self, object: &Object<'_>) -> Result<(), Fault> {
+        check(object.path)?;
+        let kind = match object.attr.kind {
             FileKind::Regular => Kind::Regular,
             FileKind::Directory => Kind::Directory,
             FileKind::Symlink => Kind::Symlink,
@@ -160,79 +58,76 @@ impl<W: Write> Layer<W> {
             FileKind::CharDevice => Kind::CharDevice,
             FileKind::Socket => return Ok(()),
         };
-        let device = (libc::major(attr.rdev), libc::minor(attr.rdev));
-        if kind == Kind::CharDevice && device == (0, 0) {
-            return Err(unspeakable(
-                "it is the character device 0:0, which marks a deletion in overlayfs",
-            ));
-        }
-        let mut entry = NewEntry {
-            perm: attr.perm,
-            uid: attr.uid,
-            gid: attr.gid,
-            mtime: Time {
-                sec: attr.mtime.sec,
-                nsec: attr.mtime.nsec,
-            },
-            ..plain(path, kind)
-        };
-        if attr.nlink > 1 && kind != Kind::Directory {
-            if let Some(first) = self.links.get(&attr.ino) {
-                let link = NewEntry {
-                    kind: Kind::HardLink,
-                    link: first,
-                    ..entry
-                };
-                return Ok(self.out.entry(&link)?);
-            }
-            self.links.insert(attr.ino, path.to_owned());
-        }
-        let xattrs = self.xattrs(node)?;
+        let mut xattrs = object.xattrs()?;
+        xattrs.retain(|(name, _)| is_carried(name));
+        let mut entry = entry_of(object, kind);
         entry.xattrs = &xattrs;
         match kind {
-            Kind::Regular => self.file(entry, node, attr),
+            Kind::Regular => self.file(entry, object),
             Kind::Symlink => {
-                let target = self.new.readlink(node)?;
-                entry.link = target.as_bytes();
+                let target = object.target()?;
+                entry.link = &target;
                 Ok(self.out.entry(&entry)?)
             }
             Kind::CharDevice | Kind::BlockDevice => {
-                entry.device = device;
+                entry.device = object.device()?;
                 Ok(self.out.entry(&entry)?)
             }
             _ => Ok(self.out.entry(&entry)?),
         }
     }
 
-    fn xattrs(&self, node: NodeId) -> Result<Xattrs, Fault> {
-        let names = match self.new.listxattr(node) {
-            Err(error) if error.errno == libc::EOPNOTSUPP => Vec::new(),
-            names => names?,
-        };
-        let mut xattrs = Vec::new();
-        for name in names {
-            let carried = |prefix: &&str| name.as_bytes().starts_with(prefix.as_bytes());
-            if XATTRS.iter().any(carried) {
-                let value = self.new.getxattr(node, &name)?;
-                xattrs.push((name.into_vec(), value));
-            }
+    fn link(&mut self, object: &Object<'_>, target: &[u8]) -> Result<(), Fault> {
+        check(object.path)?;
+        if object.attr.kind == FileKind::Socket {
+            return Ok(());
         }
-        xattrs.sort_unstable();
-        Ok(xattrs)
+        Ok(self.out.entry(&NewEntry {
+            link: target,
+            ..entry_of(object, Kind::HardLink)
+        })?)
     }
 
-    fn file(&mut self, entry: NewEntry<'_>, node: NodeId, attr: &Attr) -> Result<(), Fault> {
+    fn remove(&mut self, path: &[u8]) -> Result<(), Fault> {
+        check(path)?;
+        let name = path.rsplit(|&byte| byte == b'/').next().unwrap_or_default();
+        let above = &path[..path.len() - name.len()];
+        let path = [above, WHITEOUT, name].concat();
+        Ok(self.out.entry(&NewEntry {
+            mtime: self.whiteouts,
+            ..NewEntry::new(&path, Kind::Regular)
+        })?)
+    }
+}
+
+impl<W: Write> Layer<W> {
+    fn file(&mut self, entry: NewEntry<'_>, object: &Object<'_>) -> Result<(), Fault> {
+        let (union, node, size) = (object.union, object.node, object.attr.size);
+        let seek = |from: u64, whence| {
+            let from = i64::try_from(from).unwrap_or(i64::MAX);
+            let found = union.lseek(node, None, from, whence)?;
+            Ok::<_, crate::cow::Error>(u64::try_from(found).unwrap_or_default())
+        };
+        let parts = parts(
+            size,
+            |from| match seek(from, libc::SEEK_DATA) {
+                Err(error) if error.errno == libc::ENXIO => Ok(None),
+                // A file system that cannot tell.
+                Err(error) if error.errno == libc::EINVAL => Ok(Some(from)),
+                data => data.map(Some),
+            },
+            |from| match seek(from, libc::SEEK_HOLE) {
+                Err(error) if error.errno == libc::EINVAL => Ok(size),
+                hole => hole,
+            },
+        )?;
         let whole = Part {
             offset: 0,
-            length: attr.size,
+            length: size,
         };
-        let parts = match attr.size {
-            0 => Vec::new(),
-            _ => self.parts(node, attr.size)?,
-        };
-        let sparse = attr.size > 0 && parts != [whole];
+        let sparse = size > 0 && parts != [whole];
         self.out.entry(&NewEntry {
-            size: attr.size,
+            size,
             parts: sparse.then_some(&parts[..]),
             ..entry
         })?;
@@ -241,9 +136,7 @@ impl<W: Write> Layer<W> {
             while offset < end {
                 // No more than the buffer has.
                 let most = (end - offset).min(self.buffer.len() as u64) as usize;
-                let count = self
-                    .new
-                    .read(node, None, offset, &mut self.buffer[..most])?;
+                let count = union.read(node, None, offset, &mut self.buffer[..most])?;
                 if count == 0 {
                     return Err(std::io::Error::other("it has shrunk while it was read").into());
                 }
@@ -253,130 +146,45 @@ impl<W: Write> Layer<W> {
         }
         Ok(())
     }
-
-    /// The parts of a file that are no holes, in whole blocks.
-    fn parts(&self, node: NodeId, size: u64) -> Result<Vec<Part>, Fault> {
-        let mut parts: Vec<Part> = Vec::new();
-        let mut from = 0;
-        while from < size {
-            let data = match self.seek(node, from, libc::SEEK_DATA) {
-                Err(error) if error.errno == libc::ENXIO => break,
-                // A file system that cannot tell.
-                Err(error) if error.errno == libc::EINVAL => from,
-                data => data?,
-            };
-            let hole = match self.seek(node, data, libc::SEEK_HOLE) {
-                Err(error) if error.errno == libc::EINVAL => size,
-                hole => hole?,
-            };
-            let start = data / HOLE * HOLE;
-            let end = hole.next_multiple_of(HOLE).min(size);
-            match parts.last_mut() {
-                Some(last) if last.offset + last.length >= start => {
-                    last.length = end - last.offset;
-                }
-                _ => parts.push(Part {
-                    offset: start,
-                    length: end - start,
-                }),
-            }
-            from = end.max(from + 1);
-        }
-        Ok(parts)
-    }
-
-    fn seek(&self, node: NodeId, from: u64, whence: i32) -> Result<u64, crate::cow::Error> {
-        let from = i64::try_from(from).unwrap_or(i64::MAX);
-        let found = self.new.lseek(node, None, from, whence)?;
-        Ok(u64::try_from(found).unwrap_or_default())
-    }
 }
 
-fn plain(path: &[u8], kind: Kind) -> NewEntry<'_> {
+fn entry_of<'a>(object: &Object<'a>, kind: Kind) -> NewEntry<'a> {
+    let attr = object.attr;
     NewEntry {
-        path,
-        kind,
-        link: b"",
-        perm: 0,
-        uid: 0,
-        gid: 0,
-        mtime: Time::default(),
-        size: 0,
-        parts: None,
-        device: (0, 0),
-        xattrs: &[],
+        perm: attr.perm,
+        uid: attr.uid,
+        gid: attr.gid,
+        mtime: Time {
+            sec: attr.mtime.sec,
+            nsec: attr.mtime.nsec,
+        },
+        ..NewEntry::new(object.path, kind)
     }
 }
 
-fn unspeakable(problem: &str) -> Fault {
-    Fault::Io(std::io::Error::new(
-        std::io::ErrorKind::InvalidInput,
-        problem.to_owned(),
-    ))
+/// Refuses a name that means something else in a stream.
+fn check(path: &[u8]) -> Result<(), Fault> {
+    let name = path.rsplit(|&byte| byte == b'/').next();
+    match name.is_some_and(|name| name.starts_with(WHITEOUT)) {
+        true => Err(unspeakable(
+            "its name begins with \".wh.\", which marks a deletion in a layer",
+        )),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::ffi::OsStr;
 
     use super::*;
-    use crate::cow::{Caller, RenameMode, SetAttr, SetXattrMode};
+    use crate::cow::{Caller, NodeId, RenameMode, SetAttr, SetXattrMode};
     use crate::snapshotter::Snapshotter;
-    use crate::snapshotter::tests::{Place, prepare};
+    use crate::snapshotter::tests::{Place, prepare, tree};
     use crate::store::layers::Expected;
 
     const OWNER: Owner = Owner::Containerd;
-
-    /// Everything below the root, as whoever looks at it sees it: attributes, what it is, and the first of its names.
-    fn tree(union: &Union) -> BTreeMap<PathBuf, String> {
-        let mut found = BTreeMap::new();
-        let mut waiting = vec![(PathBuf::new(), NodeId::ROOT)];
-        while let Some((path, directory)) = waiting.pop() {
-            for name in super::super::names_in(union, directory).unwrap() {
-                let entry = union.lookup(directory, &name).unwrap();
-                let (node, attr) = (entry.node, entry.attr);
-                let path = path.join(&name);
-                let what = match attr.kind {
-                    FileKind::Directory => {
-                        waiting.push((path.clone(), node));
-                        String::new()
-                    }
-                    FileKind::Symlink => format!("{:?}", union.readlink(node).unwrap()),
-                    FileKind::Regular => {
-                        let mut content = vec![0; attr.size as usize];
-                        assert_eq!(
-                            union.read(node, None, 0, &mut content).unwrap(),
-                            content.len()
-                        );
-                        blake3::hash(&content).to_hex().to_string()
-                    }
-                    _ => attr.rdev.to_string(),
-                };
-                let mut xattrs: Vec<_> = union.listxattr(node).unwrap();
-                xattrs.sort();
-                let xattrs: Vec<_> = xattrs
-                    .into_iter()
-                    .map(|name| (union.getxattr(node, &name).unwrap(), name))
-                    .collect();
-                let links = match attr.kind {
-                    FileKind::Directory => 0,
-                    _ => attr.nlink,
-                };
-                let text = format!(
-                    "{:?} {:o} {}:{} {:?} {} {links} {xattrs:?} {what}",
-                    attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime, attr.size
-                );
-                found.insert(path, (attr.ino, text));
-            }
-        }
-        let mut first: BTreeMap<u64, PathBuf> = BTreeMap::new();
-        let named = found.into_iter().map(|(path, (ino, text))| {
-            let first = first.entry(ino).or_insert_with(|| path.clone());
-            let text = format!("{} {text}", first.display());
-            (path, text)
-        });
-        named.collect()
-    }
 
     fn base() -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());
@@ -518,7 +326,7 @@ mod tests {
         apply("copy", &stream);
         let copy = tree(&open(&snapshots, "copy"));
         assert_eq!(copy, changed);
-        // Again from the packed layer that it has become, and from the directory that a commit makes.
+        // Again from the packed layer that it has become, and from that which a commit makes.
         assert!(written(&snapshots, "copy").unwrap() == stream);
         snapshots
             .commit(OWNER, "done", "work", BTreeMap::new())

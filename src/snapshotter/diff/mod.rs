@@ -8,32 +8,28 @@
 //! overlayfs format that its container may change meanwhile, and takes a committed one for the same, unless it is
 //! packed: then two merged views are compared.
 
+mod entries;
 pub(super) mod layer;
+pub(super) mod pack;
 mod packed;
+mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::ops::Bound;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-
-use nix::errno::Errno;
 
 use super::Snapshotter;
 use super::catalog::Found;
 use super::chain::Below;
 use super::types::*;
-use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union};
-use crate::store::Time;
+use crate::cow::{self, Entry, NodeId, Union};
 use crate::store::view::View;
-use crate::sys::fs::{Object, Stat};
-use crate::sys::tree::{self, Tree};
-use crate::sys::xattr;
-
-/// Marks of a directory that hides or leaves what lies at its place below.
-const NOT_MERGED: [&str; 2] = ["trusted.overlay.opaque", "trusted.overlay.redirect"];
+use crate::store::{Time, Xattrs};
+pub(super) use walk::{Directories, OwnDirectory, OwnLayer};
+use walk::{Step, Walk};
 
 /// How a path differs from the parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,41 +93,57 @@ impl Snapshotter {
                 upper
             }
         };
-        let on_top = diff(&own, below)?;
-        Ok(joined(self.diff_packed(found)?, on_top, &own))
+        let below_own = self.diff_packed(found)?;
+        let new = Union::open(with_own(&own, &below).union())?;
+        changes(&own, &new, below, below_own, Directories::Changed)
     }
 }
 
-/// Compares the layers `below` with the directory `own` on top of them, in byte order of the paths. Of a
-/// directory that vanishes from `own` meanwhile, nothing below it is told.
-fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
-    let mut walk = Walk::new(own, below)?;
-    while walk.step()? {}
-    Ok(ordered(walk.changes))
+/// A directory and what lies below it.
+pub(super) fn with_own(own: &Path, below: &Below) -> Below {
+    let mut all = below.clone();
+    all.lowers.insert(0, own.to_owned());
+    all
 }
 
-/// As `diff`, of packed layers: `new` is the view of a chain whose topmost layer has that number, `old` of what is below it.
+/// Compares the layers `below` with `new`, the union of them and the directory `own` on top, in byte order of the
+/// paths. Changes of the topmost one below count as those of `own`. Of a directory that vanishes from `own` meanwhile, nothing
+/// below it is told.
+pub(super) fn changes(
+    own: &Path,
+    new: &Union,
+    below: Below,
+    below_own: Vec<Change>,
+    directories: Directories,
+) -> Result<Vec<Change>> {
+    let old = match below.is_empty() {
+        true => None,
+        false => Some(Union::open(below.union())?),
+    };
+    let mut walk = Walk::new(own, new, old, directories)?;
+    while walk.step()? {}
+    Ok(joined(below_own, walk.steps))
+}
+
+/// As `changes`, of packed layers: `new` is the view of a chain whose topmost layer has that number, `old` of what is below it.
 pub(super) fn diff_packed(new: &View, old: Option<&View>, topmost: u16) -> Result<Vec<Change>> {
     packed::compare(new, old, topmost).map(ordered)
 }
 
-/// The changes of a directory `own`, which lies on a layer with the changes `below`, and those, as one step from what is
-/// below both.
-fn joined(below: Vec<Change>, on_top: Vec<Change>, own: &Path) -> Vec<Change> {
+/// The changes of a layer on one with the changes `below`, and those, as one step from what is below both. What may have been a
+/// directory there, was none between the two and is one again is both, removed and then added.
+fn joined(below: Vec<Change>, on_top: Vec<Step>) -> Vec<Change> {
     use ChangeKind::{Added, Deleted, Modified};
 
-    if below.is_empty() {
-        return on_top;
-    }
     let mut all: BTreeMap<PathBuf, ChangeKind> = below
         .into_iter()
         .map(|change| (change.path, change.kind))
         .collect();
-    for Change { path, kind } in on_top {
+    let mut made_anew = Vec::new();
+    for step in on_top {
+        let Change { path, kind } = step.change;
         // Below what is gone, or no directory any more, nothing is told.
-        let inside = path.strip_prefix("/").unwrap_or(&path);
-        let is_directory = |path: &Path| path.symlink_metadata().is_ok_and(|meta| meta.is_dir());
-        if kind == Deleted || !is_directory(&own.join(inside)) {
+        if !step.is_directory {
             // Paths are in the order of their parts, so what lies below one follows it.
             let after = all.range::<PathBuf, _>((Bound::Excluded(&path), Bound::Unbounded));
             let inside = after
@@ -144,6 +156,14 @@ fn joined(below: Vec<Change>, on_top: Vec<Change>, own: &Path) -> Vec<Change> {
         let kind = match (all.get(&path), kind) {
             (Some(Added), Deleted) => None,
             (Some(Added), _) => Some(Added),
+            (Some(_), _) if step.is_directory && !step.was_directory => {
+                let kind = Deleted;
+                made_anew.push(Change {
+                    path: path.clone(),
+                    kind,
+                });
+                Some(Added)
+            }
             (Some(Deleted), Added) => Some(Modified),
             (_, kind) => Some(kind),
         };
@@ -152,222 +172,14 @@ fn joined(below: Vec<Change>, on_top: Vec<Change>, own: &Path) -> Vec<Change> {
             None => all.remove(&path),
         };
     }
-    let all = all.into_iter();
-    ordered(all.map(|(path, kind)| Change { path, kind }).collect())
+    let all = all.into_iter().map(|(path, kind)| Change { path, kind });
+    // The sort leaves equal paths in this order.
+    ordered(made_anew.into_iter().chain(all).collect())
 }
 
 fn ordered(mut changes: Vec<Change>) -> Vec<Change> {
     changes.sort_by_cached_key(|change| change.path.as_os_str().as_bytes().to_vec());
     changes
-}
-
-/// Not a recursion: a container decides how deep its directories are.
-struct Walk {
-    own: OwnLayer,
-    new: Union,
-    old: Option<Union>,
-    waiting: Vec<Directory>,
-    changes: Vec<Change>,
-}
-
-/// A directory to compare; a lookup of its nodes is held.
-struct Directory {
-    /// Absolute, as seen in the snapshot.
-    path: PathBuf,
-    new: NodeId,
-    old: Option<NodeId>,
-    /// The snapshot's own layer has it, under the same path.
-    in_own: bool,
-}
-
-impl Walk {
-    fn new(own: &Path, below: Below) -> Result<Self> {
-        let old = match below.is_empty() {
-            true => None,
-            false => Some(Union::open(below.clone().union())?),
-        };
-        let mut all = below;
-        all.lowers.insert(0, own.to_owned());
-        let new = Union::open(all.union())?;
-        let root = Directory {
-            path: "/".into(),
-            new: NodeId::ROOT,
-            old: old.is_some().then_some(NodeId::ROOT),
-            in_own: true,
-        };
-        Ok(Self {
-            own: OwnLayer::open(own)?,
-            new,
-            old,
-            waiting: vec![root],
-            changes: Vec::new(),
-        })
-    }
-
-    /// Compares what is in one directory; false when there is none left.
-    fn step(&mut self) -> Result<bool> {
-        let Some(at) = self.waiting.pop() else {
-            return Ok(false);
-        };
-        self.directory(&at)?;
-        if at.new != NodeId::ROOT {
-            self.forget(Some(at.new), at.old);
-        }
-        Ok(true)
-    }
-
-    fn directory(&mut self, at: &Directory) -> Result<()> {
-        let own = match at.in_own {
-            true => match self.own.directory(&at.path)? {
-                Some(own) => Some(own),
-                None => return Ok(()),
-            },
-            false => None,
-        };
-        let names: BTreeSet<OsString> = match &own {
-            Some(own) if !own.is_marked()? => own.names()?,
-            _ => {
-                let mut names = names_in(&self.new, at.new)?;
-                if let (Some(union), Some(old)) = (&self.old, at.old) {
-                    names.extend(names_in(union, old)?);
-                }
-                names
-            }
-        };
-        for name in names {
-            let new = lookup(&self.new, at.new, &name)?;
-            let old = match (&self.old, at.old) {
-                (Some(union), Some(old)) => lookup(union, old, &name)?,
-                _ => None,
-            };
-            let own = match &own {
-                Some(own) => own.stat(&name)?,
-                None => None,
-            };
-            self.entry(at.path.join(&name), new, old, own);
-        }
-        Ok(())
-    }
-
-    /// Notes what `path` is, and to look into it where more may have changed.
-    fn entry(&mut self, path: PathBuf, new: Option<Entry>, old: Option<Entry>, own: Option<Stat>) {
-        let is_dir = |entry: &Entry| entry.attr.kind == FileKind::Directory;
-        let kind = match (&new, &old) {
-            (None, None) => None,
-            (None, Some(_)) => Some(ChangeKind::Deleted),
-            (Some(_), None) => Some(ChangeKind::Added),
-            (Some(new), Some(old)) if is_dir(new) && is_dir(old) => {
-                looks_different(&new.attr, &old.attr).then_some(ChangeKind::Modified)
-            }
-            // A file of the own layer was written to, or was made anew.
-            (Some(new), Some(old)) => (own.is_some() || looks_different(&new.attr, &old.attr))
-                .then_some(ChangeKind::Modified),
-        };
-        if let Some(kind) = kind {
-            let path = path.clone();
-            self.changes.push(Change { path, kind });
-        }
-        let in_own = own.is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
-        let old_dir = old.filter(is_dir);
-        // Otherwise it is the parent's own directory.
-        let may_differ = in_own || old_dir.is_none() || kind.is_some();
-        let (new, old) = (
-            new.map(|new| (new.node, is_dir(&new))),
-            old.map(|old| old.node),
-        );
-        match new {
-            Some((new, true)) if may_differ => {
-                if old_dir.is_none() {
-                    self.forget(None, old);
-                }
-                self.waiting.push(Directory {
-                    path,
-                    new,
-                    old: old_dir.map(|old| old.node),
-                    in_own,
-                });
-            }
-            new => self.forget(new.map(|(new, _)| new), old),
-        }
-    }
-
-    /// Gives back a lookup of each.
-    fn forget(&self, new: Option<NodeId>, old: Option<NodeId>) {
-        if let Some(new) = new {
-            self.new.forget(new, 1);
-        }
-        if let (Some(union), Some(old)) = (&self.old, old) {
-            union.forget(old, 1);
-        }
-    }
-}
-
-/// What a snapshot has itself, as it lies on disk.
-pub(super) struct OwnLayer {
-    dir: PathBuf,
-    tree: Tree,
-}
-
-impl OwnLayer {
-    pub(super) fn open(dir: &Path) -> Result<Self> {
-        let tree = Tree::open(dir).map_err(|errno| io_error("open", dir)(errno.into()))?;
-        let dir = dir.to_owned();
-        Ok(Self { dir, tree })
-    }
-
-    /// The directory at `path`, which is absolute as seen in the snapshot, if it is (still) one.
-    pub(super) fn directory(&self, path: &Path) -> Result<Option<OwnDirectory>> {
-        let path = path.strip_prefix("/").unwrap_or(path);
-        let on_disk = self.dir.join(path);
-        match self.tree.directory(path) {
-            Ok(fd) => Ok(fd.map(|fd| OwnDirectory { fd, on_disk })),
-            Err(errno) => Err(io_error("open", &on_disk)(errno.into())),
-        }
-    }
-}
-
-pub(super) struct OwnDirectory {
-    fd: OwnedFd,
-    /// For messages.
-    on_disk: PathBuf,
-}
-
-impl OwnDirectory {
-    fn failed(&self, action: &'static str) -> impl FnOnce(Errno) -> Error + use<> {
-        let error = io_error(action, &self.on_disk);
-        |errno| error(errno.into())
-    }
-
-    /// What the layer itself names: a whiteout stands under the name that it hides.
-    pub(super) fn names(&self) -> Result<BTreeSet<OsString>> {
-        let names = tree::names(self.fd.as_fd()).map_err(self.failed("list"))?;
-        Ok(names.into_iter().collect())
-    }
-
-    pub(super) fn stat(&self, name: &OsStr) -> Result<Option<Stat>> {
-        tree::stat(self.fd.as_fd(), name).map_err(self.failed("look into"))
-    }
-
-    pub(super) fn is_marked(&self) -> Result<bool> {
-        for name in NOT_MERGED {
-            match xattr::get(Object::Open(self.fd.as_fd()), OsStr::new(name)) {
-                // "x" marks a directory that holds whiteouts of another kind, which merges.
-                Ok(value) if value != b"x" => return Ok(true),
-                Ok(_) | Err(Errno::ENODATA | Errno::EOPNOTSUPP) => {}
-                Err(errno) => return Err(self.failed("look at")(errno)),
-            }
-        }
-        Ok(false)
-    }
-}
-
-fn looks_different(new: &Attr, old: &Attr) -> bool {
-    let look = |attr: &Attr| {
-        (
-            attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime, attr.rdev,
-        )
-    };
-    look(new) != look(old) || (new.kind != FileKind::Directory && new.size != old.size)
 }
 
 pub(super) fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> {
@@ -390,6 +202,22 @@ pub(super) fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>
     Ok(names)
 }
 
+/// The extended attributes that a node shows, in order of their names.
+fn xattrs_of(union: &Union, node: NodeId) -> Result<Xattrs, cow::Error> {
+    let names = match union.listxattr(node) {
+        // A file system without any.
+        Err(error) if error.errno == libc::EOPNOTSUPP => Vec::new(),
+        names => names?,
+    };
+    let mut xattrs = Vec::with_capacity(names.len());
+    for name in names {
+        let value = union.getxattr(node, &name)?;
+        xattrs.push((name.into_vec(), value));
+    }
+    xattrs.sort_unstable();
+    Ok(xattrs)
+}
+
 impl From<cow::Error> for Error {
     fn from(source: cow::Error) -> Self {
         Self::Union { source }
@@ -399,14 +227,22 @@ impl From<cow::Error> for Error {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
+    use std::os::fd::AsFd;
 
     use super::*;
+    use crate::sys::fs::Object;
+    use crate::sys::xattr;
 
     fn directory(path: &Path) -> Below {
         Below {
             lowers: vec![path.to_owned()],
             view: None,
         }
+    }
+
+    fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
+        let new = Union::open(with_own(own, &below).union())?;
+        super::changes(own, &new, below, Vec::new(), Directories::Changed)
     }
 
     fn changes(own: &Path, below: &Path) -> Vec<(String, ChangeKind)> {
@@ -467,9 +303,6 @@ mod tests {
     fn two_steps_are_told_as_one() {
         use ChangeKind::{Added, Deleted, Modified};
 
-        let own = tempfile::tempdir().unwrap();
-        fs::create_dir(own.path().join("made-a-directory")).unwrap();
-        fs::write(own.path().join("made-a-file"), "").unwrap();
         let list = |list: &[(&str, ChangeKind)]| {
             let change = |(path, kind): &(&str, ChangeKind)| Change {
                 path: path.into(),
@@ -496,7 +329,14 @@ mod tests {
             ("/made-a-file", Modified),
             ("/new", Modified),
             ("/removed", Added),
+            ("/removed-once", Added),
         ]);
+        let on_top = on_top.into_iter().map(|change| Step {
+            was_directory: change.path != Path::new("/removed-once"),
+            is_directory: change.path.starts_with("/made-a-directory")
+                || change.path == Path::new("/removed-once"),
+            change,
+        });
         let expected = list(&[
             ("/changed", Deleted),
             ("/made-a-directory", Modified),
@@ -505,8 +345,9 @@ mod tests {
             ("/new", Added),
             ("/removed", Modified),
             ("/removed-once", Deleted),
+            ("/removed-once", Added),
         ]);
-        assert_eq!(joined(below, on_top, own.path()), expected);
+        assert_eq!(joined(below, on_top.collect()), expected);
     }
 
     #[test]
@@ -534,16 +375,17 @@ mod tests {
             fs::create_dir_all(own.join(name)).unwrap();
             fs::write(own.join(name).join("inside"), "").unwrap();
         }
-        let mut walk = Walk::new(&own, directory(&below)).unwrap();
+        let new = Union::open(with_own(&own, &directory(&below)).union()).unwrap();
+        let old = Union::open(directory(&below).union()).unwrap();
+        let mut walk = Walk::new(&own, &new, Some(old), Directories::Changed).unwrap();
         walk.step().unwrap();
-        assert_eq!(walk.waiting.len(), 4);
         for name in ["fifo", "link", "gone"] {
             fs::remove_dir_all(own.join(name)).unwrap();
         }
         mkfifo(&own.join("fifo"), Mode::S_IRWXU).unwrap();
         std::os::unix::fs::symlink(&outside, own.join("link")).unwrap();
         while walk.step().unwrap() {}
-        let mut paths: Vec<_> = walk.changes.iter().map(|change| &*change.path).collect();
+        let mut paths: Vec<_> = walk.steps.iter().map(|step| &*step.change.path).collect();
         paths.sort();
         let expected = ["/fifo", "/gone", "/kept", "/kept/inside", "/link"];
         assert_eq!(paths, expected.map(Path::new));

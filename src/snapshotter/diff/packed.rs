@@ -34,22 +34,26 @@ pub(super) fn compare(new: &View, old: Option<&View>, topmost: u16) -> Result<Ve
     while let Some(at) = waiting.pop() {
         let of_new = names(Some(new), Some(&at.new))?;
         let mut of_old = names(old, at.old.as_ref())?;
-        for (name, new) in of_new {
+        for (name, now) in of_new {
             let path = at.path.join(OsStr::from_bytes(name));
-            let old = of_old.remove(name);
-            let kind = match &old {
+            let before = of_old.remove(name);
+            let kind = match &before {
                 None => Some(ChangeKind::Added),
-                Some(old) => is_changed(&new, old, topmost).then_some(ChangeKind::Modified),
+                Some(before) => {
+                    let changed = is_changed(&now, before, topmost)
+                        || (now.layer == topmost && xattrs_differ((new, &now), (old, before))?);
+                    changed.then_some(ChangeKind::Modified)
+                }
             };
             if let Some(kind) = kind {
                 let path = path.clone();
                 changes.push(Change { path, kind });
             }
-            if is_directory(&new.inode) {
+            if is_directory(&now.inode) {
                 waiting.push(Directory {
                     path,
-                    new: new.inode,
-                    old: old.map(|old| old.inode).filter(is_directory),
+                    new: now.inode,
+                    old: before.map(|before| before.inode).filter(is_directory),
                 });
             }
         }
@@ -85,6 +89,18 @@ fn names<'a>(
 
 fn is_directory(inode: &Inode) -> bool {
     inode.kind() == libc::S_IFDIR
+}
+
+/// Matters to directories: whatever else the topmost layer names it has changed.
+fn xattrs_differ(
+    (new, now): (&View, &Named),
+    (old, before): (Option<&View>, &Named),
+) -> Result<bool> {
+    let of_old = match old {
+        Some(old) => old.xattrs(&before.inode)?,
+        None => Vec::new(),
+    };
+    Ok(new.xattrs(&now.inode)? != of_old)
 }
 
 fn is_changed(new: &Named, old: &Named, topmost: u16) -> bool {

@@ -5,15 +5,20 @@ use std::time::Duration;
 use nix::mount::MsFlags;
 
 use super::super::types::Result;
-use super::{Live, Mounts, copies};
+use super::{Live, Mounts, copies, has_ended, kill};
 
 /// How long a plyfs may take to leave its upper alone: whoever does not is ended, and what still reads there with it.
 const SEALING: Duration = Duration::from_secs(60);
 
 impl Mounts {
-    /// Ends the mount, if there is one. Copies that someone still holds go on, read-only; when this
-    /// returns, nobody writes to the upper any more, and who reads it leaves no trace in it.
-    pub(in super::super) fn seal(&self, id: &str) -> Result<()> {
+    /// Ends the mount, if there is one. Copies that someone still holds go on, read-only, if `may_go_on` answers true,
+    /// which is asked when nobody can write any more. When this returns, nobody writes to the upper, and who reads
+    /// it leaves no trace in it.
+    pub(in super::super) fn seal(
+        &self,
+        id: &str,
+        may_go_on: impl FnOnce() -> Result<bool>,
+    ) -> Result<()> {
         self.wait_for_arrival(id);
         let Some(live) = self.shared.live.lock().remove(id) else {
             return self.clear(id);
@@ -27,9 +32,8 @@ impl Mounts {
             tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
             live.abort();
         }
-        let goes_on = sealed.is_ok()
-            && !copies(&live.point.path, live.connection)?.is_empty()
-            && live.seal(id);
+        let in_use = sealed.is_ok() && !copies(&live.point.path, live.connection)?.is_empty();
+        let goes_on = in_use && live.seal_if(id, may_go_on);
         self.take_away(&live)?;
         if goes_on {
             tracing::debug!(
@@ -37,20 +41,61 @@ impl Mounts {
                 "a committed snapshot is still mounted elsewhere, read-only"
             );
             // Goes on being watched, to be reaped.
-            let left = format!("{id} (left)");
             self.shared
                 .live
                 .lock()
-                .insert(left, Live { left: true, ..live });
+                .insert(left_of(id), Live { left: true, ..live });
             self.shared.wake_up();
         } else {
             live.end();
         }
         self.clear(id)
     }
+
+    /// Ends what goes on of a mount that was sealed: whoever uses it gets errors. For a commit that has failed after all,
+    /// so that the snapshot can be mounted again.
+    pub(in super::super) fn end_sealed(&self, id: &str) {
+        let Some(live) = self.shared.live.lock().remove(&left_of(id)) else {
+            return;
+        };
+        self.shared.wake_up();
+        tracing::warn!(
+            id,
+            "a commit has failed: whoever uses an earlier mount of the snapshot gets errors from now on"
+        );
+        // Its mount is at no place of ours, and ends with the last descriptor: its, and then ours.
+        kill(live.point.pid);
+        has_ended(&live.control, SEALING);
+        live.reap();
+    }
+}
+
+/// The name of a mount that goes on after its snapshot was committed.
+fn left_of(id: &str) -> String {
+    format!("{id} (left)")
 }
 
 impl Live {
+    /// As `seal`, if that is allowed; otherwise whoever uses the mount gets errors.
+    fn seal_if(&self, id: &str, may_go_on: impl FnOnce() -> Result<bool>) -> bool {
+        match may_go_on() {
+            Ok(true) => self.seal(id),
+            Ok(false) => {
+                tracing::warn!(
+                    id,
+                    "a snapshot is committed that needs its work directory for that: users of its mount get errors from now on"
+                );
+                self.abort();
+                false
+            }
+            Err(error) => {
+                tracing::warn!(id, %error, "whether a mount can go on cannot be told: its users get errors from now on");
+                self.abort();
+                false
+            }
+        }
+    }
+
     /// Has the process leave the upper as it is. Where it cannot, or is of a release that does not know how, whoever
     /// uses the mount gets errors: reading on would move access times of the layer.
     fn seal(&self, id: &str) -> bool {

@@ -1,4 +1,4 @@
-//! The way of a layer's tar stream into the store.
+//! The ways of a layer into the store: as a tar stream, or entry by entry ([`NewLayer`]).
 //!
 //! A pipeline whose memory is bounded: one thread reads, hashes and decompresses the stream, another
 //! hashes its content; the caller's parses it, writes large contents, the index and the recipe; workers hash and compress
@@ -9,6 +9,7 @@
 //! recipe are durable and in their places; what a failure leaves is in `tmp` or is an object that no record
 //! reaches.
 
+mod entries;
 mod large;
 pub(super) mod recipe;
 mod sink;
@@ -25,6 +26,8 @@ use super::object::Objects;
 use super::tar::names::{Meaning, clean, meaning};
 use super::tar::{Entry, Kind, Reader};
 
+pub(super) use entries::collect;
+pub use entries::{NewContent, NewLayer};
 pub(super) use sink::Stored;
 pub(super) use source::Digests;
 

@@ -1,5 +1,5 @@
 //! Contents on their way into the store: hashed and compressed by workers, written to a pack by one thread.
-//! Large contents are written by whoever reads the stream, in frames that the workers have compressed.
+//! Large contents are written by whoever hands them over, in frames that the workers have compressed.
 
 use std::collections::HashSet;
 use std::io;
@@ -65,6 +65,7 @@ pub(super) struct Sink<'a> {
 }
 
 /// A content that is being handed over.
+#[derive(Debug)]
 pub(super) enum Incoming {
     Small(Vec<u8>),
     Large(Box<Large>),
@@ -73,12 +74,12 @@ pub(super) enum Incoming {
 }
 
 /// Calls `fill` with a sink and answers what came of it.
-pub(super) fn with_sink<T>(
+pub(super) fn with_sink<T, E: From<Error>>(
     objects: &Objects,
     tmp: &Path,
     settings: &Settings,
-    fill: impl FnOnce(&mut Sink<'_>) -> Result<T>,
-) -> Result<(T, Stored)> {
+    fill: impl FnOnce(&mut Sink<'_>) -> Result<T, E>,
+) -> Result<(T, Stored), E> {
     // A quarter of the memory for contents on the way to the workers, as much on the way from them.
     let depth = (settings.memory / 4 / settings.small.max(1)).clamp(2, MOST_WAITING) as usize;
     let (to_workers, jobs) = bounded::<Job>(depth);
@@ -133,7 +134,7 @@ pub(super) fn with_sink<T>(
         contents.sort_unstable_by_key(|(number, _)| *number);
         let contents: Vec<_> = contents.into_iter().map(|(_, object)| object).collect();
         if contents.len() != count as usize {
-            return Err(ended_early(tmp));
+            return Err(ended_early(tmp).into());
         }
         Ok((
             filled,
@@ -176,19 +177,50 @@ impl Sink<'_> {
             file.start_writing();
             self.files.push(file);
         }
+        Ok(self.is_there(number, object))
+    }
+
+    /// The number of a content that the store has.
+    pub(super) fn known(&mut self, object: Object) -> Result<u32> {
+        if self.objects.find_for_import(&object)?.is_none() {
+            return Err(Error::NoObject {
+                object: object.name.to_string(),
+            });
+        }
+        let number = self.next_number();
+        let sent = self.is_there(number, object);
+        self.answer(number, sent)
+    }
+
+    /// Says what a content is that needs no work. Whether somebody listens.
+    fn is_there(&self, number: u32, object: Object) -> bool {
         let new = None;
         let done = Done {
             number,
             object,
             new,
         };
-        Ok(self.done.send(done).is_ok())
+        self.done.send(done).is_ok()
+    }
+
+    fn next_number(&mut self) -> u32 {
+        let number = self.contents;
+        self.contents += 1;
+        number
+    }
+
+    /// Whoever does not listen any more has the reason; see `with_sink`.
+    fn answer(&self, number: u32, sent: bool) -> Result<u32> {
+        if sent {
+            Ok(number)
+        } else {
+            Err(ended_early(self.tmp))
+        }
     }
 
     /// Ends a content and answers its number.
     pub(super) fn end(&mut self, content: Incoming) -> Result<u32> {
-        let number = self.contents;
-        self.contents += 1;
+        let number = self.next_number();
         let sent = match content {
             Incoming::Small(content) => {
                 let job = Job::Content { number, content };
@@ -197,12 +229,7 @@ impl Sink<'_> {
             Incoming::Large(large) => self.file(number, large.finish()?)?,
             Incoming::Plain(writer) => self.file(number, writer.finish()?)?,
         };
-        // Whoever does not listen any more has the reason; see `with_sink`.
-        if sent {
-            Ok(number)
-        } else {
-            Err(ended_early(self.tmp))
-        }
+        self.answer(number, sent)
     }
 }
 

@@ -1,4 +1,5 @@
-//! The index of a packed layer: what its stream says, entry by entry, in the stream's order.
+//! The index of a packed layer: what its stream says, entry by entry, in the stream's order; or, of a layer that was
+//! made by a commit, what that has changed.
 //!
 //! Nothing is resolved here. What a path means depends on the layers below (a parent may be a symbolic link
 //! there, the target of a hard link may lie there) and on what the stream said before, so a view is
@@ -15,6 +16,8 @@ use crate::store::format::{LayerName, Time};
 
 /// PATH_MAX without the final zero.
 pub const LONGEST_PATH: usize = 4095;
+/// Parts of a file that are no holes.
+const MOST_EXTENTS: usize = 1_000_000;
 /// Bytes of a name.
 pub const LONGEST_NAME: usize = 255;
 const ENTRY: usize = Section::Entries.record();
@@ -24,8 +27,11 @@ const PATH: usize = Section::Paths.record();
 /// What an entry asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Make the object that the inode describes.
+    /// Make the object that the inode describes. A directory that is there keeps the extended attributes that the
+    /// inode does not name.
     Make,
+    /// The same, with the inode's extended attributes alone. Of the root: its attributes.
+    MakeExactly,
     /// Make a hard link; the inode's attributes go to its target.
     Link,
     /// Remove the path and all below it, if it is there.
@@ -35,7 +41,13 @@ pub enum Action {
 }
 
 impl Action {
-    const ALL: [Self; 4] = [Self::Make, Self::Link, Self::Remove, Self::Clear];
+    const ALL: [Self; 5] = [
+        Self::Make,
+        Self::Link,
+        Self::Remove,
+        Self::Clear,
+        Self::MakeExactly,
+    ];
 
     fn number(self) -> u8 {
         match self {
@@ -43,6 +55,7 @@ impl Action {
             Self::Link => 2,
             Self::Remove => 3,
             Self::Clear => 4,
+            Self::MakeExactly => 5,
         }
     }
 }
@@ -67,7 +80,7 @@ pub struct Attributes {
 /// What an object is, beyond its attributes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// A directory or a fifo.
+    /// A directory, a fifo or a socket.
     Nothing,
     /// A device.
     Device {
@@ -137,6 +150,16 @@ impl LayerBuilder {
     /// Adds an object at the path of these components.
     pub fn make(&mut self, path: &[&[u8]], attributes: &Attributes, body: &Body) -> Result<()> {
         self.object(Action::Make, path, attributes, body)
+    }
+
+    /// Adds an object, or the attributes of the root, with these extended attributes and no others.
+    pub fn make_exactly(
+        &mut self,
+        path: &[&[u8]],
+        attributes: &Attributes,
+        body: &Body,
+    ) -> Result<()> {
+        self.object(Action::MakeExactly, path, attributes, body)
     }
 
     /// Adds a hard link to `target`, a path from the root.
@@ -220,8 +243,14 @@ impl LayerBuilder {
             }
             Body::Sparse { size, extents } => {
                 inode.size = *size;
-                inode.count = u32::try_from(extents.len())
-                    .map_err(|_| refused(&path.join(&b'/'), "it has too many parts"))?;
+                if extents.len() > MOST_EXTENTS {
+                    return Err(refused(
+                        &path.join(&b'/'),
+                        "it has more than a million parts",
+                    ));
+                }
+                // Less than a million.
+                inode.count = extents.len() as u32;
                 inode.start = self.tables.extents(extents)?;
             }
         }

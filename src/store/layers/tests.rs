@@ -385,7 +385,6 @@ fn every_damaged_byte_of_a_store_is_an_error_or_changes_nothing() {
                             Error::Damaged { .. }
                                 | Error::Unsupported { .. }
                                 | Error::NoLayer { .. }
-                                | Error::NoStream { .. }
                         ),
                     "{} byte {at}: {error}",
                     path.display()

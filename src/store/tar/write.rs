@@ -11,6 +11,10 @@ use crate::store::format::Time;
 const ZEROS: [u8; BLOCK] = [0; BLOCK];
 /// Bytes of a name or a link's target in a header.
 const LONGEST_NAME: usize = 100;
+/// Holes are told in whole blocks: tar's, and those of the host's file systems.
+const HOLE: u64 = 4096;
+/// Names of extended attributes that a layer carries, or how they begin: all others are the host's own business.
+const XATTRS: [&[u8]; 3] = [b"user.", b"security.capability", b"system.posix_acl_"];
 /// Where the content of a sparse file's entry is said to lie, for readers that do not know of sparse files.
 const SPARSE_DIRECTORY: &[u8] = b"GNUSparseFile.0/";
 
@@ -40,6 +44,57 @@ pub struct NewEntry<'a> {
     pub device: (u32, u32),
     /// Extended attributes, in order of their names.
     pub xattrs: &'a [(Vec<u8>, Vec<u8>)],
+}
+
+impl<'a> NewEntry<'a> {
+    /// An empty object that belongs to nobody in particular.
+    pub fn new(path: &'a [u8], kind: Kind) -> Self {
+        Self {
+            path,
+            kind,
+            link: b"",
+            perm: 0,
+            uid: 0,
+            gid: 0,
+            mtime: Time::default(),
+            size: 0,
+            parts: None,
+            device: (0, 0),
+            xattrs: &[],
+        }
+    }
+}
+
+/// Whether a layer's stream carries an extended attribute.
+pub fn is_carried(xattr: &[u8]) -> bool {
+    XATTRS.iter().any(|prefix| xattr.starts_with(prefix))
+}
+
+/// The parts of a file of `size` bytes that are no holes, in whole blocks. `data` answers the first byte from one on
+/// that is data, `hole` the first that is in a hole.
+pub fn parts<E>(
+    size: u64,
+    mut data: impl FnMut(u64) -> Result<Option<u64>, E>,
+    mut hole: impl FnMut(u64) -> Result<u64, E>,
+) -> Result<Vec<Part>, E> {
+    let mut parts: Vec<Part> = Vec::new();
+    let mut from = 0;
+    while from < size {
+        let Some(data) = data(from)? else { break };
+        let start = data / HOLE * HOLE;
+        let end = hole(data)?.next_multiple_of(HOLE).min(size);
+        match parts.last_mut() {
+            Some(last) if last.offset + last.length >= start => {
+                last.length = end - last.offset;
+            }
+            _ => parts.push(Part {
+                offset: start,
+                length: end - start,
+            }),
+        }
+        from = end.max(from + 1);
+    }
+    Ok(parts)
 }
 
 /// Writes a stream.

@@ -16,7 +16,11 @@ pub struct ViewFile {
 }
 
 impl ViewFile {
-    pub(super) fn new(size: u64, extents: Vec<Extent>, contents: Vec<(u32, Content)>) -> Self {
+    pub(in crate::store) fn new(
+        size: u64,
+        extents: Vec<Extent>,
+        contents: Vec<(u32, Content)>,
+    ) -> Self {
         Self {
             size,
             extents,

@@ -9,7 +9,7 @@ mod file;
 mod path;
 mod tree;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
@@ -20,9 +20,9 @@ use parking_lot::Mutex;
 
 use super::error::{Result, damaged};
 use super::format::index_file::{IndexFile, Kind, Section};
-use super::format::tables::{Inode, Object};
+use super::format::tables::{Extent, Inode, Object};
 use super::format::{LayerName, Record, ViewKey};
-use super::layer::index::is_name;
+use super::layer::index::{LONGEST_PATH, is_name};
 use super::object::{Content, Objects, Place};
 use super::pack::PackId;
 
@@ -63,6 +63,19 @@ pub struct DirEntry<'a> {
     pub kind: u32,
     /// Number of the layer that wrote it.
     pub layer: u16,
+}
+
+/// A part of a regular file that is no hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredPart {
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// Its bytes.
+    pub length: u64,
+    /// What has them.
+    pub object: Object,
+    /// Where they start in it.
+    pub object_offset: u64,
 }
 
 /// The layers of the view at `path`, the lowest first.
@@ -221,6 +234,48 @@ impl View {
             }
         }
         Ok(ViewFile::new(inode.size, extents, contents))
+    }
+
+    /// Where the content of a regular file lies: its parts that are no holes, in order.
+    pub fn parts(&self, file: &Inode) -> Result<Vec<StoredPart>> {
+        let extents = self.file.extents(file)?;
+        let part = |extent: &Extent| {
+            Ok(StoredPart {
+                offset: extent.offset,
+                length: extent.length,
+                object: self.file.object(extent.object)?,
+                object_offset: extent.object_offset,
+            })
+        };
+        extents.iter().map(part).collect()
+    }
+
+    /// Paths of the files that have several names, each with all of them, by the numbers of their inodes.
+    pub fn linked(&self) -> Result<HashMap<u32, Vec<Vec<u8>>>> {
+        let mut linked: HashMap<u32, Vec<Vec<u8>>> = HashMap::new();
+        let mut waiting = vec![(Vec::new(), Self::ROOT)];
+        while let Some((path, number)) = waiting.pop() {
+            let directory = self.inode(number)?;
+            let mut place = 0;
+            while let Some(entry) = self.nth(&directory, place)? {
+                place += 1;
+                let within = || match path.is_empty() {
+                    true => entry.name.to_vec(),
+                    false => [&path, &b"/"[..], entry.name].concat(),
+                };
+                if entry.kind == libc::S_IFDIR {
+                    let within = within();
+                    // Only a damaged view leads in a circle.
+                    if within.len() > LONGEST_PATH {
+                        return Err(self.file.damaged("a path in it has no end"));
+                    }
+                    waiting.push((within, entry.inode));
+                } else if self.inode(entry.inode)?.links > 1 {
+                    linked.entry(entry.inode).or_default().push(within());
+                }
+            }
+        }
+        Ok(linked)
     }
 
     /// Bytes of a regular file that are not holes.

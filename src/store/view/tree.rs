@@ -44,7 +44,7 @@ pub(super) enum Body {
     /// A regular file with holes. The extents' objects are places in the list.
     Sparse(Vec<Extent>, Vec<Object>),
     Symlink(Box<[u8]>),
-    /// A device or a fifo.
+    /// A device, a fifo or a socket.
     Other,
 }
 
@@ -143,8 +143,14 @@ impl Tree {
             return Ok(());
         }
         let Some((name, above)) = path.split_last() else {
-            // Nothing but a marker speaks of the root.
-            return Ok(());
+            // Of what comes in a stream, nothing but a marker speaks of the root.
+            return match entry.action {
+                Action::MakeExactly if entry.inode.kind() != libc::S_IFDIR => {
+                    Err(index.damaged("its root is not a directory").into())
+                }
+                Action::MakeExactly => self.set_attributes(index, entry, ROOT),
+                _ => Ok(()),
+            };
         };
         let above = match self.make_directory(above, layer) {
             // Below a file there is nothing to remove. umoci writes such whiteouts for a directory that a
@@ -157,7 +163,7 @@ impl Tree {
         }
         self.check_length(above, name)?;
         let existing = self.child(above, name);
-        let directory = entry.action == Action::Make && entry.inode.kind() == libc::S_IFDIR;
+        let directory = entry.action != Action::Link && entry.inode.kind() == libc::S_IFDIR;
         let merged = existing.filter(|child| directory && self.is_directory(child.node));
         let node = match merged {
             Some(child) => child.node,
@@ -194,7 +200,7 @@ impl Tree {
             libc::S_IFREG => content(index, entry)?,
             libc::S_IFLNK => Body::Symlink(index.target(inode)?.into()),
             libc::S_IFDIR => Body::Directory(self.directory_below(above, name)),
-            libc::S_IFCHR | libc::S_IFBLK | libc::S_IFIFO => Body::Other,
+            libc::S_IFCHR | libc::S_IFBLK | libc::S_IFIFO | libc::S_IFSOCK => Body::Other,
             other => {
                 let problem = format!("an entry is of the unknown type {other:#o}");
                 return Err(index.damaged(problem).into());
@@ -243,8 +249,10 @@ impl Tree {
         let Some(known) = self.node(node) else {
             return Ok(());
         };
-        let mut xattrs: BTreeMap<Vec<u8>, Vec<u8>> =
-            self.xattrs(known.xattrs).iter().cloned().collect();
+        let mut xattrs: BTreeMap<Vec<u8>, Vec<u8>> = match entry.action {
+            Action::MakeExactly => BTreeMap::new(),
+            _ => self.xattrs(known.xattrs).iter().cloned().collect(),
+        };
         if !matches!(known.body, Body::Directory(_)) {
             xattrs.remove(b"security.capability".as_slice());
         }

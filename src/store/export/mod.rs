@@ -1,4 +1,7 @@
-//! The tar stream of a layer, given back bit for bit.
+//! The tar stream of a layer: the one that it came as, given back bit for bit, or else one that is written from its
+//! index.
+
+mod written;
 
 use std::io::Write;
 
@@ -9,21 +12,18 @@ use super::ingest::recipe::{Part, Reader};
 use super::layer::index::{Action, LayerIndex};
 use super::object::Objects;
 
+pub(super) use written::write;
+
 const BUFFER: usize = 128 << 10;
 
-/// Writes the stream that `recipe` and the contents of `layer` make to `out`, and compares it with the layer's diff
+/// Writes the stream that `recipe` and the contents of `layer` make to `out`, and compares it with the diff
 /// id. When it fails, part of the stream may be written.
 pub(super) fn export(
     layer: &LayerIndex,
-    mut recipe: Reader,
+    (mut recipe, diff_id): (Reader, [u8; 32]),
     objects: &Objects,
     out: &mut dyn Write,
 ) -> Result<()> {
-    let Some(diff_id) = layer.diff_id() else {
-        return Err(Error::NoStream {
-            layer: layer.name().to_string(),
-        });
-    };
     let mut hash = Sha256::new();
     let mut bytes = 0u64;
     let mut write = |part: &[u8]| {

@@ -1,0 +1,292 @@
+//! The walk over what a snapshot has itself, beside what lies below.
+
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use super::{Change, ChangeKind, lookup, names_in, xattrs_of};
+use crate::cow::{Attr, Entry, FileKind, NodeId, Union};
+use crate::snapshotter::types::*;
+use crate::sys::fs::{Object, Stat};
+use crate::sys::tree::{self, Tree};
+use crate::sys::xattr;
+
+/// Marks of a directory that hides or leaves what lies at its place below.
+const NOT_MERGED: [&str; 2] = ["trusted.overlay.opaque", "trusted.overlay.redirect"];
+
+/// A change, and whether there is a directory at its path, before and now.
+#[derive(Clone, Debug)]
+pub(super) struct Step {
+    pub(super) change: Change,
+    pub(super) was_directory: bool,
+    pub(super) is_directory: bool,
+}
+
+/// Which directories of its own a snapshot is said to change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::snapshotter) enum Directories {
+    /// Those that look different.
+    Changed,
+    /// All of them: with everything that cannot be seen to be different.
+    Own,
+}
+
+/// Not a recursion: a container decides how deep its directories are.
+pub(super) struct Walk<'a> {
+    own: OwnLayer,
+    new: &'a Union,
+    old: Option<Union>,
+    directories: Directories,
+    waiting: Vec<Directory>,
+    pub(super) steps: Vec<Step>,
+}
+
+/// A directory to compare; a lookup of its nodes is held.
+struct Directory {
+    /// Absolute, as seen in the snapshot.
+    path: PathBuf,
+    new: NodeId,
+    old: Option<NodeId>,
+    /// The snapshot's own layer has it, under the same path.
+    in_own: bool,
+    /// None of those above it hides what lies at its place below, or has been put there from elsewhere.
+    in_place: bool,
+}
+
+impl<'a> Walk<'a> {
+    /// `new` is the union of `own` and `old`.
+    pub(super) fn new(
+        own: &Path,
+        new: &'a Union,
+        old: Option<Union>,
+        directories: Directories,
+    ) -> Result<Self> {
+        let root = Directory {
+            path: "/".into(),
+            new: NodeId::ROOT,
+            old: old.is_some().then_some(NodeId::ROOT),
+            in_own: true,
+            in_place: true,
+        };
+        Ok(Self {
+            own: OwnLayer::open(own)?,
+            new,
+            old,
+            directories,
+            waiting: vec![root],
+            steps: Vec::new(),
+        })
+    }
+
+    /// Compares what is in one directory; false when there is none left.
+    pub(super) fn step(&mut self) -> Result<bool> {
+        let Some(at) = self.waiting.pop() else {
+            return Ok(false);
+        };
+        self.directory(&at)?;
+        if at.new != NodeId::ROOT {
+            self.forget(Some(at.new), at.old);
+        }
+        Ok(true)
+    }
+
+    fn directory(&mut self, at: &Directory) -> Result<()> {
+        let own = match at.in_own {
+            true => match self.own.directory(&at.path)? {
+                Some(own) => Some(own),
+                None => return Ok(()),
+            },
+            false => None,
+        };
+        let in_place = match &own {
+            Some(own) => at.in_place && !own.is_marked()?,
+            None => false,
+        };
+        let names: BTreeSet<OsString> = match &own {
+            Some(own) if in_place => own.names()?,
+            _ => {
+                let mut names = names_in(self.new, at.new)?;
+                if let (Some(union), Some(old)) = (&self.old, at.old) {
+                    names.extend(names_in(union, old)?);
+                }
+                names
+            }
+        };
+        for name in names {
+            let new = lookup(self.new, at.new, &name)?;
+            let old = match (&self.old, at.old) {
+                (Some(union), Some(old)) => lookup(union, old, &name)?,
+                _ => None,
+            };
+            let own = match &own {
+                Some(own) => own.stat(&name)?,
+                None => None,
+            };
+            self.entry(at.path.join(&name), (new, old), own, in_place)?;
+        }
+        Ok(())
+    }
+
+    /// Notes what `path` is, and to look into it where more may have changed.
+    fn entry(
+        &mut self,
+        path: PathBuf,
+        (new, old): (Option<Entry>, Option<Entry>),
+        own: Option<Stat>,
+        in_place: bool,
+    ) -> Result<()> {
+        let is_dir = |entry: &Entry| entry.attr.kind == FileKind::Directory;
+        let in_own = own.is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR);
+        let kind = match (&new, &old) {
+            (None, None) => None,
+            (None, Some(_)) => Some(ChangeKind::Deleted),
+            (Some(_), None) => Some(ChangeKind::Added),
+            (Some(new), Some(old)) if is_dir(new) && is_dir(old) => {
+                let differs = looks_different(&new.attr, &old.attr)
+                    || (in_own && self.directory_differs(new, old)?);
+                differs.then_some(ChangeKind::Modified)
+            }
+            // A file of the own layer was written to, or was made anew.
+            (Some(new), Some(old)) => {
+                let differs = own.is_some()
+                    || looks_different(&new.attr, &old.attr)
+                    || self.is_another(new, old)?;
+                differs.then_some(ChangeKind::Modified)
+            }
+        };
+        if let Some(kind) = kind {
+            let path = path.clone();
+            self.steps.push(Step {
+                change: Change { path, kind },
+                was_directory: old.as_ref().is_some_and(is_dir),
+                is_directory: new.as_ref().is_some_and(is_dir),
+            });
+        }
+        let old_dir = old.filter(is_dir);
+        let other_dir = match (&new, &old_dir, own) {
+            (Some(new), Some(old), None) => self.is_another(new, old)?,
+            _ => false,
+        };
+        // Otherwise it is the parent's own directory.
+        let may_differ = in_own || old_dir.is_none() || kind.is_some() || other_dir;
+        let (new, old) = (
+            new.map(|new| (new.node, is_dir(&new))),
+            old.map(|old| old.node),
+        );
+        match new {
+            Some((new, true)) if may_differ => {
+                if old_dir.is_none() {
+                    self.forget(None, old);
+                }
+                self.waiting.push(Directory {
+                    path,
+                    new,
+                    old: old_dir.map(|old| old.node),
+                    in_own,
+                    in_place,
+                });
+            }
+            new => self.forget(new.map(|(new, _)| new), old),
+        }
+        Ok(())
+    }
+
+    /// Whether a directory of the own layer that looks the same is to be told of.
+    fn directory_differs(&self, new: &Entry, old: &Entry) -> Result<bool> {
+        match (self.directories, &self.old) {
+            (Directories::Own, _) => Ok(true),
+            (_, Some(union)) => Ok(xattrs_of(self.new, new.node)? != xattrs_of(union, old.node)?),
+            (_, None) => Ok(false),
+        }
+    }
+
+    /// Whether what looks the same are two objects of the layers below: a directory with the one was put where a directory
+    /// with the other was.
+    fn is_another(&self, new: &Entry, old: &Entry) -> Result<bool> {
+        let Some(union) = &self.old else {
+            return Ok(false);
+        };
+        Ok(self.new.lower_identity(new.node)? != union.lower_identity(old.node)?)
+    }
+
+    /// Gives back a lookup of each.
+    fn forget(&self, new: Option<NodeId>, old: Option<NodeId>) {
+        if let Some(new) = new {
+            self.new.forget(new, 1);
+        }
+        if let (Some(union), Some(old)) = (&self.old, old) {
+            union.forget(old, 1);
+        }
+    }
+}
+
+/// What a snapshot has itself, as it lies on disk.
+pub(in crate::snapshotter) struct OwnLayer {
+    dir: PathBuf,
+    tree: Tree,
+}
+
+impl OwnLayer {
+    pub(in crate::snapshotter) fn open(dir: &Path) -> Result<Self> {
+        let tree = Tree::open(dir).map_err(|errno| io_error("open", dir)(errno.into()))?;
+        let dir = dir.to_owned();
+        Ok(Self { dir, tree })
+    }
+
+    /// The directory at `path`, which is absolute as seen in the snapshot, if it is (still) one.
+    pub(in crate::snapshotter) fn directory(&self, path: &Path) -> Result<Option<OwnDirectory>> {
+        let path = path.strip_prefix("/").unwrap_or(path);
+        let on_disk = self.dir.join(path);
+        match self.tree.directory(path) {
+            Ok(fd) => Ok(fd.map(|fd| OwnDirectory { fd, on_disk })),
+            Err(errno) => Err(io_error("open", &on_disk)(errno.into())),
+        }
+    }
+}
+
+pub(in crate::snapshotter) struct OwnDirectory {
+    fd: OwnedFd,
+    /// For messages.
+    on_disk: PathBuf,
+}
+
+impl OwnDirectory {
+    fn failed(&self, action: &'static str) -> impl FnOnce(Errno) -> Error + use<> {
+        let error = io_error(action, &self.on_disk);
+        |errno| error(errno.into())
+    }
+
+    /// What the layer itself names: a whiteout stands under the name that it hides.
+    pub(in crate::snapshotter) fn names(&self) -> Result<BTreeSet<OsString>> {
+        let names = tree::names(self.fd.as_fd()).map_err(self.failed("list"))?;
+        Ok(names.into_iter().collect())
+    }
+
+    pub(in crate::snapshotter) fn stat(&self, name: &OsStr) -> Result<Option<Stat>> {
+        tree::stat(self.fd.as_fd(), name).map_err(self.failed("look into"))
+    }
+
+    pub(in crate::snapshotter) fn is_marked(&self) -> Result<bool> {
+        for name in NOT_MERGED {
+            match xattr::get(Object::Open(self.fd.as_fd()), OsStr::new(name)) {
+                // "x" marks a directory that holds whiteouts of another kind, which merges.
+                Ok(value) if value != b"x" => return Ok(true),
+                Ok(_) | Err(Errno::ENODATA | Errno::EOPNOTSUPP) => {}
+                Err(errno) => return Err(self.failed("look at")(errno)),
+            }
+        }
+        Ok(false)
+    }
+}
+
+fn looks_different(new: &Attr, old: &Attr) -> bool {
+    let look = |attr: &Attr| {
+        (
+            attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime, attr.rdev,
+        )
+    };
+    look(new) != look(old) || (new.kind != FileKind::Directory && new.size != old.size)
+}
