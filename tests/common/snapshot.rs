@@ -1,4 +1,5 @@
 //! A directory tree as facts that can be compared: names, metadata with times, attributes, content.
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
