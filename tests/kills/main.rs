@@ -45,7 +45,7 @@ fn setting(name: &str, default: u64) -> u64 {
 fn plyd_can_be_killed_again_and_again_and_leaves_no_orphan() {
     let full = std::env::var_os("PLYWOOD_TEST_FULL").is_some();
     let seed = setting("PLYWOOD_KILLS_SEED", rand::random());
-    let deaths = setting("PLYWOOD_KILLS", if full { 1000 } else { 60 });
+    let deaths = setting("PLYWOOD_KILLS", if full { 1000 } else { 50 });
     eprintln!("PLYWOOD_KILLS_SEED={seed}");
     let mut random = StdRng::seed_from_u64(seed);
     let work = Arc::new(Work::new());

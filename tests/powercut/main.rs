@@ -91,7 +91,7 @@ fn setting(name: &str, default: u64) -> u64 {
 fn survives_on(host: Host) {
     let full = std::env::var_os("PLYWOOD_TEST_FULL").is_some();
     let seed = setting("PLYWOOD_POWERCUT_SEED", rand::random());
-    let cuts = setting("PLYWOOD_POWERCUT_CUTS", if full { 400 } else { 16 });
+    let cuts = setting("PLYWOOD_POWERCUT_CUTS", if full { 400 } else { 8 });
     eprintln!("{}: PLYWOOD_POWERCUT_SEED={seed}", host.name);
     let images = Images::new();
     let Some((log, from, facts)) = record(host, &images) else {
