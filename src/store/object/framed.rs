@@ -118,12 +118,15 @@ fn body(frames: u64) -> u64 {
     HEADER as u64 + frames * ENTRY as u64 + SUM as u64
 }
 
+/// A frame of an object.
+type Key = (ObjectName, u64);
+
 /// Frames that were decompressed last, of all objects of a store.
 #[derive(Debug, Default)]
-pub(super) struct FrameCache(Mutex<VecDeque<((ObjectName, u64), Arc<[u8]>)>>);
+pub(super) struct FrameCache(Mutex<VecDeque<(Key, Arc<[u8]>)>>);
 
 impl FrameCache {
-    fn get(&self, key: (ObjectName, u64)) -> Option<Arc<[u8]>> {
+    fn get(&self, key: Key) -> Option<Arc<[u8]>> {
         let mut kept = self.0.lock();
         let at = kept.iter().position(|(known, _)| *known == key)?;
         let found = kept.remove(at)?;
@@ -132,7 +135,7 @@ impl FrameCache {
         Some(bytes)
     }
 
-    fn put(&self, key: (ObjectName, u64), bytes: Arc<[u8]>) {
+    fn put(&self, key: Key, bytes: Arc<[u8]>) {
         let mut kept = self.0.lock();
         kept.retain(|(known, _)| *known != key);
         if kept.len() >= MOST_KEPT {
