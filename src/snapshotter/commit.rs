@@ -126,8 +126,11 @@ impl Snapshotter {
         };
         let below_own = self.diff_packed(found)?;
         let changes = diff::changes(&own, &new, below, below_own, Directories::Own)?;
-        self.packed
-            .make(|layer| diff::pack::write(&changes, &new, view.as_deref(), layer))
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        let chain = ancestors.iter().filter_map(|found| found.record.packed);
+        self.packed.make(chain.collect(), |layer| {
+            diff::pack::write(&changes, &new, view.as_deref(), layer)
+        })
     }
 
     /// Of a snapshot on a layer that is a directory.

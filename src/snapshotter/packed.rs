@@ -165,14 +165,20 @@ impl Packed {
         }
     }
 
-    /// Makes the layer whose entries `fill` hands over.
+    /// Makes the layer whose entries `fill` hands over, which lies on the layers `below`, the topmost first.
     pub(super) fn make(
         &self,
+        mut below: Vec<LayerName>,
         fill: impl FnOnce(&mut NewLayer<'_, '_>) -> Result<()>,
     ) -> Result<Imported<'_>> {
         self.state.lock().imports += 1;
         let import = Import(self);
         let made = self.layers.make(fill)?;
+        if !made.modest {
+            below.reverse();
+            below.push(made.name);
+            self.layers.check(&below)?;
+        }
         let record = self.layers.get(made.name);
         let usage = Usage {
             size: made.bytes + record.map_or(0, |record| record.index_bytes),

@@ -63,6 +63,8 @@ pub struct Made {
     pub inodes: u64,
     /// Bytes of contents that were handed over, those left out that the store was known to have.
     pub bytes: u64,
+    /// Whether it can lie on any layers; otherwise see [`Layers::check`].
+    pub modest: bool,
 }
 
 /// All packed layers below one directory. One process has it open at a time; any thread may use it.
@@ -213,6 +215,7 @@ impl Layers {
             name,
             inodes: made.inodes,
             bytes: made.bytes,
+            modest: made.modest,
         })
     }
 
@@ -243,8 +246,9 @@ impl Layers {
         }
         let built = view::build(&self.indexes(chain)?, &self.objects)?;
         let mut temporary = Temporary(Some(self.temporary("view")));
-        // Not synced: what a power cut leaves of it is built again.
-        temporary.write(|file| built.write(file), false)?;
+        // Durable before it has its name: a file of the right length with pages that a power cut has kept from the disk would
+        // pass for a view.
+        temporary.write(|file| built.write(file))?;
         temporary.rename(&path)?;
         View::open(&path, key, Arc::clone(&self.objects), verify)
     }
@@ -295,9 +299,10 @@ impl Layers {
         let diff_id = digests.map(|digests: Digests| digests.content);
         let tar_bytes = digests.map_or(0, |digests| digests.bytes);
         let mut temporary = Temporary(Some(self.temporary("index")));
-        let name = temporary.write(|file| index.write(file, diff_id, tar_bytes), true)?;
-        if self.known.lock().contains_key(&name) {
-            // A layer never changes, its files included.
+        let name = temporary.write(|file| index.write(file, diff_id, tar_bytes))?;
+        // A layer never changes, its files included; only one that came as a stream can be here to be mended.
+        let is_sound = || self.index(name).and_then(|index| index.verify()).is_ok();
+        if diff_id.is_none() && self.known.lock().contains_key(&name) && is_sound() {
             return Ok(name);
         }
         temporary.rename(&self.index_path(name))?;
@@ -393,12 +398,8 @@ fn remove_unrecorded(layers: &Path, taken: &HashSet<&str>) -> Result<()> {
 struct Temporary(Option<PathBuf>);
 
 impl Temporary {
-    /// Makes the file with what `write` writes, durable if that is asked for.
-    fn write<T>(
-        &self,
-        write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
-        durable: bool,
-    ) -> Result<T> {
+    /// Makes the file with what `write` writes, and makes it durable.
+    fn write<T>(&self, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>) -> Result<T> {
         let path = self.path();
         let written = OpenOptions::new()
             .write(true)
@@ -409,9 +410,7 @@ impl Temporary {
                 let mut file = BufWriter::with_capacity(1 << 20, file);
                 let result = write(&mut file)?;
                 let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-                if durable {
-                    file.sync_all()?;
-                }
+                file.sync_all()?;
                 Ok(result)
             });
         written.map_err(io_error("write", path))

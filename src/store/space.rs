@@ -447,7 +447,7 @@ mod tests {
                 .all(|share| share.unique <= share.on_disk)
         );
         // Half of what two have is each one's.
-        assert!(of[1] > 80 << 10 && of[1] < 90 << 10, "{of:?}");
+        assert!(of[1] > 80 << 10 && of[1] < 96 << 10, "{of:?}");
 
         // A layer that went, before it is collected.
         layers.remove(other).unwrap();

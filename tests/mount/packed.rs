@@ -34,7 +34,11 @@ struct Packed {
 impl Packed {
     fn new(files: &[&str]) -> Self {
         let layers = Layers::new(0);
-        let (store, _) = Store::open(&layers.path("store"), Settings::default()).unwrap();
+        let settings = Settings {
+            plain: true,
+            ..Settings::default()
+        };
+        let (store, _) = Store::open(&layers.path("store"), settings).unwrap();
         let mut builder = tar::Builder::new(Vec::new());
         for name in files {
             let content = Self::content(name);

@@ -85,7 +85,7 @@ pub struct Settings {
     /// Most entries of a layer [default: 10000000]
     #[arg(long, value_name = "NUMBER")]
     pub layer_max_entries: Option<u64>,
-    /// Most bytes of the names of a layer's paths [default: 512M]
+    /// Most bytes of names, link targets, extended attributes and maps of a layer [default: 512M]
     #[arg(long, value_name = "BYTES")]
     pub layer_max_names: Option<Size>,
 }

@@ -11,6 +11,7 @@ use crate::store::error::{Error, Result};
 use crate::store::format::tables::Object;
 use crate::store::layer::index::{Attributes, Body, LayerBuilder};
 use crate::store::object::Objects;
+use crate::store::view::is_modest;
 
 /// A layer that is being made.
 pub struct NewLayer<'a, 's> {
@@ -18,6 +19,33 @@ pub struct NewLayer<'a, 's> {
     sink: &'a mut Sink<'s>,
     inodes: u64,
     bytes: u64,
+    asked: Asked,
+}
+
+/// What the entries ask of whoever applies them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Asked {
+    entries: u64,
+    /// Names in all paths.
+    names: u64,
+    xattrs: u64,
+    /// Of the extended attributes.
+    bytes: u64,
+}
+
+impl Asked {
+    fn add(&mut self, path: &[&[u8]], attributes: Option<&Attributes>) {
+        self.entries += 1;
+        self.names += path.len() as u64;
+        for (name, value) in attributes.iter().flat_map(|attributes| &attributes.xattrs) {
+            self.xattrs += 1;
+            self.bytes += (name.len() + value.len()) as u64;
+        }
+    }
+
+    fn is_modest(&self) -> bool {
+        is_modest(self.entries, self.names, self.xattrs, self.bytes)
+    }
 }
 
 /// A content that is being handed over.
@@ -29,6 +57,8 @@ pub(in crate::store) struct Collected {
     pub(in crate::store) index: LayerBuilder,
     pub(in crate::store) inodes: u64,
     pub(in crate::store) bytes: u64,
+    /// Whether it can lie on any layers, however much those ask for.
+    pub(in crate::store) modest: bool,
     pub(in crate::store) stored: super::Stored,
 }
 
@@ -39,20 +69,23 @@ pub(in crate::store) fn collect<E: From<Error>>(
     settings: &Settings,
     fill: impl FnOnce(&mut NewLayer<'_, '_>) -> Result<(), E>,
 ) -> Result<Collected, E> {
-    let ((index, inodes, bytes), stored) = with_sink(objects, tmp, settings, |sink| {
+    let ((index, inodes, bytes, modest), stored) = with_sink(objects, tmp, settings, |sink| {
         let mut layer = NewLayer {
             index: LayerBuilder::new(),
             sink,
             inodes: 0,
             bytes: 0,
+            asked: Asked::default(),
         };
         fill(&mut layer)?;
-        Ok::<_, E>((layer.index, layer.inodes, layer.bytes))
+        let modest = layer.asked.is_modest();
+        Ok::<_, E>((layer.index, layer.inodes, layer.bytes, modest))
     })?;
     Ok(Collected {
         index,
         inodes,
         bytes,
+        modest,
         stored,
     })
 }
@@ -62,16 +95,19 @@ impl NewLayer<'_, '_> {
     /// attributes that are given, and no others. Numbers of contents in `body` are those that this has answered.
     pub fn make(&mut self, path: &[&[u8]], attributes: &Attributes, body: &Body) -> Result<()> {
         self.inodes += 1;
+        self.asked.add(path, Some(attributes));
         self.index.make_exactly(path, attributes, body)
     }
 
     /// Adds a hard link to `target`, a path from the root. The attributes are those of the target.
     pub fn link(&mut self, path: &[&[u8]], attributes: &Attributes, target: &[u8]) -> Result<()> {
+        self.asked.add(path, Some(attributes));
         self.index.link(path, attributes, target)
     }
 
     /// Says that a path is removed.
     pub fn remove(&mut self, path: &[&[u8]]) -> Result<()> {
+        self.asked.add(path, None);
         self.index.remove(path)
     }
 

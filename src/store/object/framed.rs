@@ -118,8 +118,8 @@ fn body(frames: u64) -> u64 {
     HEADER as u64 + frames * ENTRY as u64 + SUM as u64
 }
 
-/// A frame of an object.
-type Key = (ObjectName, u64);
+/// A frame of an object, with the bytes that a frame has.
+type Key = (ObjectName, u64, u64);
 
 /// Frames that were decompressed last, of all objects of a store.
 #[derive(Debug, Default)]
@@ -184,6 +184,12 @@ impl Framed {
         }
         check_features(path, fields.u16(8), fields.u64(32))?;
         let (size, frame) = (fields.u64(40), u64::from(fields.u32(48)));
+        if !fields.is_zero(10, 16) || !fields.is_zero(52, 56) {
+            return Err(damaged(
+                path,
+                "its header has something where zeros have to be",
+            ));
+        }
         if size != object.size || size == 0 || size > LARGEST || !FRAMES.contains(&frame) {
             return Err(damaged(path, "its header says what cannot be"));
         }
@@ -206,6 +212,13 @@ impl Framed {
             let stored = Record(entry).u32(0);
             end += u64::from(stored & !PLAIN);
             ends.push((end, stored & PLAIN != 0));
+        }
+        if end == size {
+            let mut last = [1];
+            read(&mut last, end)?;
+            if last != [0] {
+                return Err(damaged(path, "it does not end with a zero"));
+            }
         }
         if length != end + u64::from(end == size) {
             return Err(damaged(
@@ -273,7 +286,7 @@ impl Framed {
             } else if count == full {
                 self.decompress(number, part)?;
             } else {
-                let key = (self.object.name, number);
+                let key = (self.object.name, self.frame, number);
                 let whole = match self.cache.get(key) {
                     Some(known) => known,
                     None => {

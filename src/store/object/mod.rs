@@ -363,6 +363,10 @@ impl Objects {
         }
         dirs.sort_unstable();
         dirs.dedup();
+        if !dirs.is_empty() {
+            // Another import may have made one of them a moment ago.
+            dirs.push(self.files.clone());
+        }
         for dir in dirs {
             sync_dir(&dir).map_err(io_error("make durable", &dir))?;
         }

@@ -258,10 +258,17 @@ impl Objects {
         }
         for name in &dead {
             let path = self.path_of(name);
+            // An import relies on a file before it brings it here, so one that nobody relies on while this is locked is
+            // the one that was found dead.
+            let relied = self.relied.lock();
+            if relied.names.contains(name) {
+                continue;
+            }
             let metadata = fs::metadata(&path).map_err(io_error("look at", &path))?;
             if !dry {
                 fs::remove_file(&path).map_err(io_error("remove", &path))?;
             }
+            drop(relied);
             told(path, metadata.len());
         }
         Ok(())

@@ -61,6 +61,16 @@ impl Effort {
     }
 }
 
+/// Whether a layer of so many entries, whose paths have so many names in all and whose extended attributes are so many with
+/// so many bytes, asks for no more than its own entries allow: then it can lie on any layers.
+pub(in crate::store) fn is_modest(entries: u64, names: u64, xattrs: u64, bytes: u64) -> bool {
+    // A path is followed, and may be removed and told.
+    const FOLLOWED: u64 = 4;
+    let steps = FOLLOWED * names + xattrs;
+    let held = 2 * (bytes + xattrs * super::tree::XATTR as u64);
+    steps <= STEPS.1 * entries && held <= HELD.1 * entries
+}
+
 fn within(what: u64, most: u64, problem: &'static str) -> Result<(), &'static str> {
     if what <= most { Ok(()) } else { Err(problem) }
 }

@@ -27,6 +27,7 @@ use super::object::{Content, Objects, Place};
 use super::pack::PackId;
 
 pub(super) use build::{build, check, logical};
+pub(super) use effort::is_modest;
 pub use file::ViewFile;
 
 /// When contents are compared with their names.

@@ -18,7 +18,7 @@ const MOST_LINKS: usize = 255;
 /// Mode of a directory that no layer mentions.
 const MISSING_DIRECTORY: u16 = 0o755;
 /// Bytes that an extended attribute takes beside its name and its value.
-const XATTR: usize = 96;
+pub(super) const XATTR: usize = 96;
 /// Not the number of a layer.
 const NO_LAYER: u16 = u16::MAX;
 
