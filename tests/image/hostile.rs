@@ -387,10 +387,10 @@ fn a_full_disk_fails_the_import_and_gives_everything_back() {
     let dir = tempfile::tempdir().unwrap();
     let disk = SmallDisk::mount(dir.path().join("disk"));
     let store = Store::within(&disk.0);
-    // What comes again after half a megabyte: the blob's compression sees that, and that of the store does not.
-    let mut part = vec![0; 512 << 10];
+    // What comes again after 200 KiB: the blob's compression sees that, and that of the store, in frames, does not.
+    let mut part = vec![0; 200 << 10];
     blake3::Hasher::new().finalize_xof().fill(&mut part);
-    let large = part.repeat(40);
+    let large = part.repeat(103);
     let layer = || Layer::new().file("large", 0o644, &large);
     // The blob fits and its content does not; neither fits.
     for (blob, what) in [

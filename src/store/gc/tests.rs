@@ -297,24 +297,3 @@ fn layers_come_and_go_while_it_is_collected() {
     collect(&layers);
     assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
 }
-
-/// A collection once forgot where a dead file was, let go of the locks, and removed the file by its name, which an import
-/// had brought again meanwhile.
-#[test]
-fn a_large_object_that_comes_again_while_it_is_collected_stays() {
-    let tmp = tempfile::tempdir().unwrap();
-    let layers = open(tmp.path());
-    let name = import(&layers, &["large"]);
-    std::thread::scope(|scope| {
-        let collector = scope.spawn(|| {
-            for _ in 0..300 {
-                assert!(layers.collect(false, &()).errors.is_empty());
-            }
-        });
-        while !collector.is_finished() {
-            layers.remove(name).unwrap();
-            assert_eq!(import(&layers, &["large"]), name);
-            layers.export(name, &mut Vec::new()).unwrap();
-        }
-    });
-}

@@ -545,6 +545,46 @@ mod tests {
         assert!(objects.read(&of, None, false).is_err());
     }
 
+    /// A collection once forgot where dead files were, let go of the locks, and removed the files by their names, which an
+    /// import had brought again meanwhile.
+    #[test]
+    fn a_file_that_comes_again_while_its_directory_is_swept_stays() {
+        let tmp = tempfile::tempdir().unwrap();
+        let objects = store(tmp.path());
+        let first = b"first".to_vec();
+        let dir = ObjectName::of(&first).to_string()[..2].to_owned();
+        let mut others = (0u32..).map(|number| number.to_le_bytes().to_vec());
+        let beside = |content: &Vec<u8>| ObjectName::of(content).to_string().starts_with(&dir);
+        let contents = [first, others.find(beside).unwrap()];
+        let bring = || {
+            let _importing = objects.importing();
+            for content in &contents {
+                let of = object(content);
+                assert_eq!(objects.find_for_import(&of).unwrap(), None);
+                let mut file = FileWriter::create(tmp.path()).unwrap();
+                file.write(content).unwrap();
+                objects.publish(None, vec![file.finish().unwrap()]).unwrap();
+            }
+        };
+        bring();
+        let _collecting = objects.collecting();
+        let mut removed = 0;
+        let told = &mut |_, _| {
+            if removed == 0 {
+                bring();
+            }
+            removed += 1;
+        };
+        objects
+            .sweep_files(&dir, &Live::new(), false, told)
+            .unwrap();
+        assert_eq!(removed, 1);
+        for content in &contents {
+            let read = objects.read(&object(content), None, true).unwrap();
+            assert_eq!(bytes(&read, content.len()), *content);
+        }
+    }
+
     #[test]
     fn what_is_not_published_is_removed() {
         let tmp = tempfile::tempdir().unwrap();
