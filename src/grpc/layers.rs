@@ -9,7 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::pb::plywood as api;
-use super::status::{blocking, store_code};
+use super::status::blocking;
 use crate::image::{Image, ImageStore};
 use crate::snapshotter::{Owner, ParentRef, Snapshotter};
 use crate::store::layer::index::{Action, LayerIndex};
@@ -281,10 +281,4 @@ fn entry(index: &LayerIndex, number: u32) -> Result<api::LayerEntry, store::Erro
         major,
         minor,
     })
-}
-
-impl From<store::Error> for Status {
-    fn from(error: store::Error) -> Self {
-        Self::new(store_code(&error), error.to_string())
-    }
 }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use tonic::Status;
@@ -116,23 +115,11 @@ impl Beside {
 
 /// Bytes of a file, or of a directory and all that is in it; none if it is gone.
 fn tree(path: &Path) -> Result<u64, Status> {
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => match store::usage(path) {
-            Ok(usage) => Ok(usage.bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-            Err(error) => Err(failed("add up", path)(error)),
-        },
-        _ => own(path),
-    }
+    store::tree_bytes(path).map_err(failed("add up", path))
 }
 
 fn own(path: &Path) -> Result<u64, Status> {
-    match fs::symlink_metadata(path) {
-        // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
-        Ok(metadata) => Ok(metadata.blocks() * 512),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(failed("look at", path)(error)),
-    }
+    store::own_bytes(path).map_err(failed("look at", path))
 }
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Status {

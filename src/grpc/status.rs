@@ -66,6 +66,12 @@ pub(super) fn store_code(error: &store::Error) -> Code {
     }
 }
 
+impl From<store::Error> for Status {
+    fn from(error: store::Error) -> Self {
+        Self::new(store_code(&error), error.to_string())
+    }
+}
+
 impl From<snapshotter::Error> for Status {
     fn from(error: snapshotter::Error) -> Self {
         use snapshotter::Error;

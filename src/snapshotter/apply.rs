@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::io::Read;
-use std::path::Path;
 
 use super::catalog::Found;
 use super::chain;
@@ -80,7 +79,7 @@ impl Snapshotter {
     fn expect_pristine(&self, found: &Found) -> Result<()> {
         let upper = self.data.join(&found.id).join("upper");
         if found.record.packed.is_none()
-            && is_empty(&upper)?
+            && upper::is_empty(&upper)?
             && self.mounts.places(&found.id)?.is_empty()
         {
             return Ok(());
@@ -105,7 +104,7 @@ impl Snapshotter {
         let Some(applied) = found.record.packed else {
             return Ok(None);
         };
-        if !is_empty(&upper)? {
+        if !upper::is_empty(&upper)? {
             return Ok(None);
         }
         // As a lower layer: a plyfs whose mount is still read may have the work directory.
@@ -146,11 +145,6 @@ impl Snapshotter {
             None => Ok(Vec::new()),
         }
     }
-}
-
-fn is_empty(dir: &Path) -> Result<bool> {
-    let mut entries = fs::read_dir(dir).map_err(io_error("list", dir))?;
-    Ok(entries.next().is_none())
 }
 
 #[cfg(test)]

@@ -6,8 +6,6 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Snapshotter;
@@ -15,6 +13,7 @@ use super::catalog::Found;
 use super::chain::{self, Below};
 use super::diff::{OwnDirectory, OwnLayer, lookup, names_in};
 use super::types::*;
+use super::upper;
 use crate::cow::{FileKind, NodeId, Union};
 use crate::store::space::{Holder, Overhead, Shares};
 use crate::store::{self, layer::LayerId};
@@ -172,7 +171,7 @@ impl Snapshotter {
     fn logical_of(&self, found: &Found, ancestors: &[&Found]) -> Result<u64> {
         let mut lowers = self.lowers_in(found, ancestors);
         let upper = self.data.join(&found.id).join("upper");
-        if found.record.kind == Kind::Active && !is_empty(&upper)? {
+        if found.record.kind == Kind::Active && !upper::is_empty(&upper)? {
             lowers.insert(0, upper);
         }
         let mut chain = chain::packed_in(found, ancestors);
@@ -406,27 +405,12 @@ fn count(union: &Union) -> Result<u64> {
     Ok(bytes)
 }
 
-fn is_empty(dir: &Path) -> Result<bool> {
-    let mut entries = fs::read_dir(dir).map_err(io_error("list", dir))?;
-    Ok(entries.next().is_none())
-}
-
-/// Bytes that a directory takes with all that is in it; none if it is gone.
 fn tree(dir: &Path) -> Result<u64> {
-    match store::usage(dir) {
-        Ok(usage) => Ok(usage.bytes),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(io_error("add up", dir)(error)),
-    }
+    store::tree_bytes(dir).map_err(io_error("add up", dir))
 }
 
 fn own(dir: &Path) -> Result<u64> {
-    match fs::symlink_metadata(dir) {
-        // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
-        Ok(metadata) => Ok(metadata.blocks() * 512),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(io_error("look at", dir)(error)),
-    }
+    store::own_bytes(dir).map_err(io_error("look at", dir))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::Path;
 
-use super::types::Result;
+use super::types::{Result, io_error};
 use crate::cow::{Attr, NodeId, Timestamp, Union, UnionConfig, XattrFamily};
 use crate::sys::fs::Object;
 use crate::sys::xattr;
@@ -72,6 +72,12 @@ pub(super) fn make(dir: &Path, below: Option<&Root>) -> io::Result<()> {
         tv_nsec: i64::from(time.nsec),
     };
     Ok(object.set_times(&[timespec(attr.atime), timespec(attr.mtime)])?)
+}
+
+/// Whether nothing is in it.
+pub(super) fn is_empty(dir: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(dir).map_err(io_error("list", dir))?;
+    Ok(entries.next().is_none())
 }
 
 /// Makes everything in the upper durable: data, metadata and names.

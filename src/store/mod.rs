@@ -45,4 +45,4 @@ pub use format::tables::{Extent, Inode, Object, Xattrs};
 pub use format::{LayerName, NotAName, ObjectName, Time, ViewKey};
 pub use lock::{LockError, RootLock, lock_root};
 pub use pack::PackId;
-pub use usage::{Usage, usage};
+pub use usage::{Usage, own_bytes, tree_bytes, usage};

@@ -16,7 +16,7 @@ use super::format::{LayerName, ObjectName};
 use super::layer::index::LayerIndex;
 use super::layers::Layers;
 use super::object::Place;
-use super::usage::usage;
+use super::usage::{own_bytes, tree_bytes};
 use super::{pack, view};
 
 /// Somebody who has layers.
@@ -322,15 +322,11 @@ fn list(dir: &Path) -> Result<(u64, Vec<(String, Metadata)>)> {
 }
 
 fn own(dir: &Path) -> Result<u64> {
-    match fs::symlink_metadata(dir) {
-        Ok(metadata) => Ok(allocated(&metadata)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(io_error("look at", dir)(error)),
-    }
+    own_bytes(dir).map_err(io_error("look at", dir))
 }
 
 fn tree(dir: &Path) -> Result<u64> {
-    Ok(usage(dir).map_err(io_error("add up", dir))?.bytes)
+    tree_bytes(dir).map_err(io_error("add up", dir))
 }
 
 /// What is in a directory, without itself.
@@ -426,7 +422,7 @@ mod tests {
         ];
         let check = |holders: &[Holder]| {
             let (shares, overhead) = space(&layers, holders);
-            assert_eq!(sum(&shares, overhead), usage(&dir).unwrap().bytes);
+            assert_eq!(sum(&shares, overhead), tree_bytes(&dir).unwrap());
             (shares, overhead)
         };
         let (shares, overhead) = check(&holders);

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::sys::fs::{Errno, Stat, fstat};
@@ -23,6 +24,28 @@ pub fn usage(dir: &Path) -> io::Result<Usage> {
     let mut walk = Walk::new(dir)?;
     while walk.step()? {}
     Ok(walk.sum)
+}
+
+/// Bytes that what is at `path` takes for itself, a directory without what is in it; none if it is gone.
+pub fn own_bytes(path: &Path) -> io::Result<u64> {
+    match std::fs::symlink_metadata(path) {
+        // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
+        Ok(metadata) => Ok(metadata.blocks() * 512),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
+/// Bytes that what is at `path` takes, a directory with all that is in it; none if it is gone.
+pub fn tree_bytes(path: &Path) -> io::Result<u64> {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => match usage(path) {
+            Ok(usage) => Ok(usage.bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(error),
+        },
+        _ => own_bytes(path),
+    }
 }
 
 struct Walk {
