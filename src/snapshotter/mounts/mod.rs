@@ -394,20 +394,28 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
-        if !copies(&live.point.path, live.connection)?.is_empty() {
+        if live.is_in_use(id) {
             tracing::warn!(id, "ending a mount that is still in use");
             live.abort();
         }
-        self.take_away(&live)?;
-        live.end();
+        self.take_away(live)?.end();
         self.clear(id)
     }
 
-    fn take_away(&self, live: &Live) -> Result<()> {
+    /// Takes the mount away from its place. One that stays there is ended: nobody watches over it any more.
+    fn take_away(&self, live: Live) -> Result<Live> {
         let path = &live.point.path;
-        match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+        let taken = match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
             Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path)),
+        };
+        match taken {
+            Ok(()) => Ok(live),
+            Err(error) => {
+                live.abort();
+                live.end();
+                Err(error)
+            }
         }
     }
 
@@ -510,6 +518,17 @@ impl Shared {
 }
 
 impl Live {
+    /// Whether there are copies of the mount. Where that cannot be told, there may be.
+    fn is_in_use(&self, id: &str) -> bool {
+        copies(&self.point.path, self.connection).map_or_else(
+            |error| {
+                tracing::warn!(id, %error, "whether a mount is in use cannot be told");
+                true
+            },
+            |copies| !copies.is_empty(),
+        )
+    }
+
     /// Makes every call on the mount fail, at whatever place. To be done while it is at its own.
     fn abort(&self) {
         if !abort_at(&self.point.path) {
