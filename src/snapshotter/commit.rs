@@ -44,10 +44,14 @@ impl Snapshotter {
             if name != key {
                 self.catalog.check_free(owner, name)?;
             }
-            match self.below(&found)?.lowers.is_empty() {
+            let committed = match self.below(&found)?.lowers.is_empty() {
                 true => self.commit_packed(&found, name, labels),
                 false => self.commit_directory(&found, name, labels),
+            };
+            if committed.is_err() {
+                self.mounts.end_sealed(&found.id);
             }
+            self.describe(committed?)
         })
     }
 
@@ -57,20 +61,13 @@ impl Snapshotter {
         found: &Found,
         name: &str,
         labels: BTreeMap<String, String>,
-    ) -> Result<SnapshotInfo> {
+    ) -> Result<Found> {
         self.end_mount(found, |mounts, id| {
             mounts.seal(id, || self.needs_work(found).map(|needs| !needs))
         })?;
-        match self.make_committed(found, name, labels) {
-            Ok(committed) => {
-                discard(&self.data.join(&found.id), &self.trash);
-                self.describe(committed)
-            }
-            Err(error) => {
-                self.mounts.end_sealed(&found.id);
-                Err(error)
-            }
-        }
+        let committed = self.make_committed(found, name, labels)?;
+        discard(&self.data.join(&found.id), &self.trash);
+        Ok(committed)
     }
 
     /// Of a snapshot that is not mounted any more: what it has is a layer, and then its record says so.
@@ -139,7 +136,7 @@ impl Snapshotter {
         found: &Found,
         name: &str,
         labels: BTreeMap<String, String>,
-    ) -> Result<SnapshotInfo> {
+    ) -> Result<Found> {
         let dir = self.data.join(&found.id);
         let upper = dir.join("upper");
         // Settling needs the work directory for itself: then no copy of the mount can go on.
@@ -163,7 +160,7 @@ impl Snapshotter {
         match committed {
             Ok(committed) => {
                 self.throw_away(&dir);
-                self.describe(committed)
+                Ok(committed)
             }
             Err(error) => {
                 // Whether the record was replaced before it failed decides the next `open`.

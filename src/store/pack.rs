@@ -360,6 +360,15 @@ fn parse(header: &[u8; HEADER]) -> Option<Header> {
     })
 }
 
+/// The object of the header that is at a slot; `None` if there is no sound one.
+pub(super) fn object_at(file: &File, slot: Slot) -> io::Result<Option<Object>> {
+    let mut header = [0; HEADER];
+    match file.read_exact_at(&mut header, slot.offset) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        result => result.map(|()| parse(&header).map(|found| found.object)),
+    }
+}
+
 /// What is wrong with an object in a pack.
 #[derive(Debug)]
 pub(super) enum Wrong {

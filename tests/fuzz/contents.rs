@@ -1,17 +1,18 @@
-//! Packs, recipes of tar streams, and record files.
+//! Packs, large objects in frames, recipes of tar streams, and record files.
 
 use std::fs;
 use std::io::{self, Cursor};
 use std::path::PathBuf;
 
-use plywood::store::layers::LayerRecord;
+use plywood::store::layers::{Expected, LayerRecord};
 use plywood::store::object::{Content, Objects};
 use plywood::store::record::RecordDir;
 use plywood::store::{LayerName, Object, ObjectName};
 
+use super::archive::Layer;
 use super::engine::Choices;
 use super::formats::{Faults, damage};
-use super::seeds::{PutBack, Store, assert_names};
+use super::seeds::{PutBack, Store, assert_names, text};
 
 const PACK_HEADER: usize = 64;
 const TABLE_ENTRY: usize = 56;
@@ -147,6 +148,222 @@ fn put(bytes: &mut [u8], at: usize, value: u64) {
     if let Some(field) = bytes.get_mut(at..at + 8) {
         field.copy_from_slice(&value.to_le_bytes());
     }
+}
+
+/// A large object in frames.
+pub struct Frames {
+    store: Store,
+    objects: Vec<FramedObject>,
+}
+
+struct FramedObject {
+    path: PathBuf,
+    good: Vec<u8>,
+    object: Object,
+    content: Vec<u8>,
+}
+
+const FRAMES_HEADER: usize = 64;
+/// Plain bytes of a frame that is written.
+const FRAME: usize = 128 << 10;
+
+impl Frames {
+    pub fn new() -> Self {
+        let store = Store::new();
+        let mut random = vec![0; FRAME + 100];
+        blake3::Hasher::new().finalize_xof().fill(&mut random);
+        let contents = [
+            text(60_000),
+            // Frames of either kind.
+            [&text(30_000)[..FRAME], &random, &[7; FRAME]].concat(),
+            random[..FRAME + 50].to_vec(),
+            text(200),
+        ];
+        let mut layer = Layer::new();
+        for (number, content) in contents.iter().enumerate() {
+            layer = layer.file(&number.to_string(), 0o644, content);
+        }
+        let stream = layer.tar();
+        let imported = store
+            .open()
+            .import(stream.as_slice(), &Expected::default(), &());
+        imported.unwrap();
+        let objects = contents.map(|content| {
+            let object = Object {
+                name: ObjectName::of(&content),
+                size: content.len() as u64,
+            };
+            let name = object.name.to_string();
+            let path = store.path().join("objects").join(&name[..2]).join(&name);
+            let good = fs::read(&path).unwrap();
+            assert!(good.starts_with(b"plyframe") && good.len() != content.len());
+            FramedObject {
+                path,
+                good,
+                object,
+                content,
+            }
+        });
+        Self {
+            objects: objects.into(),
+            store,
+        }
+    }
+
+    pub fn case(&self, choices: &mut Choices<'_>) {
+        let which = choices.below(self.objects.len());
+        let of = &self.objects[which];
+        let mut bytes = of.good.clone();
+        if choices.once_in(3) {
+            let frame = choices.one_of(&[4096, 5000, FRAME, 1 << 20, 16 << 20]);
+            bytes = in_frames(&of.content, frame, choices);
+        }
+        let sound = choices.once_in(6);
+        if !sound {
+            match choices.once_in(3) {
+                true => damage(&mut bytes, choices),
+                false => forge_frames(&mut bytes, choices),
+            }
+        }
+        let _put_back = PutBack::after(&of.path, &bytes);
+        let objects = Objects::new(self.store.path());
+        let size = of.content.len() as u64;
+        if let Ok(content) = objects.read(&of.object, None, false) {
+            for _ in 0..6 {
+                let from = match choices.below(6) {
+                    0 => choices.number(),
+                    1 => FRAME as u64 * choices.below(4) as u64,
+                    _ => choices.word() % (size + 10),
+                };
+                let most = choices.one_of(&[1, 4096, FRAME, 3 * FRAME]);
+                let mut buffer = vec![0; most];
+                let expected = size.saturating_sub(from).min(most as u64);
+                match content.read_at(&mut buffer, from) {
+                    Ok(count) => assert_eq!(count as u64, expected),
+                    Err(error) => {
+                        let known = matches!(
+                            error.kind(),
+                            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+                        );
+                        assert!(known && expected > 0, "{error:?}");
+                    }
+                }
+            }
+        }
+        // Frames that are kept are of one object.
+        let other = &self.objects[(which + 1) % self.objects.len()];
+        let mut read = [0; 600];
+        let content = objects.read(&other.object, None, false).unwrap();
+        content.read_at(&mut read, 0).unwrap();
+        assert!(read == other.content[..600], "wrong data");
+        match objects.read(&of.object, None, true) {
+            Ok(content) => {
+                let mut read = vec![0; of.content.len() + 1];
+                let count = content.read_at(&mut read, 0).unwrap();
+                assert!(read[..count] == of.content, "wrong data");
+            }
+            Err(error) => {
+                assert!(!sound, "{error}");
+                assert_names(&error, &of.path);
+            }
+        }
+    }
+}
+
+/// What another writer may make of `content`.
+fn in_frames(content: &[u8], frame: usize, choices: &mut Choices<'_>) -> Vec<u8> {
+    let mut bytes = vec![0; FRAMES_HEADER];
+    bytes[..8].copy_from_slice(b"plyframe");
+    bytes[8] = 1;
+    put(&mut bytes, 40, content.len() as u64);
+    put_word(&mut bytes, 48, frame as u64);
+    short_sum(&mut bytes);
+    let mut body = Vec::new();
+    for part in content.chunks(frame) {
+        let compressed = zstd::encode_all(part, 1).unwrap();
+        let (stored, plain) = match compressed.len() > part.len() || choices.once_in(3) {
+            true => (part, 1 << 31),
+            false => (&*compressed, 0),
+        };
+        bytes.extend((stored.len() as u32 | plain).to_le_bytes());
+        body.extend_from_slice(stored);
+    }
+    let sum = blake3::hash(&bytes);
+    bytes.extend_from_slice(sum.as_bytes());
+    bytes.extend(body);
+    if bytes.len() == content.len() {
+        bytes.push(0);
+    }
+    bytes
+}
+
+fn forge_frames(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) {
+    let size = u64::from_le_bytes(bytes[40..48].try_into().unwrap());
+    let count = size.div_ceil(u64::from(word(bytes, 48))) as usize;
+    let table_end = FRAMES_HEADER + 4 * count;
+    let body = table_end + 32;
+    for _ in 0..1 + choices.below(3) {
+        let entry = FRAMES_HEADER + 4 * choices.below(count);
+        let value = choices.number();
+        match choices.below(8) {
+            // The header: version, features, sizes.
+            0 => put(bytes, choices.one_of(&[8, 16, 24, 32, 40]), value),
+            1 => put_word(bytes, choices.one_of(&[48, 52]), value),
+            // For which the table may still fit.
+            2 => {
+                let least = size.div_ceil(count as u64);
+                put_word(bytes, 48, least + u64::from(choices.byte()));
+            }
+            // The table: what is stored of a frame, and how.
+            3 => put_word(bytes, entry, value),
+            4 => bytes[entry + 3] ^= 0x80,
+            5 => {
+                // Frames that are cut elsewhere, of as many bytes in all.
+                let other = FRAMES_HEADER + 4 * choices.below(count);
+                let by = choices.below(1000) as u32;
+                let more = word(bytes, entry).wrapping_add(by);
+                put_word(bytes, entry, u64::from(more));
+                let fewer = word(bytes, other).wrapping_sub(by);
+                put_word(bytes, other, u64::from(fewer));
+            }
+            // The frames.
+            6 => {
+                let at = body + choices.below(bytes.len() - body);
+                bytes[at] = choices.byte();
+            }
+            // One of more than it should be.
+            _ => {
+                let bomb = zstd::encode_all(Cursor::new(vec![choices.byte(); 8 << 20]), 1).unwrap();
+                let end = bytes.len().min(body + stored(bytes, FRAMES_HEADER));
+                put_word(bytes, FRAMES_HEADER, bomb.len() as u64);
+                bytes.splice(body..end, bomb);
+            }
+        }
+    }
+    short_sum(&mut bytes[..FRAMES_HEADER]);
+    let sum = blake3::hash(&bytes[..table_end]);
+    bytes[table_end..body].copy_from_slice(sum.as_bytes());
+    if choices.once_in(3) {
+        // So that the table is right about the bytes of the file.
+        let entries = (FRAMES_HEADER..table_end).step_by(4);
+        let all = body + entries.map(|at| stored(bytes, at)).sum::<usize>();
+        if all < bytes.len() + (1 << 20) {
+            bytes.resize(all + usize::from(all as u64 == size), 0);
+        }
+    }
+}
+
+/// The bytes of a frame by its entry at `at`.
+fn stored(bytes: &[u8], at: usize) -> usize {
+    (word(bytes, at) & !(1 << 31)) as usize
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn put_word(bytes: &mut [u8], at: usize, value: u64) {
+    bytes[at..at + 4].copy_from_slice(&(value as u32).to_le_bytes());
 }
 
 /// The recipe of a tar stream: what is exported is the stream, or nothing is.

@@ -23,6 +23,10 @@ fn target() -> Target {
             let target = contents::Packs::new();
             Box::new(move |choices| target.case(choices))
         }
+        "frames" => {
+            let target = contents::Frames::new();
+            Box::new(move |choices| target.case(choices))
+        }
         "recipe" => {
             let target = contents::Recipe::new();
             Box::new(move |choices| target.case(choices))

@@ -7,7 +7,7 @@
 //!
 //! - `engine`: draws cases and watches over them.
 //! - `seeds`: the store that is damaged, and readers of all that is in it.
-//! - `formats`: indexes and views; `contents`: packs, recipes, records; `streams`: tar, gzip, zstd.
+//! - `formats`: indexes and views; `contents`: packs, large objects, recipes, records; `streams`: tar, gzip, zstd.
 //!
 //! A finding is repeated by the number of its case, `PLYWOOD_FUZZ_CASE=N cargo test --test fuzz TARGET`, and becomes a test beside the
 //! code that was wrong.
@@ -53,6 +53,12 @@ fn view() {
 fn pack() {
     let target = contents::Packs::new();
     engine::run("pack", |choices| target.case(choices));
+}
+
+#[test]
+fn frames() {
+    let target = contents::Frames::new();
+    engine::run("frames", |choices| target.case(choices));
 }
 
 #[test]

@@ -97,7 +97,7 @@ fn xattr(layer: Layer, value: &[u8]) -> Layer {
 }
 
 /// Like `seq`, so that it is compressed.
-fn text(lines: usize) -> Vec<u8> {
+pub fn text(lines: usize) -> Vec<u8> {
     (0..lines)
         .flat_map(|line| format!("{line}\n").into_bytes())
         .collect()

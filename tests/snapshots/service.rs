@@ -259,6 +259,32 @@ fn a_copy_is_read_until_nobody_has_it_any_more() {
 }
 
 #[test]
+fn a_snapshot_whose_commit_has_failed_can_be_mounted_and_committed() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let place = plyd.dir().join("consumer");
+    let mounts = snapshots.prepare("a", "").unwrap();
+    let bind = Bind::new(&mounts, &place);
+    fs::write(place.join("file"), "1").unwrap();
+    let data = fs::read_dir(plyd.root().join("snapshots/data"));
+    let own = data.unwrap().next().unwrap().unwrap().path();
+    // It cannot be taken away, which is done when the mount has been sealed.
+    let mark = own.join("mounted");
+    fs::remove_file(&mark).unwrap();
+    fs::create_dir(&mark).unwrap();
+    assert!(snapshots.commit("base", "a").is_err());
+    assert!(fs::read_dir(&place).is_err());
+    fs::remove_dir(&mark).unwrap();
+    let again = source(&snapshots.mounts("a").unwrap());
+    fs::write(again.join("more"), "2").unwrap();
+    drop(bind);
+    snapshots.commit("base", "a").unwrap();
+    let view = source(&snapshots.view("v", "base").unwrap());
+    assert_eq!(fs::read(view.join("file")).unwrap(), b"1");
+    assert_eq!(fs::read(view.join("more")).unwrap(), b"2");
+}
+
+#[test]
 fn writers_that_are_still_there_cannot_reach_a_committed_layer() {
     use std::io::Write;
 

@@ -10,11 +10,23 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::copies::copies;
 use super::{ANSWER, Live};
 use crate::fuse::control::ControlClient;
 use crate::sys::mountinfo::{self, MountEntry};
 
 impl Live {
+    /// Whether there are copies of the mount. Where that cannot be told, there may be.
+    pub(super) fn is_in_use(&self, id: &str) -> bool {
+        copies(&self.point.path, self.connection).map_or_else(
+            |error| {
+                tracing::warn!(id, %error, "whether a mount is in use cannot be told");
+                true
+            },
+            |copies| !copies.is_empty(),
+        )
+    }
+
     /// Makes every call on the mount fail, at whatever place. To be done while it is at its own.
     pub(super) fn abort(&self) {
         if !abort_at(&self.point.path) {

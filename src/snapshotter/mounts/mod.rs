@@ -36,7 +36,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use copies::copies;
 use end::{abort_at, connection, has_ended, kill};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -394,20 +393,28 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
-        if !copies(&live.point.path, live.connection)?.is_empty() {
+        if live.is_in_use(id) {
             tracing::warn!(id, "ending a mount that is still in use");
             live.abort();
         }
-        self.take_away(&live)?;
-        live.end();
+        self.take_away(live)?.end();
         self.clear(id)
     }
 
-    fn take_away(&self, live: &Live) -> Result<()> {
+    /// Takes the mount away from its place. One that stays there is ended: nobody watches over it any more.
+    fn take_away(&self, live: Live) -> Result<Live> {
         let path = &live.point.path;
-        match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+        let taken = match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
             Err(_) => fuse_mount::unmount_lazily(path).map_err(io_error("unmount", path)),
+        };
+        match taken {
+            Ok(()) => Ok(live),
+            Err(error) => {
+                live.abort();
+                live.end();
+                Err(error)
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::mount::MsFlags;
 
 use super::super::types::Result;
-use super::{Live, Mounts, copies, has_ended, kill};
+use super::{Live, Mounts, has_ended, kill};
 
 /// How long a plyfs may take to leave its upper alone: whoever does not is ended, and what still reads there with it.
 const SEALING: Duration = Duration::from_secs(60);
@@ -32,9 +32,8 @@ impl Mounts {
             tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
             live.abort();
         }
-        let in_use = sealed.is_ok() && !copies(&live.point.path, live.connection)?.is_empty();
-        let goes_on = in_use && live.seal_if(id, may_go_on);
-        self.take_away(&live)?;
+        let goes_on = sealed.is_ok() && live.is_in_use(id) && live.seal_if(id, may_go_on);
+        let live = self.take_away(live)?;
         if goes_on {
             tracing::debug!(
                 id,

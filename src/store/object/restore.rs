@@ -16,7 +16,7 @@ use crate::store::durable::sync_dir;
 use crate::store::error::{Error, Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::pack::{self, PackId};
+use crate::store::pack::{self, PackId, Slot};
 
 /// A restoration is under way.
 #[derive(Debug)]
@@ -97,8 +97,8 @@ impl Objects {
         let path = self.pack_path(id);
         let objects = match pack::objects_of(&path, id) {
             Ok(objects) => objects,
-            // Gone, or nothing in it can be found by who opens it.
-            Err(Error::Damaged { .. }) => Vec::new(),
+            // Who opens the store finds nothing in it; what was found before can still be read.
+            Err(Error::Damaged { .. }) => self.known_in(id)?,
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Ok(());
             }
@@ -125,11 +125,28 @@ impl Objects {
             self.write_anew(id, &keep, tmp, level)?;
         }
         if let Some(places) = &mut *self.places.write() {
-            places.retain(|_, place| !matches!(place, Place::Packed { pack, .. } if *pack == id));
+            places.retain(|_, place| slot_in(id)(place).is_none());
         }
         remove(&path)?;
         self.open.lock().retain(|(known, _)| *known != id);
         sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))
+    }
+
+    /// The objects that are known to be in a pack and have sound headers there.
+    fn known_in(&self, id: PackId) -> Result<Vec<(Object, Slot)>> {
+        let path = self.pack_path(id);
+        let mut known: Vec<Slot> = match &*self.places.read() {
+            Some(places) => places.values().filter_map(slot_in(id)).collect(),
+            None => Vec::new(),
+        };
+        known.sort_unstable_by_key(|slot| slot.offset);
+        let file = self.pack(id, &path)?;
+        let mut objects = Vec::new();
+        for slot in known {
+            let found = pack::object_at(&file, slot).map_err(io_error("read", &path))?;
+            objects.extend(found.map(|object| (object, slot)));
+        }
+        Ok(objects)
     }
 
     /// Removes packs that do not begin as one and have nothing that is known. To be called while no collection is under
@@ -142,9 +159,7 @@ impl Objects {
                 continue;
             };
             let known = match &*self.places.read() {
-                Some(places) => places
-                    .values()
-                    .any(|place| matches!(place, Place::Packed { pack, .. } if *pack == id)),
+                Some(places) => places.values().any(|place| slot_in(id)(place).is_some()),
                 None => true,
             };
             if !known {
@@ -153,6 +168,18 @@ impl Objects {
             }
         }
         Ok(removed)
+    }
+}
+
+/// Where in the pack `id` a place is, if it is there.
+fn slot_in(id: PackId) -> impl Fn(&Place) -> Option<Slot> {
+    move |place| match *place {
+        Place::Packed {
+            pack,
+            offset,
+            stored,
+        } if pack == id => Some(Slot { offset, stored }),
+        _ => None,
     }
 }
 

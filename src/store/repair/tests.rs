@@ -3,8 +3,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::*;
+use crate::store::format::ObjectName;
 use crate::store::ingest::Settings;
-use crate::store::object::Objects;
+use crate::store::object::{Objects, Place};
 
 fn open(dir: &Path) -> Layers {
     let settings = Settings {
@@ -256,6 +257,34 @@ fn what_another_layer_has_lost_stays_lost_and_nothing_else() {
     let restored = layers.restore(first, &*source, &Expected::default(), &());
     assert_eq!(restored.unwrap(), first);
     assert_eq!((faults(first), faults(second)), (0, 0));
+}
+
+#[test]
+fn a_pack_with_a_damaged_header_loses_nothing_that_can_be_read() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let import = |names: &[&str]| {
+        let stream = stream(names);
+        layers.import(&*stream, &Expected::default(), &()).unwrap()
+    };
+    let first = import(&["a", "b", "c"]);
+    let second = import(&["b"]);
+    let place = layers.objects().find(&ObjectName::of(&content("b")));
+    let Some(Place::Packed { pack, offset, .. }) = place.unwrap() else {
+        panic!("it is in a pack");
+    };
+    let path = layers.objects().pack_path(pack);
+    flip(&path, 3);
+    flip(&path, offset + 500);
+    let source = stream(&["b"]);
+    let restored = layers.restore(second, &*source, &Expected::default(), &());
+    assert_eq!(restored.unwrap(), second);
+    assert!(!path.exists());
+    drop(layers);
+    let layers = open(tmp.path());
+    for layer in [first, second] {
+        assert!(layers.verify_layer(layer, true, &()).is_empty());
+    }
 }
 
 #[test]
