@@ -91,15 +91,7 @@ impl Mount {
 
     /// Unmounts and waits for the server.
     pub fn unmount(self) {
-        let unmounted = wait_until(|| match umount2(&self.path, MntFlags::empty()) {
-            // A child that another test has just forked has every open file until it runs its program.
-            Err(Errno::EBUSY) => false,
-            result => {
-                result.unwrap();
-                true
-            }
-        });
-        assert!(unmounted, "the mount stays busy");
+        unmount(&self.path);
         assert!(self.wait_for_end(), "plyfs outlived its mount");
     }
 }
@@ -112,6 +104,19 @@ impl Drop for Mount {
             let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
         }
     }
+}
+
+/// Takes away what is mounted at a place.
+pub fn unmount(target: &Path) {
+    let unmounted = wait_until(|| match umount2(target, MntFlags::empty()) {
+        // A child that another test has just forked has every open file until it runs its program.
+        Err(Errno::EBUSY) => false,
+        result => {
+            result.unwrap();
+            true
+        }
+    });
+    assert!(unmounted, "the mount stays busy");
 }
 
 /// Waits for something that comes about soon; false when it did not by the deadline.

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use nix::mount::{MntFlags, umount2};
 
-use crate::common::mount::{PLYFS, wait_until};
+use crate::common::mount::{PLYFS, unmount, wait_until};
 use crate::common::snapshot::Snapshot;
 
 const FUSE_OVERLAYFS: &str = "/usr/bin/fuse-overlayfs";
@@ -59,7 +59,7 @@ impl Program {
         assert!(output.status.success(), "{self:?} -o {options}: {output:?}");
         let mount = Mounted(target.to_owned());
         let result = body(target);
-        umount2(target, MntFlags::empty()).unwrap();
+        unmount(target);
         std::mem::forget(mount);
         // The server goes on for a moment.
         let text = target.to_str().unwrap().to_owned();

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::common::mapping;
 use crate::common::mode::Mode;
-use crate::common::mount::wait_until;
+use crate::common::mount::{unmount, wait_until};
 use crate::common::{Layers, Mount, errno};
 
 const MIB: u64 = 1 << 20;
@@ -276,7 +276,7 @@ fn a_new_mount_goes_on_where_the_last_one_was_completing() {
         open(&mount, 0).write_all_at(&[round; 5000], at).unwrap();
         expected[at as usize..at as usize + 5000].fill(round);
         // The server goes on for a while; the next one finds its work directory in use.
-        umount2(&place.layers.mnt(), MntFlags::empty()).unwrap();
+        unmount(&place.layers.mnt());
         let again = place.mount("complete=off");
         assert!(fs::read(again.join("f")).unwrap() == expected);
         again.unmount();

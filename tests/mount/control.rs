@@ -12,7 +12,7 @@ use plywood::fuse::control::ControlClient;
 use plywood::sys::fuse_mount::{self, MountOptions};
 
 use crate::common::mode;
-use crate::common::mount::wait_until;
+use crate::common::mount::{unmount, wait_until};
 use crate::common::{Layers, mapping};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -121,7 +121,7 @@ fn it_ends_with_the_mount_although_its_device_is_held() {
     let client = served.connect();
     client.stop(SOON).unwrap();
     fs::write(served.layers.mnt().join("f"), "still served").unwrap();
-    umount2(&served.layers.mnt(), MntFlags::empty()).unwrap();
+    unmount(&served.layers.mnt());
     assert!(wait_until(|| served.child.try_wait().unwrap().is_some()));
     assert!(client.hello(SOON).is_err());
     assert!(!served.layers.path("control").exists());
@@ -159,7 +159,7 @@ fn its_end_waits_for_no_disk() {
     let client = served.connect();
     fs::write(served.layers.mnt().join("f"), "x").unwrap();
     client.stop(SOON).unwrap();
-    umount2(&served.layers.mnt(), MntFlags::empty()).unwrap();
+    unmount(&served.layers.mnt());
     assert!(wait_until(|| served.child.try_wait().unwrap().is_some()));
     let calls = fs::read_to_string(&log).unwrap();
     assert!(!calls.contains("sync"), "{calls}");

@@ -8,7 +8,7 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::common::mode;
-use crate::common::mount::plyfs;
+use crate::common::mount::{plyfs, unmount};
 use crate::common::snapshot::Snapshot;
 use crate::common::{Layers, Mount, errno};
 
@@ -245,7 +245,7 @@ fn relative_layers_are_found_and_the_callers_directory_stays_free() {
         .unwrap();
     assert!(status.success());
     assert_eq!(fs::read(layers.mnt().join("f")).unwrap(), b"x");
-    umount2(&layers.mnt(), MntFlags::empty()).unwrap();
+    unmount(&layers.mnt());
 }
 
 #[test]
@@ -314,7 +314,7 @@ fn the_mount_table_shows_what_was_asked_for() {
     ]);
     assert!(output.status.success(), "{output:?}");
     let line = table_line(&layers.mnt());
-    umount2(&layers.mnt(), MntFlags::empty()).unwrap();
+    unmount(&layers.mnt());
     assert!(line.contains(" the-source "), "{line}");
 }
 

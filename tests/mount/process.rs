@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::Signal;
 
 use crate::common::mode;
-use crate::common::mount::wait_until;
+use crate::common::mount::{unmount, wait_until};
 use crate::common::{Layers, Mount, errno};
 
 fn is_mounted(layers: &Layers) -> bool {
@@ -37,7 +37,7 @@ fn nothing_of_the_server_is_left_on_the_callers_streams() {
         fs::read_link(format!("/proc/{pid}/cwd")).unwrap().to_str(),
         Some("/")
     );
-    nix::mount::umount2(&layers.mnt(), nix::mount::MntFlags::empty()).unwrap();
+    unmount(&layers.mnt());
 }
 
 /// A script that locks with `flock 9` and mounts would never have been rid of its lock.
@@ -75,7 +75,7 @@ fn nothing_that_the_caller_had_open_is_left_open() {
         .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
         .filter(|target| *target == lock || *target == layers.path("more"))
         .collect();
-    nix::mount::umount2(&layers.mnt(), nix::mount::MntFlags::empty()).unwrap();
+    unmount(&layers.mnt());
     assert!(status.unwrap().success(), "the lock stays");
     assert!(held.is_empty(), "{held:?}");
 }
@@ -180,7 +180,7 @@ fn the_log_goes_where_it_is_sent() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    nix::mount::umount2(&layers.mnt(), nix::mount::MntFlags::empty()).unwrap();
+    unmount(&layers.mnt());
     assert!(wait_until(|| {
         let text = fs::read_to_string(&log).unwrap();
         text.contains("serving") && text.contains("ended")

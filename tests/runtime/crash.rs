@@ -503,6 +503,18 @@ fn a_root_that_fails_is_said_and_can_be_removed() {
         id.trim_end(),
     ]);
     let pid = snapshot["plyfs_pid"].as_i64().unwrap();
+    // Before it sleeps it may still need a page of its program, and dies of that.
+    until("the process sleeps", || {
+        let job = &plyd.json(["inspect", "job"])[0];
+        let call = fs::read_to_string(format!("/proc/{}/syscall", job["pid"]));
+        call.is_ok_and(|call| {
+            let number = call
+                .split(' ')
+                .next()
+                .and_then(|number| number.parse().ok());
+            [Some(libc::SYS_nanosleep), Some(libc::SYS_clock_nanosleep)].contains(&number)
+        })
+    });
     kill(Pid::from_raw(pid.try_into().unwrap()), Signal::SIGKILL).unwrap();
     until("it is said", || {
         let job = &plyd.json(["inspect", "job"])[0];

@@ -238,7 +238,7 @@ impl Shim {
     }
 
     fn created(&mut self, conn: u64) {
-        let result = self.main.streams.accept_terminal().and_then(|()| {
+        let result = self.main.streams.expect_terminal().and_then(|()| {
             let pid = read_pid(Path::new("init.pid"))?;
             self.main.set_pid(pid);
             self.main.exit = self.unclaimed.remove(&pid.as_raw());
@@ -302,7 +302,7 @@ impl Shim {
             }
             Some(process) => process
                 .streams
-                .accept_terminal()
+                .expect_terminal()
                 .and_then(|()| read_pid(&exec_pid_file(id)))
                 .map(|pid| {
                     process.set_pid(pid);

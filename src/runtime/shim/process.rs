@@ -152,6 +152,16 @@ impl Streams {
         }
     }
 
+    /// As `accept_terminal`, once the OCI runtime has sent whatever it sends. Fails if a terminal that is needed has not come:
+    /// nobody would hold it for the process.
+    pub fn expect_terminal(&mut self) -> io::Result<()> {
+        self.accept_terminal()?;
+        match &self.console {
+            None => Ok(()),
+            Some(_) => Err(io::Error::other("the OCI runtime has sent no terminal")),
+        }
+    }
+
     /// The listener to wait for, while the terminal has not come.
     pub fn console(&self) -> Option<BorrowedFd<'_>> {
         self.console
