@@ -627,3 +627,16 @@ fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
         assert!(again.stderr.contains("exists already"), "{}", again.stderr);
     }
 }
+
+/// The layers of an image that went before a snapshot on it once stayed until plyd started again.
+#[test]
+fn the_layers_of_an_image_go_with_the_last_snapshot_on_them() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    plyd.ok(["snapshot", "prepare", "work", BUSYBOX]);
+    plyd.ok(["image", "rm", BUSYBOX]);
+    assert_eq!(plyd.ok(["snapshot", "ls", "-q"]).lines().count(), 3);
+    plyd.ok(["snapshot", "rm", "work"]);
+    assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), "");
+    assert_eq!(plyd.ok(["layer", "ls", "-q"]), "");
+}

@@ -203,7 +203,7 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
         let contents = count(damaged, "content");
         line(
             "damaged",
-            &format!("{contents}; `snapctl system repair` mends them"),
+            &format!("{contents}; `snapctl system repair` mends them, or says what would"),
         );
     }
     for (key, value) in &view.labels {

@@ -168,7 +168,8 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
         };
         let how = match damaged {
             true => "; `snapctl system repair` mends it, or says what would",
-            false => "",
+            false if args.deep => "",
+            false => "; what the contents are was not read, `--deep` does",
         };
         output::lines_out(&[format!(
             "{} with {}{read}: {} damaged{how}",

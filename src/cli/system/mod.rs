@@ -279,7 +279,7 @@ fn damaged(info: &InfoView) -> String {
     match info.damaged_contents {
         0 => "nothing that was read".to_owned(),
         contents => format!(
-            "{} in {}; `snapctl system repair` mends them",
+            "{} in {}; `snapctl system repair` mends them, or says what would",
             output::count(contents, "content"),
             output::count(info.damaged_mounts, "mount")
         ),

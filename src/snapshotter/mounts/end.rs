@@ -57,7 +57,7 @@ impl Live {
             .spawn(move || {
                 let pid = self.point.pid;
                 let status = self.reap();
-                tracing::info!(id = owned, pid, status, "a dead plyfs has ended");
+                tracing::info!(id = owned, pid, status, "a plyfs has ended");
             });
         if let Err(error) = reaping {
             tracing::warn!(id, %error, "a dead plyfs stays a zombie");
