@@ -397,6 +397,9 @@ impl Recipe {
         } else {
             let mut parts = self.parts[which].clone();
             for _ in 0..1 + choices.below(3) {
+                if parts.is_empty() {
+                    break;
+                }
                 let at = choices.below(parts.len());
                 match choices.below(5) {
                     0 => parts[at] = choices.byte() % 4,

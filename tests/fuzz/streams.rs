@@ -55,9 +55,12 @@ impl Streams {
         let mut stream = Vec::new();
         let mut rest = tar.as_slice();
         // In members and frames.
-        while !rest.is_empty() {
+        for number in 0.. {
+            if rest.is_empty() {
+                break;
+            }
             let (part, more) = rest.split_at(match choices.below(3) {
-                0 => choices.below(rest.len()) + 1,
+                0 if number < 8 => choices.below(rest.len()) + 1,
                 _ => rest.len(),
             });
             rest = more;
