@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use plywood::snapshotter::{Owner, ParentRef, Snapshotter, SnapshotterConfig};
 use plywood::store::Time;
+use plywood::store::ingest::Settings;
 use plywood::store::layers::Expected;
 
 use super::mapping;
@@ -60,6 +61,12 @@ impl Place {
         let dir = tempfile::tempdir().unwrap();
         let config = SnapshotterConfig {
             plyfs: Some(plyfs_with(dir.path(), options)),
+            // The kernel reads by itself what is kept as it is.
+            packing: Settings {
+                small: 10_000,
+                plain: options.contains("passthrough"),
+                ..Settings::default()
+            },
             ..SnapshotterConfig::default()
         };
         let (root, state) = (dir.path().join("root"), dir.path().join("state"));
@@ -184,6 +191,11 @@ fn without_opens() {
 #[test]
 fn with_writeback_and_without_opens() {
     in_mode("no_open,writeback");
+}
+
+#[test]
+fn with_passthrough() {
+    in_mode("passthrough");
 }
 
 #[test]
