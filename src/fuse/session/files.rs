@@ -17,7 +17,7 @@ use crate::fuse::claims::Claimed;
 use crate::fuse::convert::{self, FOREVER};
 use crate::fuse::features::Feature;
 use crate::fuse::handles::{HandleTable, STATELESS};
-use crate::fuse::passing::{Joined, Passing};
+use crate::fuse::passing::{Counted, Joined, Passing};
 use crate::fuse::policy::Policy;
 use crate::fuse::writers::{Writers, asks_for_writing};
 
@@ -99,8 +99,10 @@ impl Files {
             flags,
             reply,
         } = opening;
+        let counted = (!second).then(|| self.passing.counted(node));
         match self.union.open_file(node, flags, &caller) {
             Ok(handle) => {
+                counted.map(Counted::stay);
                 self.writers.opened(node, flags);
                 let fh = Fh(self.handles.insert(handle));
                 match backing {
@@ -113,9 +115,7 @@ impl Files {
                 }
             }
             Err(error) => {
-                if !second {
-                    self.passing.leave(node);
-                }
+                drop(counted);
                 reply.error(answer::errno(&error));
             }
         }
