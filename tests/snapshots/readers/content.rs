@@ -58,10 +58,6 @@ fn check(options: &str) {
     }
     let mut maps = [large, mapped, new, &stored[0], &stored[1]].map(mapping::shared_mut);
     let write = |maps: &mut [memmap2::MmapMut; 5], round: u8| {
-        for map in &mut *maps {
-            let middle = map.len() / 2;
-            map[middle + usize::from(round) * 10..][..5].fill(b'm');
-        }
         for file in &files {
             let at = u64::from(round) * 20_000;
             file.write_all_at(&[b'w'; 10_000], at).unwrap();
@@ -70,6 +66,11 @@ fn check(options: &str) {
         cut.set_len(end - 7).unwrap();
         new.write_all_at(b"end", (SMALL + usize::from(round)) as u64)
             .unwrap();
+        // Last, for the kernel soon begins to write them by itself.
+        for map in &mut *maps {
+            let middle = map.len() / 2;
+            map[middle + usize::from(round) * 10..][..5].fill(b'm');
+        }
     };
 
     write(&mut maps, 1);

@@ -187,8 +187,8 @@ fn check(options: &str) {
     }
 
     // Commit, with stores again.
-    store(&mut maps, 2);
     let before = now();
+    store(&mut maps, 2);
     let reader = changed(&root);
     let set_atime = accessed(&root.join("new/set"));
     place.commit("done", "work");
