@@ -17,7 +17,7 @@ use crate::fuse::claims::Claimed;
 use crate::fuse::convert::{self, FOREVER};
 use crate::fuse::features::Feature;
 use crate::fuse::handles::{HandleTable, STATELESS};
-use crate::fuse::passing::{Counted, Joined, Passing};
+use crate::fuse::passing::{Joined, Passing};
 use crate::fuse::policy::Policy;
 use crate::fuse::writers::{Writers, asks_for_writing};
 
@@ -102,7 +102,9 @@ impl Files {
         let counted = (!second).then(|| self.passing.counted(node));
         match self.union.open_file(node, flags, &caller) {
             Ok(handle) => {
-                counted.map(Counted::stay);
+                if let Some(counted) = counted {
+                    counted.stay();
+                }
                 self.writers.opened(node, flags);
                 let fh = Fh(self.handles.insert(handle));
                 match backing {
