@@ -118,12 +118,15 @@ pub(super) fn timespec(time: Timestamp) -> libc::timespec {
     }
 }
 
+/// Leaves a time as it is.
+pub(super) const UNCHANGED: libc::timespec = libc::timespec {
+    tv_sec: 0,
+    tv_nsec: libc::UTIME_OMIT,
+};
+
 fn timespec_to_set(time: Option<SetTime>) -> libc::timespec {
     match time {
-        None => libc::timespec {
-            tv_sec: 0,
-            tv_nsec: libc::UTIME_OMIT,
-        },
+        None => UNCHANGED,
         Some(SetTime::Now) => libc::timespec {
             tv_sec: 0,
             tv_nsec: libc::UTIME_NOW,
@@ -338,9 +341,15 @@ impl Union {
         }
         if set.atime.is_some() || set.mtime.is_some() {
             let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
-            let _turn = node.attributes.lock();
-            self.with_upper(&node, |object| object.set_times(&times))
-                .context("changing times")?;
+            let mut gathered = node.attributes.lock();
+            self.with_upper(&node, |object| {
+                object.set_times(&times)?;
+                if set.mtime.is_some() && gathered.writes > 0 {
+                    gathered.mtime = attr_of(&object.stat()?).mtime;
+                }
+                Ok(())
+            })
+            .context("changing times")?;
         }
         self.attr_of_node(&node)
     }

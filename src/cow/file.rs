@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
+use super::attr::{UNCHANGED, attr_of, timespec};
 use super::chunks::Partial;
 use super::copyup::Content;
 use super::error::{Context, Result};
@@ -101,6 +102,8 @@ impl Union {
             }
         } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.copy_up(&node, Content::Writable)?;
+            // Through a mapping nobody tells of it.
+            node.written.store(true, Ordering::Relaxed);
         } else if self.verifies_each_open && !node.in_upper() {
             // Whoever reads it meanwhile goes on with what was opened before.
             node.io.clear();
@@ -268,6 +271,39 @@ impl Union {
             self.kill_suidgid(&node)?;
         }
         self.with_room(|| backing.write_at(data, offset))
+    }
+
+    /// As `write`, of what the kernel has gathered: it keeps the time of change by itself then, and does not tell of one
+    /// that was the same before the write.
+    pub fn write_gathered(
+        &self,
+        node: NodeId,
+        offset: u64,
+        data: &[u8],
+        kill_suidgid: bool,
+    ) -> Result<usize> {
+        let node = self.node(node)?;
+        let backing = self.writable(&node)?;
+        if kill_suidgid {
+            self.kill_suidgid(&node)?;
+        }
+        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
+        {
+            let mut gathered = node.attributes.lock();
+            if gathered.writes == 0 {
+                gathered.mtime = attr_of(&fs::fstat(fd)?).mtime;
+            }
+            gathered.writes += 1;
+        }
+        // Not under the lock: the turn of an incomplete file comes before it.
+        let written = self.with_room(|| backing.write_at(data, offset));
+        let mut gathered = node.attributes.lock();
+        gathered.writes -= 1;
+        let times = [UNCHANGED, timespec(gathered.mtime)];
+        let kept = Object::Open(fd).set_times(&times);
+        let written = written?;
+        kept.context("keeping the time of change of a file")?;
+        Ok(written)
     }
 
     /// The descriptor for writing, after copy-up.

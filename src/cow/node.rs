@@ -266,6 +266,15 @@ impl DirState {
     }
 }
 
+/// Writes under way that are not to move the time of change.
+#[derive(Default)]
+pub(super) struct Gathered {
+    /// How many there are.
+    pub(super) writes: u32,
+    /// The time that they are not to move, while there are any.
+    pub(super) mtime: Timestamp,
+}
+
 /// An object of the union.
 pub(super) struct Node {
     pub(super) id: NodeId,
@@ -274,7 +283,7 @@ pub(super) struct Node {
     /// Held while the object is copied up; its readers go on meanwhile.
     pub(super) copy_up: Mutex<()>,
     /// Held while attributes of the upper object change, or are put back to what they were.
-    pub(super) attributes: Mutex<()>,
+    pub(super) attributes: Mutex<Gathered>,
     pub(super) place: RwLock<Place>,
     /// Mirrors `place.upper.is_some()`, and not `place.metacopy`.
     pub(super) in_upper: AtomicBool,
@@ -294,7 +303,7 @@ impl Node {
             generation,
             kind,
             copy_up: Mutex::new(()),
-            attributes: Mutex::new(()),
+            attributes: Mutex::default(),
             in_upper: AtomicBool::new(place.upper.is_some() && !place.metacopy),
             written: AtomicBool::new(false),
             place: RwLock::new(place),

@@ -18,7 +18,7 @@ use super::images::{Archive, progress_message};
 use super::layers::shown;
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
-use crate::snapshotter::{Owner, ParentRef, Snapshotter};
+use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
 use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
 use crate::store::verify::{Fault, Told};
@@ -44,6 +44,8 @@ struct Patient {
     blob: Option<String>,
     snapshots: Vec<ParentRef>,
     images: Vec<String>,
+    /// Keys of the snapshots that build on those, the newest first.
+    on_top: Vec<String>,
     /// Why it could not be fetched.
     reasons: Vec<String>,
 }
@@ -152,12 +154,17 @@ impl Repair {
         }
         let mut users = self.snapshotter.users_of_layers()?;
         let images = self.images_by_chain();
+        let all = match patients.is_empty() {
+            true => Vec::new(),
+            false => self.snapshotter.list(None)?,
+        };
         for (layer, patient) in &mut patients {
             if let Some(record) = layers.get(*layer) {
                 patient.diff_id = record.diff_id;
                 patient.blob = record.blob;
             }
             patient.snapshots = users.remove(layer).unwrap_or_default();
+            patient.on_top = on_top_of(&patient.snapshots, &all);
             for snapshot in &patient.snapshots {
                 if snapshot.owner == Owner::Image
                     && let Some((diff_id, names)) = images.get(&snapshot.key)
@@ -320,6 +327,27 @@ impl Repair {
     }
 }
 
+/// Keys of the snapshots among `all`, which are in order of creation, that build on these, the newest first.
+fn on_top_of(snapshots: &[ParentRef], all: &[SnapshotInfo]) -> Vec<String> {
+    let mut below = snapshots.to_vec();
+    let mut on_top = Vec::new();
+    for info in all {
+        if info
+            .parent
+            .as_ref()
+            .is_some_and(|parent| below.contains(parent))
+        {
+            below.push(ParentRef {
+                owner: info.owner,
+                key: info.key.clone(),
+            });
+            on_top.push(info.key.clone());
+        }
+    }
+    on_top.reverse();
+    on_top
+}
+
 impl Patient {
     /// Why it is left, and what to do.
     fn advice(&self) -> String {
@@ -345,8 +373,12 @@ impl Patient {
             ([], _, _, Some(diff_id)) => format!(
                 "{why}get the archive of an image with the layer {diff_id} and give it to `snapctl system repair -i`"
             ),
-            ([], _, _, None) => format!(
+            ([], _, _, None) if self.on_top.is_empty() => format!(
                 "{why}nothing else has it, for it was made here; remove the snapshot and make it again"
+            ),
+            ([], _, _, None) => format!(
+                "{why}nothing else has it, for it was made here; save what can be read of the snapshots that build on it, remove them in this order: {}, then remove it and make it again",
+                self.on_top.join(", ")
             ),
         }
     }

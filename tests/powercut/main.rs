@@ -22,6 +22,8 @@
 mod archive;
 #[path = "../cli/common.rs"]
 mod common;
+#[path = "../common/many.rs"]
+mod many;
 mod recorder;
 mod work;
 

@@ -164,10 +164,9 @@ impl Union {
             let Some((start, end)) = partial.next_step(at)? else {
                 break;
             };
-            self.quietly(node, fd, || {
-                partial.bring_up(start, end)?;
-                partial.catch_up()
-            })?;
+            let brought = self.quietly(node, fd, || partial.bring_up(start, end));
+            // Where it has to sync, nobody's attributes wait for that.
+            partial.caught_up(brought)?;
             drop(turn);
             at = end;
             if !self.volatile {

@@ -312,7 +312,7 @@ impl Map {
     }
 
     /// Chunks that are the upper's, and all.
-    pub(super) fn progress(&self) -> (u64, u64) {
+    pub(in super::super) fn progress(&self) -> (u64, u64) {
         let limit = self.limit();
         let all = limit.div_ceil(1 << self.shift);
         let mut lower = 0;
@@ -457,6 +457,13 @@ impl Map {
             is_retired: false,
         };
         Ok(())
+    }
+
+    /// As if a sync of what is known were under way while `work` is done.
+    #[cfg(test)]
+    pub(in super::super) fn while_synced<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _durable = self.durable.lock();
+        work()
     }
 
     /// The upper has all of the file: from now on nothing is the lower's, and there is nothing to note.

@@ -82,6 +82,12 @@ impl Chunks {
             map: OnceLock::new(),
         })
     }
+
+    /// The map of a file that was written.
+    #[cfg(test)]
+    pub(super) fn known_map(&self) -> &map::Map {
+        self.map.get().unwrap()
+    }
 }
 
 /// What a value of `overlay.metacopy` says.

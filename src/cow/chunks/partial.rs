@@ -212,7 +212,7 @@ impl Partial {
     }
 
     /// As `catch_up`, after something that may have failed.
-    fn caught_up<T>(&self, done: Result<T>) -> Result<T> {
+    pub(super) fn caught_up<T>(&self, done: Result<T>) -> Result<T> {
         let caught_up = self.catch_up();
         let done = done?;
         caught_up.map(|()| done)

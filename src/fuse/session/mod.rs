@@ -336,8 +336,7 @@ impl Filesystem for UnionFs {
             fh,
             offset,
         };
-        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        guarded("write", || self.write_at(&place, data, kill, reply));
+        guarded("write", || self.write_at(&place, data, write_flags, reply));
     }
 
     fn flush(

@@ -87,9 +87,10 @@ impl Snapshotter {
             Kind::Committed => below.lowers.remove(0),
             Kind::Active => {
                 let upper = self.data.join(&found.id).join("upper");
-                self.complete_partial(found)?;
                 let flushed = self.mounts.flush(&found.id);
                 flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
+                // What was flushed may be a part of a file.
+                self.complete_partial(found)?;
                 upper
             }
         };
