@@ -149,6 +149,34 @@ fn a_pack_that_is_mostly_dead_is_written_anew_under_a_mounted_view() {
 }
 
 #[test]
+fn what_is_mounted_stays_without_its_layers() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let names = ["a", "b", "large"];
+    let name = import(&layers, &names);
+    let path = layers
+        .view(&[name], Verify::First)
+        .unwrap()
+        .path()
+        .to_owned();
+    // As plyfs opens it.
+    let mounted = View::open_stored(&path, Verify::Always).unwrap();
+    layers.remove(name).unwrap();
+    for _ in 0..2 {
+        assert_eq!(collect(&layers), []);
+        for name in names {
+            let root = mounted.inode(View::ROOT).unwrap();
+            let entry = mounted.lookup(&root, name.as_bytes()).unwrap().unwrap();
+            let inode = mounted.inode(entry.inode).unwrap();
+            mounted.open_file(&inode).unwrap();
+        }
+    }
+    drop(mounted);
+    assert_eq!(collect(&layers).len(), 3);
+    assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
 fn of_a_pack_that_is_there_twice_after_a_crash_one_goes() {
     let tmp = tempfile::tempdir().unwrap();
     let layers = open(tmp.path());
@@ -250,7 +278,10 @@ fn damage_is_told_with_its_layer_and_path() {
     fs::write(&recipe, b"cut").unwrap();
     let found = faults(false);
     assert_eq!(found.len(), 1);
-    assert_eq!((found[0].layer, found[0].path.as_deref()), (second, None));
+    assert_eq!(
+        (found[0].layer, found[0].path.as_deref()),
+        (second, None)
+    );
 }
 
 /// Imports, removals and collections at once: what is recorded is whole at any time.
