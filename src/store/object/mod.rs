@@ -31,7 +31,7 @@ use crate::sys::{self, private_mount};
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
 use framed::FrameCache;
 pub use framed::Framed;
-pub(super) use framed::{FRAME, Frame};
+pub(super) use framed::{FRAME, Frame, LARGEST as LARGEST_FRAMED};
 use sweep::Relied;
 pub(super) use sweep::{Live, Swept};
 
