@@ -101,6 +101,14 @@ impl Layers {
         collected
     }
 
+    /// What a collection would keep; `None` if that cannot be told.
+    pub(super) fn needed(&self) -> Option<Live> {
+        let mut unused = Collected::default();
+        let mut live = self.live(&mut unused)?;
+        live.extend(self.collect_views(true, &mut unused));
+        Some(live)
+    }
+
     /// The objects of all layers; `None` if they cannot be told.
     fn live(&self, collected: &mut Collected) -> Option<Live> {
         let mut live = Live::new();

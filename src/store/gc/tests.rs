@@ -255,7 +255,7 @@ fn damage_is_told_with_its_layer_and_path() {
         let noted = Noted::default();
         layers.verify(deep, &noted);
         let mut all = noted.0.into_inner();
-        all.sort_by_key(|fault| fault.layer != first);
+        all.sort_by_key(|fault| fault.layer != Some(first));
         all
     };
     assert!(faults(true).is_empty());
@@ -269,7 +269,7 @@ fn damage_is_told_with_its_layer_and_path() {
     for (fault, layer) in found.iter().zip([first, second]) {
         assert_eq!(
             (fault.layer, fault.path.as_deref()),
-            (layer, Some("/large"))
+            (Some(layer), Some("/large"))
         );
         let name = object.file_name().unwrap().to_str().unwrap();
         assert!(fault.error.to_string().contains(name));
@@ -280,7 +280,7 @@ fn damage_is_told_with_its_layer_and_path() {
     assert_eq!(found.len(), 1);
     assert_eq!(
         (found[0].layer, found[0].path.as_deref()),
-        (second, None)
+        (Some(second), None)
     );
 }
 
