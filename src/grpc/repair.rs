@@ -87,10 +87,18 @@ impl Repair {
             restored.map_err(Status::from)?;
         }
         self.restore_from_containerd(&mut patients)?;
-        // Packs that nothing can be found in are nobody's once their objects are elsewhere.
+        // A pack without a sound table stays until nothing is missing that might be in it.
         self.mend_without_source();
         for (layer, patient) in patients {
             self.tell_what_is_left(layer, patient);
+        }
+        for fault in self.snapshotter.packed_layers().verify_packs() {
+            self.tell(Event::Left(api::Fault {
+                problem: fault.error.problem(),
+                advice: "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this"
+                    .to_owned(),
+                ..api::Fault::default()
+            }));
         }
         Ok(())
     }
@@ -112,7 +120,7 @@ impl Repair {
             let pack = pack.display();
             self.mended(
                 None,
-                format!("the pack {pack}, which nothing could be read from, was removed"),
+                format!("the damaged pack {pack} was removed; what can be read of it is in others"),
             );
         }
         for error in mended.errors {
@@ -130,14 +138,17 @@ impl Repair {
         layers.verify(true, &found);
         let mut patients = Patients::new();
         for fault in found.faults.into_inner() {
-            patients.entry(fault.layer).or_default().faults.push(fault);
+            // What is left of packs is told in the end.
+            if let Some(layer) = fault.layer {
+                patients.entry(layer).or_default().faults.push(fault);
+            }
         }
         for layer in care::unknown_layers(&self.snapshotter) {
             let mut faults = layers.verify_layer(layer, true, self);
             if faults.is_empty() {
                 // All there but the record, which could not be made anew.
                 faults.push(Fault {
-                    layer,
+                    layer: Some(layer),
                     path: None,
                     error: store::Error::NoLayer {
                         layer: layer.to_string(),

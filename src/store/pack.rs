@@ -1,7 +1,7 @@
 //! Pack files: many small objects in one file that is written once and synced once.
 //!
 //! A pack describes itself. Its table is found from its end; a pack without a sound end is read object
-//! by object from its start, up to the first that is not whole.
+//! by object from its start, up to the first that is not whole. What is found so needs no sound header of the pack.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::compression::{Compressor, decompress_into};
-use super::error::{Result, damaged, io_error};
+use super::error::{Result, io_error};
 use super::format::tables::Object;
 use super::format::{ObjectName, Record, check_features, short_sum};
 
@@ -227,39 +227,60 @@ pub(super) struct SealedPack {
     pub(super) objects: Vec<(Object, Slot)>,
 }
 
-/// Whether a sound pack has no features that forbid who does not know them to write it anew.
-pub(super) fn may_be_rewritten(path: &Path) -> Result<bool> {
-    let mut header = [0; HEADER];
-    let file = File::open(path).map_err(io_error("open", path))?;
-    let read = file.read_exact_at(&mut header, 0);
-    read.map_err(io_error("read", path))?;
-    Ok(Record(&header).u64(24) == 0)
+/// What can be found in a pack.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// Its objects, by its table or else by what is in it.
+    pub(super) objects: Vec<(Object, Slot)>,
+    /// Whether its table is sound. Otherwise more may be in it than was found.
+    pub(super) has_table: bool,
+    /// Its read-only compatible features; `None` where its header does not tell.
+    pub(super) features: Option<u64>,
 }
 
-/// The objects of a pack, by its table or else by what is in it.
-pub(super) fn objects_of(path: &Path, id: PackId) -> Result<Vec<(Object, Slot)>> {
+impl Found {
+    /// What of the pack itself is damaged, whatever its objects are.
+    pub(super) fn problem(&self) -> Option<&'static str> {
+        match (self.features, self.has_table) {
+            (Some(_), true) => None,
+            (None, true) => Some("it does not start as a pack does"),
+            (Some(_), false) => Some("its table is missing or damaged"),
+            (None, false) => Some("it neither starts nor ends as a pack does"),
+        }
+    }
+}
+
+/// Looks into a pack. Where its header or its table cannot be used, the other one is; an object has a checksum of its own.
+pub(super) fn look_into(path: &Path, id: PackId) -> Result<Found> {
     let file = File::open(path).map_err(io_error("open", path))?;
     let length = file.metadata().map_err(io_error("look at", path))?.len();
+    let features = features_of(&file, path, id)?;
+    let (objects, has_table) = match table_of(&file, path, length)? {
+        Some(objects) => (objects, true),
+        None => (scan(file, path, length)?, false),
+    };
+    Ok(Found {
+        objects,
+        has_table,
+        features,
+    })
+}
+
+/// The read-only compatible features that the header of a pack has; `None` if it is not sound.
+fn features_of(file: &File, path: &Path, id: PackId) -> Result<Option<u64>> {
     let mut header = [0; HEADER];
     match file.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            return Err(damaged(path, "it is cut off"));
-        }
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         result => result.map_err(io_error("read", path))?,
     }
     let fields = Record(&header);
     if fields.array::<8>(0) != *MAGIC || fields.array::<8>(56) != short_sum(&header[..56]) {
-        return Err(damaged(path, "it does not start as a pack does"));
+        return Ok(None);
     }
     check_features(path, fields.u16(8), fields.u64(32))?;
-    if fields.array::<16>(40) != id.0 {
-        return Err(damaged(path, "it is another pack than its name says"));
-    }
-    if let Some(objects) = table_of(&file, path, length)? {
-        return Ok(objects);
-    }
-    tracing::warn!(path = %path.display(), "the table of a pack cannot be used; its objects are read instead");
-    scan(file, path, length)
+    // Of a pack that has another's name nobody knows more than of one without a header.
+    let is_it = fields.array::<16>(40) == id.0;
+    Ok(is_it.then(|| fields.u64(24)))
 }
 
 /// The table at the end of a pack; `None` if there is no sound one.
@@ -470,7 +491,8 @@ mod tests {
     fn objects_come_back_and_are_compressed_where_it_pays() {
         let tmp = tempfile::tempdir().unwrap();
         let pack = sealed(tmp.path());
-        assert_eq!(objects_of(&pack.path, pack.id).unwrap(), pack.objects);
+        let found = look_into(&pack.path, pack.id).unwrap();
+        assert_eq!((found.problem(), &found.objects), (None, &pack.objects));
         let file = File::open(&pack.path).unwrap();
         for content in contents() {
             let of = object(&content);
@@ -499,15 +521,49 @@ mod tests {
         ends.sort_unstable();
         for length in HEADER..whole.len() {
             fs::write(&pack.path, &whole[..length]).unwrap();
-            let found = sorted(objects_of(&pack.path, pack.id).unwrap());
+            let found = look_into(&pack.path, pack.id).unwrap();
+            assert_eq!((found.features, found.has_table), (Some(0), false));
+            assert!(found.problem().is_some());
+            let found = sorted(found.objects);
             let complete = ends.iter().filter(|end| **end <= length as u64).count();
             assert_eq!(found.len(), complete, "cut at {length}");
             assert!(found.iter().all(|entry| pack.objects.contains(entry)));
         }
         for length in 0..HEADER {
             fs::write(&pack.path, &whole[..length]).unwrap();
-            assert!(objects_of(&pack.path, pack.id).is_err());
+            let found = look_into(&pack.path, pack.id).unwrap();
+            assert_eq!((found.features, found.has_table), (None, false));
+            assert!(found.problem().is_some() && found.objects.is_empty());
         }
+    }
+
+    #[test]
+    fn objects_are_found_by_a_sound_table_or_a_sound_start() {
+        let tmp = tempfile::tempdir().unwrap();
+        let pack = sealed(tmp.path());
+        let whole = fs::read(&pack.path).unwrap();
+        let table = whole.len() - HEADER - contents().len() * TABLE_ENTRY;
+        let in_header = (0..8).chain(40..HEADER);
+        let in_table = (table..table + TABLE_ENTRY).chain(whole.len() - HEADER..whole.len() - 40);
+        for damaged in in_header.clone().map(|at| vec![at]).chain([vec![]]) {
+            for also in in_table.clone().map(|at| vec![at]).chain([vec![]]) {
+                let mut bad = whole.clone();
+                for at in damaged.iter().chain(&also) {
+                    bad[*at] ^= 0x41;
+                }
+                fs::write(&pack.path, &bad).unwrap();
+                let found = look_into(&pack.path, pack.id).unwrap();
+                assert_eq!(found.features.is_none(), !damaged.is_empty());
+                assert_eq!(found.has_table, also.is_empty());
+                let is_sound = damaged.is_empty() && also.is_empty();
+                assert_eq!(found.problem().is_none(), is_sound);
+                assert_eq!(sorted(found.objects), pack.objects, "{damaged:?} {also:?}");
+            }
+        }
+        // Under another's name it is read, too.
+        fs::write(&pack.path, &whole).unwrap();
+        let other = look_into(&pack.path, PackId([7; 16])).unwrap();
+        assert_eq!((other.features, other.objects), (None, pack.objects));
     }
 
     #[test]
@@ -529,7 +585,8 @@ mod tests {
                 }
             }
             // By the slots that the pack itself gives.
-            for (object, slot) in objects_of(&pack.path, pack.id).unwrap_or_default() {
+            let found = look_into(&pack.path, pack.id).map(|found| found.objects);
+            for (object, slot) in found.unwrap_or_default() {
                 if let Ok(seen) = read(&file, &object, slot, true) {
                     assert_eq!(ObjectName::of(&seen), object.name, "byte {at}");
                 }

@@ -377,9 +377,18 @@ pub fn try_lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 
 /// `flock`, exclusive, waiting for whoever has it.
 pub fn lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    wait_for_lock(fd, libc::LOCK_EX)
+}
+
+/// `flock`, shared, waiting for whoever has it for itself.
+pub fn lock_shared(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    wait_for_lock(fd, libc::LOCK_SH)
+}
+
+fn wait_for_lock(fd: BorrowedFd<'_>, how: libc::c_int) -> Result<(), Errno> {
     loop {
         // SAFETY: plain values.
-        match check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX) }) {
+        match check(unsafe { libc::flock(fd.as_raw_fd(), how) }) {
             Err(Errno::EINTR) => {}
             result => return result,
         }

@@ -276,6 +276,48 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
     plyd.umount(&mnt);
 }
 
+/// A repair once removed such a pack after a restart, with all that could still be read of it.
+#[test]
+fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image());
+    type At = fn(u64) -> u64;
+    let places: [At; 2] = [|_| 3, |length| length - 50];
+    for at in places {
+        for restart in [false, true] {
+            let pack = stored(&plyd, "packs").remove(0);
+            flip(&pack, at(fs::metadata(&pack).unwrap().len()));
+            if restart {
+                plyd.signal(nix::sys::signal::Signal::SIGTERM);
+                plyd.launch();
+            }
+            let verified = plyd.snapctl(["system", "verify", "--deep"]);
+            assert_eq!(verified.code, 1);
+            let told = format!("{} is damaged: ", pack.display());
+            assert!(
+                verified.stdout.starts_with(&told) && verified.stdout.contains(" 1 damaged"),
+                "{}",
+                verified.stdout
+            );
+            plyd.ok(["system", "gc"]);
+            let mended = plyd.ok(["system", "repair"]);
+            let told = format!("the damaged pack {} was removed", pack.display());
+            assert!(
+                mended.starts_with(&told) && mended.contains("1 mended, 0 left"),
+                "{mended}"
+            );
+            assert!(!pack.exists());
+            plyd.ok(["system", "verify", "--deep"]);
+        }
+    }
+    plyd.ok(["snapshot", "view", "look", "whole"]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
+    plyd.ok(["umount", mnt.to_str().unwrap()]);
+}
+
 #[test]
 fn a_mount_reads_what_it_could_not_read_before() {
     let plyd = Plyd::start();

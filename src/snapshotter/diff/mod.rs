@@ -12,6 +12,7 @@ mod entries;
 pub(super) mod layer;
 pub(super) mod pack;
 mod packed;
+mod sides;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,7 @@ use super::types::*;
 use crate::cow::{self, Entry, NodeId, Union};
 use crate::store::view::View;
 use crate::store::{Time, Xattrs};
+pub(super) use sides::Sides;
 pub(super) use walk::{Directories, OwnDirectory, OwnLayer};
 use walk::{Step, Walk};
 

@@ -3,7 +3,8 @@
 //! The objects of all recorded layers are alive, also those that only their streams name. Files of others are
 //! removed, packs without any alive are removed, and packs that are mostly dead are written anew; see
 //! [`Objects`](super::object::Objects) for how an import is kept from losing what it relies on. A merged
-//! view goes when a layer of its chain is gone. Where an index cannot be read, nobody knows what it names,
+//! view goes when a layer of its chain is gone and no plyfs has it mounted, which the lock on its file tells; until then
+//! its objects are alive, too. Where an index cannot be read, nobody knows what it names,
 //! and no object is removed at all.
 //!
 //! An error does not end a collection; what it could not do it says, and the next one tries again.
@@ -89,12 +90,23 @@ impl Layers {
         let _one_at_a_time = self.collecting.lock();
         let collecting = self.objects().collecting();
         let mut collected = Collected::default();
-        self.collect_views(dry, &mut collected);
-        if let Some(live) = self.live(&mut collected) {
+        // In this order: the layers of a view that is not looked into were there when their objects were.
+        let live = self.live(&mut collected);
+        let mounted = self.collect_views(dry, &mut collected);
+        if let Some(mut live) = live {
+            live.extend(mounted);
             self.collect_objects(&live, dry, observer, &mut collected);
         }
         drop(collecting);
         collected
+    }
+
+    /// What a collection would keep; `None` if that cannot be told.
+    pub(super) fn needed(&self) -> Option<Live> {
+        let mut unused = Collected::default();
+        let mut live = self.live(&mut unused)?;
+        live.extend(self.collect_views(true, &mut unused));
+        Some(live)
     }
 
     /// The objects of all layers; `None` if they cannot be told.
@@ -163,7 +175,9 @@ impl Layers {
         }
     }
 
-    fn collect_views(&self, dry: bool, collected: &mut Collected) {
+    /// Answers the objects of those that have to stay without their layers.
+    fn collect_views(&self, dry: bool, collected: &mut Collected) -> Live {
+        let mut mounted = Live::new();
         let dir = self.views();
         let listed = fs::read_dir(&dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
         let listed = listed.map_err(io_error("list", &dir));
@@ -174,6 +188,11 @@ impl Layers {
                 chain.iter().all(known)
             });
             if needed {
+                continue;
+            }
+            // Of a damaged one nobody knows what it names, who has it mounted included.
+            if let Ok(Some(objects)) = view::objects_if_mounted(&path) {
+                mounted.extend(objects);
                 continue;
             }
             let bytes = entry.metadata().map_or(0, |metadata| metadata.len());
@@ -189,6 +208,7 @@ impl Layers {
                 reason: Reason::ChainIsGone,
             });
         }
+        mounted
     }
 }
 

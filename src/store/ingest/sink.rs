@@ -15,7 +15,7 @@ use crate::store::compression::Compressor;
 use crate::store::error::{Error, Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::object::{FileWriter, Frame, NewFile, Objects};
+use crate::store::object::{FileWriter, Frame, LARGEST_FRAMED, NewFile, Objects};
 use crate::store::pack::{Encoded, PackWriter};
 
 /// Contents between two threads.
@@ -161,7 +161,7 @@ impl Sink<'_> {
     pub(super) fn begin(&self, size: u64) -> Result<Incoming> {
         if size <= self.small {
             Ok(Incoming::Small(Vec::with_capacity(size as usize)))
-        } else if self.plain {
+        } else if self.plain || size > LARGEST_FRAMED {
             let writer = FileWriter::create(self.tmp)?;
             Ok(Incoming::Plain(Box::new(writer)))
         } else {
@@ -308,4 +308,21 @@ fn write(mut pack: PackWriter, done: &Receiver<Done>) -> Result<Written> {
         contents.push((number, object));
     }
     Ok((pack, contents))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A reader takes no frames of more, so such a content was lost as soon as it was stored.
+    #[test]
+    fn what_is_too_large_for_frames_is_kept_as_it_is() {
+        let tmp = tempfile::tempdir().unwrap();
+        let objects = Objects::new(tmp.path());
+        let begun = with_sink(&objects, tmp.path(), &Settings::default(), |sink| {
+            let in_frames = |size| Ok::<_, Error>(matches!(sink.begin(size)?, Incoming::Large(_)));
+            Ok::<_, Error>([in_frames(LARGEST_FRAMED)?, in_frames(LARGEST_FRAMED + 1)?])
+        });
+        assert_eq!(begun.unwrap().0, [true, false]);
+    }
 }

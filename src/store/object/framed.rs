@@ -30,7 +30,7 @@ pub(in crate::store) const FRAME: usize = 128 << 10;
 /// What a reader takes, so that no header has it hold much.
 const FRAMES: Range<u64> = 4 << 10..(16 << 20) + 1;
 /// Most bytes of an object, so that a forged size does not have a reader allocate for its table.
-const LARGEST: u64 = 1 << 44;
+pub(in crate::store) const LARGEST: u64 = 1 << 44;
 /// Frames that are kept decompressed: reads of a few pages come one after the other.
 const MOST_KEPT: usize = 16;
 

@@ -31,7 +31,7 @@ use crate::sys::{self, private_mount};
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
 use framed::FrameCache;
 pub use framed::Framed;
-pub(super) use framed::{FRAME, Frame};
+pub(super) use framed::{FRAME, Frame, LARGEST as LARGEST_FRAMED};
 use sweep::Relied;
 pub(super) use sweep::{Live, Swept};
 
@@ -55,6 +55,16 @@ pub enum Place {
     },
     /// In a file of its own.
     File,
+}
+
+impl Place {
+    pub(super) fn packed(pack: PackId, slot: Slot) -> Self {
+        Self::Packed {
+            pack,
+            offset: slot.offset,
+            stored: slot.stored,
+        }
+    }
 }
 
 /// The content of an object.
@@ -340,14 +350,8 @@ impl Objects {
             let path = self.packs.join(pack.id.file_name());
             fs::rename(&pack.path, &path).map_err(io_error("make", &path))?;
             sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
-            found.extend(pack.objects.into_iter().map(|(object, slot)| {
-                let place = Place::Packed {
-                    pack: pack.id,
-                    offset: slot.offset,
-                    stored: slot.stored,
-                };
-                (object.name, place)
-            }));
+            let places = pack.objects.into_iter();
+            found.extend(places.map(|(object, slot)| (object.name, Place::packed(pack.id, slot))));
         }
         let mut dirs = Vec::new();
         for file in files {
@@ -395,21 +399,24 @@ impl Objects {
                 continue;
             };
             let path = self.packs.join(&name);
-            match pack::objects_of(&path, id) {
-                Ok(objects) => {
-                    places.extend(objects.into_iter().map(|(object, slot)| {
-                        let place = Place::Packed {
-                            pack: id,
-                            offset: slot.offset,
-                            stored: slot.stored,
-                        };
-                        (object.name, place)
-                    }));
+            match pack::look_into(&path, id) {
+                Ok(found) => {
+                    let problem = found.problem();
+                    if let Some(problem) = problem {
+                        tracing::warn!(path = %path.display(), found = found.objects.len(), "a pack is damaged: {problem}");
+                    }
+                    let is_whole = problem.is_none() && found.features == Some(0);
+                    for (object, slot) in found.objects {
+                        // A repair may have had to leave a bad copy in one that is not; the good one is in another then.
+                        if is_whole || !places.contains_key(&object.name) {
+                            places.insert(object.name, Place::packed(id, slot));
+                        }
+                    }
                 }
                 // Collected since they were listed.
                 Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 // The others can be used; whoever needs something of this one is told.
-                Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
+                Err(error @ Error::Unsupported { .. }) => {
                     tracing::warn!(%error, "a pack cannot be used");
                 }
                 Err(error) => return Err(error),

@@ -16,15 +16,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use nix::errno::Errno;
 use parking_lot::Mutex;
 
-use super::error::{Result, damaged};
+use super::error::{Result, damaged, io_error};
 use super::format::index_file::{IndexFile, Kind, Section};
 use super::format::tables::{Extent, Inode, Object};
-use super::format::{LayerName, Record, ViewKey};
+use super::format::{LayerName, ObjectName, Record, ViewKey};
 use super::layer::index::{LONGEST_PATH, is_name};
 use super::object::{Content, Objects, Place};
 use super::pack::PackId;
+use crate::sys;
 
 pub(super) use build::{build, check, logical};
 pub(super) use effort::is_modest;
@@ -88,6 +90,18 @@ pub(super) fn chain_of(path: &Path) -> Result<Vec<LayerName>> {
         .collect()
 }
 
+/// The objects of the view at `path`, if a process has it mounted.
+pub(super) fn objects_if_mounted(path: &Path) -> Result<Option<Vec<ObjectName>>> {
+    let file = IndexFile::open(path, Kind::View)?;
+    match sys::fs::try_lock(file.file().as_fd()) {
+        Ok(()) => return Ok(None),
+        Err(Errno::EWOULDBLOCK) => {}
+        Err(errno) => return Err(io_error("lock", path)(errno.into())),
+    }
+    let names = (0..file.count(Section::Objects)).map(|number| Ok(file.object(number)?.name));
+    names.collect::<Result<_>>().map(Some)
+}
+
 /// A merged view, open for reading. Any thread may use it.
 #[derive(Debug)]
 pub struct View {
@@ -133,7 +147,8 @@ impl View {
         Ok(view)
     }
 
-    /// Opens a view by its place in a store, as another process has named it.
+    /// Opens a view by its place in a store, as another process has named it. As long as it is open, no collection takes
+    /// away what it names, not even when its layers are removed.
     pub fn open_stored(path: &Path, verify: Verify) -> Result<Self> {
         let key = path
             .file_stem()
@@ -145,7 +160,10 @@ impl View {
                 "it does not lie where a store keeps its views",
             ));
         };
-        Self::open(path, key, Arc::new(Objects::new(store)), verify)
+        let view = Self::open(path, key, Arc::new(Objects::new(store)), verify)?;
+        // Waits no longer than a collection takes to look whether somebody has it.
+        sys::fs::lock_shared(view.as_fd()).map_err(|errno| io_error("lock", path)(errno.into()))?;
+        Ok(view)
     }
 
     /// Number of inodes.
