@@ -126,9 +126,9 @@ impl FrameChecks {
         }
     }
 
-    /// Whether values in a table with this sum need not be compared with the name.
-    pub(super) fn knows(&self, table: &[u8; 32]) -> bool {
-        self.verify != Verify::Always && self.table == *table
+    /// Whether values in a table with this sum need not be compared with the name, though frames are as `verify` says.
+    pub(super) fn knows(&self, table: &[u8; 32], verify: Verify) -> bool {
+        self.verify == verify && verify != Verify::Always && self.table == *table
     }
 
     /// Whether the content of a frame that comes from the disk is to be compared.
@@ -191,8 +191,9 @@ mod tests {
             checks.is_sound(99);
             assert_eq!(checks.is_due(99), after, "{verify:?}");
             assert_eq!(checks.is_due(98), before, "{verify:?}");
-            assert_eq!(checks.knows(&table), verify != Verify::Always);
-            assert!(!checks.knows(&[8; 32]));
+            assert_eq!(checks.knows(&table, verify), verify != Verify::Always);
+            assert!(!checks.knows(&[8; 32], verify));
+            assert!(!checks.knows(&table, Verify::Always));
         }
     }
 }

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use parking_lot::Mutex;
 
 use self::table::{Stored, Table};
@@ -33,7 +34,7 @@ pub(super) use self::write::Layout;
 pub(in crate::store) use self::write::{FRAME, Frame};
 
 /// Frames that are kept decompressed: reads of a few pages come one after the other.
-const MOST_KEPT: usize = 16;
+const MOST_KEPT: usize = 8;
 
 /// A frame of an object, with the bytes that a frame has.
 type Key = (ObjectName, u64, u64);
@@ -114,7 +115,7 @@ impl Framed {
             Check::Whole => (Verify::First, None),
             Check::Parts { verify, frames, .. } => (*verify, frames.as_ref()),
         };
-        let checks = match known.filter(|known| known.knows(&table.sum)) {
+        let checks = match known.filter(|known| known.knows(&table.sum, verify)) {
             Some(known) => Arc::clone(known),
             None => {
                 if verify != Verify::Never && table.name() != object.name {
@@ -155,6 +156,7 @@ impl Framed {
         let length = left.min(buffer.len() as u64) as usize;
         let mut rest = &mut buffer[..length];
         let mut at = offset;
+        self.announce(at, length);
         while !rest.is_empty() {
             let number = at / self.table.frame;
             let within = (at % self.table.frame) as usize;
@@ -176,6 +178,26 @@ impl Framed {
             })?;
         }
         Ok(length)
+    }
+
+    /// Has the host read what several frames are stored as in one go, while the first of them is decompressed and compared.
+    fn announce(&self, offset: u64, length: usize) {
+        let (first, end) = (offset / self.table.frame, offset + length as u64);
+        let last = end.saturating_sub(1) / self.table.frame;
+        if last <= first {
+            return;
+        }
+        if let (Ok(first), Ok(last)) = (self.table.stored(first), self.table.stored(last)) {
+            let length = last.start + last.bytes as u64 - first.start;
+            let place = i64::try_from(first.start)
+                .ok()
+                .zip(i64::try_from(length).ok());
+            if let Some((at, length)) = place {
+                let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+                // Without it they are read one by one.
+                let _ = posix_fadvise(&self.file, at, length, advice);
+            }
+        }
     }
 
     /// Reads a frame from the disk. `into` has as many bytes. Answers whether it was compared with its value.

@@ -120,7 +120,9 @@ fn every_damaged_byte_is_an_error() {
         assert!(open(&path, &object, &Check::Whole).is_err(), "{at}");
         // The first who reads something of it is told, also when it is less than a frame.
         let length = [FRAME, 40_000][at % 2];
-        if let Ok(framed) = open(&path, &object, &Check::PARTS) {
+        if at % 7 == 0
+            && let Ok(framed) = open(&path, &object, &Check::PARTS)
+        {
             let mut reads = (0..content.len()).step_by(length);
             let failed = reads.any(|from| compare(&framed, &content, from, length).is_err());
             assert!(failed && framed.checks().has_failed(), "{at}");
