@@ -120,8 +120,13 @@ impl Union {
     /// The last user of the handle is gone; must be called once for each handle given out.
     pub fn release(&self, node: NodeId, handle: Arc<FileHandle>) {
         debug_assert_eq!(node, handle.node);
-        if let Some(node) = self.table.get(handle.node) {
-            node.handles.fetch_sub(1, Ordering::Relaxed);
+        if let Some(node) = self.table.get(handle.node)
+            && node.handles.fetch_sub(1, Ordering::Relaxed) == 1
+            && let Some(backing) = node.io.get()
+            && matches!(&*backing, Backing::Lower(file) if file.is_in_memory())
+        {
+            // What was read of it the kernel has.
+            node.io.clear();
         }
         self.forget(handle.node, 0);
     }
@@ -130,7 +135,8 @@ impl Union {
     pub(super) fn known_io(&self, node: &Node) -> Option<Arc<Backing>> {
         node.io.get().filter(|backing| match **backing {
             Backing::Upper { sealed, .. } => sealed == self.is_sealed(),
-            Backing::Lower(_) | Backing::Partial(_) => true,
+            Backing::Lower(ref file) => !file.has_failed(),
+            Backing::Partial(ref partial) => !partial.lower_has_failed(),
         })
     }
 

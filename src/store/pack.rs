@@ -9,7 +9,7 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::compression::{Compressor, decompress_into};
+use super::compression::{Compressor, decompress_into, with_scratch};
 use super::error::{Result, io_error};
 use super::format::tables::Object;
 use super::format::{ObjectName, Record, check_features, short_sum};
@@ -411,27 +411,27 @@ pub(super) fn read(
     if object.size > LARGEST || u64::from(slot.stored) > object.size {
         return Err(Wrong::Moved);
     }
-    let mut bytes = vec![0; HEADER + slot.stored as usize];
-    file.read_exact_at(&mut bytes, slot.offset)
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => Wrong::Damaged("the pack is cut off"),
-            _ => Wrong::Io(error),
-        })?;
-    let header = bytes.first_chunk().and_then(parse);
-    let header = header.ok_or(Wrong::Damaged("its header is damaged"))?;
-    if header.object != *object || header.stored != slot.stored {
-        return Err(Wrong::Moved);
-    }
-    let stored = bytes.split_off(HEADER);
-    let content = if header.compressed {
-        let mut content = vec![0; object.size as usize];
-        let count = decompress_into(&stored, &mut content)
-            .map_err(|_| Wrong::Damaged("it cannot be decompressed"))?;
-        content.truncate(count);
-        content
-    } else {
-        stored
-    };
+    let content = with_scratch(HEADER + slot.stored as usize, |bytes| {
+        file.read_exact_at(bytes, slot.offset)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => Wrong::Damaged("the pack is cut off"),
+                _ => Wrong::Io(error),
+            })?;
+        let header = bytes.first_chunk().and_then(parse);
+        let header = header.ok_or(Wrong::Damaged("its header is damaged"))?;
+        if header.object != *object || header.stored != slot.stored {
+            return Err(Wrong::Moved);
+        }
+        let stored = &bytes[HEADER..];
+        if !header.compressed {
+            return Ok(stored.to_vec());
+        }
+        let mut content = Vec::with_capacity(object.size as usize);
+        match decompress_into(stored, &mut content) {
+            Ok(_) => Ok(content),
+            Err(_) => Err(Wrong::Damaged("it cannot be decompressed")),
+        }
+    })?;
     if content.len() as u64 != object.size {
         return Err(Wrong::Damaged("it does not have its length"));
     }

@@ -98,6 +98,11 @@ impl Partial {
         )
     }
 
+    /// Whether a part of the lower could not be read: it is to be opened again.
+    pub(in super::super) fn lower_has_failed(&self) -> bool {
+        self.lower.has_failed()
+    }
+
     /// Fills `buf` from `offset`; fewer bytes only at the end.
     pub(in super::super) fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         let end = offset.saturating_add(buf.len() as u64);

@@ -1,5 +1,5 @@
 //! Contents on their way into the store: hashed and compressed by workers, written to a pack by one thread.
-//! Large contents are written by whoever hands them over, in frames that the workers have compressed.
+//! Large contents are written by whoever hands them over, in frames that the workers have hashed and compressed.
 
 use std::collections::HashSet;
 use std::io;
@@ -26,9 +26,11 @@ const MOST_WAITING: u64 = 256;
 pub(super) enum Job {
     /// Hash a content, and compress it if it is new.
     Content { number: u32, content: Vec<u8> },
-    /// Compress a frame of a large content for whoever waits for it.
+    /// Hash and compress a frame of a large content for whoever waits for it.
     Frame {
         content: Vec<u8>,
+        /// Where it starts, and the bytes of the whole.
+        place: (u64, u64),
         reply: Sender<io::Result<Frame>>,
     },
 }
@@ -264,9 +266,13 @@ fn work(
     for job in jobs {
         let (number, content) = match job {
             Job::Content { number, content } => (number, content),
-            Job::Frame { content, reply } => {
+            Job::Frame {
+                content,
+                place,
+                reply,
+            } => {
                 // Whoever has given up does not wait for it.
-                let _ = reply.send(Frame::new(content, &mut compressor));
+                let _ = reply.send(Frame::new(content, place, &mut compressor));
                 continue;
             }
         };

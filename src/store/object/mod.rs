@@ -4,6 +4,7 @@
 //! tables of the packs and the names of the files. Who has a view needs that only when an object is
 //! not where the view says.
 
+mod check;
 mod file;
 mod framed;
 mod restore;
@@ -28,6 +29,8 @@ use super::format::tables::Object;
 use super::pack::{self, PackId, SealedPack, Slot, Wrong};
 use crate::sys::{self, private_mount};
 
+pub(super) use check::Bits;
+pub use check::{Check, FrameChecks, Verify};
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
 use framed::FrameCache;
 pub use framed::Framed;
@@ -71,7 +74,7 @@ impl Place {
 #[derive(Clone, Debug)]
 pub enum Content {
     /// In memory.
-    Bytes(Arc<[u8]>),
+    Bytes(Arc<Vec<u8>>),
     /// In a file that holds exactly this content.
     File(Arc<File>),
     /// In a file, compressed in frames.
@@ -174,9 +177,14 @@ impl Objects {
         Ok(place)
     }
 
-    /// The content of an object, which is looked for at `place` first. With `verify` it is
+    /// The content of an object, which is looked for at `place` first. With `verify` all of it is
     /// compared with its name.
     pub fn read(&self, object: &Object, place: Option<Place>, verify: bool) -> Result<Content> {
+        self.open(object, place, &whole(verify))
+    }
+
+    /// The content of an object, which is looked for at `place` first and compared with its name as `check` says.
+    pub fn open(&self, object: &Object, place: Option<Place>, check: &Check) -> Result<Content> {
         let mut tried = None;
         let mut next = place;
         let mut error = None;
@@ -185,7 +193,7 @@ impl Objects {
             if let Some(place) = next
                 && next != tried
             {
-                match self.read_from(object, place, verify) {
+                match self.open_from(object, place, check) {
                     Ok(content) => return Ok(content),
                     Err(failed) => error = Some(failed),
                 }
@@ -215,8 +223,12 @@ impl Objects {
     }
 
     fn read_from(&self, object: &Object, place: Place, verify: bool) -> Result<Content> {
+        self.open_from(object, place, &whole(verify))
+    }
+
+    fn open_from(&self, object: &Object, place: Place, check: &Check) -> Result<Content> {
         let (id, slot) = match place {
-            Place::File => return self.open_file(object, verify),
+            Place::File => return self.open_file(object, check),
             Place::Packed {
                 pack,
                 offset,
@@ -225,8 +237,8 @@ impl Objects {
         };
         let path = self.packs.join(id.file_name());
         let file = self.pack(id, &path)?;
-        match pack::read(&file, object, slot, verify) {
-            Ok(bytes) => Ok(Content::Bytes(bytes.into())),
+        match pack::read(&file, object, slot, check.is_due()) {
+            Ok(bytes) => Ok(Content::Bytes(Arc::new(bytes))),
             Err(Wrong::Io(error)) => Err(io_error("read", &path)(error)),
             Err(Wrong::Moved) => Err(damaged(
                 &path,
@@ -257,18 +269,15 @@ impl Objects {
         Ok(file)
     }
 
-    fn open_file(&self, object: &Object, verify: bool) -> Result<Content> {
+    fn open_file(&self, object: &Object, check: &Check) -> Result<Content> {
         let path = self.path_of(&object.name);
         let mut file = self.open_at(&path).map_err(io_error("open", &path))?;
         let length = file.metadata().map_err(io_error("look at", &path))?.len();
         if length != object.size {
-            let framed = Framed::open(&path, file, length, object, &self.frames)?;
-            if verify {
-                framed.verify(&path)?;
-            }
+            let framed = Framed::open(&path, file, length, object, check, &self.frames)?;
             return Ok(Content::Framed(Arc::new(framed)));
         }
-        if verify {
+        if check.is_due() {
             let mut hash = blake3::Hasher::new();
             let mut buffer = vec![0; BUFFER];
             loop {
@@ -430,6 +439,13 @@ impl Objects {
             }
         }
         Ok(places)
+    }
+}
+
+fn whole(verify: bool) -> Check {
+    match verify {
+        true => Check::Whole,
+        false => Check::Nothing,
     }
 }
 

@@ -476,7 +476,7 @@ fn an_open_view_reads_what_was_restored() {
         let inode = view.inode(entry.inode).unwrap();
         let file = view.open_file(&inode)?;
         let mut bytes = vec![0; inode.size as usize];
-        file.read_at(&mut bytes, 0).unwrap();
+        view.read_at(&file, &mut bytes, 0)?;
         Ok::<_, Error>(bytes)
     };
     for at in [500, 4000] {
