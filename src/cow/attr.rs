@@ -155,9 +155,16 @@ impl Union {
                 None => Some(place.lowers.first().ok_or(Errno::ESTALE)?.object.attr()?),
             }
         };
-        let host = match lower {
-            Some(attr) => attr,
-            None => self.with_upper(node, |object| self.upper_attr(object))?,
+        let host = match (lower, &node.directory) {
+            (Some(attr), _) => attr,
+            (None, None) => self.with_upper(node, |object| self.upper_attr(object))?,
+            (None, Some(directory)) => {
+                // Not while a copy of a child moves times that are then put back.
+                let state = directory.state.read();
+                let mut attr = self.with_upper(node, |object| self.upper_attr(object))?;
+                attr.ctime = state.quiet_ctime.shown(attr.ctime);
+                attr
+            }
         };
         Ok(self.shown(node, host))
     }
@@ -226,10 +233,6 @@ impl Union {
     /// directory locked.
     pub(super) fn shown(&self, node: &Arc<Node>, host: Attr) -> Attr {
         let subdirectories = self.subdirectories(node);
-        let of_children = match &node.directory {
-            Some(directory) => directory.state.read().quiet_ctime,
-            None => QuietCtime::default(),
-        };
         let place = node.place.read();
         let mut attr = host;
         attr.ino = node.id.0;
@@ -259,10 +262,7 @@ impl Union {
             attr.blocks = lower.max(host.blocks);
         }
         if place.upper.is_some() {
-            attr.ctime = match node.kind {
-                FileKind::Directory => of_children.shown(host.ctime),
-                _ => place.rare.quiet_ctime.shown(host.ctime),
-            };
+            attr.ctime = place.rare.quiet_ctime.shown(host.ctime);
         }
         attr
     }

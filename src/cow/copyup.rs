@@ -247,9 +247,8 @@ impl Union {
             let Some(name) = node.name() else {
                 // Removed meanwhile, or a removed file that somebody still writes: it needs no name.
                 let orphan = if self.may_keep_open()? {
-                    let fd = draft.object().open(libc::O_PATH)?;
+                    let fd = draft.keep_open()?;
                     upper.orphan_fds.fetch_add(1, Ordering::Relaxed);
-                    drop(draft);
                     Orphan::Fd(Arc::new(fd))
                 } else {
                     Orphan::Work(draft.keep()?.as_os_str().into())
@@ -280,11 +279,6 @@ impl Union {
                 None
             };
             draft.install(dir.as_fd(), &name.name)?;
-            // A copy of a child is no change of its directory. That is not told to whoever keeps attributes of the
-            // directory, so its change time is to be the same, too.
-            set_times(Object::Open(dir.as_fd()), before.atime, before.mtime)?;
-            let after = attr_of(&fs::fstat(dir.as_fd())?).ctime;
-            state.quiet_ctime.moved(before.ctime, after);
             let mut place = node.place.write();
             if index.is_some() {
                 place.rare.index = index;
@@ -296,6 +290,12 @@ impl Union {
                 }
             }
             Self::arrived(node, &mut place, ino, metacopy);
+            drop(place);
+            // A copy of a child is no change of its directory. That is not told to whoever keeps attributes of the
+            // directory, so its change time is to be the same, too.
+            set_times(Object::Open(dir.as_fd()), before.atime, before.mtime)?;
+            let after = attr_of(&fs::fstat(dir.as_fd())?).ctime;
+            state.quiet_ctime.moved(before.ctime, after);
             return Ok(());
         }
     }

@@ -172,7 +172,15 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Keeps it without a place in the upper, by a name in the work directory.
+    /// Keeps it without a place in the upper, by a descriptor.
+    pub(super) fn keep_open(self) -> Result<OwnedFd, Errno> {
+        match self {
+            Self::Nameless(_, fd) => Ok(fd),
+            Self::Named(temp, _) => temp.object().open(libc::O_PATH),
+        }
+    }
+
+    /// The same, by a name in the work directory.
     pub(super) fn keep(self) -> Result<OsString, Errno> {
         match self {
             Self::Nameless(upper, fd) => {

@@ -189,3 +189,32 @@ fn a_directory_does_not_notice_that_a_child_is_copied_up() {
         assert_eq!(union.getattr(d, None).unwrap().ctime, host().ctime);
     }
 }
+
+#[test]
+fn nobody_sees_a_directory_while_a_copy_of_a_child_moves_its_times() {
+    const FILES: usize = 300;
+    let fixture = Fixture::new(1, |lowers| {
+        for n in 0..FILES {
+            put(lowers[0].join(format!("d/{n}")), "text");
+        }
+    });
+    set(&fixture, "d/0", owner(7));
+    let union = fixture.union();
+    let d = fixture.node("d");
+    let times = || {
+        let attr = union.getattr(d, None).unwrap();
+        (attr.mtime, attr.ctime)
+    };
+    let before = times();
+    std::thread::scope(|scope| {
+        let copies = scope.spawn(|| {
+            for n in 1..FILES {
+                set(&fixture, &format!("d/{n}"), owner(7));
+            }
+        });
+        while !copies.is_finished() {
+            assert_eq!(times(), before);
+        }
+    });
+    assert_eq!(times(), before);
+}
