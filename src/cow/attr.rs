@@ -10,7 +10,7 @@ use super::copyup::Content;
 use super::dir::Item;
 use super::error::{Context, Result};
 use super::file::FileHandle;
-use super::node::Node;
+use super::node::{Node, QuietCtime};
 use super::owner::IdView;
 use super::stat_override::HOST_PERM;
 use super::types::{Attr, Caller, FileKind, NodeId, SetAttr, SetTime, StatFs, Timestamp};
@@ -158,9 +158,16 @@ impl Union {
                 None => Some(place.lowers.first().ok_or(Errno::ESTALE)?.object.attr()?),
             }
         };
-        let host = match lower {
-            Some(attr) => attr,
-            None => self.with_upper(node, |object| self.upper_attr(object))?,
+        let host = match (lower, &node.directory) {
+            (Some(attr), _) => attr,
+            (None, None) => self.with_upper(node, |object| self.upper_attr(object))?,
+            (None, Some(directory)) => {
+                // Not while a copy of a child moves times that are then put back.
+                let state = directory.state.read();
+                let mut attr = self.with_upper(node, |object| self.upper_attr(object))?;
+                attr.ctime = state.quiet_ctime.shown(attr.ctime);
+                attr
+            }
         };
         Ok(self.shown(node, host))
     }
@@ -203,22 +210,26 @@ impl Union {
         form.write(object, &attr)
     }
 
-    /// Gives a copy the owner and the mode of what it is copied from.
-    pub(super) fn copy_owner(&self, attr: &Attr, to: Object<'_>) -> Result<(), Errno> {
+    /// Gives a copy the owner and the mode of what it is copied from, with a call only for what differs. `made`: the copy
+    /// as it was made.
+    pub(super) fn copy_owner(&self, attr: &Attr, to: Object<'_>, made: &Attr) -> Result<(), Errno> {
+        let has_perm = attr.kind != FileKind::Symlink;
         if let Some(form) = self.stat_override {
-            if attr.kind != FileKind::Symlink {
+            if has_perm && u32::from(made.perm) != HOST_PERM {
                 to.chmod(HOST_PERM)?;
             }
             return form.write(to, attr);
         }
-        match to.chown(Some(attr.uid), Some(attr.gid)) {
-            Err(Errno::EPERM | Errno::EINVAL) if self.owners.is_squashed() => {}
-            result => result?,
+        if (made.uid, made.gid) != (attr.uid, attr.gid) {
+            match to.chown(Some(attr.uid), Some(attr.gid)) {
+                Err(Errno::EPERM | Errno::EINVAL) if self.owners.is_squashed() => {}
+                result => result?,
+            }
         }
-        match attr.kind {
-            FileKind::Symlink => Ok(()),
-            _ => to.chmod(u32::from(attr.perm)),
+        if has_perm && made.perm != attr.perm {
+            to.chmod(u32::from(attr.perm))?;
         }
+        Ok(())
     }
 
     /// What the union shows for an object whose host attributes are `host`. Not to be called with a
@@ -254,7 +265,7 @@ impl Union {
             attr.blocks = lower.max(host.blocks);
         }
         if place.upper.is_some() {
-            attr.ctime = place.shown_ctime(host.ctime);
+            attr.ctime = place.rare.quiet_ctime.shown(host.ctime);
         }
         attr
     }
@@ -318,40 +329,66 @@ impl Union {
                 _ => return Err(Errno::EINVAL.into()),
             }
             self.copy_up(&node, Content::UpTo(size))?;
-        } else {
-            self.copy_up(&node, Content::Metadata)?;
         }
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
-        if uid.is_some() || gid.is_some() {
-            let _turn = node.attributes.lock();
-            self.with_upper(&node, |object| self.set_owner(object, uid, gid))
-                .context("changing the owner")?;
-        }
+        let owner = |object: Object<'_>| match uid.is_some() || gid.is_some() {
+            true => self
+                .set_owner(object, uid, gid)
+                .context("changing the owner"),
+            false => Ok(()),
+        };
+        let rest = |object: Object<'_>| {
+            if let Some(perm) = set.perm {
+                self.set_perm(object, perm).context("changing the mode")?;
+            }
+            if set.atime.is_some() || set.mtime.is_some() {
+                let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
+                object.set_times(&times).context("changing times")?;
+            }
+            Ok(())
+        };
+        let all = |object: Object<'_>| owner(object).and_then(|()| rest(object));
         if let Some(size) = set.size {
+            self.change(&node, owner)?;
             self.truncate(&node, size)?;
             if caller.uid != 0 && set.perm.is_none() {
                 self.kill_suidgid(&node)?;
             }
-        }
-        if let Some(perm) = set.perm {
-            let _turn = node.attributes.lock();
-            self.with_upper(&node, |object| self.set_perm(object, perm))
-                .context("changing the mode")?;
-        }
-        if set.atime.is_some() || set.mtime.is_some() {
-            let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
-            let mut gathered = node.attributes.lock();
-            self.with_upper(&node, |object| {
-                object.set_times(&times)?;
-                if set.mtime.is_some() && gathered.writes > 0 {
-                    gathered.mtime = attr_of(&object.stat()?).mtime;
-                }
-                Ok(())
-            })
-            .context("changing times")?;
+            self.change_times(&node, set.mtime.is_some(), rest)?;
+        } else if !self.copy_up_changed(&node, Content::Metadata, Some(&all))? {
+            self.change_times(&node, set.mtime.is_some(), all)?;
         }
         self.attr_of_node(&node)
+    }
+
+    /// Changes attributes of a node that is in the upper, and no time of change.
+    pub(super) fn change(
+        &self,
+        node: &Arc<Node>,
+        change: impl FnOnce(Object<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.change_times(node, false, change)
+    }
+
+    /// As `change`; with `sets_mtime` writes that are under way keep the time of change that this sets.
+    fn change_times(
+        &self,
+        node: &Arc<Node>,
+        sets_mtime: bool,
+        change: impl FnOnce(Object<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut gathered = node.attributes.lock();
+        self.with_upper(node, |object| Ok(change(object)))??;
+        if sets_mtime && gathered.writes > 0 {
+            gathered.mtime = self
+                .with_upper(node, |object| Ok(attr_of(&object.stat()?)))?
+                .mtime;
+        }
+        if let Some(directory) = &node.directory {
+            directory.state.write().quiet_ctime = QuietCtime::default();
+        }
+        Ok(())
     }
 
     /// What Linux does when a file is written by someone without CAP_FSETID: setuid goes, and setgid

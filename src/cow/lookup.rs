@@ -469,7 +469,7 @@ impl Union {
     ) -> Result<()> {
         if let Some(value) = Self::mark(object, self.family.metacopy())? {
             found.metacopy = true;
-            if let Marked::Partial = Marked::of(&value)? {
+            if let Marked::Partial { .. } = Marked::of(&value)? {
                 found.chunks = Some(self.chunks_of(object, attr.ino));
             }
         }

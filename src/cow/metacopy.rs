@@ -27,7 +27,7 @@ use crate::sys::fs::{self, Object};
 use crate::sys::{dirents, xattr};
 
 /// Where Linux keeps the capabilities of a file; any write to it takes them away.
-const CAPABILITY: &str = "security.capability";
+pub(super) const CAPABILITY: &str = "security.capability";
 
 /// Whether the upper directory `dir` may hold files whose data is in lower layers.
 pub fn may_hold_metacopies(dir: &Path, family: XattrFamily) -> std::io::Result<bool> {
@@ -198,8 +198,7 @@ impl Union {
         restore_times(fd, &before)?;
         let after = attr_of(&fs::fstat(fd)?).ctime;
         let mut place = node.place.write();
-        let shown = place.shown_ctime(attr.ctime);
-        place.rare.quiet_ctime = Some((after, shown));
+        place.rare.quiet_ctime.moved(attr.ctime, after);
         done
     }
 

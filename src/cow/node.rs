@@ -127,8 +127,27 @@ pub(super) struct RareParts {
     pub(super) link_offset: i64,
     /// With `metacopy`: the upper holds some of the data.
     pub(super) chunks: Option<Arc<Chunks>>,
-    /// The host's change time after something was done that nobody is to notice, and the one to show.
-    pub(super) quiet_ctime: Option<(Timestamp, Timestamp)>,
+    pub(super) quiet_ctime: QuietCtime,
+}
+
+/// What keeps a change from being noticed that the union has made on its own account: the host's change time after it, and
+/// the one to show instead.
+#[derive(Clone, Copy, Default)]
+pub(super) struct QuietCtime(Option<(Timestamp, Timestamp)>);
+
+impl QuietCtime {
+    /// Notes that such a change has moved the host's change time.
+    pub(super) fn moved(&mut self, before: Timestamp, after: Timestamp) {
+        self.0 = Some((after, self.shown(before)));
+    }
+
+    /// The change time to show for the host's.
+    pub(super) fn shown(self, host: Timestamp) -> Timestamp {
+        match self.0 {
+            Some((quiet, shown)) if quiet == host => shown,
+            _ => host,
+        }
+    }
 }
 
 impl Deref for Rare {
@@ -140,7 +159,7 @@ impl Deref for Rare {
             index: None,
             link_offset: 0,
             chunks: None,
-            quiet_ctime: None,
+            quiet_ctime: QuietCtime(None),
         };
         self.0.as_deref().unwrap_or(&NONE)
     }
@@ -150,16 +169,6 @@ impl DerefMut for Rare {
     /// Makes room for it: not to be called for nothing.
     fn deref_mut(&mut self) -> &mut RareParts {
         self.0.get_or_insert_default()
-    }
-}
-
-impl Place {
-    /// The change time to show for the host's.
-    pub(super) fn shown_ctime(&self, host: Timestamp) -> Timestamp {
-        match self.rare.quiet_ctime {
-            Some((quiet, shown)) if quiet == host => shown,
-            _ => host,
-        }
     }
 }
 
@@ -234,6 +243,9 @@ pub(super) struct DirState {
     pub(super) children: HashMap<Arc<OsStr>, NodeId>,
     /// Counts changes of entries.
     pub(super) version: u64,
+    /// After copies of children. Forgotten with every change that somebody asked for, because the host's clock may not
+    /// have moved since.
+    pub(super) quiet_ctime: QuietCtime,
     /// Removed: nothing can be made in it.
     pub(super) removed: bool,
     /// The upper directory is marked impure: entries may carry an origin.
@@ -254,6 +266,7 @@ impl DirState {
     /// Notes that what `name` stands for has changed.
     pub(super) fn changed(&mut self, name: &OsStr) {
         self.version += 1;
+        self.quiet_ctime = QuietCtime::default();
         if !self.streams.is_empty() {
             self.streams.retain(|stream| match stream.upgrade() {
                 Some(stream) => {

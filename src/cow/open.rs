@@ -23,7 +23,7 @@ use super::number::Numbers;
 use super::seal::Root;
 use super::types::{Chunking, FileKind, NodeId, UnionConfig, UpperConfig, XattrFamily};
 use super::union::Union;
-use super::upper::{Upper, remove_tree};
+use super::upper::{Upper, makes_nameless, remove_tree};
 use super::view_lower::ViewLower;
 use crate::store::view::Verify;
 use crate::sys::fs::{self, Object};
@@ -266,6 +266,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         dev,
         gives_way: AtomicBool::new(false),
         maps: Maps::open(&scratch).map_err(work_failed)?,
+        nameless: makes_nameless(scratch.as_fd()),
         work: scratch,
         index: Arc::new(index),
         indexed: AtomicBool::new(indexed),

@@ -152,19 +152,18 @@ pub fn linkat(
 
 /// Gives another name to what a descriptor, also an `O_PATH` one, refers to.
 pub fn link_fd(fd: BorrowedFd<'_>, to: BorrowedFd<'_>, new: &OsStr) -> Result<(), Errno> {
-    with_proc_path(fd, None, |path| {
-        with_c_str(new.as_bytes(), |new| {
+    with_c_str(new.as_bytes(), |new| {
+        let link = |dir: RawFd, path: &CStr, flags: i32| {
             // SAFETY: both are C strings that live through the call.
-            check(unsafe {
-                libc::linkat(
-                    libc::AT_FDCWD,
-                    path.as_ptr(),
-                    to.as_raw_fd(),
-                    new.as_ptr(),
-                    libc::AT_SYMLINK_FOLLOW,
-                )
-            })
-        })
+            check(unsafe { libc::linkat(dir, path.as_ptr(), to.as_raw_fd(), new.as_ptr(), flags) })
+        };
+        match link(fd.as_raw_fd(), c"", libc::AT_EMPTY_PATH) {
+            // It takes CAP_DAC_READ_SEARCH, which shows in no other way.
+            Err(Errno::ENOENT) => with_proc_path(fd, None, |path| {
+                link(libc::AT_FDCWD, path, libc::AT_SYMLINK_FOLLOW)
+            }),
+            result => result,
+        }
     })
 }
 
