@@ -157,6 +157,15 @@ fn mappings_direct_writes_and_cuts_agree() {
     assert!(fs::read(place.copy()).unwrap() == expected);
 }
 
+/// How to open a file so that a write is promised: what the kernel has gathered is nobody's promise, so there each is
+/// synced.
+fn promised() -> i32 {
+    match Mode::of_run().gathers() {
+        true => libc::O_SYNC,
+        false => 0,
+    }
+}
+
 #[test]
 fn a_killed_server_loses_no_write() {
     const SIZE: u64 = 4 * MIB;
@@ -165,7 +174,7 @@ fn a_killed_server_loses_no_write() {
     for round in 0..6u8 {
         let mount = place.mount("chunk_size=4K,copy_whole=0,complete=off");
         assert!(fs::read(mount.join("f")).unwrap() == expected, "{round}");
-        let file = open(&mount, 0);
+        let file = open(&mount, promised());
         for n in 0..40u64 {
             let at = (n * 97 + u64::from(round) * 31) % (SIZE / 4096 - 1) * 4096 + n * 13;
             file.write_all_at(&[round; 4096], at).unwrap();
@@ -210,7 +219,8 @@ fn without_space_a_file_stays_incomplete_and_whole() {
     const SIZE: u64 = 8 * MIB;
     let place = Place::new("16m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
     let mut expected = pattern(SIZE);
-    let mount = place.mount("complete=off");
+    // Who gathers writes has no error for them.
+    let mount = place.mount("no_writeback,complete=off");
     let file = open(&mount, 0);
     file.write_all_at(b"written", 5 * MIB).unwrap();
     // The room that there was when the file was opened goes to another.
@@ -240,7 +250,7 @@ fn without_space_a_file_stays_incomplete_and_whole() {
 fn a_file_that_cannot_fit_is_refused_when_it_is_opened() {
     const SIZE: u64 = 8 * MIB;
     let place = Place::new("4m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
-    let mount = place.mount("complete=off");
+    let mount = place.mount("no_writeback,complete=off");
     for flags in [0, libc::O_APPEND] {
         let opened = File::options()
             .write(true)
@@ -293,9 +303,7 @@ fn a_server_that_is_told_to_end_loses_nothing_of_writers_that_go_on() {
     let size = (BLOCKS * 4096) as u64;
     let place = Place::new("64m", |file| file.write_all_at(&pattern(size), 0).unwrap());
     let mut expected = pattern(size);
-    // What the kernel has gathered is nobody's promise: there each write is synced.
-    let gathers = Mode::of_run().options_before("").contains("writeback");
-    let flags = if gathers { libc::O_SYNC } else { 0 };
+    let flags = promised();
     for round in 0..3u8 {
         let mount = place.mount("chunk_size=4K,copy_whole=0,complete=1");
         assert!(fs::read(mount.join("f")).unwrap() == expected, "{round}");
