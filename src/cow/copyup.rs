@@ -1,7 +1,7 @@
 //! Copy-up: an object of a lower layer becomes one of the upper.
 //!
-//! The copy is made whole in the work directory and then renamed to its place, so at every moment, also
-//! after a crash, the name stands for the old object or for the complete new one. Content is copied
+//! The copy is made whole without a name, or with one in the work directory, and then put into its place, so at every
+//! moment, also after a crash, the name stands for the old object or for the complete new one. Content is copied
 //! with no lock held but the node's own, so nobody else waits; readers of the file itself go on reading
 //! the lower meanwhile.
 
@@ -171,6 +171,8 @@ impl Union {
             if without_data {
                 fs::ftruncate(fd, attr.size)?;
                 self.copy_metadata(source, &attr, object, &made)?;
+                // After the origin: of both there is room for one in ext4's inode, and what does not fit goes into a block,
+                // which files with equal attributes share. The mark is the same on all.
                 metacopy = self.mark_metacopy(upper, object)?;
             }
             if !metacopy {
