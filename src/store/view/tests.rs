@@ -463,7 +463,7 @@ fn damage_to_a_frame_is_counted_until_the_frame_can_be_read() {
     blake3::Hasher::new().finalize_xof().fill(&mut content);
     let stream = Stream::new().entry(tar::EntryType::Regular, "a", &content, |_| {});
     let view = fixture.view(vec![stream.file("b", "small")]);
-    let digits = crate::store::ObjectName::of(&content).to_string();
+    let digits = ObjectName::of(&content).to_string();
     let object = fixture.dir.path().join("objects").join(&digits[..2]);
     let object = object.join(digits);
     let sound = fs::read(&object).unwrap();
