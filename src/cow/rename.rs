@@ -126,7 +126,7 @@ impl Union {
         let source = self.with_upper(node, |object| object.open(libc::O_PATH))?;
         let state = Self::directory(parent)?.state.write();
         if state.children.get(name) != Some(&node.id)
-            || !matches!(self.in_upper(parent, &state, name)?, InUpper::Nothing)
+            || !matches!(self.in_upper(parent, name)?, InUpper::Nothing)
         {
             return Ok(());
         }
@@ -316,17 +316,13 @@ impl Union {
                 self.check_empty(other, &state)?;
                 inner = Some(state);
             }
-            in_upper = self.has_upper_entry(to.parent, locked.target(), to.name, other)?;
+            in_upper = self.has_upper_entry(to.parent, to.name, other)?;
             if other.directory.is_none() {
                 orphan = self.orphan_before_unlink(other, to.dir, to.name, in_upper)?;
             }
         }
         let whiteout = other.is_none() || !in_upper;
-        let whiteout = whiteout
-            && matches!(
-                self.in_upper(to.parent, locked.target(), to.name)?,
-                InUpper::Whiteout
-            );
+        let whiteout = whiteout && matches!(self.in_upper(to.parent, to.name)?, InUpper::Whiteout);
         if node.kind == FileKind::Directory && (in_upper || whiteout) {
             orphan = self.rename_over(from, to)?;
         } else {
@@ -364,7 +360,7 @@ impl Union {
             result => return Ok(result?),
         }
         // What may need space is done before anything has moved.
-        let whiteout = self.spare_whiteout(from.dir)?;
+        let whiteout = self.spare_whiteout(from.parent, from.dir)?;
         fs::renameat2(from.dir, from.name, to.dir, to.name, 0)?;
         let installed = whiteout.install(from.dir, from.name, 0);
         Ok(installed.map_err(|(_, errno)| errno)?)
@@ -377,6 +373,10 @@ impl Union {
         let is_directory = |dir, name| -> Result<bool> {
             Ok(fs::fstatat(dir, name)?.st_mode & libc::S_IFMT == libc::S_IFDIR)
         };
+        if from.covered && self.has_xattr_whiteouts(to.parent, to.dir)? {
+            // One may come along.
+            self.allow_xattr_whiteouts(from.parent, from.dir)?;
+        }
         match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_EXCHANGE) {
             Ok(()) => {}
             Err(Errno::EINVAL | Errno::ENOSYS) => {
@@ -389,7 +389,9 @@ impl Union {
             Err(errno) => return Err(errno.into()),
         }
         match (is_directory(from.dir, from.name)?, from.covered) {
-            (true, covered) => self.remove_directory(from.dir, from.name, true, covered),
+            (true, covered) => {
+                self.remove_directory(from.parent, from.dir, from.name, true, covered)
+            }
             // The whiteout has come to where one is needed.
             (false, true) => Ok(None),
             (false, false) => {
