@@ -1,6 +1,6 @@
 //! Opening a union: what the directories must be, and the locking of those that it writes to.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use super::adopt;
 use super::attr::attr_of;
-use super::chunks::{Maps, tidy};
+use super::chunks::{Maps, features_of_others};
 use super::dir_lower::DirLower;
 use super::error::OpenError;
 use super::fdcache::Budget;
@@ -31,6 +31,9 @@ use crate::sys::{dirents, xattr};
 
 /// In the work directory: somebody waits for it.
 pub(super) const WANTED: &str = "plywood.wanted";
+
+/// Kernel overlayfs's mark of an upper that it has never synced, in `work/incompat`.
+const VOLATILE: &str = "volatile";
 
 /// A directory of the configuration, for telling overlaps.
 struct Given {
@@ -239,6 +242,8 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         },
         errno => work_failed(errno),
     })?;
+    let features = features_of_others(scratch.as_fd()).map_err(work_failed)?;
+    check_features(given, &features, config.volatile)?;
     let index = subdirectory(base.as_fd(), "index").map_err(work_failed)?;
     clear(scratch.as_fd()).map_err(work_failed)?;
     let scratch = Arc::new(scratch);
@@ -340,6 +345,28 @@ fn overlap(a: &Given, b: &Given) -> OpenError {
     }
 }
 
+/// Refuses an upper that is not to be used without a feature that is not ours.
+fn check_features(
+    given: &UpperConfig,
+    features: &[OsString],
+    volatile: bool,
+) -> Result<(), OpenError> {
+    let is_mark = |feature: &OsString| feature == VOLATILE;
+    if let Some(feature) = features.iter().find(|feature| !is_mark(feature)) {
+        return Err(OpenError::UnknownFeature {
+            work: given.work.clone(),
+            feature: feature.to_string_lossy().into_owned(),
+        });
+    }
+    if !volatile && features.iter().any(is_mark) {
+        return Err(OpenError::Volatile {
+            upper: given.dir.clone(),
+            mark: given.work.join("work/incompat").join(VOLATILE),
+        });
+    }
+    Ok(())
+}
+
 fn subdirectory(base: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
     let name = OsStr::new(name);
     match fs::mkdirat(base, name, 0o700) {
@@ -349,7 +376,7 @@ fn subdirectory(base: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
     fs::openat(base, name, libc::O_RDONLY | libc::O_DIRECTORY, 0)
 }
 
-fn names(dir: BorrowedFd<'_>) -> Result<Vec<std::ffi::OsString>, Errno> {
+fn names(dir: BorrowedFd<'_>) -> Result<Vec<OsString>, Errno> {
     let mut names = Vec::new();
     dirents::read_all(dir, &mut |entry| names.push(entry.name.to_owned()))?;
     Ok(names)
@@ -362,7 +389,7 @@ fn clear(work: BorrowedFd<'_>) -> Result<(), Errno> {
             remove_tree(work, &name);
         }
     }
-    tidy(work)
+    Ok(())
 }
 
 /// Removes index entries whose copy never got a name; answers whether any is left.

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -409,5 +409,55 @@ fn the_probe_names_every_feature_and_says_why_not() {
         assert_eq!(feature["since"], row[1]);
         assert_eq!(feature["in_use"].as_bool().unwrap(), row[3] == "yes");
         assert_eq!(feature["reason"].is_null(), row[3] == "yes", "{feature}");
+    }
+}
+
+/// A mount by the kernel alone.
+struct Kernel(PathBuf);
+
+impl Kernel {
+    fn overlay(target: &Path, options: &str) -> Self {
+        let kind = Some("overlay");
+        mount(kind, target, kind, MsFlags::empty(), Some(options)).unwrap();
+        Self(target.to_owned())
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Kernel overlayfs marks what it has never synced, and no later version may use what a feature has changed that it
+/// does not know.
+#[test]
+fn marks_of_others_in_the_work_directory_are_honoured() {
+    let layers = Layers::new(1);
+    let (options, target) = (layers.options(), layers.mnt());
+    let volatile = format!("{options},volatile");
+    let kernel = Kernel::overlay(&target, &volatile);
+    fs::write(target.join("new"), "never synced").unwrap();
+    drop(kernel);
+    let mark = layers.path("work/work/incompat/volatile");
+    for _ in 0..2 {
+        refused(&options, &target, 1, "by kernel overlayfs with `volatile`");
+        assert!(mark.join("dirty").exists());
+        let mount = Mount::new(&layers, "volatile");
+        let read = fs::read(mount.join("new")).unwrap();
+        assert_eq!(read, b"never synced");
+        mount.unmount();
+        assert!(mark.join("dirty").exists());
+    }
+    fs::remove_dir_all(&mark).unwrap();
+    // What is said of plyfs's own: podman mounts so, and again after a crash.
+    Mount::new(&layers, "volatile").unmount();
+    Mount::new(&layers, "").unmount();
+
+    let inside = layers.path("work/work/incompat/unheard-of/inside");
+    fs::create_dir_all(&inside).unwrap();
+    for options in [&options, &volatile] {
+        refused(options, &target, 1, "needs the feature `unheard-of`");
+        assert!(inside.exists());
     }
 }
