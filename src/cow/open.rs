@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -27,7 +28,7 @@ use super::upper::{Upper, remove_tree};
 use super::view_lower::ViewLower;
 use crate::store::view::Verify;
 use crate::sys::fs::{self, Object};
-use crate::sys::{dirents, xattr};
+use crate::sys::{dirents, mountinfo, xattr};
 
 /// In the work directory: somebody waits for it.
 pub(super) const WANTED: &str = "plywood.wanted";
@@ -235,6 +236,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         Errno::EWOULDBLOCK => OpenError::UpperInUse { path: dir.clone() },
         errno => upper_failed(errno),
     })?;
+    check_overlays(given, root.as_fd(), base.as_fd())?;
     let scratch = subdirectory(base.as_fd(), "work").map_err(|errno| match errno {
         Errno::EROFS => OpenError::UpperReadOnly {
             path: dir.clone(),
@@ -343,6 +345,41 @@ fn overlap(a: &Given, b: &Given) -> OpenError {
         b_role: b.role,
         b: b.path.clone(),
     }
+}
+
+/// Refuses what a mount of kernel overlayfs writes to, which no lock tells of.
+fn check_overlays(
+    given: &UpperConfig,
+    root: BorrowedFd<'_>,
+    base: BorrowedFd<'_>,
+) -> Result<(), OpenError> {
+    let named = match mountinfo::overlay_directories() {
+        Ok(named) => named,
+        Err(error) => {
+            tracing::warn!(%error, "cannot look whether kernel overlayfs uses the upper directory");
+            return Ok(());
+        }
+    };
+    let is_one = |dir: BorrowedFd<'_>| {
+        fs::fstat(dir).is_ok_and(|ours| {
+            let same =
+                |stat: std::fs::Metadata| (stat.dev(), stat.ino()) == (ours.st_dev, ours.st_ino);
+            // Where whoever mounted it was elsewhere the name says nothing.
+            let mut named = named.iter().filter(|path| path.is_absolute());
+            named.any(|path| std::fs::metadata(path).is_ok_and(same))
+        })
+    };
+    if is_one(root) {
+        return Err(OpenError::UpperInUse {
+            path: given.dir.clone(),
+        });
+    }
+    if is_one(base) {
+        return Err(OpenError::WorkInUse {
+            path: given.work.clone(),
+        });
+    }
+    Ok(())
 }
 
 /// Refuses an upper that is not to be used without a feature that is not ours.

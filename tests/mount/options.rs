@@ -421,6 +421,12 @@ impl Kernel {
         mount(kind, target, kind, MsFlags::empty(), Some(options)).unwrap();
         Self(target.to_owned())
     }
+
+    fn bind(source: &Path, target: &Path) -> Self {
+        let none: Option<&str> = None;
+        mount(Some(source), target, none, MsFlags::MS_BIND, none).unwrap();
+        Self(target.to_owned())
+    }
 }
 
 impl Drop for Kernel {
@@ -460,4 +466,34 @@ fn marks_of_others_in_the_work_directory_are_honoured() {
         refused(options, &target, 1, "needs the feature `unheard-of`");
         assert!(inside.exists());
     }
+}
+
+#[test]
+fn what_kernel_overlayfs_writes_to_is_in_use() {
+    let layers = Layers::new(1);
+    for name in ["kernel", "upper2", "work2", "bound", "a space"] {
+        fs::create_dir(layers.path(name)).unwrap();
+    }
+    let shown = |name: &str| layers.path(name).to_str().unwrap().to_owned();
+    let _bound = Kernel::bind(&layers.upper(), &layers.path("bound"));
+    let options = |upper: &str, work: &str| {
+        let lower = layers.lower_options();
+        format!("{lower},upperdir={},workdir={}", shown(upper), shown(work))
+    };
+    for (theirs, ours, used) in [
+        (("upper", "work"), ("upper", "work"), "upper"),
+        (("upper", "work"), ("upper", "work2"), "upper"),
+        (("upper", "work"), ("bound", "work2"), "bound"),
+        (("upper", "work"), ("upper2", "work"), "work"),
+        (("a space", "work"), ("a space", "work2"), "a space"),
+    ] {
+        let kernel = Kernel::overlay(&layers.path("kernel"), &options(theirs.0, theirs.1));
+        let scratch = layers.path("work/work/in-use");
+        fs::write(&scratch, "").unwrap();
+        let message = format!("directory {} is in use by another", shown(used));
+        refused(&options(ours.0, ours.1), &layers.mnt(), 1, &message);
+        assert!(scratch.exists());
+        drop(kernel);
+    }
+    Mount::new(&layers, "").unmount();
 }
