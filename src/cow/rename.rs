@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use parking_lot::RwLockWriteGuard;
 
 use super::copyup::Content;
-use super::error::{Context, Result};
+use super::error::{Context, Error, Result};
 use super::lookup::{InUpper, check_name};
 use super::node::{DirState, Name, Node, Orphan};
 use super::types::{FileKind, NodeId, RenameMode};
@@ -81,15 +81,41 @@ impl Union {
                 (_, Some(other)) => self.count_links_in_upper(other)?,
                 (_, None) => {}
             }
-            let done = self.rename_locked(&node, &parent, name, &new_parent, new_name, mode)?;
+            let done = self.rename_locked(&node, &parent, name, &new_parent, new_name, mode);
+            let done = match done {
+                Err(error) if error.is(Errno::EXDEV) => {
+                    self.fetch_unmovable(&node, other.as_ref(), mode, error)
+                }
+                done => done,
+            };
             self.let_go(node);
             if let Some(other) = other {
                 self.let_go(other);
             }
-            if done {
+            if done? {
                 return Ok(());
             }
         }
+    }
+
+    /// After `error`: no mark can tell where the data of a file would be found. With its data in the upper it can move,
+    /// so the rename is to be tried again.
+    fn fetch_unmovable(
+        &self,
+        node: &Arc<Node>,
+        other: Option<&Arc<Node>>,
+        mode: RenameMode,
+        error: Error,
+    ) -> Result<bool> {
+        let other = other.filter(|_| mode == RenameMode::Exchange);
+        let mut fetched = false;
+        for moved in [Some(node), other].into_iter().flatten() {
+            if moved.place.read().metacopy {
+                self.copy_up(moved, Content::All)?;
+                fetched = true;
+            }
+        }
+        if fetched { Ok(false) } else { Err(error) }
     }
 
     /// Whether there is anything to do.
@@ -259,7 +285,7 @@ impl Union {
         }
         if !node.place.read().lowers.is_empty() {
             let path = self.lower_path(node)?;
-            xattr::set(object, self.family.redirect(), path.as_bytes(), 0)
+            self.store_redirect(object, &path)
                 .context("noting where a renamed directory continues")?;
         } else if to.covered {
             xattr::set(object, self.family.opaque(), b"y", 0)
