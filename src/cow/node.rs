@@ -178,6 +178,8 @@ pub(super) struct Directory {
     pub(super) state: RwLock<DirState>,
     /// Descriptor of the upper directory.
     pub(super) fd: Slot<UpperDir>,
+    /// Whiteouts in xattr form count in the upper directory. Changes only with `state` locked for writing.
+    pub(super) xattr_whiteouts: Flag,
 }
 
 /// Yes, no, or not asked yet.
@@ -250,8 +252,6 @@ pub(super) struct DirState {
     pub(super) removed: bool,
     /// The upper directory is marked impure: entries may carry an origin.
     pub(super) impure: Flag,
-    /// The upper directory has whiteouts in xattr form.
-    pub(super) xattr_whiteouts: Flag,
     /// The upper directory has a default ACL.
     pub(super) default_acl: Flag,
     /// Subdirectories that are visible. Whoever changes it has the directory locked.
