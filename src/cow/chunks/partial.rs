@@ -204,7 +204,8 @@ impl Partial {
     }
 
     /// A file that was cut off and grows again must not show its old content after a power cut. Its limit goes into the
-    /// mark, which reaches the disk before the new length does: a journal keeps the order of what happens to one file.
+    /// mark, which reaches the disk before the new length does: a journal keeps the order of what happens to one file. On
+    /// a file system without one only a sync would; `docs/chunks.md` says what may show there.
     fn before_growth(&self, end: u64) -> Result<()> {
         let limit = self.map.limit();
         if self.volatile || end <= limit || !self.map.cut_is_pending() {
