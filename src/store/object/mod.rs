@@ -411,7 +411,7 @@ impl Objects {
             match pack::look_into(&path, id) {
                 Ok(found) => {
                     let problem = found.problem();
-                    if let Some(problem) = problem {
+                    if let Some(problem) = &problem {
                         tracing::warn!(path = %path.display(), found = found.objects.len(), "a pack is damaged: {problem}");
                     }
                     let is_whole = problem.is_none() && found.features == Some(0);

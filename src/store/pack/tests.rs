@@ -111,6 +111,21 @@ fn objects_are_found_by_a_sound_table_or_a_sound_start() {
 }
 
 #[test]
+fn what_the_host_cannot_read_is_told_and_no_error() {
+    let tmp = tempfile::tempdir().unwrap();
+    // Something that can be opened, has a length, and fails each read.
+    let found = look_into(tmp.path(), PackId([7; 16])).unwrap();
+    assert_eq!((found.features, found.has_table), (None, false));
+    assert!(found.objects.is_empty());
+    let problem = found.problem().unwrap();
+    let error = File::open(tmp.path()).unwrap().read_at(&mut [0], 0);
+    assert!(
+        problem.ends_with(&error.unwrap_err().to_string()),
+        "{problem}"
+    );
+}
+
+#[test]
 fn every_damaged_byte_is_an_error_or_changes_nothing() {
     let tmp = tempfile::tempdir().unwrap();
     let pack = sealed(tmp.path());

@@ -374,6 +374,30 @@ fn a_bad_copy_that_has_to_stay_is_not_found_again() {
     }
 }
 
+/// One bad sector once kept the whole store from being opened.
+#[test]
+fn a_store_is_opened_though_a_pack_cannot_be_read() {
+    let store = Store::new();
+    let pack = store.file("packs");
+    let aside = store.dir.path().join("aside");
+    fs::rename(&pack, &aside).unwrap();
+    // What the host refuses to read.
+    fs::create_dir(&pack).unwrap();
+    let store = store.reopen();
+    let told = store.layers.verify_packs();
+    assert_eq!(told.len(), 1);
+    let problem = told[0].error.problem();
+    assert!(problem.contains("cannot be read"), "{problem}");
+    let faults = |layer| store.layers.verify_layer(layer, true, &()).len();
+    assert!(faults(store.layer) > 0);
+    // It has `a` of the pack, and the rest in its own.
+    assert_eq!(faults(store.other), 1);
+    assert_nothing_goes(&store);
+    fs::remove_dir(&pack).unwrap();
+    fs::rename(&aside, &pack).unwrap();
+    store.reopen().assert_whole();
+}
+
 #[test]
 fn what_another_stream_has_is_not_taken_for_the_layer() {
     let store = Store::new();
