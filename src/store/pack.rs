@@ -262,6 +262,16 @@ impl Found {
     }
 }
 
+/// Opens a pack to read objects of it. One of a newer release that forbids that is refused; a header that cannot be used keeps
+/// nobody from what is in it.
+pub(super) fn open(path: &Path, id: PackId) -> Result<File> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    if let Ok(Some(header)) = header_of(&file) {
+        features_of(&header, path, id)?;
+    }
+    Ok(file)
+}
+
 /// Looks into a pack. Where its header or its table cannot be used or read, the other one is; an object has a checksum of its
 /// own.
 pub(super) fn look_into(path: &Path, id: PackId) -> Result<Found> {

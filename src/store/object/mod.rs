@@ -261,7 +261,7 @@ impl Objects {
             open.push_back(found);
             return Ok(file);
         }
-        let file = Arc::new(File::open(path).map_err(io_error("open", path))?);
+        let file = Arc::new(pack::open(path, id)?);
         if open.len() >= MOST_OPEN {
             open.pop_front();
         }
@@ -423,7 +423,7 @@ impl Objects {
                     }
                 }
                 // Collected since they were listed.
-                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.is_not_found() => {}
                 // The others can be used; whoever needs something of this one is told.
                 Err(error @ Error::Unsupported { .. }) => {
                     tracing::warn!(%error, "a pack cannot be used");
