@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::store::format::ObjectName;
+use crate::store::format::tables::Object;
 use crate::store::ingest::Settings;
 use crate::store::object::{Objects, Place};
 
@@ -372,6 +373,106 @@ fn a_bad_copy_that_has_to_stay_is_not_found_again() {
         assert_eq!(store.faults(), 0);
         assert_eq!(store.reopen().faults(), 0);
     }
+}
+
+/// Sets a bit of a word of features in the header of a pack.
+fn set_feature(pack: &Path, word: usize) {
+    let mut bytes = fs::read(pack).unwrap();
+    bytes[word] |= 4;
+    let sum = crate::store::format::short_sum(&bytes[..56]);
+    bytes[56..64].copy_from_slice(&sum);
+    fs::write(pack, bytes).unwrap();
+}
+
+/// All that is told of packs is this: that it needs a newer release, for those features.
+fn assert_needs_newer(store: &Store, pack: &Path) {
+    let told = store.layers.verify_packs();
+    let [fault] = &told[..] else {
+        panic!("{told:?}");
+    };
+    assert!(matches!(fault.error, Error::Unsupported { .. }));
+    let problem = fault.error.problem();
+    let named = format!("{} needs a newer release", pack.display());
+    assert!(
+        problem.starts_with(&named) && problem.contains("0x4"),
+        "{problem}"
+    );
+}
+
+#[test]
+fn a_damaged_pack_that_a_feature_forbids_to_write_anew_needs_a_newer_release() {
+    let store = Store::new();
+    let pack = store.file("packs");
+    set_feature(&pack, 24);
+    assert!(store.layers.verify_packs().is_empty());
+    flip(&pack, TABLE + 60);
+    assert_needs_newer(&store, &pack);
+    let mended = store.layers.mend(&());
+    assert_eq!(mended.packs, [""; 0].map(PathBuf::from));
+    assert!(
+        matches!(mended.errors[..], [Error::Unsupported { .. }]),
+        "{:?}",
+        mended.errors
+    );
+    assert_eq!(store.reopen().faults(), 0);
+}
+
+#[test]
+fn a_pack_with_an_unknown_incompatible_feature_is_refused_and_stays() {
+    for restart in [false, true] {
+        let mut store = Store::new();
+        let pack = store.file("packs");
+        set_feature(&pack, 32);
+        let bytes = fs::read(&pack).unwrap();
+        if restart {
+            store = store.reopen();
+        }
+        assert_needs_newer(&store, &pack);
+        let object = Object {
+            name: ObjectName::of(&content("b")),
+            size: 3200,
+        };
+        let objects = Objects::new(store.dir.path());
+        let place = Place::Packed {
+            pack: crate::store::pack::PackId::of_file(pack.file_name().unwrap().to_str().unwrap())
+                .unwrap(),
+            offset: 64,
+            stored: 3200,
+        };
+        // By where a view has it.
+        let refused = objects.read(&object, Some(place), false).unwrap_err();
+        assert!(matches!(refused, Error::Unsupported { .. }), "{refused}");
+        assert!(store.faults() > 0);
+        assert!(store.layers.mend(&()).errors.is_empty());
+        assert_eq!(store.layers.collect(false, &()).orphans, []);
+        store.restore();
+        assert_eq!(store.faults(), 0);
+        assert!(fs::read(&pack).unwrap() == bytes);
+    }
+}
+
+/// One bad sector once kept the whole store from being opened.
+#[test]
+fn a_store_is_opened_though_a_pack_cannot_be_read() {
+    let store = Store::new();
+    let pack = store.file("packs");
+    let aside = store.dir.path().join("aside");
+    fs::rename(&pack, &aside).unwrap();
+    // What the host refuses to read.
+    fs::create_dir(&pack).unwrap();
+    let store = store.reopen();
+    let told = store.layers.verify_packs();
+    assert_eq!(told.len(), 1);
+    let problem = told[0].error.problem();
+    assert!(problem.contains("cannot be read"), "{problem}");
+    let faults = |layer| store.layers.verify_layer(layer, true, &()).len();
+    assert!(faults(store.layer) > 0);
+    // It has `a` of the pack, and the rest in its own.
+    assert_eq!(faults(store.other), 1);
+    assert_nothing_goes(&store);
+    fs::remove_dir(&pack).unwrap();
+    fs::rename(&aside, &pack).unwrap();
+    store.reopen().assert_whole();
 }
 
 #[test]
