@@ -91,10 +91,11 @@ pub(super) fn statfs_of(stat: &libc::statvfs) -> StatFs {
     }
 }
 
-/// Permission bits without setuid, and without setgid where it means execution with the group.
-fn without_set_ids(perm: u16) -> u16 {
+/// Permission bits without setuid and setgid. Where that does not mean execution with the group, whoever is in
+/// the group may keep it (`setattr_should_drop_sgid` in fs/attr.c).
+fn without_set_ids(perm: u16, in_group: impl FnOnce() -> bool) -> u16 {
     let kept = perm & !S_ISUID;
-    if perm & S_IXGRP != 0 {
+    if perm & S_ISGID != 0 && (perm & S_IXGRP != 0 || !in_group()) {
         kept & !S_ISGID
     } else {
         kept
@@ -185,7 +186,7 @@ impl Union {
         attr.uid = uid.unwrap_or(attr.uid);
         attr.gid = gid.unwrap_or(attr.gid);
         if attr.kind != FileKind::Directory {
-            attr.perm = without_set_ids(attr.perm);
+            attr.perm = without_set_ids(attr.perm, || true);
         }
         form.write(object, &attr)
     }
@@ -300,7 +301,7 @@ impl Union {
     ) -> Result<Attr> {
         let node = self.node(node)?;
         self.upper()?;
-        if set.is_empty() {
+        if set.is_empty() && !self.may_take_set_ids(&node, caller)? {
             return self.attr_of_node(&node);
         }
         if node.kind == FileKind::Symlink && set.perm.is_some() {
@@ -320,7 +321,10 @@ impl Union {
         }
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
-        if uid.is_some() || gid.is_some() {
+        if uid.is_some() || gid.is_some() || set.is_empty() {
+            if caller.uid != 0 && node.kind != FileKind::Directory {
+                self.kill_suidgid(&node, caller)?;
+            }
             let _turn = node.attributes.lock();
             self.with_upper(&node, |object| self.set_owner(object, uid, gid))
                 .context("changing the owner")?;
@@ -328,13 +332,19 @@ impl Union {
         if let Some(size) = set.size {
             self.truncate(&node, size)?;
             if caller.uid != 0 && set.perm.is_none() {
-                self.kill_suidgid(&node)?;
+                self.kill_suidgid(&node, caller)?;
             }
         }
         if let Some(perm) = set.perm {
-            let _turn = node.attributes.lock();
+            let turn = node.attributes.lock();
             self.with_upper(&node, |object| self.set_perm(object, perm))
                 .context("changing the mode")?;
+            drop(turn);
+            // A mode is also how set-id bits are cleared without FUSE_HANDLE_KILLPRIV_V2, and the kernel leaves this one.
+            let without_execution = perm & (S_ISGID | S_IXGRP) == S_ISGID;
+            if without_execution && caller.uid != 0 && node.kind == FileKind::Regular {
+                self.drop_setgid(&node, caller)?;
+            }
         }
         if set.atime.is_some() || set.mtime.is_some() {
             let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
@@ -345,15 +355,47 @@ impl Union {
         self.attr_of_node(&node)
     }
 
-    /// What Linux does when a file is written by someone without CAP_FSETID: setuid goes, and setgid
-    /// where it means execution with the group.
-    pub(super) fn kill_suidgid(&self, node: &Arc<Node>) -> Result<()> {
+    /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
+    /// time of change and clears set-id bits. So does what the kernel takes from a file before a write, and then the
+    /// write clears them. Whoever could not have called chown(2) for bits that mean something is left to that.
+    fn may_take_set_ids(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
+        let attr = self.attr_of_node(node)?;
+        let without_meaning = without_set_ids(attr.perm, || true) == attr.perm;
+        Ok(caller.uid == 0 || caller.uid == attr.uid || without_meaning)
+    }
+
+    /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does
+    /// not mean execution and the caller is in the group.
+    pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
+        self.clear_bits(node, |attr| {
+            let group = self.owners.groups.shown(attr.gid);
+            without_set_ids(attr.perm, || caller.is_in_group(group))
+        })
+    }
+
+    /// What Linux does when `caller` without CAP_FSETID has set an access ACL: setgid goes unless the caller is in the
+    /// group (`posix_acl_update_mode` in fs/posix_acl.c). Here because the host goes by its own caller, this process.
+    pub fn access_acl_set_by(&self, node: NodeId, caller: &Caller) -> Result<()> {
+        self.drop_setgid(&self.node(node)?, caller)
+    }
+
+    /// Takes setgid away unless the caller is in the group.
+    fn drop_setgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
+        self.clear_bits(node, |attr| {
+            let group = self.owners.groups.shown(attr.gid);
+            match attr.perm & S_ISGID != 0 && !caller.is_in_group(group) {
+                true => attr.perm & !S_ISGID,
+                false => attr.perm,
+            }
+        })
+    }
+
+    /// Takes away what `kept` leaves out of the permission bits of an object of the upper.
+    fn clear_bits(&self, node: &Arc<Node>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
         let _turn = node.attributes.lock();
-        let perm = self
-            .with_upper(node, |object| self.upper_attr(object))?
-            .perm;
-        let kept = without_set_ids(perm);
-        if kept != perm {
+        let attr = self.with_upper(node, |object| self.upper_attr(object))?;
+        let kept = kept(&attr);
+        if kept != attr.perm {
             self.with_upper(node, |object| self.set_perm(object, kept))?;
         }
         Ok(())

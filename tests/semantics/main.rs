@@ -38,6 +38,7 @@ mod outcome;
 mod place;
 mod row;
 mod run;
+mod set_ids;
 mod table;
 mod tools;
 
@@ -59,13 +60,14 @@ use table::Table;
 const WORKERS: usize = 4;
 
 fn rows() -> Vec<Row> {
-    let chapters: [(&str, Vec<Row>); 10] = [
+    let chapters: [(&str, Vec<Row>); 11] = [
         ("identity", identity::rows()),
         ("handles", handles::rows()),
         ("directories", directories::rows()),
         ("listings", listings::rows()),
         ("links", links::rows()),
         ("metadata", metadata::rows()),
+        ("set_ids", set_ids::rows()),
         ("files", files::rows()),
         ("names", names::rows()),
         ("marks", marks::rows()),

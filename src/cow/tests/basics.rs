@@ -220,7 +220,7 @@ fn a_removed_file_lives_until_it_is_forgotten() {
         assert_eq!(fixture.union().getattr(entry.node, None).unwrap().nlink, 0);
         fixture
             .union()
-            .write(entry.node, None, 0, b"X", false)
+            .write(entry.node, None, 0, b"X", None)
             .unwrap();
         assert_eq!(&fixture.read_node(entry.node).unwrap()[..1], "X");
         assert_eq!(fixture.union().getattr(entry.node, None).unwrap().nlink, 0);

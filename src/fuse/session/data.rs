@@ -48,12 +48,18 @@ impl UnionFs {
         });
     }
 
-    /// `kill`: the writer may not keep setuid, setgid and capabilities on the file.
-    pub(super) fn write_at(&self, place: &Place, data: &[u8], kill: bool, reply: ReplyWrite) {
+    /// `kills`: the writer, if it may not keep setuid and setgid on the file.
+    pub(super) fn write_at(
+        &self,
+        place: &Place,
+        data: &[u8],
+        kills: Option<&Caller>,
+        reply: ReplyWrite,
+    ) {
         let handle = self.files.get(place.fh);
         let result = self
             .union
-            .write(place.node, handle.as_deref(), place.offset, data, kill);
+            .write(place.node, handle.as_deref(), place.offset, data, kills);
         answer::written(reply, result);
         if self.policy().writeback {
             // The kernel keeps size and times by itself then, but not the room that the data has taken. Told

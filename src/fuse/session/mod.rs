@@ -110,6 +110,7 @@ impl UnionFs {
         Caller {
             uid: request.uid(),
             gid: request.gid(),
+            pid: request.pid(),
             // Otherwise the kernel has applied it already.
             umask: if self.policy().dont_mask { umask } else { 0 },
         }
@@ -321,7 +322,7 @@ impl Filesystem for UnionFs {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         fh: Fh,
         offset: u64,
@@ -336,8 +337,11 @@ impl Filesystem for UnionFs {
             fh,
             offset,
         };
-        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        guarded("write", || self.write_at(&place, data, kill, reply));
+        let kills = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let kills = kills.then(|| self.caller(request, 0));
+        guarded("write", || {
+            self.write_at(&place, data, kills.as_ref(), reply);
+        });
     }
 
     fn flush(
@@ -451,7 +455,7 @@ impl Filesystem for UnionFs {
 
     fn setxattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -460,7 +464,8 @@ impl Filesystem for UnionFs {
         reply: ReplyEmpty,
     ) {
         guarded("setxattr", || {
-            self.set_xattr(self.node(ino), name, value, flags, reply)
+            let caller = self.caller(request, 0);
+            self.set_xattr(&caller, self.node(ino), name, value, flags, reply);
         });
     }
 
