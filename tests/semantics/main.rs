@@ -22,12 +22,14 @@
 mod common;
 
 mod base;
+mod chunks;
 mod directories;
 mod errors;
 mod files;
 mod fill;
 mod handles;
 mod identity;
+mod interchange;
 mod limits;
 mod links;
 mod listings;
@@ -41,6 +43,8 @@ mod run;
 mod set_ids;
 mod table;
 mod tools;
+mod uncarried;
+mod without_data;
 
 use std::env;
 use std::panic::{self, AssertUnwindSafe};
@@ -60,7 +64,7 @@ use table::Table;
 const WORKERS: usize = 4;
 
 fn rows() -> Vec<Row> {
-    let chapters: [(&str, Vec<Row>); 11] = [
+    let chapters: [(&str, Vec<Row>); 15] = [
         ("identity", identity::rows()),
         ("handles", handles::rows()),
         ("directories", directories::rows()),
@@ -68,10 +72,14 @@ fn rows() -> Vec<Row> {
         ("links", links::rows()),
         ("metadata", metadata::rows()),
         ("set_ids", set_ids::rows()),
+        ("without_data", without_data::rows()),
         ("files", files::rows()),
+        ("chunks", chunks::rows()),
         ("names", names::rows()),
         ("marks", marks::rows()),
+        ("interchange", interchange::rows()),
         ("errors", errors::rows()),
+        ("uncarried", uncarried::rows()),
     ];
     let mut all = Vec::new();
     for (chapter, rows) in chapters.into_iter().chain([("limits", limits::rows())]) {

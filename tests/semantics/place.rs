@@ -247,6 +247,11 @@ impl Place {
         self.mount(true)
     }
 
+    /// Mounts what is left after an unmount.
+    pub fn mount_again(&self) -> Outcome {
+        self.mount(true)
+    }
+
     /// Mounts what is there as layers below a new upper.
     pub fn stack(&self) -> Outcome {
         if self.peer == Peer::Native {
