@@ -29,6 +29,9 @@ impl Union {
         if seen.directory.is_some() {
             return Err(Errno::EISDIR.into());
         }
+        // The directory first: what is copied up takes it along.
+        Self::check_unprotected(&parent)?;
+        Self::check_unprotected(&seen)?;
         self.count_links_in_upper(&seen)?;
         drop(seen);
         self.copy_up(&parent, Content::All)?;
@@ -78,6 +81,7 @@ impl Union {
         if seen.directory.is_none() {
             return Err(Errno::ENOTDIR.into());
         }
+        Self::check_unprotected(&seen)?;
         drop(seen);
         self.copy_up(&parent, Content::All)?;
         let mut state = directory.state.write();

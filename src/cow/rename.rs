@@ -61,6 +61,9 @@ impl Union {
         let new_parent = self.node(new_parent)?;
         Self::directory(&parent)?;
         Self::directory(&new_parent)?;
+        // Before anything below takes them to the upper.
+        Self::check_unprotected(&parent)?;
+        Self::check_unprotected(&new_parent)?;
         loop {
             let (node, _) = self.child(&parent, name, false)?;
             let other = match self.child(&new_parent, new_name, false) {
@@ -71,6 +74,9 @@ impl Union {
             // Asked before anything is copied up, and again when all is locked.
             if !Self::check_kinds(&node, other.as_ref(), mode)? {
                 return Ok(());
+            }
+            if let Some(other) = &other {
+                Self::check_unprotected(other)?;
             }
             self.bring_up(&node, &parent, name)?;
             self.copy_up(&new_parent, Content::All)?;

@@ -38,6 +38,7 @@ mod metadata;
 mod names;
 mod outcome;
 mod place;
+mod protected;
 mod row;
 mod run;
 mod set_ids;
@@ -64,7 +65,7 @@ use table::Table;
 const WORKERS: usize = 4;
 
 fn rows() -> Vec<Row> {
-    let chapters: [(&str, Vec<Row>); 15] = [
+    let chapters: [(&str, Vec<Row>); 16] = [
         ("identity", identity::rows()),
         ("handles", handles::rows()),
         ("directories", directories::rows()),
@@ -72,6 +73,7 @@ fn rows() -> Vec<Row> {
         ("links", links::rows()),
         ("metadata", metadata::rows()),
         ("set_ids", set_ids::rows()),
+        ("protected", protected::rows()),
         ("without_data", without_data::rows()),
         ("files", files::rows()),
         ("chunks", chunks::rows()),

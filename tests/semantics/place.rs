@@ -119,6 +119,11 @@ impl Place {
         self.root().join(path)
     }
 
+    /// A lower directory on the host, 0 the topmost.
+    pub fn lower(&self, n: usize) -> PathBuf {
+        self.lowers.borrow()[n].clone()
+    }
+
     /// Where changes go on the host.
     pub fn upper(&self) -> PathBuf {
         match self.peer {
