@@ -285,12 +285,10 @@ impl Union {
         orphan: Option<Orphan>,
     ) -> Result<()> {
         let upper = self.upper()?;
-        state.children.remove(name);
+        let key = state.children.remove_entry(name).map(|(key, _)| key);
         state.changed(name);
         let mut place = node.place.write();
-        place
-            .names
-            .retain(|known| !(Arc::ptr_eq(&known.parent, parent) && &*known.name == name));
+        place.drop_name(parent, name, key);
         if !was_in_upper {
             place.rare.link_offset -= 1;
         }
