@@ -88,6 +88,7 @@ impl Union {
         if content != Content::All && node.place.read().rare.chunks.is_some() {
             return Ok(false);
         }
+        Self::check_unprotected(node)?;
         let mut chain = vec![Arc::clone(node)];
         let mut at = node.name().map(|name| name.parent);
         while let Some(parent) = at {
@@ -111,6 +112,23 @@ impl Union {
             }
         }
         Ok(changed)
+    }
+
+    /// EPERM for what a lower layer has as immutable or append-only. What is in the upper the host protects.
+    pub(super) fn check_unprotected(node: &Node) -> Result<()> {
+        let lower = {
+            let place = node.place.read();
+            match place.upper {
+                Some(_) => None,
+                None => place.lowers.first().cloned(),
+            }
+        };
+        match lower {
+            Some(lower) if lower.object.is_protected()? => {
+                Err(Errno::EPERM).context("a lower layer has it as immutable or append-only")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Answers whether it has made the change.

@@ -310,6 +310,8 @@ impl Union {
         if node.name().is_none() && self.attr_of_node(&node)?.nlink == 0 {
             return Err(Errno::ENOENT.into());
         }
+        // Before the file takes it to the upper.
+        Self::check_unprotected(&parent)?;
         self.copy_up(&node, Content::Metadata)?;
         self.copy_up(&parent, Content::All)?;
         self.keep_data_found(&node)?;

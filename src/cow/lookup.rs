@@ -241,12 +241,11 @@ impl Union {
             match self.table.insert(new) {
                 Ok(node) => break node,
                 Err((known, again)) if Self::is_same_object(&known, &again) => {
+                    // A name that the directory does not know is none of the node's: with many links the
+                    // others need not be looked through.
+                    let listed = state.children.get(&name) == Some(&known.id);
                     let mut place = known.place.write();
-                    if !place
-                        .names
-                        .iter()
-                        .any(|known| Arc::ptr_eq(&known.parent, parent) && known.name == name)
-                    {
+                    if !listed || place.position_of(parent, &name).is_none() {
                         place.names.push(at);
                     }
                     drop(place);

@@ -172,6 +172,27 @@ impl DerefMut for Rare {
     }
 }
 
+impl Place {
+    /// Where a name is among the names.
+    pub(super) fn position_of(&self, parent: &Arc<Node>, name: &OsStr) -> Option<usize> {
+        self.names
+            .iter()
+            .position(|known| Arc::ptr_eq(&known.parent, parent) && &*known.name == name)
+    }
+
+    /// Takes a name away. `key` is what the directory had it under, mostly the same allocation: by that it is found
+    /// among many names without reading them.
+    pub(super) fn drop_name(&mut self, parent: &Arc<Node>, name: &OsStr, key: Option<Arc<OsStr>>) {
+        let by_key = key.and_then(|key| {
+            let same = |known: &Name| Arc::ptr_eq(&known.name, &key);
+            self.names.iter().position(same)
+        });
+        if let Some(at) = by_key.or_else(|| self.position_of(parent, name)) {
+            self.names.remove(at);
+        }
+    }
+}
+
 /// The part of a node that directories alone have.
 #[derive(Default)]
 pub(super) struct Directory {

@@ -29,6 +29,9 @@ impl Union {
         if seen.directory.is_some() {
             return Err(Errno::EISDIR.into());
         }
+        // The directory first: what is copied up takes it along.
+        Self::check_unprotected(&parent)?;
+        Self::check_unprotected(&seen)?;
         self.count_links_in_upper(&seen)?;
         drop(seen);
         self.copy_up(&parent, Content::All)?;
@@ -78,6 +81,7 @@ impl Union {
         if seen.directory.is_none() {
             return Err(Errno::ENOTDIR.into());
         }
+        Self::check_unprotected(&seen)?;
         drop(seen);
         self.copy_up(&parent, Content::All)?;
         let mut state = directory.state.write();
@@ -304,12 +308,10 @@ impl Union {
         orphan: Option<Orphan>,
     ) -> Result<()> {
         let upper = self.upper()?;
-        state.children.remove(name);
+        let key = state.children.remove_entry(name).map(|(key, _)| key);
         state.changed(name);
         let mut place = node.place.write();
-        place
-            .names
-            .retain(|known| !(Arc::ptr_eq(&known.parent, parent) && &*known.name == name));
+        place.drop_name(parent, name, key);
         if !was_in_upper {
             place.rare.link_offset -= 1;
         }

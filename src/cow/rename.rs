@@ -61,6 +61,9 @@ impl Union {
         let new_parent = self.node(new_parent)?;
         Self::directory(&parent)?;
         Self::directory(&new_parent)?;
+        // Before anything below takes them to the upper.
+        Self::check_unprotected(&parent)?;
+        Self::check_unprotected(&new_parent)?;
         loop {
             let (node, _) = self.child(&parent, name, false)?;
             let other = match self.child(&new_parent, new_name, false) {
@@ -71,6 +74,9 @@ impl Union {
             // Asked before anything is copied up, and again when all is locked.
             if !Self::check_kinds(&node, other.as_ref(), mode)? {
                 return Ok(());
+            }
+            if let Some(other) = &other {
+                Self::check_unprotected(other)?;
             }
             self.bring_up(&node, &parent, name)?;
             self.copy_up(&new_parent, Content::All)?;
@@ -251,8 +257,8 @@ impl Union {
                     Err(Errno::ENOSYS) => return Err(Errno::EINVAL.into()),
                     result => result?,
                 }
-                moved(node, &from, &to);
-                moved(&other, &to, &from);
+                moved(node, &from, None, &to, new_name.into());
+                moved(&other, &to, None, &from, name.into());
                 locked.source().changed(name);
                 locked.target().changed(new_name);
                 locked.source().children.insert(name.into(), other.id);
@@ -360,19 +366,20 @@ impl Union {
         if let Some(other) = &other {
             self.name_gone(to.parent, locked.target(), to.name, other, in_upper, orphan)?;
         }
-        moved(node, from, to);
+        let source = locked.source();
+        let key = source.children.remove_entry(from.name).map(|(key, _)| key);
+        let name: Arc<OsStr> = to.name.into();
+        moved(node, from, key, to, Arc::clone(&name));
         let moves = i64::from(node.directory.is_some());
         let goes = other
             .as_ref()
             .is_some_and(|other| other.directory.is_some());
-        let source = locked.source();
-        source.children.remove(from.name);
         source.changed(from.name);
         source.subdirectories.add(-moves);
         let target = locked.target();
         target.subdirectories.add(moves - i64::from(goes));
         target.changed(to.name);
-        target.children.insert(to.name.into(), node.id);
+        target.children.insert(name, node.id);
         Ok(())
     }
 
@@ -440,13 +447,12 @@ fn is_above(above: &Arc<Node>, node: &Arc<Node>) -> bool {
     false
 }
 
-fn moved(node: &Node, from: &End<'_>, to: &End<'_>) {
+/// `key` is what the directory had the name under that goes, `name` the one that comes.
+fn moved(node: &Node, from: &End<'_>, key: Option<Arc<OsStr>>, to: &End<'_>, name: Arc<OsStr>) {
     let mut place = node.place.write();
-    place
-        .names
-        .retain(|known| !(Arc::ptr_eq(&known.parent, from.parent) && &*known.name == from.name));
+    place.drop_name(from.parent, from.name, key);
     place.names.push(Name {
         parent: Arc::clone(to.parent),
-        name: to.name.into(),
+        name,
     });
 }

@@ -22,12 +22,14 @@
 mod common;
 
 mod base;
+mod chunks;
 mod directories;
 mod errors;
 mod files;
 mod fill;
 mod handles;
 mod identity;
+mod interchange;
 mod limits;
 mod links;
 mod listings;
@@ -36,10 +38,14 @@ mod metadata;
 mod names;
 mod outcome;
 mod place;
+mod protected;
 mod row;
 mod run;
+mod set_ids;
 mod table;
 mod tools;
+mod uncarried;
+mod without_data;
 
 use std::env;
 use std::panic::{self, AssertUnwindSafe};
@@ -62,17 +68,23 @@ const WITHOUT_HANDLES: &str = "kernel_features=-export";
 const WORKERS: usize = 4;
 
 fn rows() -> Vec<Row> {
-    let chapters: [(&str, Vec<Row>); 10] = [
+    let chapters: [(&str, Vec<Row>); 16] = [
         ("identity", identity::rows()),
         ("handles", handles::rows()),
         ("directories", directories::rows()),
         ("listings", listings::rows()),
         ("links", links::rows()),
         ("metadata", metadata::rows()),
+        ("set_ids", set_ids::rows()),
+        ("protected", protected::rows()),
+        ("without_data", without_data::rows()),
         ("files", files::rows()),
+        ("chunks", chunks::rows()),
         ("names", names::rows()),
         ("marks", marks::rows()),
+        ("interchange", interchange::rows()),
         ("errors", errors::rows()),
+        ("uncarried", uncarried::rows()),
     ];
     let mut all = Vec::new();
     for (chapter, rows) in chapters.into_iter().chain([("limits", limits::rows())]) {
