@@ -125,3 +125,23 @@ fn what_is_removed_stays_gone_where_whiteouts_cannot_be_devices() {
         assert_eq!(seen(&mount.join("")), seen(&plain), "at the end");
     }
 }
+
+/// What fuse-overlayfs writes there, which the first mount takes over.
+#[test]
+fn whiteouts_by_name_become_attributes_where_they_cannot_be_devices() {
+    let layers = Layers::new(1);
+    fill(&layers.lower(0));
+    let host = Host::new(&layers);
+    for mark in ["to/.wh..wh..opq", "to/.wh.gone", "from/.wh.d", ".wh.a"] {
+        Layers::write(&host.0.join("upper").join(mark), "");
+    }
+    for _ in 0..2 {
+        let mount = Mount::with_options(&layers.mnt(), &host.options(&layers));
+        let seen = seen(&mount.join(""));
+        let names: Vec<_> = seen.keys().map(|path| path.to_str().unwrap()).collect();
+        let whole = ["whole", "whole/x", "whole/x/y"];
+        let before = ["b", "from", "moved", "moved/in", "to"];
+        assert_eq!(names, [&before[..], &whole[..]].concat());
+        mount.unmount();
+    }
+}
