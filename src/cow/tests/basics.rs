@@ -61,16 +61,16 @@ fn what_the_kernel_has_gathered_moves_no_time_of_change() {
         writes: 1,
         mtime: told,
     };
-    union.write(id, None, 0, b"old", false).unwrap();
+    union.write(id, None, 0, b"old", None).unwrap();
     assert_ne!(mtime(), told);
     gather();
     assert_eq!(mtime(), told);
     let told = set(2000);
-    union.write(id, None, 0, b"old", false).unwrap();
+    union.write(id, None, 0, b"old", None).unwrap();
     gather();
     assert_eq!(mtime(), told);
     node.attributes.lock().writes = 0;
-    union.write(id, None, 0, b"old", false).unwrap();
+    union.write(id, None, 0, b"old", None).unwrap();
     gather();
     assert_ne!(mtime(), told);
 }
