@@ -361,8 +361,16 @@ fn opens_and_writes_at_once_fail_nobody() {
     let Some(mount) = passing(&layers, "threads=4") else {
         return;
     };
+    /// Ends the readers when the writer has ended, also by a panic, which would wait for them without end.
+    struct EndsReaders<'a>(&'a AtomicBool);
+    impl Drop for EndsReaders<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _ends_readers = EndsReaders(&over);
         for _ in 0..3 {
             scope.spawn(|| {
                 // Some stay open for a while, so that there is something in the writer's way.
@@ -396,7 +404,6 @@ fn opens_and_writes_at_once_fail_nobody() {
             assert_eq!(fs::read(&path).unwrap(), expected, "{name}");
             assert_eq!(fs::metadata(&path).unwrap().size(), expected.len() as u64);
         }
-        over.store(true, Ordering::Relaxed);
     });
 }
 
