@@ -141,6 +141,15 @@ impl Framed {
         Ok(framed)
     }
 
+    /// Goes on with what others know of its frames, if that is of the same table.
+    pub(in crate::store) fn share(&mut self, known: &Arc<FrameChecks>) -> bool {
+        let is_like = self.checks.is_like(known);
+        if is_like {
+            self.checks = Arc::clone(known);
+        }
+        is_like
+    }
+
     /// What is known of its frames.
     pub(in crate::store) fn checks(&self) -> &Arc<FrameChecks> {
         &self.checks
