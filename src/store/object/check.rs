@@ -11,7 +11,8 @@ pub enum Verify {
     /// When they are first read after the view was opened.
     #[default]
     First,
-    /// Those in frames whenever they are read, others whenever they are opened.
+    /// Those in frames whenever they are read from the disk, and each open has all of them read anew; others whenever they
+    /// are opened.
     Always,
 }
 

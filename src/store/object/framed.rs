@@ -71,6 +71,11 @@ impl FrameCache {
         kept.push_back((key, frame));
     }
 
+    /// Keeps no frame of this object any longer.
+    fn forget(&self, name: &ObjectName) {
+        self.0.lock().retain(|((known, ..), _)| known != name);
+    }
+
     /// A buffer of `length` bytes, which is that of the frame that would go next if nobody uses it.
     fn buffer(&self, length: usize) -> Vec<u8> {
         let oldest = {
@@ -126,6 +131,10 @@ impl Framed {
                 Arc::new(FrameChecks::new(verify, table.sum, table.count()))
             }
         };
+        if verify == Verify::Always {
+            // What is read from now on comes from the disk once more.
+            cache.forget(&object.name);
+        }
         let framed = Self {
             path: path.to_owned(),
             file,

@@ -309,3 +309,29 @@ fn what_is_kept_of_frames_is_bounded() {
     }
     assert!(framed.cache.0.lock().len() <= MOST_KEPT);
 }
+
+#[test]
+fn an_open_that_is_to_compare_reads_what_is_kept_from_the_disk_once_more() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let content = content(2 * FRAME);
+    let object = written(&path, &content);
+    let whole = fs::read(&path).unwrap();
+    let mut bad = whole.clone();
+    bad[table::body(2) as usize + 5] ^= 1;
+    for (verify, seen) in [(Verify::First, false), (Verify::Always, true)] {
+        let cache = Arc::new(FrameCache::default());
+        let open = |known| {
+            let file = File::open(&path).unwrap();
+            let (length, check) = (whole.len() as u64, parts(verify, known));
+            Framed::open(&path, file, length, &object, &check, &cache).unwrap()
+        };
+        fs::write(&path, &whole).unwrap();
+        let first = open(None);
+        compare(&first, &content, 0, 10).unwrap();
+        fs::write(&path, &bad).unwrap();
+        let second = open(Some(&first));
+        let read = compare(&second, &content, 0, 10);
+        assert_eq!(read.is_err(), seen, "{verify:?}");
+    }
+}
