@@ -22,8 +22,10 @@ const ENTRY: usize = 36;
 const PLAIN: u32 = 1 << 31;
 /// What a reader takes, so that no header has it hold much.
 const FRAMES: RangeInclusive<u64> = 4 << 10..=16 << 20;
-/// Most bytes of an object, so that a forged size does not have a reader allocate for its table.
-pub(in crate::store) const LARGEST: u64 = 1 << 44;
+/// Most bytes of an object. With the frames that we write its table has 18 MiB, which a writer and every reader hold.
+pub(in crate::store) const LARGEST: u64 = 64 << 30;
+/// Most frames of an object: as many as the largest has. Smaller frames are for smaller objects.
+const MOST: u64 = LARGEST / FRAME as u64;
 
 /// Where a frame is stored.
 #[derive(Clone, Copy, Debug)]
@@ -82,12 +84,8 @@ impl Table {
             return Err(damaged(path, problem));
         }
         let (said, frame) = (fields.u64(40), u64::from(fields.u32(48)));
-        if said != size
-            || size == 0
-            || size > LARGEST
-            || !FRAMES.contains(&frame)
-            || !frame.is_power_of_two()
-        {
+        let is_frame = FRAMES.contains(&frame) && frame.is_power_of_two();
+        if said != size || size == 0 || size > LARGEST || !is_frame || size.div_ceil(frame) > MOST {
             return Err(damaged(path, "its header says what cannot be"));
         }
         let count = size.div_ceil(frame);
