@@ -1,5 +1,6 @@
 use std::fs;
 
+use super::subtree::Subtree;
 use super::*;
 use crate::store::compression::Compressor;
 
@@ -333,5 +334,58 @@ fn an_open_that_is_to_compare_reads_what_is_kept_from_the_disk_once_more() {
         let second = open(Some(&first));
         let read = compare(&second, &content, 0, 10);
         assert_eq!(read.is_err(), seen, "{verify:?}");
+    }
+}
+
+/// A forged size had its reader allocate for a table of that size before anything was looked at.
+#[test]
+fn what_a_size_has_a_reader_allocate_is_bounded() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let name = written(&path, &content(2 * FRAME)).name;
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let refused = |size| {
+        let object = Object { name, size };
+        let error = open(&path, &object, &Check::Nothing).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        error.to_string()
+    };
+    for size in [u64::MAX, 1 << 60, LARGEST + 1] {
+        let error = refused(size);
+        assert!(error.contains(&format!("should have {size}")), "{error}");
+    }
+    // Also by a header that says the same, whose frames are so small that there would be many.
+    let (head, _) = table::head(LARGEST, 4 << 10, &[]);
+    file.write_all_at(&head, 0).unwrap();
+    let error = refused(LARGEST);
+    assert!(error.contains("its header says what cannot be"), "{error}");
+    let (head, _) = table::head(LARGEST, FRAME as u32, &[]);
+    file.write_all_at(&head, 0).unwrap();
+    let error = refused(LARGEST);
+    assert!(error.contains("its table is damaged"), "{error}");
+}
+
+#[test]
+fn frames_of_another_length_and_a_table_longer_than_what_is_read_first_are_read() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    for (frame, count) in [(4 << 10, 2000), (1 << 20, 2)] {
+        let content = content(frame * count + 5);
+        let size = content.len() as u64;
+        let mut entries = Vec::new();
+        for (number, part) in content.chunks(frame).enumerate() {
+            let subtree = Subtree::new((number * frame) as u64, frame as u64, size);
+            let bytes = part.len() as u32;
+            table::add_entry(&mut entries, bytes, true, &subtree.value(part));
+        }
+        let (mut bytes, name) = table::head(size, frame as u32, &entries);
+        bytes.extend_from_slice(&content);
+        fs::write(&path, &bytes).unwrap();
+        let object = Object { name, size };
+        let framed = open(&path, &object, &Check::Whole).unwrap();
+        for from in [0, frame - 3, frame * count - 3] {
+            compare(&framed, &content, from, 8).unwrap();
+        }
     }
 }
