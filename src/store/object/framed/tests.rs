@@ -389,3 +389,65 @@ fn frames_of_another_length_and_a_table_longer_than_what_is_read_first_are_read(
         }
     }
 }
+
+#[test]
+fn a_feature_that_a_reader_has_to_know_is_refused_and_no_other() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let object = written(&path, &content(2 * FRAME));
+    let sound = fs::read(&path).unwrap();
+    for (word, refused) in [(16, false), (24, false), (32, true)] {
+        let mut bytes = sound.clone();
+        bytes[word] = 1 << 3;
+        let sum = crate::store::format::short_sum(&bytes[..56]);
+        bytes[56..64].copy_from_slice(&sum);
+        // The sum of the table is over the header, too.
+        let end = table::body(2) as usize - 32;
+        let sum = blake3::hash(&bytes[..end]);
+        bytes[end..end + 32].copy_from_slice(sum.as_bytes());
+        fs::write(&path, &bytes).unwrap();
+        let opened = open(&path, &object, &Check::Whole);
+        assert_eq!(opened.is_err(), refused, "{word}");
+        if let Err(error) = opened {
+            assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+            let message = error.to_string();
+            let is_named = message.contains("0x8") && message.contains(path.to_str().unwrap());
+            assert!(is_named, "{message}");
+        }
+    }
+}
+
+/// Bytes that this thread has had the host read from disks.
+fn read_from_disks() -> u64 {
+    let counts = fs::read_to_string("/proc/thread-self/io").unwrap();
+    let bytes = counts
+        .lines()
+        .find_map(|line| line.strip_prefix("read_bytes: "));
+    bytes.unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_host_is_told_of_reads_of_several_frames() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let mut content = vec![0; 5 * FRAME];
+    blake3::Hasher::new().finalize_xof().fill(&mut content);
+    let object = written(&path, &content);
+    let framed = open(&path, &object, &Check::PARTS).unwrap();
+    framed.file.sync_all().unwrap();
+    let read_by = |what: &dyn Fn()| {
+        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        posix_fadvise(&framed.file, 0, 0, advice).unwrap();
+        let before = read_from_disks();
+        what();
+        read_from_disks() - before
+    };
+    if read_by(&|| compare(&framed, &content, 0, FRAME).unwrap()) == 0 {
+        eprintln!("not tested: what is read on this file system does not come from a disk");
+        return;
+    }
+    assert_eq!(read_by(&|| framed.announce(FRAME as u64, FRAME)), 0);
+    assert_eq!(read_by(&|| framed.announce(5, FRAME - 5)), 0);
+    let read = read_by(&|| framed.announce(FRAME as u64 - 1, 2));
+    assert!(read >= FRAME as u64, "{read}");
+}
