@@ -471,7 +471,7 @@ fn damage_to_a_frame_is_counted_until_the_frame_can_be_read() {
     for verify in [Verify::First, Verify::Always] {
         let (fixture, chain, content) = in_frames();
         let view = fixture.layers.view(&chain, verify).unwrap();
-        let digits = crate::store::ObjectName::of(&content).to_string();
+        let digits = ObjectName::of(&content).to_string();
         let object = fixture.dir.path().join("objects").join(&digits[..2]);
         let object = object.join(digits);
         let sound = fs::read(&object).unwrap();
