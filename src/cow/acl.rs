@@ -15,7 +15,7 @@ use crate::sys::xattr;
 /// What new entries of a directory inherit.
 pub(super) const DEFAULT: &str = "system.posix_acl_default";
 /// What access is checked against.
-pub(super) const ACCESS: &str = "system.posix_acl_access";
+pub const ACCESS: &str = "system.posix_acl_access";
 
 const VERSION: u32 = 2;
 const HEADER: usize = 4;

@@ -91,10 +91,11 @@ pub(super) fn statfs_of(stat: &libc::statvfs) -> StatFs {
     }
 }
 
-/// Permission bits without setuid, and without setgid where it means execution with the group.
-fn without_set_ids(perm: u16) -> u16 {
+/// Permission bits without setuid and setgid. Where that does not mean execution with the group, whoever is in
+/// the group may keep it (`setattr_should_drop_sgid` in fs/attr.c).
+fn without_set_ids(perm: u16, in_group: impl FnOnce() -> bool) -> u16 {
     let kept = perm & !S_ISUID;
-    if perm & S_IXGRP != 0 {
+    if perm & S_ISGID != 0 && (perm & S_IXGRP != 0 || !in_group()) {
         kept & !S_ISGID
     } else {
         kept
@@ -195,7 +196,7 @@ impl Union {
         attr.uid = uid.unwrap_or(attr.uid);
         attr.gid = gid.unwrap_or(attr.gid);
         if attr.kind != FileKind::Directory {
-            attr.perm = without_set_ids(attr.perm);
+            attr.perm = without_set_ids(attr.perm, || true);
         }
         form.write(object, &attr)
     }
@@ -314,7 +315,7 @@ impl Union {
     ) -> Result<Attr> {
         let node = self.node(node)?;
         self.upper()?;
-        if set.is_empty() {
+        if set.is_empty() && !self.may_take_set_ids(&node, caller)? {
             return self.attr_of_node(&node);
         }
         if node.kind == FileKind::Symlink && set.perm.is_some() {
@@ -332,15 +333,27 @@ impl Union {
         }
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
-        let owner = |object: Object<'_>| match uid.is_some() || gid.is_some() {
-            true => self
-                .set_owner(object, uid, gid)
-                .context("changing the owner"),
-            false => Ok(()),
+        let sets_owner = uid.is_some() || gid.is_some() || set.is_empty();
+        let may_not_keep = caller.uid != 0 && node.kind != FileKind::Directory;
+        let owner = |object: Object<'_>| {
+            if !sets_owner {
+                return Ok(());
+            }
+            if may_not_keep {
+                self.clear_bits_of(object, |attr| self.without_set_ids(attr, caller))?;
+            }
+            self.set_owner(object, uid, gid)
+                .context("changing the owner")
         };
         let rest = |object: Object<'_>| {
             if let Some(perm) = set.perm {
                 self.set_perm(object, perm).context("changing the mode")?;
+                // A mode is also how set-id bits are cleared without FUSE_HANDLE_KILLPRIV_V2, and the kernel leaves
+                // this one.
+                let without_execution = perm & (S_ISGID | S_IXGRP) == S_ISGID;
+                if without_execution && caller.uid != 0 && node.kind == FileKind::Regular {
+                    self.clear_bits_of(object, |attr| self.without_setgid(attr, caller))?;
+                }
             }
             if set.atime.is_some() || set.mtime.is_some() {
                 let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
@@ -353,7 +366,7 @@ impl Union {
             self.change(&node, owner)?;
             self.truncate(&node, size)?;
             if caller.uid != 0 && set.perm.is_none() {
-                self.kill_suidgid(&node)?;
+                self.kill_suidgid(&node, caller)?;
             }
             self.change_times(&node, set.mtime.is_some(), rest)?;
         } else if !self.copy_up_changed(&node, Content::Metadata, Some(&all))? {
@@ -391,16 +404,54 @@ impl Union {
         Ok(())
     }
 
-    /// What Linux does when a file is written by someone without CAP_FSETID: setuid goes, and setgid
-    /// where it means execution with the group.
-    pub(super) fn kill_suidgid(&self, node: &Arc<Node>) -> Result<()> {
+    /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
+    /// time of change and clears set-id bits. So does what the kernel takes from a file before a write, and then the
+    /// write clears them. Whoever could not have called chown(2) for bits that mean something is left to that.
+    fn may_take_set_ids(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
+        let attr = self.attr_of_node(node)?;
+        let without_meaning = without_set_ids(attr.perm, || true) == attr.perm;
+        Ok(caller.uid == 0 || caller.uid == attr.uid || without_meaning)
+    }
+
+    /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does
+    /// not mean execution and the caller is in the group.
+    pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
+        self.clear_bits(node, |attr| self.without_set_ids(attr, caller))
+    }
+
+    /// What Linux does when `caller` without CAP_FSETID has set an access ACL: setgid goes unless the caller is in the
+    /// group (`posix_acl_update_mode` in fs/posix_acl.c). Here because the host goes by its own caller, this process.
+    pub fn access_acl_set_by(&self, node: NodeId, caller: &Caller) -> Result<()> {
+        self.clear_bits(&self.node(node)?, |attr| self.without_setgid(attr, caller))
+    }
+
+    /// The permission bits that are left when `caller` without CAP_FSETID writes.
+    fn without_set_ids(&self, attr: &Attr, caller: &Caller) -> u16 {
+        let group = self.owners.groups.shown(attr.gid);
+        without_set_ids(attr.perm, || caller.is_in_group(group))
+    }
+
+    /// The permission bits without setgid, unless `caller` is in the group.
+    fn without_setgid(&self, attr: &Attr, caller: &Caller) -> u16 {
+        let group = self.owners.groups.shown(attr.gid);
+        match attr.perm & S_ISGID != 0 && !caller.is_in_group(group) {
+            true => attr.perm & !S_ISGID,
+            false => attr.perm,
+        }
+    }
+
+    /// Takes away what `kept` leaves out of the permission bits of an object of the upper.
+    fn clear_bits(&self, node: &Arc<Node>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
         let _turn = node.attributes.lock();
-        let perm = self
-            .with_upper(node, |object| self.upper_attr(object))?
-            .perm;
-        let kept = without_set_ids(perm);
-        if kept != perm {
-            self.with_upper(node, |object| self.set_perm(object, kept))?;
+        self.with_upper(node, |object| Ok(self.clear_bits_of(object, kept)))?
+    }
+
+    /// As `clear_bits`, of an object that nobody else changes.
+    fn clear_bits_of(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
+        let attr = self.upper_attr(object)?;
+        let kept = kept(&attr);
+        if kept != attr.perm {
+            self.set_perm(object, kept)?;
         }
         Ok(())
     }

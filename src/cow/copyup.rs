@@ -1,7 +1,7 @@
 //! Copy-up: an object of a lower layer becomes one of the upper.
 //!
-//! The copy is made whole in the work directory and then renamed to its place, so at every moment, also
-//! after a crash, the name stands for the old object or for the complete new one. Content is copied
+//! The copy is made whole without a name, or with one in the work directory, and then put into its place, so at every
+//! moment, also after a crash, the name stands for the old object or for the complete new one. Content is copied
 //! with no lock held but the node's own, so nobody else waits; readers of the file itself go on reading
 //! the lower meanwhile.
 
@@ -88,6 +88,7 @@ impl Union {
         if content != Content::All && node.place.read().rare.chunks.is_some() {
             return Ok(false);
         }
+        Self::check_unprotected(node)?;
         let mut chain = vec![Arc::clone(node)];
         let mut at = node.name().map(|name| name.parent);
         while let Some(parent) = at {
@@ -111,6 +112,23 @@ impl Union {
             }
         }
         Ok(changed)
+    }
+
+    /// EPERM for what a lower layer has as immutable or append-only. What is in the upper the host protects.
+    pub(super) fn check_unprotected(node: &Node) -> Result<()> {
+        let lower = {
+            let place = node.place.read();
+            match place.upper {
+                Some(_) => None,
+                None => place.lowers.first().cloned(),
+            }
+        };
+        match lower {
+            Some(lower) if lower.object.is_protected()? => {
+                Err(Errno::EPERM).context("a lower layer has it as immutable or append-only")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Answers whether it has made the change.
@@ -171,6 +189,8 @@ impl Union {
             if without_data {
                 fs::ftruncate(fd, attr.size)?;
                 self.copy_metadata(source, &attr, object, &made)?;
+                // After the origin: of both there is room for one in ext4's inode, and what does not fit goes into a block,
+                // which files with equal attributes share. The mark is the same on all.
                 metacopy = self.mark_metacopy(upper, object)?;
             }
             if !metacopy {

@@ -171,7 +171,7 @@ impl Union {
                     }
                 }
                 // Without lowers the name was not looked at before.
-                Err(Errno::EEXIST) => match self.in_upper(parent, &state, name)? {
+                Err(Errno::EEXIST) => match self.in_upper(parent, name)? {
                     InUpper::Whiteout => {
                         self.make_over_whiteout(new, dir.as_fd(), name, &wanted, default_acl)
                     }
@@ -222,7 +222,7 @@ impl Union {
         if lowers.is_empty() {
             return Ok(Free::Nothing);
         }
-        match self.in_upper(parent, state, name)? {
+        match self.in_upper(parent, name)? {
             InUpper::Object(_) => Err(Errno::EEXIST.into()),
             InUpper::Whiteout => Ok(Free::Whiteout),
             InUpper::Nothing => {
@@ -310,6 +310,8 @@ impl Union {
         if node.name().is_none() && self.attr_of_node(&node)?.nlink == 0 {
             return Err(Errno::ENOENT.into());
         }
+        // Before the file takes it to the upper.
+        Self::check_unprotected(&parent)?;
         self.copy_up(&node, Content::Metadata)?;
         self.copy_up(&parent, Content::All)?;
         self.keep_data_found(&node)?;

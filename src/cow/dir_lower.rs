@@ -28,7 +28,7 @@ use super::whiteout::{
     FUSE_OVERLAYFS_OPAQUE, WH_OPAQUE, WH_PREFIX, is_fuse_overlayfs, is_wh_file, is_whiteout,
 };
 use crate::sys::fs::{self, Object};
-use crate::sys::{dirents, handle, private_mount, xattr};
+use crate::sys::{dirents, flags, handle, private_mount, xattr};
 
 /// What all objects of one layer share.
 struct Layer {
@@ -558,6 +558,10 @@ impl LowerObject for DirObject {
             size: self.attr.size,
             sealed: self.layer.sealed,
         }))
+    }
+
+    fn is_protected(&self) -> Result<bool> {
+        self.with_object(flags::is_protected)
     }
 
     fn origin(&self) -> Option<Origin> {

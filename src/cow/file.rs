@@ -98,7 +98,7 @@ impl Union {
             self.copy_up(&node, Content::UpTo(0))?;
             self.truncate(&node, 0)?;
             if caller.uid != 0 {
-                self.kill_suidgid(&node)?;
+                self.kill_suidgid(&node, caller)?;
             }
         } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.copy_up(&node, Content::Writable)?;
@@ -274,19 +274,19 @@ impl Union {
         }
     }
 
-    /// `kill_suidgid`: clear setuid, and setgid of a group-executable file.
+    /// `kills`: who writes, if that clears setuid and setgid.
     pub fn write(
         &self,
         node: NodeId,
         _handle: Option<&FileHandle>,
         offset: u64,
         data: &[u8],
-        kill_suidgid: bool,
+        kills: Option<&Caller>,
     ) -> Result<usize> {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
-        if kill_suidgid {
-            self.kill_suidgid(&node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid(&node, caller)?;
         }
         self.with_room(|| backing.write_at(data, offset))
     }
@@ -298,12 +298,12 @@ impl Union {
         node: NodeId,
         offset: u64,
         data: &[u8],
-        kill_suidgid: bool,
+        kills: Option<&Caller>,
     ) -> Result<usize> {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
-        if kill_suidgid {
-            self.kill_suidgid(&node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid(&node, caller)?;
         }
         let fd = backing.upper_fd().ok_or(Errno::EIO)?;
         {
@@ -375,7 +375,7 @@ impl Union {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
         if caller.uid != 0 {
-            self.kill_suidgid(&node)?;
+            self.kill_suidgid(&node, caller)?;
         }
         self.with_room(|| match &*backing {
             Backing::Upper { fd, .. } => Ok(fs::fallocate(fd.as_fd(), mode, offset, len)?),
@@ -429,7 +429,7 @@ impl Union {
             return Err(Errno::EINVAL.into());
         }
         if caller.uid != 0 {
-            self.kill_suidgid(&to)?;
+            self.kill_suidgid(&to, caller)?;
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         if let (Some(input), Some(out)) = (backing_in.host_fd(), backing_out.host_fd()) {

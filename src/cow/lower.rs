@@ -91,6 +91,10 @@ pub trait LowerObject: Send + Sync {
     fn stored(&self) -> Result<Option<Stored>> {
         Ok(None)
     }
+    /// Whether nobody may write, change or remove it, as chattr(1) has it.
+    fn is_protected(&self) -> Result<bool> {
+        Ok(false)
+    }
     /// What names the object for `overlay.origin`, if the layer can tell.
     fn origin(&self) -> Option<Origin>;
 }

@@ -62,6 +62,7 @@ mod view_lower;
 mod whiteout;
 mod xattr;
 
+pub use acl::ACCESS as ACCESS_ACL;
 pub use content::ContentPart;
 pub use metacopy::may_hold_metacopies;
 pub use owner::{IdRange, IdView, OVERFLOW_ID, Owners};

@@ -172,12 +172,35 @@ impl DerefMut for Rare {
     }
 }
 
+impl Place {
+    /// Where a name is among the names.
+    pub(super) fn position_of(&self, parent: &Arc<Node>, name: &OsStr) -> Option<usize> {
+        self.names
+            .iter()
+            .position(|known| Arc::ptr_eq(&known.parent, parent) && &*known.name == name)
+    }
+
+    /// Takes a name away. `key` is what the directory had it under, mostly the same allocation: by that it is found
+    /// among many names without reading them.
+    pub(super) fn drop_name(&mut self, parent: &Arc<Node>, name: &OsStr, key: Option<Arc<OsStr>>) {
+        let by_key = key.and_then(|key| {
+            let same = |known: &Name| Arc::ptr_eq(&known.name, &key);
+            self.names.iter().position(same)
+        });
+        if let Some(at) = by_key.or_else(|| self.position_of(parent, name)) {
+            self.names.remove(at);
+        }
+    }
+}
+
 /// The part of a node that directories alone have.
 #[derive(Default)]
 pub(super) struct Directory {
     pub(super) state: RwLock<DirState>,
     /// Descriptor of the upper directory.
     pub(super) fd: Slot<UpperDir>,
+    /// Whiteouts in xattr form count in the upper directory. Changes only with `state` locked for writing.
+    pub(super) xattr_whiteouts: Flag,
 }
 
 /// Yes, no, or not asked yet.
@@ -250,8 +273,6 @@ pub(super) struct DirState {
     pub(super) removed: bool,
     /// The upper directory is marked impure: entries may carry an origin.
     pub(super) impure: Flag,
-    /// The upper directory has whiteouts in xattr form.
-    pub(super) xattr_whiteouts: Flag,
     /// The upper directory has a default ACL.
     pub(super) default_acl: Flag,
     /// Subdirectories that are visible. Whoever changes it has the directory locked.

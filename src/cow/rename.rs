@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use parking_lot::RwLockWriteGuard;
 
 use super::copyup::Content;
-use super::error::{Context, Result};
+use super::error::{Context, Error, Result};
 use super::lookup::{InUpper, check_name};
 use super::node::{DirState, Name, Node, Orphan};
 use super::types::{FileKind, NodeId, RenameMode};
@@ -61,6 +61,9 @@ impl Union {
         let new_parent = self.node(new_parent)?;
         Self::directory(&parent)?;
         Self::directory(&new_parent)?;
+        // Before anything below takes them to the upper.
+        Self::check_unprotected(&parent)?;
+        Self::check_unprotected(&new_parent)?;
         loop {
             let (node, _) = self.child(&parent, name, false)?;
             let other = match self.child(&new_parent, new_name, false) {
@@ -72,6 +75,9 @@ impl Union {
             if !Self::check_kinds(&node, other.as_ref(), mode)? {
                 return Ok(());
             }
+            if let Some(other) = &other {
+                Self::check_unprotected(other)?;
+            }
             self.bring_up(&node, &parent, name)?;
             self.copy_up(&new_parent, Content::All)?;
             match (mode, &other) {
@@ -81,15 +87,41 @@ impl Union {
                 (_, Some(other)) => self.count_links_in_upper(other)?,
                 (_, None) => {}
             }
-            let done = self.rename_locked(&node, &parent, name, &new_parent, new_name, mode)?;
+            let done = self.rename_locked(&node, &parent, name, &new_parent, new_name, mode);
+            let done = match done {
+                Err(error) if error.is(Errno::EXDEV) => {
+                    self.fetch_unmovable(&node, other.as_ref(), mode, error)
+                }
+                done => done,
+            };
             self.let_go(node);
             if let Some(other) = other {
                 self.let_go(other);
             }
-            if done {
+            if done? {
                 return Ok(());
             }
         }
+    }
+
+    /// After `error`: no mark can tell where the data of a file would be found. With its data in the upper it can move,
+    /// so the rename is to be tried again.
+    fn fetch_unmovable(
+        &self,
+        node: &Arc<Node>,
+        other: Option<&Arc<Node>>,
+        mode: RenameMode,
+        error: Error,
+    ) -> Result<bool> {
+        let other = other.filter(|_| mode == RenameMode::Exchange);
+        let mut fetched = false;
+        for moved in [Some(node), other].into_iter().flatten() {
+            if moved.place.read().metacopy {
+                self.copy_up(moved, Content::All)?;
+                fetched = true;
+            }
+        }
+        if fetched { Ok(false) } else { Err(error) }
     }
 
     /// Whether there is anything to do.
@@ -126,7 +158,7 @@ impl Union {
         let source = self.with_upper(node, |object| object.open(libc::O_PATH))?;
         let state = Self::directory(parent)?.state.write();
         if state.children.get(name) != Some(&node.id)
-            || !matches!(self.in_upper(parent, &state, name)?, InUpper::Nothing)
+            || !matches!(self.in_upper(parent, name)?, InUpper::Nothing)
         {
             return Ok(());
         }
@@ -225,8 +257,8 @@ impl Union {
                     Err(Errno::ENOSYS) => return Err(Errno::EINVAL.into()),
                     result => result?,
                 }
-                moved(node, &from, &to);
-                moved(&other, &to, &from);
+                moved(node, &from, None, &to, new_name.into());
+                moved(&other, &to, None, &from, name.into());
                 locked.source().changed(name);
                 locked.target().changed(new_name);
                 locked.source().children.insert(name.into(), other.id);
@@ -259,7 +291,7 @@ impl Union {
         }
         if !node.place.read().lowers.is_empty() {
             let path = self.lower_path(node)?;
-            xattr::set(object, self.family.redirect(), path.as_bytes(), 0)
+            self.store_redirect(object, &path)
                 .context("noting where a renamed directory continues")?;
         } else if to.covered {
             xattr::set(object, self.family.opaque(), b"y", 0)
@@ -316,17 +348,13 @@ impl Union {
                 self.check_empty(other, &state)?;
                 inner = Some(state);
             }
-            in_upper = self.has_upper_entry(to.parent, locked.target(), to.name, other)?;
+            in_upper = self.has_upper_entry(to.parent, to.name, other)?;
             if other.directory.is_none() {
                 orphan = self.orphan_before_unlink(other, to.dir, to.name, in_upper)?;
             }
         }
         let whiteout = other.is_none() || !in_upper;
-        let whiteout = whiteout
-            && matches!(
-                self.in_upper(to.parent, locked.target(), to.name)?,
-                InUpper::Whiteout
-            );
+        let whiteout = whiteout && matches!(self.in_upper(to.parent, to.name)?, InUpper::Whiteout);
         if node.kind == FileKind::Directory && (in_upper || whiteout) {
             orphan = self.rename_over(from, to)?;
         } else {
@@ -338,19 +366,20 @@ impl Union {
         if let Some(other) = &other {
             self.name_gone(to.parent, locked.target(), to.name, other, in_upper, orphan)?;
         }
-        moved(node, from, to);
+        let source = locked.source();
+        let key = source.children.remove_entry(from.name).map(|(key, _)| key);
+        let name: Arc<OsStr> = to.name.into();
+        moved(node, from, key, to, Arc::clone(&name));
         let moves = i64::from(node.directory.is_some());
         let goes = other
             .as_ref()
             .is_some_and(|other| other.directory.is_some());
-        let source = locked.source();
-        source.children.remove(from.name);
         source.changed(from.name);
         source.subdirectories.add(-moves);
         let target = locked.target();
         target.subdirectories.add(moves - i64::from(goes));
         target.changed(to.name);
-        target.children.insert(to.name.into(), node.id);
+        target.children.insert(name, node.id);
         Ok(())
     }
 
@@ -364,7 +393,7 @@ impl Union {
             result => return Ok(result?),
         }
         // What may need space is done before anything has moved.
-        let whiteout = self.spare_whiteout(from.dir)?;
+        let whiteout = self.spare_whiteout(from.parent, from.dir)?;
         fs::renameat2(from.dir, from.name, to.dir, to.name, 0)?;
         let installed = whiteout.install(from.dir, from.name, 0);
         Ok(installed.map_err(|(_, errno)| errno)?)
@@ -377,6 +406,10 @@ impl Union {
         let is_directory = |dir, name| -> Result<bool> {
             Ok(fs::fstatat(dir, name)?.st_mode & libc::S_IFMT == libc::S_IFDIR)
         };
+        if from.covered && self.has_xattr_whiteouts(to.parent, to.dir)? {
+            // One may come along.
+            self.allow_xattr_whiteouts(from.parent, from.dir)?;
+        }
         match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_EXCHANGE) {
             Ok(()) => {}
             Err(Errno::EINVAL | Errno::ENOSYS) => {
@@ -389,7 +422,9 @@ impl Union {
             Err(errno) => return Err(errno.into()),
         }
         match (is_directory(from.dir, from.name)?, from.covered) {
-            (true, covered) => self.remove_directory(from.dir, from.name, true, covered),
+            (true, covered) => {
+                self.remove_directory(from.parent, from.dir, from.name, true, covered)
+            }
             // The whiteout has come to where one is needed.
             (false, true) => Ok(None),
             (false, false) => {
@@ -412,13 +447,12 @@ fn is_above(above: &Arc<Node>, node: &Arc<Node>) -> bool {
     false
 }
 
-fn moved(node: &Node, from: &End<'_>, to: &End<'_>) {
+/// `key` is what the directory had the name under that goes, `name` the one that comes.
+fn moved(node: &Node, from: &End<'_>, key: Option<Arc<OsStr>>, to: &End<'_>, name: Arc<OsStr>) {
     let mut place = node.place.write();
-    place
-        .names
-        .retain(|known| !(Arc::ptr_eq(&known.parent, from.parent) && &*known.name == from.name));
+    place.drop_name(from.parent, from.name, key);
     place.names.push(Name {
         parent: Arc::clone(to.parent),
-        name: to.name.into(),
+        name,
     });
 }

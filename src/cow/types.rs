@@ -8,6 +8,7 @@ pub use super::chunks::Chunking;
 use super::owner::Owners;
 use super::stat_override::StatOverride;
 use crate::store::view::View;
+use crate::sys::process;
 
 /// The identity of a file or directory of the union.
 ///
@@ -113,6 +114,8 @@ pub struct Caller {
     pub gid: u32,
     /// Bits to take from the mode of a new object whose parent has no default ACL.
     pub umask: u32,
+    /// Its thread, by which other groups of it are found; 0 if that cannot be named here.
+    pub pid: u32,
 }
 
 impl Caller {
@@ -121,7 +124,15 @@ impl Caller {
         uid: 0,
         gid: 0,
         umask: 0,
+        pid: 0,
     };
+
+    /// Whether it is in a group, be it by a supplementary one. Of a process that cannot be looked at, only the effective
+    /// one is known.
+    pub(super) fn is_in_group(&self, gid: u32) -> bool {
+        gid == self.gid
+            || process::supplementary_groups(self.pid).is_ok_and(|groups| groups.contains(&gid))
+    }
 }
 
 /// A time to set.

@@ -93,10 +93,15 @@ impl Repair {
             self.tell_what_is_left(layer, patient);
         }
         for fault in self.snapshotter.packed_layers().verify_packs() {
+            let advice = match fault.error {
+                store::Error::Unsupported { .. } => "have the newer release repair it",
+                _ => {
+                    "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this"
+                }
+            };
             self.tell(Event::Left(api::Fault {
                 problem: fault.error.problem(),
-                advice: "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this"
-                    .to_owned(),
+                advice: advice.to_owned(),
                 ..api::Fault::default()
             }));
         }

@@ -491,7 +491,7 @@ mod tests {
                 let made = union.create(d, "new".as_ref(), 0o644, libc::O_RDWR, &Caller::ROOT);
                 let (entry, handle) = made.unwrap();
                 union
-                    .write(entry.node, Some(&handle), 0, &[7; 3000], false)
+                    .write(entry.node, Some(&handle), 0, &[7; 3000], None)
                     .unwrap();
                 union.release(entry.node, handle);
             }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -236,47 +236,86 @@ pub(super) struct Found {
     pub(super) has_table: bool,
     /// Its read-only compatible features; `None` where its header does not tell.
     pub(super) features: Option<u64>,
+    /// Why the host could not read some of it.
+    unreadable: Option<io::Error>,
 }
 
 impl Found {
     /// What of the pack itself is damaged, whatever its objects are.
-    pub(super) fn problem(&self) -> Option<&'static str> {
-        match (self.features, self.has_table) {
-            (Some(_), true) => None,
-            (None, true) => Some("it does not start as a pack does"),
-            (Some(_), false) => Some("its table is missing or damaged"),
-            (None, false) => Some("it neither starts nor ends as a pack does"),
-        }
+    pub(super) fn problem(&self) -> Option<String> {
+        let problem = match (self.features, self.has_table) {
+            (Some(_), true) => return None,
+            (None, true) => "it does not start as a pack does",
+            (Some(_), false) => "its table is missing or damaged",
+            (None, false) => "it neither starts nor ends as a pack does",
+        };
+        Some(match &self.unreadable {
+            Some(error) => format!("{problem}: some of it cannot be read: {error}"),
+            None => problem.to_owned(),
+        })
+    }
+
+    /// The features that keep this release from writing the pack anew; 0 for none. Where nobody knows them, the pack is worth
+    /// more without what is damaged.
+    pub(super) fn unknown_features(&self) -> u64 {
+        self.features.unwrap_or(0)
     }
 }
 
-/// Looks into a pack. Where its header or its table cannot be used, the other one is; an object has a checksum of its own.
+/// Opens a pack to read objects of it. One of a newer release that forbids that is refused; a header that cannot be used keeps
+/// nobody from what is in it.
+pub(super) fn open(path: &Path, id: PackId) -> Result<File> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    if let Ok(Some(header)) = header_of(&file) {
+        features_of(&header, path, id)?;
+    }
+    Ok(file)
+}
+
+/// Looks into a pack. Where its header or its table cannot be used or read, the other one is; an object has a checksum of its
+/// own.
 pub(super) fn look_into(path: &Path, id: PackId) -> Result<Found> {
     let file = File::open(path).map_err(io_error("open", path))?;
     let length = file.metadata().map_err(io_error("look at", path))?.len();
-    let features = features_of(&file, path, id)?;
-    let (objects, has_table) = match table_of(&file, path, length)? {
-        Some(objects) => (objects, true),
-        None => (scan(file, path, length)?, false),
+    let mut unreadable = None;
+    let features = match header_of(&file) {
+        Ok(Some(header)) => features_of(&header, path, id)?,
+        Ok(None) => None,
+        Err(error) => {
+            unreadable = Some(error);
+            None
+        }
     };
+    let table = table_of(&file, length).unwrap_or_else(|error| {
+        unreadable = Some(error);
+        None
+    });
+    let has_table = table.is_some();
+    let objects = table.unwrap_or_else(|| {
+        let (objects, end) = scan(&file, length);
+        unreadable = end.err().or(unreadable.take());
+        objects
+    });
     Ok(Found {
         objects,
         has_table,
         features,
+        unreadable,
     })
 }
 
-/// The read-only compatible features that the header of a pack has; `None` if it is not sound.
-fn features_of(file: &File, path: &Path, id: PackId) -> Result<Option<u64>> {
-    let mut header = [0; HEADER];
-    match file.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        result => result.map_err(io_error("read", path))?,
-    }
-    let fields = Record(&header);
-    if fields.array::<8>(0) != *MAGIC || fields.array::<8>(56) != short_sum(&header[..56]) {
+/// The header of a pack; `None` if it is not sound.
+fn header_of(file: &File) -> io::Result<Option<[u8; HEADER]>> {
+    let Some(header) = header_at(file, 0)? else {
         return Ok(None);
-    }
+    };
+    let is_sound = header[..8] == *MAGIC && header[56..] == short_sum(&header[..56]);
+    Ok(is_sound.then_some(header))
+}
+
+/// The read-only compatible features that a sound header has; `None` if it is that of another pack.
+fn features_of(header: &[u8; HEADER], path: &Path, id: PackId) -> Result<Option<u64>> {
+    let fields = Record(header);
     check_features(path, fields.u16(8), fields.u64(32))?;
     // Of a pack that has another's name nobody knows more than of one without a header.
     let is_it = fields.array::<16>(40) == id.0;
@@ -284,13 +323,12 @@ fn features_of(file: &File, path: &Path, id: PackId) -> Result<Option<u64>> {
 }
 
 /// The table at the end of a pack; `None` if there is no sound one.
-fn table_of(file: &File, path: &Path, length: u64) -> Result<Option<Vec<(Object, Slot)>>> {
+fn table_of(file: &File, length: u64) -> io::Result<Option<Vec<(Object, Slot)>>> {
     let Some(end_at) = length.checked_sub(HEADER as u64) else {
         return Ok(None);
     };
     let mut end = [0; HEADER];
-    file.read_exact_at(&mut end, end_at)
-        .map_err(io_error("read", path))?;
+    file.read_exact_at(&mut end, end_at)?;
     let fields = Record(&end);
     let (count, start) = (fields.u64(8), fields.u64(16));
     let bytes = count.checked_mul(TABLE_ENTRY as u64);
@@ -300,8 +338,7 @@ fn table_of(file: &File, path: &Path, length: u64) -> Result<Option<Vec<(Object,
         return Ok(None);
     }
     let mut table = vec![0; (end_at - start) as usize];
-    file.read_exact_at(&mut table, start)
-        .map_err(io_error("read", path))?;
+    file.read_exact_at(&mut table, start)?;
     if fields.array::<32>(32) != table_sum(&table, &end) {
         return Ok(None);
     }
@@ -323,36 +360,36 @@ fn table_of(file: &File, path: &Path, length: u64) -> Result<Option<Vec<(Object,
     Ok(Some(objects))
 }
 
-fn scan(file: File, path: &Path, length: u64) -> Result<Vec<(Object, Slot)>> {
-    let mut stream = BufReader::with_capacity(BUFFER, file);
+/// The objects from the start of a pack up to the first that is not whole, and whether it is the host that cannot read on. Only
+/// their headers are read.
+fn scan(file: &File, length: u64) -> (Vec<(Object, Slot)>, io::Result<()>) {
     let mut objects = Vec::new();
-    let mut at = HEADER as u64;
-    let mut header = [0; HEADER];
-    let fail = |error| io_error("read", path)(error);
-    io::copy(&mut stream.by_ref().take(at), &mut io::sink()).map_err(fail)?;
-    while at + HEADER as u64 <= length {
-        stream.read_exact(&mut header).map_err(fail)?;
-        let Some(found) = parse(&header) else {
-            break;
+    let mut offset = HEADER as u64;
+    loop {
+        let header = match header_at(file, offset) {
+            Ok(header) => header.as_ref().and_then(parse),
+            Err(error) => return (objects, Err(error)),
         };
-        let stored = u64::from(found.stored);
-        let next = at + HEADER as u64 + stored + padding(stored);
-        if next > length {
-            break;
+        let Some(found) = header else {
+            return (objects, Ok(()));
+        };
+        let stored = found.stored;
+        let slot = Slot { offset, stored };
+        offset += slot.bytes();
+        if offset > length {
+            return (objects, Ok(()));
         }
-        io::copy(
-            &mut stream.by_ref().take(stored + padding(stored)),
-            &mut io::sink(),
-        )
-        .map_err(fail)?;
-        let slot = Slot {
-            offset: at,
-            stored: found.stored,
-        };
         objects.push((found.object, slot));
-        at = next;
     }
-    Ok(objects)
+}
+
+/// What should be a header; `None` at the end of the file.
+fn header_at(file: &File, offset: u64) -> io::Result<Option<[u8; HEADER]>> {
+    let mut header = [0; HEADER];
+    match file.read_exact_at(&mut header, offset) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        result => result.map(|()| Some(header)),
+    }
 }
 
 struct Header {
@@ -383,11 +420,8 @@ fn parse(header: &[u8; HEADER]) -> Option<Header> {
 
 /// The object of the header that is at a slot; `None` if there is no sound one.
 pub(super) fn object_at(file: &File, slot: Slot) -> io::Result<Option<Object>> {
-    let mut header = [0; HEADER];
-    match file.read_exact_at(&mut header, slot.offset) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-        result => result.map(|()| parse(&header).map(|found| found.object)),
-    }
+    let header = header_at(file, slot.offset)?;
+    Ok(header.as_ref().and_then(parse).map(|found| found.object))
 }
 
 /// What is wrong with an object in a pack.
@@ -453,160 +487,4 @@ fn padding(stored: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn contents() -> Vec<Vec<u8>> {
-        vec![
-            b"a".to_vec(),
-            b"plywood ".repeat(100),
-            (0..=255).collect(),
-            vec![0; 5000],
-        ]
-    }
-
-    fn object(content: &[u8]) -> Object {
-        Object {
-            name: ObjectName::of(content),
-            size: content.len() as u64,
-        }
-    }
-
-    fn sealed(dir: &Path) -> SealedPack {
-        let mut writer = PackWriter::create(dir).unwrap();
-        for content in contents() {
-            let encoded =
-                Encoded::new(object(&content), content, &mut Compressor::new(1).unwrap()).unwrap();
-            writer.append(&encoded).unwrap();
-        }
-        writer.seal().unwrap()
-    }
-
-    fn sorted(mut objects: Vec<(Object, Slot)>) -> Vec<(Object, Slot)> {
-        objects.sort_unstable_by_key(|(object, _)| object.name);
-        objects
-    }
-
-    #[test]
-    fn objects_come_back_and_are_compressed_where_it_pays() {
-        let tmp = tempfile::tempdir().unwrap();
-        let pack = sealed(tmp.path());
-        let found = look_into(&pack.path, pack.id).unwrap();
-        assert_eq!((found.problem(), &found.objects), (None, &pack.objects));
-        let file = File::open(&pack.path).unwrap();
-        for content in contents() {
-            let of = object(&content);
-            let (_, slot) = pack.objects.iter().find(|(other, _)| *other == of).unwrap();
-            assert_eq!(read(&file, &of, *slot, true).unwrap(), content);
-            assert_eq!(
-                (slot.stored as usize) < content.len() / 2,
-                content.len() > 256
-            );
-        }
-    }
-
-    #[test]
-    fn a_pack_without_an_end_is_read_up_to_its_tail() {
-        let tmp = tempfile::tempdir().unwrap();
-        let pack = sealed(tmp.path());
-        let whole = fs::read(&pack.path).unwrap();
-        let mut ends: Vec<u64> = pack
-            .objects
-            .iter()
-            .map(|(_, slot)| {
-                let stored = u64::from(slot.stored);
-                slot.offset + HEADER as u64 + stored + padding(stored)
-            })
-            .collect();
-        ends.sort_unstable();
-        for length in HEADER..whole.len() {
-            fs::write(&pack.path, &whole[..length]).unwrap();
-            let found = look_into(&pack.path, pack.id).unwrap();
-            assert_eq!((found.features, found.has_table), (Some(0), false));
-            assert!(found.problem().is_some());
-            let found = sorted(found.objects);
-            let complete = ends.iter().filter(|end| **end <= length as u64).count();
-            assert_eq!(found.len(), complete, "cut at {length}");
-            assert!(found.iter().all(|entry| pack.objects.contains(entry)));
-        }
-        for length in 0..HEADER {
-            fs::write(&pack.path, &whole[..length]).unwrap();
-            let found = look_into(&pack.path, pack.id).unwrap();
-            assert_eq!((found.features, found.has_table), (None, false));
-            assert!(found.problem().is_some() && found.objects.is_empty());
-        }
-    }
-
-    #[test]
-    fn objects_are_found_by_a_sound_table_or_a_sound_start() {
-        let tmp = tempfile::tempdir().unwrap();
-        let pack = sealed(tmp.path());
-        let whole = fs::read(&pack.path).unwrap();
-        let table = whole.len() - HEADER - contents().len() * TABLE_ENTRY;
-        let in_header = (0..8).chain(40..HEADER);
-        let in_table = (table..table + TABLE_ENTRY).chain(whole.len() - HEADER..whole.len() - 40);
-        for damaged in in_header.clone().map(|at| vec![at]).chain([vec![]]) {
-            for also in in_table.clone().map(|at| vec![at]).chain([vec![]]) {
-                let mut bad = whole.clone();
-                for at in damaged.iter().chain(&also) {
-                    bad[*at] ^= 0x41;
-                }
-                fs::write(&pack.path, &bad).unwrap();
-                let found = look_into(&pack.path, pack.id).unwrap();
-                assert_eq!(found.features.is_none(), !damaged.is_empty());
-                assert_eq!(found.has_table, also.is_empty());
-                let is_sound = damaged.is_empty() && also.is_empty();
-                assert_eq!(found.problem().is_none(), is_sound);
-                assert_eq!(sorted(found.objects), pack.objects, "{damaged:?} {also:?}");
-            }
-        }
-        // Under another's name it is read, too.
-        fs::write(&pack.path, &whole).unwrap();
-        let other = look_into(&pack.path, PackId([7; 16])).unwrap();
-        assert_eq!((other.features, other.objects), (None, pack.objects));
-    }
-
-    #[test]
-    fn every_damaged_byte_is_an_error_or_changes_nothing() {
-        let tmp = tempfile::tempdir().unwrap();
-        let pack = sealed(tmp.path());
-        let whole = fs::read(&pack.path).unwrap();
-        for at in 0..whole.len() {
-            let mut bad = whole.clone();
-            bad[at] ^= 0x41;
-            fs::write(&pack.path, &bad).unwrap();
-            let file = File::open(&pack.path).unwrap();
-            // By the slots that a view or an index in memory has.
-            for content in contents() {
-                let of = object(&content);
-                let (_, slot) = pack.objects.iter().find(|(other, _)| *other == of).unwrap();
-                if let Ok(seen) = read(&file, &of, *slot, true) {
-                    assert_eq!(seen, content, "byte {at}");
-                }
-            }
-            // By the slots that the pack itself gives.
-            let found = look_into(&pack.path, pack.id).map(|found| found.objects);
-            for (object, slot) in found.unwrap_or_default() {
-                if let Ok(seen) = read(&file, &object, slot, true) {
-                    assert_eq!(ObjectName::of(&seen), object.name, "byte {at}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn what_was_not_sealed_is_removed() {
-        let tmp = tempfile::tempdir().unwrap();
-        drop(PackWriter::create(tmp.path()).unwrap());
-        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn names_of_files_have_one_spelling() {
-        let id = PackId([0xab; 16]);
-        assert_eq!(PackId::of_file(&id.file_name()), Some(id));
-        for name in ["ab.pack", "x", &id.file_name().to_uppercase()] {
-            assert_eq!(PackId::of_file(name), None, "{name}");
-        }
-    }
-}
+mod tests;

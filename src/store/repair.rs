@@ -147,6 +147,7 @@ impl Layers {
                 None => continue,
             };
             if let Err(Error::Damaged { .. }) = sound {
+                let _unused = self.set_aside(&path)?;
                 match fs::remove_file(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         return Err(io_error("remove", &path)(error));

@@ -7,6 +7,7 @@
 pub mod child;
 pub mod dirents;
 pub mod fd_passing;
+pub mod flags;
 pub mod fs;
 pub mod fuse_mount;
 pub mod handle;

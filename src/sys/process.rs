@@ -19,6 +19,17 @@ pub fn in_initial_user_namespace() -> bool {
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
+/// The supplementary groups of a process or thread (proc_pid_status(5)).
+pub fn supplementary_groups(pid: u32) -> io::Result<Vec<u32>> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    let groups = groups.ok_or(io::ErrorKind::InvalidData)?;
+    let numbers = groups.split_whitespace().map(str::parse);
+    numbers
+        .collect::<Result<_, _>>()
+        .map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
 /// Whether this process writes into blocks that a file system keeps for root.
 pub fn may_use_reserves() -> bool {
     nix::unistd::geteuid().is_root() && in_initial_user_namespace()

@@ -216,7 +216,7 @@ impl Direct {
                 if fill.len > 0 {
                     let done =
                         self.union()
-                            .write(opened.node, handle, offset, &fill.bytes(), false)?;
+                            .write(opened.node, handle, offset, &fill.bytes(), None)?;
                     return Ok(Outcome::Count(done as u64));
                 }
                 return Ok(Outcome::Count(0));

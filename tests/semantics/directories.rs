@@ -193,6 +193,26 @@ fn renames() -> Vec<Row> {
             },
         ),
         row(
+            "exchange_of_files",
+            "RENAME_EXCHANGE of two lower files, also after a remount, and of one with a file that was made.",
+            |fill| {
+                fill.file("d/f", "f");
+                fill.file_in(1, "g", "g");
+            },
+            |at| {
+                exchange(&at.path("d/f"), &at.path("g"))?;
+                holds(at.path("d/f"), "g")?;
+                at.remount()?;
+                holds(at.path("d/f"), "g")?;
+                holds(at.path("g"), "f")?;
+                fs::write(at.path("made"), "made")?;
+                exchange(&at.path("made"), &at.path("g"))?;
+                at.remount()?;
+                holds(at.path("made"), "f")?;
+                holds(at.path("g"), "made")
+            },
+        ),
+        row(
             "exchange_with_file",
             "RENAME_EXCHANGE of a lower directory and a lower file.",
             tree,

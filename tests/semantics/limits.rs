@@ -14,6 +14,9 @@ use crate::tools::{holds, names, open_rw};
 
 const DESCRIPTORS: u64 = 1024;
 
+/// Names of one file.
+const NAMES: usize = 16_000;
+
 /// How long the server may take to give memory back; nothing is measured by it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -181,6 +184,37 @@ pub fn rows() -> Vec<Row> {
                 expect(descriptors(at)? < 1024, "too many")
             },
         )
+        .plyfs_alone(),
+        row(
+            "names_of_one_file",
+            "A directory of 16,000 names of one file is listed with its attributes, and names in it removed, about as fast as one of as many files.",
+            |fill| {
+                fill.on_tmpfs();
+                fill.file("one/f", "");
+                fill.dir("many");
+                for n in 0..NAMES {
+                    fill.link("one/f", &format!("one/{n}"));
+                    File::create(fill.path(0, &format!("many/{n}"))).unwrap();
+                }
+            },
+            |at| {
+                let time = |dir: &str| -> Result<Duration, Said> {
+                    let start = Instant::now();
+                    for entry in fs::read_dir(at.path(dir))? {
+                        fs::symlink_metadata(entry?.path())?;
+                    }
+                    for n in 0..NAMES / 16 {
+                        fs::remove_file(at.path(format!("{dir}/{n}")))?;
+                    }
+                    Ok(start.elapsed())
+                };
+                let (many, one) = (time("many")?, time("one")?);
+                eprintln!("of files {many:?}, of one {one:?}");
+                // It is 10 times where each name is compared with all others.
+                expect(one < 5 * many, "slow")
+            },
+        )
+        .unseen()
         .plyfs_alone(),
         row(
             "memory",

@@ -360,6 +360,35 @@ fn times() -> Vec<Row> {
             },
         ),
         row(
+            "times_of_written_kept",
+            "The mtime that a file shows after a write is there when the kernel has forgotten it, and after a remount.",
+            one_file,
+            |at| {
+                let time = |name: &str| -> std::io::Result<_> {
+                    let m = fs::metadata(at.path(name))?;
+                    Ok((m.mtime(), m.mtime_nsec()))
+                };
+                let mut shown = Vec::new();
+                for n in 0..60 {
+                    let name = format!("d/made{n}");
+                    fs::write(at.path(&name), "new")?;
+                    shown.push((time(&name)?, name));
+                }
+                open_rw(at.path("d/f"))?.write_all_at(b"new", 0)?;
+                shown.push((time("d/f")?, "d/f".to_owned()));
+                let same = || -> Outcome {
+                    for (mtime, name) in &shown {
+                        expect(time(name)? == *mtime, "moves")?;
+                    }
+                    Ok(())
+                };
+                at.drop_caches();
+                same()?;
+                at.remount()?;
+                same()
+            },
+        ),
+        row(
             "times_of_mapping",
             "A store through a mapping moves mtime by the time of msync.",
             |fill| {

@@ -119,6 +119,11 @@ impl Place {
         self.root().join(path)
     }
 
+    /// A lower directory on the host, 0 the topmost.
+    pub fn lower(&self, n: usize) -> PathBuf {
+        self.lowers.borrow()[n].clone()
+    }
+
     /// Where changes go on the host.
     pub fn upper(&self) -> PathBuf {
         match self.peer {
@@ -244,6 +249,11 @@ impl Place {
     /// Unmounts and mounts again.
     pub fn remount(&self) -> Outcome {
         self.unmount()?;
+        self.mount(true)
+    }
+
+    /// Mounts what is left after an unmount.
+    pub fn mount_again(&self) -> Outcome {
         self.mount(true)
     }
 

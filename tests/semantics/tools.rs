@@ -75,7 +75,13 @@ pub fn exchange(from: &Path, to: &Path) -> nix::Result<()> {
 
 /// Runs something as a user and group without privileges. Rows have a process to themselves.
 pub fn as_user<T>(uid: u32, body: impl FnOnce() -> T) -> T {
-    setgroups(&[]).unwrap();
+    as_member(uid, &[], body)
+}
+
+/// The same, with supplementary groups.
+pub fn as_member<T>(uid: u32, groups: &[u32], body: impl FnOnce() -> T) -> T {
+    let groups: Vec<Gid> = groups.iter().copied().map(Gid::from_raw).collect();
+    setgroups(&groups).unwrap();
     setegid(Gid::from_raw(uid)).unwrap();
     seteuid(Uid::from_raw(uid)).unwrap();
     let result = body();

@@ -217,6 +217,31 @@ fn a_plyfs_that_dies_before_it_answers_the_next_plyd_is_replaced() {
     assert_tidy(&plyd, &snapshots, 0);
 }
 
+/// It once was what had come to the upper until then, and only the log said that there may be more.
+#[test]
+fn usage_is_refused_when_the_plyfs_dies_before_it_has_flushed() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    fs::write(root.join("file"), "1").unwrap();
+    let [pid] = plyfs_of(plyd.dir())[..] else {
+        panic!("not one plyfs");
+    };
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
+    let refused = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| snapshots.usage("a"));
+        // Time to ask that plyfs.
+        std::thread::sleep(Duration::from_secs(1));
+        kill_9(pid);
+        asked.join().unwrap().unwrap_err()
+    });
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("plyfs"), "{refused}");
+    until("it is what there is without a plyfs", || {
+        snapshots.usage("a").is_ok()
+    });
+}
+
 #[test]
 fn dead_mounts_are_cleared_by_the_next_plyd() {
     let mut plyd = Plyd::start();

@@ -6,6 +6,7 @@
 //! - `commit`: deaths of both in the middle of a commit.
 //! - `daemon`: plyd as a program: command line, configuration, socket, signals.
 //! - `contrib`: the configurations for containerd.
+//! - `links`: hard links over several commits.
 //! - `readers`: what Usage, Diff and Commit see of a mount in use.
 //! - `standard`: what gRPC itself defines, health and reflection.
 #![allow(
@@ -23,6 +24,7 @@ mod contrib;
 mod crash;
 mod daemon;
 mod damage;
+mod links;
 #[path = "../common/mapping.rs"]
 #[allow(dead_code, reason = "other test programs use the rest of it")]
 mod mapping;

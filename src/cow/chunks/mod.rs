@@ -23,7 +23,7 @@ use nix::errno::Errno;
 
 use super::error::{Context, Error, Result};
 pub(super) use partial::Partial;
-pub(super) use store::{Maps, tidy};
+pub(super) use store::{Maps, features_of_others};
 
 /// What the value of `overlay.metacopy` on such a file begins with: no version of `struct ovl_metacopy`, which the kernel
 /// answers with EIO (since Linux 6.6; before, it does not look at the value).

@@ -48,7 +48,7 @@ fn what_the_kernel_has_gathered_moves_no_time_of_change() {
         union.setattr(id, None, &set, &Caller::ROOT).unwrap();
         mtime
     };
-    let gather = || assert_eq!(union.write_gathered(id, 0, b"new", false).unwrap(), 3);
+    let gather = || assert_eq!(union.write_gathered(id, 0, b"new", None).unwrap(), 3);
     let below = mtime();
     gather();
     assert_eq!((mtime(), &*fixture.read("f")), (below, "new"));
@@ -61,16 +61,16 @@ fn what_the_kernel_has_gathered_moves_no_time_of_change() {
         writes: 1,
         mtime: told,
     };
-    union.write(id, None, 0, b"old", false).unwrap();
+    union.write(id, None, 0, b"old", None).unwrap();
     assert_ne!(mtime(), told);
     gather();
     assert_eq!(mtime(), told);
     let told = set(2000);
-    union.write(id, None, 0, b"old", false).unwrap();
+    union.write(id, None, 0, b"old", None).unwrap();
     gather();
     assert_eq!(mtime(), told);
     node.attributes.lock().writes = 0;
-    union.write(id, None, 0, b"old", false).unwrap();
+    union.write(id, None, 0, b"old", None).unwrap();
     gather();
     assert_ne!(mtime(), told);
 }
@@ -262,7 +262,7 @@ fn a_removed_file_lives_until_it_is_forgotten() {
         assert_eq!(fixture.union().getattr(entry.node, None).unwrap().nlink, 0);
         fixture
             .union()
-            .write(entry.node, None, 0, b"X", false)
+            .write(entry.node, None, 0, b"X", None)
             .unwrap();
         assert_eq!(&fixture.read_node(entry.node).unwrap()[..1], "X");
         assert_eq!(fixture.union().getattr(entry.node, None).unwrap().nlink, 0);

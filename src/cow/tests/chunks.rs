@@ -68,7 +68,7 @@ pub(super) fn read_all(fixture: &Fixture, path: &str) -> Vec<u8> {
 
 pub(super) fn write(fixture: &Fixture, path: &str, offset: u64, data: &[u8]) {
     let node = fixture.node(path);
-    let n = fixture.union().write(node, None, offset, data, false);
+    let n = fixture.union().write(node, None, offset, data, None);
     assert_eq!(n.unwrap(), data.len());
 }
 
@@ -223,7 +223,7 @@ fn every_operation_does_what_it_does_on_a_plain_file() {
             match op {
                 Op::Write(at, len, byte) => {
                     let data: Vec<u8> = (0..len).map(|n| byte.wrapping_add(n as u8)).collect();
-                    let n = union.write(node, None, at, &data, false).unwrap();
+                    let n = union.write(node, None, at, &data, None).unwrap();
                     assert_eq!(n, len);
                     let end = at as usize + len;
                     if model.len() < end {
@@ -497,7 +497,7 @@ fn a_map_that_never_reached_the_disk_knew_nothing() {
     std::fs::remove_file(&map).unwrap();
     reopen(&mut fixture, config);
     let node = fixture.node("f");
-    let missing = fixture.union().write(node, None, 0, b"x", false);
+    let missing = fixture.union().write(node, None, 0, b"x", None);
     assert_eq!(errno(missing), libc::EIO);
 }
 
@@ -527,7 +527,7 @@ fn names_come_and_go_while_a_file_is_incomplete() {
     let entry = fixture.find("gone").unwrap();
     fixture.unlink("gone").unwrap();
     let union = fixture.union();
-    union.write(entry.node, None, 0, b"0", false).unwrap();
+    union.write(entry.node, None, 0, b"0", None).unwrap();
     assert_eq!(read_at(&fixture, entry.node, 0, 1), b"0");
     union.forget(entry.node, 1);
     union.forget(entry.node, u64::MAX);
@@ -559,7 +559,7 @@ fn readers_and_writers_go_on_while_a_file_is_completed() {
                     for chunk in 0..CHUNKS {
                         let at = chunk * CHUNK + thread * 10;
                         let data = [round + 1; 10];
-                        assert_eq!(union.write(node, None, at, &data, false).unwrap(), 10);
+                        assert_eq!(union.write(node, None, at, &data, None).unwrap(), 10);
                         let mut seen = [0; 10];
                         union.read(node, None, at, &mut seen).unwrap();
                         assert_eq!(seen, data);

@@ -67,7 +67,7 @@ fn step(fixture: &Fixture, dice: &mut Dice) {
             .map(drop),
         7 => fixture
             .find(&one)
-            .and_then(|found| union.write(found.node, None, 0, b"written", false))
+            .and_then(|found| union.write(found.node, None, 0, b"written", None))
             .map(drop),
         _ => fixture.find(&one).and_then(|found| {
             let handle = union.open_dir(found.node)?;
@@ -169,7 +169,7 @@ fn readers_see_the_old_content_or_the_new_while_a_file_is_copied_up() {
                 }
             });
         }
-        scope.spawn(|| fixture.union().write(node, None, 0, b"y", false).unwrap());
+        scope.spawn(|| fixture.union().write(node, None, 0, b"y", None).unwrap());
     });
     assert!(fixture.upper().join("f").exists());
 }

@@ -172,7 +172,7 @@ fn the_kernel_refuses_a_file_that_is_copied_up_in_part() {
     let node = fixture.node("d/f");
     fixture
         .union()
-        .write(node, None, 50_000, b"LINE", false)
+        .write(node, None, 50_000, b"LINE", None)
         .unwrap();
     fixture.union = None;
     let refused = Mounted::try_new(&fixture).err();
@@ -254,7 +254,7 @@ fn an_upper_made_by_the_kernel_is_read_as_the_kernel_reads_it() {
     for path in ["dd/elsewhere", "data", "h2"] {
         let text = fixture.read(path);
         let node = fixture.node(path);
-        fixture.union().write(node, None, 0, b"W", false).unwrap();
+        fixture.union().write(node, None, 0, b"W", None).unwrap();
         assert_eq!(fixture.read(path), format!("W{}", &text[1..]));
     }
     fixture.check_remount();

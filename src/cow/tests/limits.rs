@@ -35,7 +35,7 @@ fn trees_deeper_than_a_path_work_with_few_descriptors() {
     };
     let dir = bottom(NAME);
     let file = union.lookup(dir, OsStr::new("file")).unwrap().node;
-    union.write(file, None, 0, b"deep", false).unwrap();
+    union.write(file, None, 0, b"deep", None).unwrap();
     union
         .rename(
             NodeId::ROOT,
@@ -81,7 +81,7 @@ fn many_open_and_many_removed_files_need_few_descriptors() {
         let node = fixture.node(&path);
         let handle = union.open_file(node, libc::O_RDWR, &Caller::ROOT).unwrap();
         union
-            .write(node, Some(&handle), 0, format!("+{n}").as_bytes(), false)
+            .write(node, Some(&handle), 0, format!("+{n}").as_bytes(), None)
             .unwrap();
         fixture.unlink(&path).unwrap();
         open.push((node, handle));
@@ -118,7 +118,7 @@ fn a_union_keeps_few_descriptors_unless_more_are_granted() {
         let dir = union.lookup(NodeId::ROOT, OsStr::new(&name)).unwrap().node;
         let file = union.lookup(dir, OsStr::new("file")).unwrap().node;
         assert_eq!(fixture.read_node(file).unwrap(), "1");
-        union.write(file, None, 0, b"2", false).unwrap();
+        union.write(file, None, 0, b"2", None).unwrap();
         assert!(union.budget.held() <= 128);
     }
 }

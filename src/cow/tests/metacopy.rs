@@ -125,9 +125,7 @@ fn the_data_comes_with_the_first_change_of_it() {
     let node = fixture.node("write");
     let union = fixture.union();
     let handle = union.open_file(node, libc::O_RDWR, &Caller::ROOT).unwrap();
-    union
-        .write(node, Some(&handle), 5, b"HELLO", false)
-        .unwrap();
+    union.write(node, Some(&handle), 5, b"HELLO", None).unwrap();
     union.release(node, handle);
     for (name, size) in [("cut", 1000), ("grow", SIZE as u64 + 50), ("empty", 0)] {
         let set = SetAttr {
@@ -174,7 +172,7 @@ fn all_names_of_a_lower_file_share_a_copy_without_data() {
     fixture.check_remount();
     assert!(read_all(&fixture, "d/moved") == content(1));
     let node = fixture.node("c");
-    fixture.union().write(node, None, 0, b"W", false).unwrap();
+    fixture.union().write(node, None, 0, b"W", None).unwrap();
     fixture.reopen();
     for name in ["a", "d/moved", "c"] {
         assert!(read_all(&fixture, name).starts_with("W "), "{name}");

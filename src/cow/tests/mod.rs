@@ -115,7 +115,7 @@ impl Fixture {
             };
         let written = self
             .union()
-            .write(node, Some(&handle), 0, text.as_bytes(), false);
+            .write(node, Some(&handle), 0, text.as_bytes(), None);
         self.union().release(node, handle);
         written.map(|n| assert_eq!(n, text.len()))
     }

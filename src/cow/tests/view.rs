@@ -81,7 +81,7 @@ fn write(union: &Union, path: &str, offset: u64, data: &[u8]) {
     let node = find(union, path).node;
     let handle = union.open_file(node, libc::O_RDWR, &Caller::ROOT).unwrap();
     let count = union
-        .write(node, Some(&handle), offset, data, false)
+        .write(node, Some(&handle), offset, data, None)
         .unwrap();
     assert_eq!(count, data.len());
     union.release(node, handle);

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use fuser::{Errno, FileHandle as Fh, INodeNo, ReplyAttr, ReplyEmpty, ReplyXattr};
 
 use super::{UnionFs, answer};
-use crate::cow::{Caller, NodeId, SetAttr, SetXattrMode};
+use crate::cow::{ACCESS_ACL, Caller, NodeId, SetAttr, SetXattrMode};
 use crate::fuse::claims::Claimed;
 use crate::fuse::passing::Joined;
 
@@ -60,6 +60,7 @@ impl UnionFs {
 
     pub(super) fn set_xattr(
         &self,
+        caller: &Caller,
         node: NodeId,
         name: &OsStr,
         value: &[u8],
@@ -72,7 +73,12 @@ impl UnionFs {
             libc::XATTR_REPLACE => SetXattrMode::Replace,
             _ => return reply.error(Errno::EINVAL),
         };
-        answer::empty(reply, self.union.setxattr(node, name, value, mode));
+        let set = self.union.setxattr(node, name, value, mode);
+        let result = match name == ACCESS_ACL && caller.uid != 0 {
+            true => set.and_then(|()| self.union.access_acl_set_by(node, caller)),
+            false => set,
+        };
+        answer::empty(reply, result);
     }
 
     /// All names, each with a zero byte behind it; those of `trusted.` are root's alone, which the kernel

@@ -50,23 +50,23 @@ impl UnionFs {
         });
     }
 
+    /// `kills`: the writer, if it may not keep setuid and setgid on the file.
     pub(super) fn write_at(
         &self,
         place: &Place,
         data: &[u8],
         flags: WriteFlags,
+        kills: Option<&Caller>,
         reply: ReplyWrite,
     ) {
         let Place { node, fh, offset } = *place;
-        // The writer may not keep setuid, setgid and capabilities on the file.
-        let kill = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let writeback = self.policy().writeback;
         let result = match writeback && flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
-            true => self.union.write_gathered(node, offset, data, kill),
+            true => self.union.write_gathered(node, offset, data, kills),
             false => {
                 let handle = self.files.get(fh);
                 self.union
-                    .write(node, handle.as_deref(), offset, data, kill)
+                    .write(node, handle.as_deref(), offset, data, kills)
             }
         };
         answer::written(reply, result);

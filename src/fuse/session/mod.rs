@@ -110,6 +110,7 @@ impl UnionFs {
         Caller {
             uid: request.uid(),
             gid: request.gid(),
+            pid: request.pid(),
             // Otherwise the kernel has applied it already.
             umask: if self.policy().dont_mask { umask } else { 0 },
         }
@@ -321,7 +322,7 @@ impl Filesystem for UnionFs {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         fh: Fh,
         offset: u64,
@@ -336,7 +337,12 @@ impl Filesystem for UnionFs {
             fh,
             offset,
         };
-        guarded("write", || self.write_at(&place, data, write_flags, reply));
+        // The writer may not keep setuid, setgid and capabilities on the file.
+        let kills = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let kills = kills.then(|| self.caller(request, 0));
+        guarded("write", || {
+            self.write_at(&place, data, write_flags, kills.as_ref(), reply);
+        });
     }
 
     fn flush(
@@ -450,7 +456,7 @@ impl Filesystem for UnionFs {
 
     fn setxattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -459,7 +465,8 @@ impl Filesystem for UnionFs {
         reply: ReplyEmpty,
     ) {
         guarded("setxattr", || {
-            self.set_xattr(self.node(ino), name, value, flags, reply)
+            let caller = self.caller(request, 0);
+            self.set_xattr(&caller, self.node(ino), name, value, flags, reply);
         });
     }
 

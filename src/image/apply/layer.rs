@@ -371,7 +371,7 @@ fn write_all(
     mut data: &[u8],
 ) -> union::Result<()> {
     while !data.is_empty() {
-        let count = union.write(node, Some(handle), offset, data, false)?;
+        let count = union.write(node, Some(handle), offset, data, None)?;
         offset += count as u64;
         data = &data[count..];
     }

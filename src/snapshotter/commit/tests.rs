@@ -51,7 +51,7 @@ fn find(union: &Union, path: &str) -> NodeId {
 fn write(union: &Union, parent: NodeId, name: &str, content: &[u8]) -> NodeId {
     let made = union.create(parent, name.as_ref(), 0o644, 0, &Caller::ROOT);
     let (entry, handle) = made.unwrap();
-    union.write(entry.node, None, 0, content, false).unwrap();
+    union.write(entry.node, None, 0, content, None).unwrap();
     union.release(entry.node, handle);
     entry.node
 }
@@ -228,7 +228,7 @@ fn of_a_file_that_is_changed_in_part_only_that_is_kept() {
         let file = find(&union, "large");
         for at in [round * 50_000, 1_000_000] {
             let content = noise(at as u64 + 7, 100);
-            union.write(file, None, at as u64, &content, false).unwrap();
+            union.write(file, None, at as u64, &content, None).unwrap();
             expected[at..at + 100].copy_from_slice(&content);
         }
         drop(union);
@@ -321,10 +321,10 @@ fn a_committed_layer_is_exported_as_the_same_stream_each_time() {
     let union = open(&snapshots, "work");
     let fresh = write(&union, ROOT, "new", b"");
     union
-        .write(fresh, None, 1 << 20, &noise(5, 10_000), false)
+        .write(fresh, None, 1 << 20, &noise(5, 10_000), None)
         .unwrap();
     union
-        .write(find(&union, "large"), None, 500_000, b"changed", false)
+        .write(find(&union, "large"), None, 500_000, b"changed", None)
         .unwrap();
     union.link(fresh, ROOT, "zlink".as_ref()).unwrap();
     union

@@ -212,7 +212,7 @@ mod tests {
         let make = |parent, name: &OsStr, content: &[u8], offset: u64| {
             let (entry, handle) = union.create(parent, name, 0o640, 0, &Caller::ROOT).unwrap();
             union
-                .write(entry.node, None, offset, content, false)
+                .write(entry.node, None, offset, content, None)
                 .unwrap();
             union.release(entry.node, handle);
             entry.node
@@ -232,15 +232,13 @@ mod tests {
         let long = "n".repeat(250);
         make(directory.unwrap().node, long.as_ref(), b"long", 0);
         union
-            .write(find("changed"), None, 3, b"CHANGED", false)
+            .write(find("changed"), None, 3, b"CHANGED", None)
             .unwrap();
         union
-            .write(find("link-two"), None, 0, b"all three", false)
+            .write(find("link-two"), None, 0, b"all three", None)
             .unwrap();
         let sparse = make(find("same/deep"), name("sparse"), &[1; 10_000], 3 << 20);
-        union
-            .write(sparse, None, 5000, b"in a hole", false)
-            .unwrap();
+        union.write(sparse, None, 5000, b"in a hole", None).unwrap();
         union.link(sparse, ROOT, name("z-sparse-too")).unwrap();
         let owner = SetAttr {
             uid: Some(3_000_000_000),

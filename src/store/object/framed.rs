@@ -250,11 +250,19 @@ impl Framed {
     /// Reads less than a whole frame, from `within` it on.
     fn read_part(&self, number: u64, within: usize, part: &mut [u8]) -> Result<()> {
         let is_due = self.checks.is_due(number);
+        let full = self.table.plain_bytes(number);
         let Stored { start, plain, .. } = self.stored(number)?;
         if plain && !is_due {
             return self.read_file(number, part, start + within as u64);
         }
-        let full = self.table.plain_bytes(number);
+        if plain {
+            // Once it is known to be sound, parts of it can be read alone, so it need not be kept.
+            return with_scratch(full, |content| {
+                self.read_frame(number, content)?;
+                part.copy_from_slice(&content[within..within + part.len()]);
+                Ok(())
+            });
+        }
         let key = (self.object.name, self.table.frame, number);
         // Of a damaged view two objects of one name may have several lengths.
         let is_usable = |kept: &Kept| (kept.is_sound || !is_due) && kept.content.len() == full;

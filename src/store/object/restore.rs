@@ -99,12 +99,12 @@ impl Objects {
 
     fn purge_pack(&self, id: PackId, tmp: &Path, level: i32) -> Result<()> {
         let found = match self.look_into(id) {
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(());
-            }
+            Err(error) if error.is_not_found() => return Ok(()),
+            // It has to stay, too.
+            Err(Error::Unsupported { .. }) => return Ok(()),
             found => found?,
         };
-        if found.has_table && may_be_replaced(&found) {
+        if found.has_table && found.unknown_features() == 0 {
             self.replace_pack(id, found, tmp, level)?;
         }
         Ok(())
@@ -187,8 +187,13 @@ impl Objects {
                 Err(Error::Unsupported { .. }) => return Ok(None),
                 found => found?,
             };
-            let is_damaged = found.problem().is_some() && may_be_replaced(&found);
-            if !is_damaged || !(found.has_table || is_there()) {
+            let Some(problem) = found.problem() else {
+                return Ok(None);
+            };
+            if found.unknown_features() != 0 {
+                return Err(needs_newer(&self.pack_path(id), &found, &problem));
+            }
+            if !(found.has_table || is_there()) {
                 return Ok(None);
             }
             self.replace_pack(id, found, tmp, level)?;
@@ -204,18 +209,29 @@ impl Objects {
             let path = self.pack_path(id);
             match pack::look_into(&path, id) {
                 // Collected since they were listed.
-                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+                Err(error) if error.is_not_found() => None,
                 Err(error) => Some(error),
-                Ok(found) => found.problem().map(|problem| damaged(&path, problem)),
+                Ok(found) => found
+                    .problem()
+                    .map(|problem| match found.unknown_features() {
+                        0 => damaged(&path, problem),
+                        _ => needs_newer(&path, &found, &problem),
+                    }),
             }
         };
         Ok(self.all_packs()?.into_iter().filter_map(problem).collect())
     }
 }
 
-/// Whether a pack may be written anew: it has no features that forbid that, or nobody knows, and then it is worth more so.
-fn may_be_replaced(found: &Found) -> bool {
-    found.features.is_none_or(|features| features == 0)
+/// What is said of a damaged pack with features that forbid this release to write it anew.
+fn needs_newer(path: &Path, found: &Found, problem: &str) -> Error {
+    Error::Unsupported {
+        path: path.to_owned(),
+        problem: format!(
+            "{problem}, and this one may not write it anew for its features {:#x}",
+            found.unknown_features()
+        ),
+    }
 }
 
 /// Where in the pack `id` a place is, if it is there.

@@ -10,8 +10,10 @@ mod path;
 mod tree;
 
 use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -68,16 +70,26 @@ pub(super) fn chain_of(path: &Path) -> Result<Vec<LayerName>> {
         .collect()
 }
 
-/// The objects of the view at `path`, if a process has it mounted.
-pub(super) fn objects_if_mounted(path: &Path) -> Result<Option<Vec<ObjectName>>> {
-    let file = IndexFile::open(path, Kind::View)?;
-    match sys::fs::try_lock(file.file().as_fd()) {
-        Ok(()) => return Ok(None),
-        Err(Errno::EWOULDBLOCK) => {}
-        Err(errno) => return Err(io_error("lock", path)(errno.into())),
+/// The view at `path`, whatever is in it, for whoever takes it away; `None` if a process has it mounted. As long as the file
+/// is open nobody mounts it: who comes waits, and looks again for the view if it was removed meanwhile.
+pub(super) fn claim(path: &Path) -> Result<Option<File>> {
+    // NFS gives an exclusive lock only to who may write.
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.map_err(io_error("open", path))?;
+    match sys::fs::try_lock(file.as_fd()) {
+        Ok(()) => Ok(Some(file)),
+        Err(Errno::EWOULDBLOCK) => Ok(None),
+        Err(errno) => Err(io_error("lock", path)(errno.into())),
     }
-    let names = (0..file.count(Section::Objects)).map(|number| Ok(file.object(number)?.name));
-    names.collect::<Result<_>>().map(Some)
+}
+
+/// The objects of the view at `path`.
+pub(super) fn objects_of(path: &Path) -> Result<Vec<ObjectName>> {
+    let file = IndexFile::open(path, Kind::View)?;
+    let numbers = 0..file.count(Section::Objects);
+    numbers
+        .map(|number| Ok(file.object(number)?.name))
+        .collect()
 }
 
 /// A merged view, open for reading. Any thread may use it.
@@ -140,10 +152,18 @@ impl View {
                 "it does not lie where a store keeps its views",
             ));
         };
-        let view = Self::open(path, key, Arc::new(Objects::new(store)), verify)?;
-        // Waits no longer than a collection takes to look whether somebody has it.
-        sys::fs::lock_shared(view.as_fd()).map_err(|errno| io_error("lock", path)(errno.into()))?;
-        Ok(view)
+        let objects = Arc::new(Objects::new(store));
+        loop {
+            let view = Self::open(path, key, Arc::clone(&objects), verify)?;
+            // Waits no longer than it takes to see that nobody has it and to remove it.
+            sys::fs::lock_shared(view.as_fd())
+                .map_err(|errno| io_error("lock", path)(errno.into()))?;
+            let metadata = view.file.file().metadata();
+            // The lock of a file without a name tells nobody anything.
+            if metadata.map_err(io_error("look at", path))?.nlink() > 0 {
+                return Ok(view);
+            }
+        }
     }
 
     /// Number of inodes.

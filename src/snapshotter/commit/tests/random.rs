@@ -66,14 +66,14 @@ fn take(union: &Union, step: Step) {
             if let Ok((entry, handle)) = union.create(directory, name, 0o644, 0, &Caller::ROOT) {
                 let content = noise(number, SIZES[usize::from(step.one) % SIZES.len()]);
                 union
-                    .write(entry.node, None, number % 3 * 50_000, &content, false)
+                    .write(entry.node, None, number % 3 * 50_000, &content, None)
                     .unwrap();
                 union.release(entry.node, handle);
             }
         }
         3 | 4 => {
             if let Some(file) = file {
-                let _ = union.write(file, None, number, &noise(number, size / 8), false);
+                let _ = union.write(file, None, number, &noise(number, size / 8), None);
             }
         }
         5 => {

@@ -1,0 +1,42 @@
+//! Flags of a file that chattr(1) sets, as statx(2) tells them.
+
+use std::ffi::OsStr;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+
+use nix::errno::Errno;
+
+use super::fs::{Object, with_c_str};
+
+const PROTECTED: u64 = (libc::STATX_ATTR_IMMUTABLE | libc::STATX_ATTR_APPEND) as u64;
+
+/// Whether an object is immutable or append-only. Before Linux 4.11, which has no statx(2), none is.
+pub fn is_protected(object: Object<'_>) -> Result<bool, Errno> {
+    let (fd, name) = match object {
+        Object::Open(fd) | Object::Path(fd) => (fd, OsStr::new("")),
+        Object::Entry(dir, name) => (dir, name),
+    };
+    let mut statx = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_EMPTY_PATH;
+    let result = with_c_str(name.as_bytes(), |name| {
+        // SAFETY: the name and the buffer live through the call, and the buffer has the kernel's layout.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_statx,
+                fd.as_raw_fd(),
+                name.as_ptr(),
+                flags,
+                0,
+                statx.as_mut_ptr(),
+            )
+        };
+        Errno::result(result)
+    });
+    match result {
+        // SAFETY: zeros are a value of it, and whatever the kernel writes over them, too.
+        Ok(_) => Ok(unsafe { statx.assume_init() }.stx_attributes & PROTECTED != 0),
+        Err(Errno::ENOSYS) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
