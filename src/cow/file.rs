@@ -104,12 +104,24 @@ impl Union {
             self.copy_up(&node, Content::Writable)?;
             // Through a mapping nobody tells of it.
             node.written.store(true, Ordering::Relaxed);
-        } else if self.verifies_each_open && !node.in_upper() {
+        } else if self.is_verified_anew(&node) {
             // Whoever reads it meanwhile goes on with what was opened before.
             node.io.clear();
             self.io(&node, false)?;
         }
         Ok(self.handle(&node))
+    }
+
+    /// Whether what was read of a file before says nothing of the next open: its content is compared whenever it is opened,
+    /// so what somebody keeps of it must go.
+    pub fn is_verified_at_opens(&self, node: NodeId) -> bool {
+        self.table
+            .get(node)
+            .is_some_and(|node| self.is_verified_anew(&node))
+    }
+
+    fn is_verified_anew(&self, node: &Node) -> bool {
+        self.verifies_each_open && !node.in_upper()
     }
 
     pub(super) fn handle(&self, node: &Node) -> Arc<FileHandle> {

@@ -146,8 +146,16 @@ fn damage_to_a_part_of_a_large_content_is_an_error_there_until_it_is_mended() {
         let file = File::open(mount.join("large")).unwrap();
         let content = Packed::content("large");
         let read = |offset: u64| {
-            posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+            // With `always` an open is enough for the disk to be read.
+            let opened = match when {
+                "always" => Some(File::open(mount.join("large"))?),
+                _ => None,
+            };
+            if opened.is_none() {
+                posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+            }
             let mut part = vec![0; 5000];
+            let file = opened.as_ref().unwrap_or(&file);
             file.read_exact_at(&mut part, offset)?;
             assert!(
                 part == content[offset as usize..][..5000],
@@ -164,13 +172,22 @@ fn damage_to_a_part_of_a_large_content_is_an_error_there_until_it_is_mended() {
         }
         read(0).unwrap();
         // As a repair does it. Who has the file open need not open it again.
-        let new = packed.layers.path("new");
-        fs::write(&new, &sound).unwrap();
-        fs::rename(&new, &object).unwrap();
+        let put = |bytes: &[u8]| {
+            let new = packed.layers.path("new");
+            fs::write(&new, bytes).unwrap();
+            fs::rename(&new, &object).unwrap();
+        };
+        put(&sound);
+        file.read_exact_at(&mut [0; 5000], last).unwrap();
         for offset in [last, last - 2500, LARGE as u64 - 5000] {
             read(offset).unwrap();
         }
-        drop(file);
+        // What was read before is compared once more for who opens the file with `always`, and not else.
+        put(&bad);
+        let again = File::open(mount.join("large")).unwrap();
+        let read_again = again.read_exact_at(&mut [0; 5000], LARGE as u64 - 5000);
+        assert_eq!(read_again.is_err(), when == "always", "{when}");
+        drop((file, again));
         mount.unmount();
     }
 }

@@ -191,3 +191,31 @@ fn damage_is_an_error_of_that_file_that_names_it() {
         "{text}"
     );
 }
+
+/// As long as the kernel knew a file that was read once, its content was held.
+#[test]
+fn a_small_content_is_held_while_somebody_has_the_file_open() {
+    let large = vec![7; 20_000];
+    let packed = Packed::new(|builder| {
+        file(builder, "small", b"text");
+        file(builder, "large", &large);
+    });
+    let union = packed.open();
+    for (name, stays) in [("small", false), ("large", true)] {
+        let node = union.lookup(NodeId::ROOT, OsStr::new(name)).unwrap().node;
+        let is_held = || union.node(node).unwrap().io.get().is_some();
+        let open = || {
+            let opened = union.open_file(node, libc::O_RDONLY, &Caller::ROOT);
+            opened.unwrap()
+        };
+        let (first, second) = (open(), open());
+        let mut buffer = [0; 4];
+        union.read(node, Some(&first), 0, &mut buffer).unwrap();
+        assert!(is_held(), "{name}");
+        union.release(node, first);
+        assert!(is_held(), "{name}");
+        union.release(node, second);
+        // Of a large one it is a descriptor.
+        assert_eq!(is_held(), stays, "{name}");
+    }
+}

@@ -85,9 +85,12 @@ impl Files {
         }
     }
 
-    /// What the kernel has cached of a file stays.
-    fn served_flags(&self) -> FopenFlags {
-        FopenFlags::FOPEN_KEEP_CACHE | self.flags()
+    /// What the kernel has cached of a file stays, unless the content is to be compared once more.
+    fn served_flags(&self, node: NodeId) -> FopenFlags {
+        match self.union.is_verified_at_opens(node) {
+            true => self.flags(),
+            false => FopenFlags::FOPEN_KEEP_CACHE | self.flags(),
+        }
     }
 
     /// Opens a file that is counted as open already, or that needs no counting.
@@ -113,7 +116,7 @@ impl Files {
                         self.union.is_read(node);
                         reply.opened_passthrough(fh, self.flags(), backing);
                     }
-                    None => reply.opened(fh, self.served_flags()),
+                    None => reply.opened(fh, self.served_flags(node)),
                 }
             }
             Err(error) => {
@@ -234,7 +237,7 @@ impl UnionFs {
                     &convert::file_attr(&entry.attr),
                     Generation(entry.generation),
                     Fh(fh),
-                    self.files.served_flags(),
+                    self.files.served_flags(entry.node),
                 );
             }
             Err(error) => reply.error(answer::errno(&error)),

@@ -11,7 +11,8 @@ pub enum Verify {
     /// When they are first read after the view was opened.
     #[default]
     First,
-    /// Those in frames whenever they are read, others whenever they are opened.
+    /// Those in frames whenever they are read from the disk, and each open has all of them read anew; others whenever they
+    /// are opened.
     Always,
 }
 
@@ -126,9 +127,15 @@ impl FrameChecks {
         }
     }
 
-    /// Whether values in a table with this sum need not be compared with the name, though frames are as `verify` says.
+    /// Whether this is of the table with this sum, with frames compared as `verify` says. The values in such a table need not
+    /// be compared with the name: they are the same, byte for byte.
     pub(super) fn knows(&self, table: &[u8; 32], verify: Verify) -> bool {
-        self.verify == verify && verify != Verify::Always && self.table == *table
+        self.verify == verify && self.table == *table
+    }
+
+    /// Whether both are of one table, with frames compared at the same times.
+    pub(in crate::store) fn is_like(&self, other: &Self) -> bool {
+        self.knows(&other.table, other.verify)
     }
 
     /// Whether the content of a frame that comes from the disk is to be compared.
@@ -191,9 +198,10 @@ mod tests {
             checks.is_sound(99);
             assert_eq!(checks.is_due(99), after, "{verify:?}");
             assert_eq!(checks.is_due(98), before, "{verify:?}");
-            assert_eq!(checks.knows(&table, verify), verify != Verify::Always);
             assert!(!checks.knows(&[8; 32], verify));
-            assert!(!checks.knows(&table, Verify::Always));
+            for other in [Verify::Never, Verify::First, Verify::Always] {
+                assert_eq!(checks.knows(&table, other), other == verify);
+            }
         }
     }
 }

@@ -71,6 +71,11 @@ impl FrameCache {
         kept.push_back((key, frame));
     }
 
+    /// Keeps no frame of this object any longer.
+    fn forget(&self, name: &ObjectName) {
+        self.0.lock().retain(|((known, ..), _)| known != name);
+    }
+
     /// A buffer of `length` bytes, which is that of the frame that would go next if nobody uses it.
     fn buffer(&self, length: usize) -> Vec<u8> {
         let oldest = {
@@ -126,6 +131,10 @@ impl Framed {
                 Arc::new(FrameChecks::new(verify, table.sum, table.count()))
             }
         };
+        if verify == Verify::Always {
+            // What is read from now on comes from the disk once more.
+            cache.forget(&object.name);
+        }
         let framed = Self {
             path: path.to_owned(),
             file,
@@ -139,6 +148,15 @@ impl Framed {
             framed.verify()?;
         }
         Ok(framed)
+    }
+
+    /// Goes on with what others know of its frames, if that is of the same table.
+    pub(in crate::store) fn share(&mut self, known: &Arc<FrameChecks>) -> bool {
+        let is_like = self.checks.is_like(known);
+        if is_like {
+            self.checks = Arc::clone(known);
+        }
+        is_like
     }
 
     /// What is known of its frames.

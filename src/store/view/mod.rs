@@ -26,7 +26,7 @@ use super::format::index_file::{IndexFile, Kind, Section};
 use super::format::tables::{Extent, Inode, Object};
 use super::format::{LayerName, ObjectName, Record, ViewKey};
 use super::layer::index::{LONGEST_PATH, is_name};
-use super::object::{Bits, Check, Content, FrameChecks, Objects, Place};
+use super::object::{Bits, Check, Content, FrameChecks, Framed, Objects, Place};
 use super::pack::PackId;
 use crate::sys;
 
@@ -360,12 +360,11 @@ impl View {
             known: self.verified.get(u64::from(number)),
             frames: self.frames.lock().get(&number).cloned(),
         };
-        let content = self.objects.open(&object, place, &check);
-        match &content {
+        let mut content = self.objects.open(&object, place, &check);
+        match &mut content {
             Ok(Content::Framed(framed)) => {
-                let checks = Arc::clone(framed.checks());
-                self.note(number, !checks.has_failed());
-                self.frames.lock().insert(number, checks);
+                self.share(number, framed);
+                self.note(number, !framed.checks().has_failed());
             }
             Ok(Content::Bytes(_) | Content::File(_)) => {
                 self.note(number, true);
@@ -376,6 +375,19 @@ impl View {
             Err(_) => self.note(number, false),
         }
         content
+    }
+
+    /// Has all who read an object, at once or one after the other, know the same of its frames.
+    fn share(&self, number: u32, framed: &mut Arc<Framed>) {
+        let mut frames = self.frames.lock();
+        let known = frames
+            .entry(number)
+            .or_insert_with(|| Arc::clone(framed.checks()));
+        // Nobody else has yet what was just opened.
+        let is_shared = Arc::get_mut(framed).is_some_and(|framed| framed.share(known));
+        if !is_shared {
+            *known = Arc::clone(framed.checks());
+        }
     }
 
     /// Notes whether an object could be used.

@@ -22,8 +22,12 @@ const ENTRY: usize = 36;
 const PLAIN: u32 = 1 << 31;
 /// What a reader takes, so that no header has it hold much.
 const FRAMES: RangeInclusive<u64> = 4 << 10..=16 << 20;
-/// Most bytes of an object, so that a forged size does not have a reader allocate for its table.
-pub(in crate::store) const LARGEST: u64 = 1 << 44;
+/// Most bytes of an object. With the frames that we write its table has 18 MiB, which a writer and every reader hold.
+pub(in crate::store) const LARGEST: u64 = 64 << 30;
+/// Most frames of an object: as many as the largest has. Smaller frames are for smaller objects.
+const MOST: u64 = LARGEST / FRAME as u64;
+/// Bytes that are read before the header is known to be sound.
+const FIRST: u64 = 64 << 10;
 
 /// Where a frame is stored.
 #[derive(Clone, Copy, Debug)]
@@ -62,9 +66,12 @@ impl Table {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(no_frames()),
             result => result.map_err(io_error("read", path)),
         };
-        // What we write before the frames, in one go. Bounded by the bytes of the file.
-        let usual = body(size.div_ceil(FRAME as u64)).min(length);
-        let mut head = vec![0; usize::try_from(usual).unwrap_or(HEADER).max(HEADER)];
+        if size > LARGEST {
+            return Err(no_frames());
+        }
+        // What we write before the frames, in one go unless there is much of it.
+        let usual = body(size.div_ceil(FRAME as u64)).min(length).min(FIRST);
+        let mut head = vec![0; (usual as usize).max(HEADER)];
         read(&mut head, 0)?;
         let fields = Record(&head[..HEADER]);
         if fields.array::<8>(0) != *MAGIC || fields.array::<8>(56) != short_sum(&head[..56]) {
@@ -82,12 +89,8 @@ impl Table {
             return Err(damaged(path, problem));
         }
         let (said, frame) = (fields.u64(40), u64::from(fields.u32(48)));
-        if said != size
-            || size == 0
-            || size > LARGEST
-            || !FRAMES.contains(&frame)
-            || !frame.is_power_of_two()
-        {
+        let is_frame = FRAMES.contains(&frame) && frame.is_power_of_two();
+        if said != size || size == 0 || !is_frame || size.div_ceil(frame) > MOST {
             return Err(damaged(path, "its header says what cannot be"));
         }
         let count = size.div_ceil(frame);
@@ -95,10 +98,9 @@ impl Table {
         if body > length {
             return Err(damaged(path, "its table is cut off"));
         }
-        if body != usual {
-            head.resize(body as usize, 0);
-            read(&mut head[HEADER..], HEADER as u64)?;
-        }
+        let known = head.len().min(body as usize);
+        head.resize(body as usize, 0);
+        read(&mut head[known..], known as u64)?;
         let (head, sum) = head.split_at(body as usize - SUM);
         if *blake3::hash(head).as_bytes() != sum {
             return Err(damaged(path, "its table is damaged"));

@@ -1,5 +1,6 @@
 use std::fs;
 
+use super::subtree::Subtree;
 use super::*;
 use crate::store::compression::Compressor;
 
@@ -308,4 +309,145 @@ fn what_is_kept_of_frames_is_bounded() {
         compare(&framed, &content, number * FRAME + 20, 10).unwrap();
     }
     assert!(framed.cache.0.lock().len() <= MOST_KEPT);
+}
+
+#[test]
+fn an_open_that_is_to_compare_reads_what_is_kept_from_the_disk_once_more() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let content = content(2 * FRAME);
+    let object = written(&path, &content);
+    let whole = fs::read(&path).unwrap();
+    let mut bad = whole.clone();
+    bad[table::body(2) as usize + 5] ^= 1;
+    for (verify, seen) in [(Verify::First, false), (Verify::Always, true)] {
+        let cache = Arc::new(FrameCache::default());
+        let open = |known| {
+            let file = File::open(&path).unwrap();
+            let (length, check) = (whole.len() as u64, parts(verify, known));
+            Framed::open(&path, file, length, &object, &check, &cache).unwrap()
+        };
+        fs::write(&path, &whole).unwrap();
+        let first = open(None);
+        compare(&first, &content, 0, 10).unwrap();
+        fs::write(&path, &bad).unwrap();
+        let second = open(Some(&first));
+        let read = compare(&second, &content, 0, 10);
+        assert_eq!(read.is_err(), seen, "{verify:?}");
+    }
+}
+
+/// A forged size had its reader allocate for a table of that size before anything was looked at.
+#[test]
+fn what_a_size_has_a_reader_allocate_is_bounded() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let name = written(&path, &content(2 * FRAME)).name;
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(1 << 40).unwrap();
+    let refused = |size| {
+        let object = Object { name, size };
+        let error = open(&path, &object, &Check::Nothing).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        error.to_string()
+    };
+    for size in [u64::MAX, 1 << 60, LARGEST + 1] {
+        let error = refused(size);
+        assert!(error.contains(&format!("should have {size}")), "{error}");
+    }
+    // Also by a header that says the same, whose frames are so small that there would be many.
+    let (head, _) = table::head(LARGEST, 4 << 10, &[]);
+    file.write_all_at(&head, 0).unwrap();
+    let error = refused(LARGEST);
+    assert!(error.contains("its header says what cannot be"), "{error}");
+    let (head, _) = table::head(LARGEST, FRAME as u32, &[]);
+    file.write_all_at(&head, 0).unwrap();
+    let error = refused(LARGEST);
+    assert!(error.contains("its table is damaged"), "{error}");
+}
+
+#[test]
+fn frames_of_another_length_and_a_table_longer_than_what_is_read_first_are_read() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    for (frame, count) in [(4 << 10, 2000), (1 << 20, 2)] {
+        let content = content(frame * count + 5);
+        let size = content.len() as u64;
+        let mut entries = Vec::new();
+        for (number, part) in content.chunks(frame).enumerate() {
+            let subtree = Subtree::new((number * frame) as u64, frame as u64, size);
+            let bytes = part.len() as u32;
+            table::add_entry(&mut entries, bytes, true, &subtree.value(part));
+        }
+        let (mut bytes, name) = table::head(size, frame as u32, &entries);
+        bytes.extend_from_slice(&content);
+        fs::write(&path, &bytes).unwrap();
+        let object = Object { name, size };
+        let framed = open(&path, &object, &Check::Whole).unwrap();
+        for from in [0, frame - 3, frame * count - 3] {
+            compare(&framed, &content, from, 8).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_feature_that_a_reader_has_to_know_is_refused_and_no_other() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let object = written(&path, &content(2 * FRAME));
+    let sound = fs::read(&path).unwrap();
+    for (word, refused) in [(16, false), (24, false), (32, true)] {
+        let mut bytes = sound.clone();
+        bytes[word] = 1 << 3;
+        let sum = crate::store::format::short_sum(&bytes[..56]);
+        bytes[56..64].copy_from_slice(&sum);
+        // The sum of the table is over the header, too.
+        let end = table::body(2) as usize - 32;
+        let sum = blake3::hash(&bytes[..end]);
+        bytes[end..end + 32].copy_from_slice(sum.as_bytes());
+        fs::write(&path, &bytes).unwrap();
+        let opened = open(&path, &object, &Check::Whole);
+        assert_eq!(opened.is_err(), refused, "{word}");
+        if let Err(error) = opened {
+            assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+            let message = error.to_string();
+            let is_named = message.contains("0x8") && message.contains(path.to_str().unwrap());
+            assert!(is_named, "{message}");
+        }
+    }
+}
+
+/// Bytes that this thread has had the host read from disks.
+fn read_from_disks() -> u64 {
+    let counts = fs::read_to_string("/proc/thread-self/io").unwrap();
+    let bytes = counts
+        .lines()
+        .find_map(|line| line.strip_prefix("read_bytes: "));
+    bytes.unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_host_is_told_of_reads_of_several_frames() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("object");
+    let mut content = vec![0; 5 * FRAME];
+    blake3::Hasher::new().finalize_xof().fill(&mut content);
+    let object = written(&path, &content);
+    let framed = open(&path, &object, &Check::PARTS).unwrap();
+    framed.file.sync_all().unwrap();
+    let read_by = |what: &dyn Fn()| {
+        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        posix_fadvise(&framed.file, 0, 0, advice).unwrap();
+        let before = read_from_disks();
+        what();
+        read_from_disks() - before
+    };
+    if read_by(&|| compare(&framed, &content, 0, FRAME).unwrap()) == 0 {
+        eprintln!("not tested: what is read on this file system does not come from a disk");
+        return;
+    }
+    assert_eq!(read_by(&|| framed.announce(FRAME as u64, FRAME)), 0);
+    assert_eq!(read_by(&|| framed.announce(5, FRAME - 5)), 0);
+    let read = read_by(&|| framed.announce(FRAME as u64 - 1, 2));
+    assert!(read >= FRAME as u64, "{read}");
 }
