@@ -22,4 +22,5 @@ mod mount {
     mod passthrough;
     mod process;
     mod user;
+    mod whiteouts;
 }

@@ -6,12 +6,14 @@
 //! A row is one job on a fresh mount. The systems take turns within each round, so that the machine's
 //! moods hit all of them, and the figure of a row is the median over the rounds. What is printed are
 //! ratios, since the absolute times of a shared machine say nothing. `--plyfs` adds a column of plyfs with
-//! other options, to compare its modes. `--rows stall` and `--rows completion` measure what
-//! small requests wait for meanwhile; `--huge` is the length of the file that is completed.
+//! other options, to compare its modes. `--rows attributes` changes attributes of 1 GiB that copy no data.
+//! `--rows stall` and `--rows completion` measure what small requests wait for meanwhile; `--huge` is the length of
+//! the file that is completed.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod memory;
+mod metadata;
 mod rows;
 mod stall;
 mod start;
@@ -168,6 +170,9 @@ fn run() -> Result<(), String> {
     }
     if "memory".contains(&options.rows) {
         memory::run(&systems, &image)?;
+    }
+    if "attributes of 1 GiB".contains(&options.rows) {
+        metadata::run(&image, options.rounds)?;
     }
     // They take their time and load the disk: only when asked for by name.
     if options.rows == "stall" {

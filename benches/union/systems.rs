@@ -75,7 +75,8 @@ fn pack(top: &Path, layers: &[PathBuf]) -> Result<PathBuf, String> {
 }
 
 enum Kind {
-    Overlayfs,
+    /// With options besides the layers.
+    Overlayfs(&'static str),
     FuseOverlayfs,
     Plyfs(String),
     /// On packed layers.
@@ -92,7 +93,15 @@ impl System {
     pub fn overlayfs() -> Self {
         Self {
             name: "overlayfs".into(),
-            kind: Kind::Overlayfs,
+            kind: Kind::Overlayfs(""),
+        }
+    }
+
+    /// Kernel overlayfs that copies no data for a change of attributes.
+    pub fn overlayfs_metacopy() -> Self {
+        Self {
+            name: "overlayfs metacopy".into(),
+            kind: Kind::Overlayfs(",metacopy=on,redirect_dir=on"),
         }
     }
 
@@ -150,9 +159,10 @@ impl System {
             is_gone: AtomicBool::new(false),
         };
         let mut command = match &self.kind {
-            Kind::Overlayfs => {
+            Kind::Overlayfs(options) => {
                 let mut c = Command::new("mount");
-                c.args(["-t", "overlay", "overlay", "-o", &layers]);
+                c.args(["-t", "overlay", "overlay", "-o"]);
+                c.arg(format!("{layers}{options}"));
                 c
             }
             Kind::FuseOverlayfs => {
@@ -184,6 +194,10 @@ pub struct Mount {
 impl Mount {
     pub fn root(&self) -> PathBuf {
         self.base.join("mnt")
+    }
+
+    pub fn upper(&self) -> PathBuf {
+        self.base.join("upper")
     }
 
     /// The control socket, of plyfs alone.

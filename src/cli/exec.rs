@@ -41,6 +41,7 @@ pub struct ExecArgs {
 pub async fn run(args: ExecArgs, client: &Client) -> Result<ExitCode> {
     let mut signals = Signals::catch()?;
     let (stdin, tty) = (args.interactive, args.tty);
+    terminal::check(stdin, tty)?;
     let mut words = args.words.into_iter();
     // The parser demands two.
     let id = named(words.next(), "CONTAINER")?;

@@ -38,7 +38,13 @@ pub struct UmountArgs {
 
 /// Runs `snapctl mount`.
 pub async fn mount(args: MountArgs, client: &Client) -> Result<()> {
-    let dir = fs::canonicalize(&args.dir).map_err(|e| failed("mount at", &args.dir, e))?;
+    let dir = fs::canonicalize(&args.dir).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Error::Refused(format!(
+            "there is no directory {dir} to mount at; make it first (`mkdir -p {dir}`)",
+            dir = args.dir.display()
+        )),
+        _ => failed("mount at", &args.dir, error),
+    })?;
     let mounts = fetch_mounts(args.key.clone(), client).await?;
     for one in &mounts {
         let source = Path::new(&one.source);

@@ -153,6 +153,7 @@ async fn foreground(
     signals: &mut Signals,
 ) -> Result<ExitCode> {
     let (stdin, tty, remove) = (request.open_stdin, request.tty, request.auto_remove);
+    terminal::check(stdin, tty)?;
     let id = make_or_undo(request, client, signals).await?.id;
     let attach = AttachStart {
         id: id.clone(),

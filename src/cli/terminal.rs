@@ -41,6 +41,18 @@ impl Drop for RawMode {
     }
 }
 
+/// Refuses to give a process our stdin as a terminal where it is none, as Docker does: what is typed before the process
+/// reads would be lost, and so would be the end.
+pub fn check(stdin: bool, tty: bool) -> Result<()> {
+    match stdin && tty && !io::stdin().is_terminal() {
+        true => Err(Error::Input(
+            "-i and -t together need a terminal on standard input, which is none; leave out -t to pass a file or a pipe"
+                .to_owned(),
+        )),
+        false => Ok(()),
+    }
+}
+
 /// The size of the terminal that we are on, if we are on one.
 pub fn size() -> Option<WindowSize> {
     let (rows, columns) = window_size(io::stdin())

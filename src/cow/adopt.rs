@@ -12,7 +12,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
@@ -202,12 +202,15 @@ fn directory(
             inner.push(name);
         }
     }
-    if marked || marks.iter().any(|name| name.as_bytes() == WH_OPAQUE) {
+    let opaque = opaque || marks.iter().any(|name| name.as_bytes() == WH_OPAQUE);
+    if opaque {
         xattr::set(Object::Open(dir), family.opaque(), b"y", 0)?;
     }
     for mark in &marks {
+        // In an opaque directory nothing is left to hide, and whiteouts in attribute form would not count.
         if let Some(hidden) = mark.as_bytes().strip_prefix(WH_PREFIX)
             && !hidden.starts_with(WH_PREFIX)
+            && !opaque
         {
             hide(dir, OsStr::from_bytes(hidden), family, devices)?;
         }
@@ -238,7 +241,10 @@ fn hide(
         Ok(_) => Ok(()),
         Err(Errno::ENOENT) => {
             whiteout::make(dir, name, family, devices)?;
-            whiteout::allow_in(dir, family, devices)
+            match devices.load(Ordering::Relaxed) {
+                true => Ok(()),
+                false => whiteout::allow_in(dir, family),
+            }
         }
         Err(errno) => Err(errno),
     }

@@ -10,7 +10,7 @@ use super::copyup::Content;
 use super::dir::Item;
 use super::error::{Context, Result};
 use super::file::FileHandle;
-use super::node::Node;
+use super::node::{Node, QuietCtime};
 use super::owner::IdView;
 use super::stat_override::HOST_PERM;
 use super::types::{Attr, Caller, FileKind, NodeId, SetAttr, SetTime, StatFs, Timestamp};
@@ -119,12 +119,15 @@ pub(super) fn timespec(time: Timestamp) -> libc::timespec {
     }
 }
 
+/// Leaves a time as it is.
+pub(super) const UNCHANGED: libc::timespec = libc::timespec {
+    tv_sec: 0,
+    tv_nsec: libc::UTIME_OMIT,
+};
+
 fn timespec_to_set(time: Option<SetTime>) -> libc::timespec {
     match time {
-        None => libc::timespec {
-            tv_sec: 0,
-            tv_nsec: libc::UTIME_OMIT,
-        },
+        None => UNCHANGED,
         Some(SetTime::Now) => libc::timespec {
             tv_sec: 0,
             tv_nsec: libc::UTIME_NOW,
@@ -156,9 +159,16 @@ impl Union {
                 None => Some(place.lowers.first().ok_or(Errno::ESTALE)?.object.attr()?),
             }
         };
-        let host = match lower {
-            Some(attr) => attr,
-            None => self.with_upper(node, |object| self.upper_attr(object))?,
+        let host = match (lower, &node.directory) {
+            (Some(attr), _) => attr,
+            (None, None) => self.with_upper(node, |object| self.upper_attr(object))?,
+            (None, Some(directory)) => {
+                // Not while a copy of a child moves times that are then put back.
+                let state = directory.state.read();
+                let mut attr = self.with_upper(node, |object| self.upper_attr(object))?;
+                attr.ctime = state.quiet_ctime.shown(attr.ctime);
+                attr
+            }
         };
         Ok(self.shown(node, host))
     }
@@ -201,22 +211,26 @@ impl Union {
         form.write(object, &attr)
     }
 
-    /// Gives a copy the owner and the mode of what it is copied from.
-    pub(super) fn copy_owner(&self, attr: &Attr, to: Object<'_>) -> Result<(), Errno> {
+    /// Gives a copy the owner and the mode of what it is copied from, with a call only for what differs. `made`: the copy
+    /// as it was made.
+    pub(super) fn copy_owner(&self, attr: &Attr, to: Object<'_>, made: &Attr) -> Result<(), Errno> {
+        let has_perm = attr.kind != FileKind::Symlink;
         if let Some(form) = self.stat_override {
-            if attr.kind != FileKind::Symlink {
+            if has_perm && u32::from(made.perm) != HOST_PERM {
                 to.chmod(HOST_PERM)?;
             }
             return form.write(to, attr);
         }
-        match to.chown(Some(attr.uid), Some(attr.gid)) {
-            Err(Errno::EPERM | Errno::EINVAL) if self.owners.is_squashed() => {}
-            result => result?,
+        if (made.uid, made.gid) != (attr.uid, attr.gid) {
+            match to.chown(Some(attr.uid), Some(attr.gid)) {
+                Err(Errno::EPERM | Errno::EINVAL) if self.owners.is_squashed() => {}
+                result => result?,
+            }
         }
-        match attr.kind {
-            FileKind::Symlink => Ok(()),
-            _ => to.chmod(u32::from(attr.perm)),
+        if has_perm && made.perm != attr.perm {
+            to.chmod(u32::from(attr.perm))?;
         }
+        Ok(())
     }
 
     /// What the union shows for an object whose host attributes are `host`. Not to be called with a
@@ -252,7 +266,7 @@ impl Union {
             attr.blocks = lower.max(host.blocks);
         }
         if place.upper.is_some() {
-            attr.ctime = place.shown_ctime(host.ctime);
+            attr.ctime = place.rare.quiet_ctime.shown(host.ctime);
         }
         attr
     }
@@ -316,43 +330,75 @@ impl Union {
                 _ => return Err(Errno::EINVAL.into()),
             }
             self.copy_up(&node, Content::UpTo(size))?;
-        } else {
-            self.copy_up(&node, Content::Metadata)?;
         }
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
-        if uid.is_some() || gid.is_some() || set.is_empty() {
-            if caller.uid != 0 && node.kind != FileKind::Directory {
-                self.kill_suidgid(&node, caller)?;
+        let owner = |object: Object<'_>| {
+            if uid.is_none() && gid.is_none() && !set.is_empty() {
+                return Ok(());
             }
-            let _turn = node.attributes.lock();
-            self.with_upper(&node, |object| self.set_owner(object, uid, gid))
-                .context("changing the owner")?;
-        }
+            if caller.uid != 0 && node.kind != FileKind::Directory {
+                self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))?;
+            }
+            self.set_owner(object, uid, gid)
+                .context("changing the owner")
+        };
+        let rest = |object: Object<'_>| {
+            if let Some(perm) = set.perm {
+                self.set_perm(object, perm).context("changing the mode")?;
+                // A mode is also how set-id bits are cleared without FUSE_HANDLE_KILLPRIV_V2, and the kernel leaves this one.
+                let without_execution = perm & (S_ISGID | S_IXGRP) == S_ISGID;
+                if without_execution && caller.uid != 0 && node.kind == FileKind::Regular {
+                    self.clear_bits(object, |attr| self.without_setgid(attr, caller))?;
+                }
+            }
+            if set.atime.is_some() || set.mtime.is_some() {
+                let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
+                object.set_times(&times).context("changing times")?;
+            }
+            Ok(())
+        };
+        let all = |object: Object<'_>| owner(object).and_then(|()| rest(object));
         if let Some(size) = set.size {
+            self.change(&node, owner)?;
             self.truncate(&node, size)?;
             if caller.uid != 0 && set.perm.is_none() {
                 self.kill_suidgid(&node, caller)?;
             }
-        }
-        if let Some(perm) = set.perm {
-            let turn = node.attributes.lock();
-            self.with_upper(&node, |object| self.set_perm(object, perm))
-                .context("changing the mode")?;
-            drop(turn);
-            // A mode is also how set-id bits are cleared without FUSE_HANDLE_KILLPRIV_V2, and the kernel leaves this one.
-            let without_execution = perm & (S_ISGID | S_IXGRP) == S_ISGID;
-            if without_execution && caller.uid != 0 && node.kind == FileKind::Regular {
-                self.drop_setgid(&node, caller)?;
-            }
-        }
-        if set.atime.is_some() || set.mtime.is_some() {
-            let times = [timespec_to_set(set.atime), timespec_to_set(set.mtime)];
-            let _turn = node.attributes.lock();
-            self.with_upper(&node, |object| object.set_times(&times))
-                .context("changing times")?;
+            self.change_times(&node, set.mtime.is_some(), rest)?;
+        } else if !self.copy_up_changed(&node, Content::Metadata, Some(&all))? {
+            self.change_times(&node, set.mtime.is_some(), all)?;
         }
         self.attr_of_node(&node)
+    }
+
+    /// Changes attributes of a node that is in the upper, and no time of change.
+    pub(super) fn change(
+        &self,
+        node: &Arc<Node>,
+        change: impl FnOnce(Object<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.change_times(node, false, change)
+    }
+
+    /// As `change`; with `sets_mtime` writes that are under way keep the time of change that this sets.
+    fn change_times(
+        &self,
+        node: &Arc<Node>,
+        sets_mtime: bool,
+        change: impl FnOnce(Object<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut gathered = node.attributes.lock();
+        self.with_upper(node, |object| Ok(change(object)))??;
+        if sets_mtime && gathered.writes > 0 {
+            gathered.mtime = self
+                .with_upper(node, |object| Ok(attr_of(&object.stat()?)))?
+                .mtime;
+        }
+        if let Some(directory) = &node.directory {
+            directory.state.write().quiet_ctime = QuietCtime::default();
+        }
+        Ok(())
     }
 
     /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
@@ -367,36 +413,40 @@ impl Union {
     /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does
     /// not mean execution and the caller is in the group.
     pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
-        self.clear_bits(node, |attr| {
-            let group = self.owners.groups.shown(attr.gid);
-            without_set_ids(attr.perm, || caller.is_in_group(group))
+        self.change(node, |object| {
+            self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))
         })
     }
 
     /// What Linux does when `caller` without CAP_FSETID has set an access ACL: setgid goes unless the caller is in the
     /// group (`posix_acl_update_mode` in fs/posix_acl.c). Here because the host goes by its own caller, this process.
     pub fn access_acl_set_by(&self, node: NodeId, caller: &Caller) -> Result<()> {
-        self.drop_setgid(&self.node(node)?, caller)
-    }
-
-    /// Takes setgid away unless the caller is in the group.
-    fn drop_setgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
-        self.clear_bits(node, |attr| {
-            let group = self.owners.groups.shown(attr.gid);
-            match attr.perm & S_ISGID != 0 && !caller.is_in_group(group) {
-                true => attr.perm & !S_ISGID,
-                false => attr.perm,
-            }
+        self.change(&self.node(node)?, |object| {
+            self.clear_bits(object, |attr| self.without_setgid(attr, caller))
         })
     }
 
+    /// What is left of the permission bits for a caller without CAP_FSETID.
+    fn without_set_ids_of(&self, attr: &Attr, caller: &Caller) -> u16 {
+        let group = self.owners.groups.shown(attr.gid);
+        without_set_ids(attr.perm, || caller.is_in_group(group))
+    }
+
+    /// The permission bits without setgid unless the caller is in the group.
+    fn without_setgid(&self, attr: &Attr, caller: &Caller) -> u16 {
+        let group = self.owners.groups.shown(attr.gid);
+        match attr.perm & S_ISGID != 0 && !caller.is_in_group(group) {
+            true => attr.perm & !S_ISGID,
+            false => attr.perm,
+        }
+    }
+
     /// Takes away what `kept` leaves out of the permission bits of an object of the upper.
-    fn clear_bits(&self, node: &Arc<Node>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
-        let _turn = node.attributes.lock();
-        let attr = self.with_upper(node, |object| self.upper_attr(object))?;
+    fn clear_bits(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
+        let attr = self.upper_attr(object)?;
         let kept = kept(&attr);
         if kept != attr.perm {
-            self.with_upper(node, |object| self.set_perm(object, kept))?;
+            self.set_perm(object, kept)?;
         }
         Ok(())
     }

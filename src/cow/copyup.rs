@@ -1,7 +1,7 @@
 //! Copy-up: an object of a lower layer becomes one of the upper.
 //!
-//! The copy is made whole in the work directory and then renamed to its place, so at every moment, also
-//! after a crash, the name stands for the old object or for the complete new one. Content is copied
+//! The copy is made whole without a name, or with one in the work directory, and then put into its place, so at every
+//! moment, also after a crash, the name stands for the old object or for the complete new one. Content is copied
 //! with no lock held but the node's own, so nobody else waits; readers of the file itself go on reading
 //! the lower meanwhile.
 
@@ -12,13 +12,14 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
-use super::attr::timespec;
+use super::attr::{attr_of, timespec};
 use super::error::{Context, Error, Result};
 use super::lower::{LowerFile, LowerObject};
 use super::node::{Lowers, Node, Orphan};
+use super::stat_override::HOST_PERM;
 use super::types::{Attr, FileKind, NodeId, Timestamp};
 use super::union::Union;
-use super::upper::{Temp, Upper};
+use super::upper::{Draft, Temp, Upper};
 use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
 
@@ -34,6 +35,11 @@ pub(super) enum Content {
     /// The file will be truncated to this length at once.
     UpTo(u64),
 }
+
+const SET_IDS: u32 = 0o6000;
+
+/// A change of attributes of an upper object.
+pub(super) type Change<'a> = dyn Fn(Object<'_>) -> Result<()> + 'a;
 
 /// The type bits of a mode.
 pub(super) fn type_bits(kind: FileKind) -> u32 {
@@ -61,42 +67,51 @@ impl Union {
     /// Sees to it that `node` and all directories above it are in the upper. Must not be called with a
     /// directory locked.
     pub(super) fn copy_up(&self, node: &Arc<Node>, content: Content) -> Result<()> {
+        self.copy_up_changed(node, content, None).map(drop)
+    }
+
+    /// As `copy_up`. If it makes a copy, that has the `change` from the beginning; answers whether it was made.
+    pub(super) fn copy_up_changed(
+        &self,
+        node: &Arc<Node>,
+        content: Content,
+        change: Option<&Change<'_>>,
+    ) -> Result<bool> {
         self.upper()?;
         if node.in_upper() {
-            return Ok(());
+            return Ok(false);
         }
         if content == Content::Metadata && node.has_upper() {
             Self::attributes_change(node);
-            return Ok(());
+            return Ok(false);
         }
         if content != Content::All && node.place.read().rare.chunks.is_some() {
-            return Ok(());
+            return Ok(false);
         }
         Self::check_unprotected(node)?;
         let mut chain = vec![Arc::clone(node)];
         let mut at = node.name().map(|name| name.parent);
-        let mut directories = Vec::new();
         while let Some(parent) = at {
-            directories.push(parent.id);
             if parent.in_upper() {
                 break;
             }
             at = parent.name().map(|name| name.parent);
             chain.push(parent);
         }
+        let mut changed = false;
         while let Some(next) = chain.pop() {
-            let content = if chain.is_empty() {
-                content
-            } else {
-                Content::All
+            let (content, change) = match chain.is_empty() {
+                true => (content, change),
+                false => (Content::All, None),
             };
-            self.with_room(|| self.copy_up_one(&next, content))
+            changed = self
+                .with_room(|| self.copy_up_one(&next, content, change))
                 .with_context(|| format!("copying up {:?}", next.name().map(|name| name.name)))?;
+            if !chain.is_empty() {
+                self.tell(next.id);
+            }
         }
-        if let Some(tell) = self.on_side_effect.get() {
-            directories.into_iter().for_each(tell);
-        }
-        Ok(())
+        Ok(changed)
     }
 
     /// EPERM for what a lower layer has as immutable or append-only. What is in the upper the host protects.
@@ -116,11 +131,17 @@ impl Union {
         }
     }
 
-    fn copy_up_one(&self, node: &Arc<Node>, content: Content) -> Result<()> {
+    /// Answers whether it has made the change.
+    fn copy_up_one(
+        &self,
+        node: &Arc<Node>,
+        content: Content,
+        change: Option<&Change<'_>>,
+    ) -> Result<bool> {
         let upper = self.upper()?;
         let _one_at_a_time = node.copy_up.lock();
         if node.in_upper() {
-            return Ok(());
+            return Ok(false);
         }
         let (has_upper, lowers, atime, in_chunks) = {
             let place = node.place.read();
@@ -135,16 +156,17 @@ impl Union {
             return Err(Errno::ESTALE.into());
         };
         if has_upper {
-            return match content {
-                Content::Metadata => Ok(()),
-                Content::All if in_chunks => self.complete_chunks(node),
-                _ if in_chunks => Ok(()),
+            match content {
+                Content::Metadata => {}
+                Content::All if in_chunks => self.complete_chunks(node)?,
+                _ if in_chunks => {}
                 _ if self.is_for_chunks(node, content, bottom.object.attr()?.size) => {
                     self.check_room_for(&*bottom.object, content)?;
-                    self.begin_chunks(node, &*bottom.object)
+                    self.begin_chunks(node, &*bottom.object)?;
                 }
-                _ => self.complete_metacopy(node, &*bottom.object, content),
-            };
+                _ => self.complete_metacopy(node, &*bottom.object, content)?,
+            }
+            return Ok(false);
         }
         let source = &*top.object;
         let of_source = source.attr()?;
@@ -156,68 +178,88 @@ impl Union {
             atime: atime.unwrap_or(of_source.atime),
             ..of_source
         };
-        let temp = Temp::new(upper);
+        let without_data = (content == Content::Metadata && self.makes_metacopies()) || in_chunks;
+        let without_data = without_data && node.kind == FileKind::Regular && attr.size > 0;
+        let draft = self.begin_copy(upper, source, &attr)?;
+        let object = draft.object();
+        let made = attr_of(&object.stat()?);
         let mut metacopy = false;
-        match node.kind {
-            FileKind::Regular => {
-                let fd = fs::openat(
-                    upper.work(),
-                    &temp.name,
-                    libc::O_CREAT | libc::O_EXCL | libc::O_RDWR,
-                    0o600,
-                )?;
-                let object = Object::Open(fd.as_fd());
-                let without_data = content == Content::Metadata && self.makes_metacopies();
-                metacopy = (without_data || in_chunks)
-                    && attr.size > 0
-                    && self.mark_metacopy(upper, object)?;
-                if metacopy {
-                    fs::ftruncate(fd.as_fd(), attr.size)?;
-                } else {
-                    self.copy_content(&*bottom.object, fd.as_fd(), attr.size, content)?;
-                }
-                self.copy_metadata(source, &attr, object)?;
-                // A rename to a new name does not bring the data to the disk by itself.
-                if !metacopy && !self.volatile && attr.size > 0 && content != Content::UpTo(0) {
-                    fs::fsync(fd.as_fd(), false)?;
-                }
+        if let (FileKind::Regular, Object::Open(fd)) = (node.kind, object) {
+            // Cutting or writing it takes its capabilities and set-id bits away, so both come before the attributes.
+            if without_data {
+                fs::ftruncate(fd, attr.size)?;
+                self.copy_metadata(source, &attr, object, &made)?;
+                // After the origin: of both there is room for one in ext4's inode, and what does not fit goes into a block,
+                // which files with equal attributes share. The mark is the same on all.
+                metacopy = self.mark_metacopy(upper, object)?;
             }
+            if !metacopy {
+                self.copy_content(&*bottom.object, fd, attr.size, content)?;
+            }
+        }
+        if !metacopy {
+            self.copy_metadata(source, &attr, object, &made)?;
+        }
+        set_times(object, attr.atime, attr.mtime)?;
+        if let Some(change) = change {
+            change(object)?;
+        }
+        // A new name does not bring the data to the disk by itself.
+        if let (FileKind::Regular, Object::Open(fd)) = (node.kind, object)
+            && !metacopy
+            && !self.volatile
+            && attr.size > 0
+            && content != Content::UpTo(0)
+        {
+            fs::fsync(fd, false)?;
+        }
+        self.install_copy(node, draft, made.ino, source, metacopy)?;
+        if metacopy && in_chunks {
+            self.begin_chunks(node, &*bottom.object)?;
+        }
+        Ok(change.is_some())
+    }
+
+    /// Makes an empty object of the kind of `source`.
+    fn begin_copy<'a>(
+        &self,
+        upper: &'a Upper,
+        source: &dyn LowerObject,
+        attr: &Attr,
+    ) -> Result<Draft<'a>> {
+        if attr.kind == FileKind::Regular {
+            let perm = match self.stat_override {
+                Some(_) => HOST_PERM,
+                None => u32::from(attr.perm) & !SET_IDS,
+            };
+            return Ok(Draft::file(upper, perm)?);
+        }
+        let temp = Temp::new(upper);
+        let mut fd = None;
+        match attr.kind {
             FileKind::Directory => {
                 fs::mkdirat(upper.work(), &temp.name, 0o700)?;
-                let fd = fs::openat(
-                    upper.work(),
-                    &temp.name,
-                    libc::O_RDONLY | libc::O_DIRECTORY,
-                    0,
-                )?;
-                self.copy_metadata(source, &attr, Object::Open(fd.as_fd()))?;
+                let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+                fd = Some(fs::openat(upper.work(), &temp.name, flags, 0)?);
             }
-            FileKind::Symlink => {
-                fs::symlinkat(&source.readlink()?, upper.work(), &temp.name)?;
-                self.copy_metadata(source, &attr, temp.object())?;
-            }
+            FileKind::Symlink => fs::symlinkat(&source.readlink()?, upper.work(), &temp.name)?,
             kind => {
                 let mode = type_bits(kind) | 0o600;
                 fs::mknodat(upper.work(), &temp.name, mode, attr.rdev)?;
-                self.copy_metadata(source, &attr, temp.object())?;
             }
         }
-        self.install_copy(node, upper, temp, source, metacopy)?;
-        if metacopy && in_chunks {
-            return self.begin_chunks(node, &*bottom.object);
-        }
-        Ok(())
+        Ok(Draft::Named(temp, fd))
     }
 
     fn install_copy(
         &self,
         node: &Arc<Node>,
-        upper: &Upper,
-        temp: Temp<'_>,
+        draft: Draft<'_>,
+        ino: u64,
         source: &dyn LowerObject,
         metacopy: bool,
     ) -> Result<()> {
-        let ino = temp.object().stat()?.st_ino;
+        let upper = self.upper()?;
         if node.id == NodeId::ROOT {
             return Err(Errno::EIO).context("the root of the union is not in the upper");
         }
@@ -225,12 +267,11 @@ impl Union {
             let Some(name) = node.name() else {
                 // Removed meanwhile, or a removed file that somebody still writes: it needs no name.
                 let orphan = if self.may_keep_open()? {
-                    let fd = fs::openat(upper.work(), &temp.name, libc::O_PATH, 0)?;
+                    let fd = draft.keep_open()?;
                     upper.orphan_fds.fetch_add(1, Ordering::Relaxed);
-                    drop(temp);
                     Orphan::Fd(Arc::new(fd))
                 } else {
-                    Orphan::Work(temp.keep().as_os_str().into())
+                    Orphan::Work(draft.keep()?.as_os_str().into())
                 };
                 let mut place = node.place.write();
                 place.rare.orphan = Some(orphan);
@@ -239,7 +280,9 @@ impl Union {
                 return Ok(());
             };
             let directory = Self::directory(&name.parent)?;
-            let state = directory.state.write();
+            // Nobody sets times of the directory meanwhile, which would be undone.
+            let _turn = name.parent.attributes.lock();
+            let mut state = directory.state.write();
             let still = node
                 .name()
                 .is_some_and(|now| Arc::ptr_eq(&now.parent, &name.parent) && now.name == name.name);
@@ -247,18 +290,15 @@ impl Union {
                 continue;
             }
             let dir = self.dir_fd(&name.parent)?;
+            let before = attr_of(&fs::fstat(dir.as_fd())?);
             self.mark_impure(&state, dir.as_fd())?;
             let links = source.attr()?.nlink;
             let index = if links > 1 && node.kind != FileKind::Directory {
-                self.add_index(upper, &temp, source, node)?
+                self.add_index(upper, &draft, source, node)?
             } else {
                 None
             };
-            // A copy of a child is no change of its directory.
-            let before = fs::fstat(dir.as_fd())?;
-            temp.install(dir.as_fd(), &name.name, 0)
-                .map_err(|(_, errno)| errno)?;
-            restore_times(dir.as_fd(), &before)?;
+            draft.install(dir.as_fd(), &name.name)?;
             let mut place = node.place.write();
             if index.is_some() {
                 place.rare.index = index;
@@ -270,6 +310,12 @@ impl Union {
                 }
             }
             Self::arrived(node, &mut place, ino, metacopy);
+            drop(place);
+            // A copy of a child is no change of its directory. That is not told to whoever keeps attributes of the
+            // directory, so its change time is to be the same, too.
+            set_times(Object::Open(dir.as_fd()), before.atime, before.mtime)?;
+            let after = attr_of(&fs::fstat(dir.as_fd())?).ctime;
+            state.quiet_ctime.moved(before.ctime, after);
             return Ok(());
         }
     }
@@ -342,9 +388,15 @@ impl Union {
         Ok(())
     }
 
-    /// Owner, mode, attributes, origin and times, in the order in which none undoes another.
-    fn copy_metadata(&self, source: &dyn LowerObject, attr: &Attr, to: Object<'_>) -> Result<()> {
-        self.copy_owner(attr, to)?;
+    /// Owner, mode, attributes and origin, in the order in which none undoes another. `made`: the copy as it was made.
+    fn copy_metadata(
+        &self,
+        source: &dyn LowerObject,
+        attr: &Attr,
+        to: Object<'_>,
+        made: &Attr,
+    ) -> Result<()> {
+        self.copy_owner(attr, to, made)?;
         for name in source.xattr_names()? {
             if self.family.is_mark(&name) {
                 continue;
@@ -355,8 +407,7 @@ impl Union {
                 result => result.with_context(|| format!("copying the attribute {name:?}"))?,
             }
         }
-        self.set_origin(source, to)?;
-        set_times(to, attr.atime, attr.mtime)
+        self.set_origin(source, to)
     }
 
     fn set_origin(&self, source: &dyn LowerObject, to: Object<'_>) -> Result<()> {
@@ -394,7 +445,7 @@ pub(super) fn set_times(to: Object<'_>, atime: Timestamp, mtime: Timestamp) -> R
 
 /// Puts a file's or directory's times back to what they were.
 pub(super) fn restore_times(fd: BorrowedFd<'_>, before: &fs::Stat) -> Result<()> {
-    let attr = super::attr::attr_of(before);
+    let attr = attr_of(before);
     set_times(Object::Open(fd), attr.atime, attr.mtime)
 }
 

@@ -171,7 +171,7 @@ impl Union {
                     }
                 }
                 // Without lowers the name was not looked at before.
-                Err(Errno::EEXIST) => match self.in_upper(parent, &state, name)? {
+                Err(Errno::EEXIST) => match self.in_upper(parent, name)? {
                     InUpper::Whiteout => {
                         self.make_over_whiteout(new, dir.as_fd(), name, &wanted, default_acl)
                     }
@@ -222,7 +222,7 @@ impl Union {
         if lowers.is_empty() {
             return Ok(Free::Nothing);
         }
-        match self.in_upper(parent, state, name)? {
+        match self.in_upper(parent, name)? {
             InUpper::Object(_) => Err(Errno::EEXIST.into()),
             InUpper::Whiteout => Ok(Free::Whiteout),
             InUpper::Nothing => {

@@ -300,10 +300,7 @@ impl Union {
     ) -> Result<()> {
         let dir = self.dir_fd(node)?;
         let impure = !self.lowers.is_empty() && self.is_impure(node, state)?;
-        let xattr_whiteouts = state.xattr_whiteouts.get_or(|| {
-            let opaque = Self::mark(Object::Open(dir.as_fd()), self.family.opaque())?;
-            Ok::<_, Error>(opaque.as_deref() == Some(b"x"))
-        })?;
+        let xattr_whiteouts = self.has_xattr_whiteouts(node, dir.as_fd())?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let top = Object::Entry(dir.as_fd(), OsStr::new("."));
         let stream = match self.quiet {

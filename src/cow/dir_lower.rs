@@ -19,6 +19,8 @@ use super::chunks::check_lower_mark;
 use super::error::{Context, Error, Result};
 use super::fdcache::{Budget, Slot};
 use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject};
+use super::metacopy::CAPABILITY;
+use super::node::Flag;
 use super::origin::Origin;
 use super::stat_override::StatOverride;
 use super::types::{Attr, FileKind, StatFs, XattrFamily};
@@ -118,6 +120,7 @@ impl DirLower {
             replaces: false,
             directory: OnceLock::new(),
             fd: Slot::default(),
+            bare: Flag::default(),
         });
         Ok(Self { layer, root })
     }
@@ -177,6 +180,8 @@ struct DirObject {
     replaces: bool,
     directory: OnceLock<Box<Directory>>,
     fd: Slot<OwnedFd>,
+    /// It has no extended attributes.
+    bare: Flag,
 }
 
 impl Drop for DirObject {
@@ -444,6 +449,7 @@ impl LowerObject for DirObject {
             replaces: hidden,
             directory: OnceLock::new(),
             fd: Slot::default(),
+            bare: Flag::default(),
             parent: Some(self),
         }))))
     }
@@ -521,14 +527,20 @@ impl LowerObject for DirObject {
     }
 
     fn xattr(&self, stored: &OsStr) -> Result<Vec<u8>> {
-        if self.is_foreign_mark(stored) {
+        // Asked for before each chown, which then asks for all names. Others may have a value and not be listed.
+        let is_absent = stored == CAPABILITY && self.xattr_names()?.is_empty();
+        if is_absent || self.is_foreign_mark(stored) {
             return Err(Errno::ENODATA.into());
         }
         self.with_object(|object| xattr::get(object, stored))
     }
 
     fn xattr_names(&self) -> Result<Vec<OsString>> {
+        if self.bare.get() == Some(true) {
+            return Ok(Vec::new());
+        }
         let mut names = self.with_object(xattr::list)?;
+        self.bare.set(names.is_empty());
         names.retain(|name| !self.is_foreign_mark(name));
         Ok(names)
     }

@@ -191,6 +191,26 @@ pub enum OpenError {
         /// The directory.
         path: PathBuf,
     },
+    /// Kernel overlayfs has written the upper without ever waiting for the disk.
+    #[error(
+        "the upper directory {upper} was written by kernel overlayfs with `volatile`, so after a crash of the host it may be damaged; give a new upper and work directory, or mount with `-o volatile`, or, if the host has not crashed since, remove {mark}"
+    )]
+    Volatile {
+        /// The upper.
+        upper: PathBuf,
+        /// What says so.
+        mark: PathBuf,
+    },
+    /// The upper is not to be used by who does not know a feature.
+    #[error(
+        "the work directory {work} says that its upper needs the feature `{feature}`, which this release does not know; mount it by what wrote it, or give an upper and a work directory of their own"
+    )]
+    UnknownFeature {
+        /// The work directory.
+        work: PathBuf,
+        /// The name below `work/incompat` in it.
+        feature: String,
+    },
     /// The upper's file system does not store the extended attributes of the union.
     #[error(
         "the file system of the upper directory {path} does not store {prefix}* extended attributes: {source}; use one that does, such as ext4, xfs, btrfs or tmpfs"

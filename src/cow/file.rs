@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 
+use super::attr::{UNCHANGED, attr_of, timespec};
 use super::chunks::Partial;
 use super::copyup::Content;
 use super::error::{Context, Result};
@@ -101,6 +102,8 @@ impl Union {
             }
         } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.copy_up(&node, Content::Writable)?;
+            // Through a mapping nobody tells of it.
+            node.written.store(true, Ordering::Relaxed);
         } else if self.verifies_each_open && !node.in_upper() {
             // Whoever reads it meanwhile goes on with what was opened before.
             node.io.clear();
@@ -117,8 +120,13 @@ impl Union {
     /// The last user of the handle is gone; must be called once for each handle given out.
     pub fn release(&self, node: NodeId, handle: Arc<FileHandle>) {
         debug_assert_eq!(node, handle.node);
-        if let Some(node) = self.table.get(handle.node) {
-            node.handles.fetch_sub(1, Ordering::Relaxed);
+        if let Some(node) = self.table.get(handle.node)
+            && node.handles.fetch_sub(1, Ordering::Relaxed) == 1
+            && let Some(backing) = node.io.get()
+            && matches!(&*backing, Backing::Lower(file) if file.is_in_memory())
+        {
+            // What was read of it the kernel has.
+            node.io.clear();
         }
         self.forget(handle.node, 0);
     }
@@ -127,7 +135,8 @@ impl Union {
     pub(super) fn known_io(&self, node: &Node) -> Option<Arc<Backing>> {
         node.io.get().filter(|backing| match **backing {
             Backing::Upper { sealed, .. } => sealed == self.is_sealed(),
-            Backing::Lower(_) | Backing::Partial(_) => true,
+            Backing::Lower(ref file) => !file.has_failed(),
+            Backing::Partial(ref partial) => !partial.lower_has_failed(),
         })
     }
 
@@ -268,6 +277,39 @@ impl Union {
             self.kill_suidgid(&node, caller)?;
         }
         self.with_room(|| backing.write_at(data, offset))
+    }
+
+    /// As `write`, of what the kernel has gathered: it keeps the time of change by itself then, and does not tell of one
+    /// that was the same before the write.
+    pub fn write_gathered(
+        &self,
+        node: NodeId,
+        offset: u64,
+        data: &[u8],
+        kills: Option<&Caller>,
+    ) -> Result<usize> {
+        let node = self.node(node)?;
+        let backing = self.writable(&node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid(&node, caller)?;
+        }
+        let fd = backing.upper_fd().ok_or(Errno::EIO)?;
+        {
+            let mut gathered = node.attributes.lock();
+            if gathered.writes == 0 {
+                gathered.mtime = attr_of(&fs::fstat(fd)?).mtime;
+            }
+            gathered.writes += 1;
+        }
+        // Not under the lock: the turn of an incomplete file comes before it.
+        let written = self.with_room(|| backing.write_at(data, offset));
+        let mut gathered = node.attributes.lock();
+        gathered.writes -= 1;
+        let times = [UNCHANGED, timespec(gathered.mtime)];
+        let kept = Object::Open(fd).set_times(&times);
+        let written = written?;
+        kept.context("keeping the time of change of a file")?;
+        Ok(written)
     }
 
     /// The descriptor for writing, after copy-up.

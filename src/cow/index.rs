@@ -22,7 +22,7 @@ use super::node::{Lowers, Node};
 use super::origin::Origin;
 use super::types::{FileKind, NodeId};
 use super::union::Union;
-use super::upper::{Temp, Upper};
+use super::upper::{Draft, Upper};
 use crate::sys::fs::{self, Object};
 use crate::sys::{dirents, xattr};
 
@@ -194,12 +194,12 @@ impl Union {
             .unwrap_or(ONLY_INDEX))
     }
 
-    /// Puts a copy that is still in the work directory into the index. The caller accounts for the
+    /// Puts a copy that has no place yet into the index. The caller accounts for the
     /// links.
     pub(super) fn add_index(
         &self,
         upper: &Upper,
-        temp: &Temp<'_>,
+        draft: &Draft<'_>,
         source: &dyn LowerObject,
         node: &Node,
     ) -> Result<Option<Arc<OsStr>>> {
@@ -208,13 +208,13 @@ impl Union {
         };
         // Two host links once it is in place: its name and this one.
         let offset = node.place.read().rare.link_offset + i64::from(source.attr()?.nlink) - 2;
-        self.store_links(temp.object(), offset)?;
-        match fs::linkat(upper.work(), &temp.name, upper.index(), &name) {
+        self.store_links(draft.object(), offset)?;
+        match draft.link(upper.index(), &name) {
             Ok(()) => {}
             Err(Errno::EEXIST) => {
                 // Left by a copy-up that did not get to its end.
                 fs::unlinkat(upper.index(), &name)?;
-                fs::linkat(upper.work(), &temp.name, upper.index(), &name)?;
+                draft.link(upper.index(), &name)?;
             }
             Err(Errno::EPERM | Errno::EMLINK) => return Ok(None),
             Err(errno) => return Err(errno).context("adding a hard link to the index"),

@@ -311,13 +311,8 @@ impl Union {
         }
     }
 
-    /// What the upper has under a name of a directory that is in the upper.
-    pub(super) fn in_upper(
-        &self,
-        parent: &Arc<Node>,
-        state: &DirState,
-        name: &OsStr,
-    ) -> Result<InUpper> {
+    /// What the upper has under a name of a directory that is in the upper, and whose state the caller has locked.
+    pub(super) fn in_upper(&self, parent: &Arc<Node>, name: &OsStr) -> Result<InUpper> {
         let upper = self.upper()?;
         let dir = self.dir_fd(parent)?;
         let stat = match fs::fstatat(dir.as_fd(), name) {
@@ -334,10 +329,7 @@ impl Union {
         }
         if attr.kind == FileKind::Regular
             && attr.size == 0
-            && state.xattr_whiteouts.get_or(|| {
-                let opaque = Self::mark(Object::Open(dir.as_fd()), self.family.opaque())?;
-                Ok::<_, super::Error>(opaque.as_deref() == Some(b"x"))
-            })?
+            && self.has_xattr_whiteouts(parent, dir.as_fd())?
             && Self::mark(Object::Entry(dir.as_fd(), name), self.family.whiteout())?.is_some()
         {
             return Ok(InUpper::Whiteout);
@@ -365,7 +357,7 @@ impl Union {
             (place.upper.is_some(), place.lowers.clone())
         };
         if parent_upper {
-            match self.in_upper(parent, state, name)? {
+            match self.in_upper(parent, name)? {
                 InUpper::Nothing => {}
                 InUpper::Whiteout => return Ok(None),
                 InUpper::Object(attr) => {
@@ -468,7 +460,7 @@ impl Union {
     ) -> Result<()> {
         if let Some(value) = Self::mark(object, self.family.metacopy())? {
             found.metacopy = true;
-            if let Marked::Partial = Marked::of(&value)? {
+            if let Marked::Partial { .. } = Marked::of(&value)? {
                 found.chunks = Some(self.chunks_of(object, attr.ino));
             }
         }

@@ -103,6 +103,14 @@ pub trait LowerObject: Send + Sync {
 pub trait LowerFile: Send + Sync {
     /// Fills `buf` from `offset`; fewer bytes only at the end.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize>;
+    /// Whether the content is in memory, so that an open file that nobody uses costs more than a descriptor.
+    fn is_in_memory(&self) -> bool {
+        false
+    }
+    /// Whether a part of it could not be read that might be mended since: it is to be opened again.
+    fn has_failed(&self) -> bool {
+        false
+    }
     /// `SEEK_DATA` or `SEEK_HOLE` from `offset`; ENXIO past the end.
     fn seek(&self, offset: i64, whence: i32) -> Result<i64>;
     /// The host descriptor that holds exactly this content, if there is one.

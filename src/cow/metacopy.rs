@@ -27,7 +27,7 @@ use crate::sys::fs::{self, Object};
 use crate::sys::{dirents, xattr};
 
 /// Where Linux keeps the capabilities of a file; any write to it takes them away.
-const CAPABILITY: &str = "security.capability";
+pub(super) const CAPABILITY: &str = "security.capability";
 
 /// Whether the upper directory `dir` may hold files whose data is in lower layers.
 pub fn may_hold_metacopies(dir: &Path, family: XattrFamily) -> std::io::Result<bool> {
@@ -89,8 +89,21 @@ impl Union {
         let mut path: OsString = self.lower_path(parent)?;
         path.push("/");
         path.push(known.as_deref().unwrap_or(name));
-        xattr::set(object, self.family.redirect(), path.as_bytes(), 0)
+        self.store_redirect(object, &path)
             .context("noting where the data of a renamed file is")
+    }
+
+    /// Stores where something continues below; EXDEV where no attribute of the host can be so long
+    /// (`ovl_set_redirect` in fs/overlayfs/dir.c).
+    pub(super) fn store_redirect(&self, object: Object<'_>, path: &OsStr) -> Result<()> {
+        /// Room for an attribute of the longest path.
+        const LONGEST: u64 = 64 << 10;
+        match xattr::set(object, self.family.redirect(), path.as_bytes(), 0) {
+            Err(Errno::E2BIG | Errno::ERANGE) => Err(Errno::EXDEV.into()),
+            // Of a disk that is not full: ext4 has one block for the attributes of a file.
+            Err(Errno::ENOSPC) if self.has_room_for(LONGEST)? => Err(Errno::EXDEV.into()),
+            result => Ok(result?),
+        }
     }
 
     /// Sees to it that the data of a file is found under a name that it is about to get.
@@ -101,7 +114,11 @@ impl Union {
         match node.name() {
             Some(name) => {
                 let file = self.with_upper(node, |object| object.open(libc::O_PATH))?;
-                self.redirect_data(Object::Path(file.as_fd()), &name.parent, &name.name)
+                let file = Object::Path(file.as_fd());
+                match self.redirect_data(file, &name.parent, &name.name) {
+                    Err(error) if error.is(Errno::EXDEV) => self.copy_up(node, Content::All),
+                    result => result,
+                }
             }
             None => self.copy_up(node, Content::All),
         }
@@ -198,8 +215,7 @@ impl Union {
         restore_times(fd, &before)?;
         let after = attr_of(&fs::fstat(fd)?).ctime;
         let mut place = node.place.write();
-        let shown = place.shown_ctime(attr.ctime);
-        place.rare.quiet_ctime = Some((after, shown));
+        place.rare.quiet_ctime.moved(attr.ctime, after);
         done
     }
 

@@ -127,8 +127,27 @@ pub(super) struct RareParts {
     pub(super) link_offset: i64,
     /// With `metacopy`: the upper holds some of the data.
     pub(super) chunks: Option<Arc<Chunks>>,
-    /// The host's change time after something was done that nobody is to notice, and the one to show.
-    pub(super) quiet_ctime: Option<(Timestamp, Timestamp)>,
+    pub(super) quiet_ctime: QuietCtime,
+}
+
+/// What keeps a change from being noticed that the union has made on its own account: the host's change time after it, and
+/// the one to show instead.
+#[derive(Clone, Copy, Default)]
+pub(super) struct QuietCtime(Option<(Timestamp, Timestamp)>);
+
+impl QuietCtime {
+    /// Notes that such a change has moved the host's change time.
+    pub(super) fn moved(&mut self, before: Timestamp, after: Timestamp) {
+        self.0 = Some((after, self.shown(before)));
+    }
+
+    /// The change time to show for the host's.
+    pub(super) fn shown(self, host: Timestamp) -> Timestamp {
+        match self.0 {
+            Some((quiet, shown)) if quiet == host => shown,
+            _ => host,
+        }
+    }
 }
 
 impl Deref for Rare {
@@ -140,7 +159,7 @@ impl Deref for Rare {
             index: None,
             link_offset: 0,
             chunks: None,
-            quiet_ctime: None,
+            quiet_ctime: QuietCtime(None),
         };
         self.0.as_deref().unwrap_or(&NONE)
     }
@@ -172,14 +191,6 @@ impl Place {
             self.names.remove(at);
         }
     }
-
-    /// The change time to show for the host's.
-    pub(super) fn shown_ctime(&self, host: Timestamp) -> Timestamp {
-        match self.rare.quiet_ctime {
-            Some((quiet, shown)) if quiet == host => shown,
-            _ => host,
-        }
-    }
 }
 
 /// The part of a node that directories alone have.
@@ -188,6 +199,8 @@ pub(super) struct Directory {
     pub(super) state: RwLock<DirState>,
     /// Descriptor of the upper directory.
     pub(super) fd: Slot<UpperDir>,
+    /// Whiteouts in xattr form count in the upper directory. Changes only with `state` locked for writing.
+    pub(super) xattr_whiteouts: Flag,
 }
 
 /// Yes, no, or not asked yet.
@@ -253,12 +266,13 @@ pub(super) struct DirState {
     pub(super) children: HashMap<Arc<OsStr>, NodeId>,
     /// Counts changes of entries.
     pub(super) version: u64,
+    /// After copies of children. Forgotten with every change that somebody asked for, because the host's clock may not
+    /// have moved since.
+    pub(super) quiet_ctime: QuietCtime,
     /// Removed: nothing can be made in it.
     pub(super) removed: bool,
     /// The upper directory is marked impure: entries may carry an origin.
     pub(super) impure: Flag,
-    /// The upper directory has whiteouts in xattr form.
-    pub(super) xattr_whiteouts: Flag,
     /// The upper directory has a default ACL.
     pub(super) default_acl: Flag,
     /// Subdirectories that are visible. Whoever changes it has the directory locked.
@@ -273,6 +287,7 @@ impl DirState {
     /// Notes that what `name` stands for has changed.
     pub(super) fn changed(&mut self, name: &OsStr) {
         self.version += 1;
+        self.quiet_ctime = QuietCtime::default();
         if !self.streams.is_empty() {
             self.streams.retain(|stream| match stream.upgrade() {
                 Some(stream) => {
@@ -285,6 +300,15 @@ impl DirState {
     }
 }
 
+/// Writes under way that are not to move the time of change.
+#[derive(Default)]
+pub(super) struct Gathered {
+    /// How many there are.
+    pub(super) writes: u32,
+    /// The time that they are not to move, while there are any.
+    pub(super) mtime: Timestamp,
+}
+
 /// An object of the union.
 pub(super) struct Node {
     pub(super) id: NodeId,
@@ -293,7 +317,7 @@ pub(super) struct Node {
     /// Held while the object is copied up; its readers go on meanwhile.
     pub(super) copy_up: Mutex<()>,
     /// Held while attributes of the upper object change, or are put back to what they were.
-    pub(super) attributes: Mutex<()>,
+    pub(super) attributes: Mutex<Gathered>,
     pub(super) place: RwLock<Place>,
     /// Mirrors `place.upper.is_some()`, and not `place.metacopy`.
     pub(super) in_upper: AtomicBool,
@@ -313,7 +337,7 @@ impl Node {
             generation,
             kind,
             copy_up: Mutex::new(()),
-            attributes: Mutex::new(()),
+            attributes: Mutex::default(),
             in_upper: AtomicBool::new(place.upper.is_some() && !place.metacopy),
             written: AtomicBool::new(false),
             place: RwLock::new(place),

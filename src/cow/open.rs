@@ -1,8 +1,9 @@
 //! Opening a union: what the directories must be, and the locking of those that it writes to.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -13,7 +14,7 @@ use parking_lot::Mutex;
 
 use super::adopt;
 use super::attr::attr_of;
-use super::chunks::{Maps, tidy};
+use super::chunks::{Maps, features_of_others};
 use super::dir_lower::DirLower;
 use super::error::OpenError;
 use super::fdcache::Budget;
@@ -23,14 +24,17 @@ use super::number::Numbers;
 use super::seal::Root;
 use super::types::{Chunking, FileKind, NodeId, UnionConfig, UpperConfig, XattrFamily};
 use super::union::Union;
-use super::upper::{Upper, remove_tree};
+use super::upper::{Upper, makes_nameless, remove_tree};
 use super::view_lower::ViewLower;
 use crate::store::view::Verify;
 use crate::sys::fs::{self, Object};
-use crate::sys::{dirents, xattr};
+use crate::sys::{dirents, mountinfo, xattr};
 
 /// In the work directory: somebody waits for it.
 pub(super) const WANTED: &str = "plywood.wanted";
+
+/// Kernel overlayfs's mark of an upper that it has never synced, in `work/incompat`.
+const VOLATILE: &str = "volatile";
 
 /// A directory of the configuration, for telling overlaps.
 struct Given {
@@ -232,6 +236,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         Errno::EWOULDBLOCK => OpenError::UpperInUse { path: dir.clone() },
         errno => upper_failed(errno),
     })?;
+    check_overlays(given, root.as_fd(), base.as_fd())?;
     let scratch = subdirectory(base.as_fd(), "work").map_err(|errno| match errno {
         Errno::EROFS => OpenError::UpperReadOnly {
             path: dir.clone(),
@@ -239,6 +244,8 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         },
         errno => work_failed(errno),
     })?;
+    let features = features_of_others(scratch.as_fd()).map_err(work_failed)?;
+    check_features(given, &features, config.volatile)?;
     let index = subdirectory(base.as_fd(), "index").map_err(work_failed)?;
     clear(scratch.as_fd()).map_err(work_failed)?;
     let scratch = Arc::new(scratch);
@@ -266,6 +273,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         dev,
         gives_way: AtomicBool::new(false),
         maps: Maps::open(&scratch).map_err(work_failed)?,
+        nameless: makes_nameless(scratch.as_fd()),
         work: scratch,
         index: Arc::new(index),
         indexed: AtomicBool::new(indexed),
@@ -340,6 +348,63 @@ fn overlap(a: &Given, b: &Given) -> OpenError {
     }
 }
 
+/// Refuses what a mount of kernel overlayfs writes to, which no lock tells of.
+fn check_overlays(
+    given: &UpperConfig,
+    root: BorrowedFd<'_>,
+    base: BorrowedFd<'_>,
+) -> Result<(), OpenError> {
+    let named = match mountinfo::overlay_directories() {
+        Ok(named) => named,
+        Err(error) => {
+            tracing::warn!(%error, "cannot look whether kernel overlayfs uses the upper directory");
+            return Ok(());
+        }
+    };
+    let is_one = |dir: BorrowedFd<'_>| {
+        fs::fstat(dir).is_ok_and(|ours| {
+            let same =
+                |stat: std::fs::Metadata| (stat.dev(), stat.ino()) == (ours.st_dev, ours.st_ino);
+            // Where whoever mounted it was elsewhere the name says nothing.
+            let mut named = named.iter().filter(|path| path.is_absolute());
+            named.any(|path| std::fs::metadata(path).is_ok_and(same))
+        })
+    };
+    if is_one(root) {
+        return Err(OpenError::UpperInUse {
+            path: given.dir.clone(),
+        });
+    }
+    if is_one(base) {
+        return Err(OpenError::WorkInUse {
+            path: given.work.clone(),
+        });
+    }
+    Ok(())
+}
+
+/// Refuses an upper that is not to be used without a feature that is not ours.
+fn check_features(
+    given: &UpperConfig,
+    features: &[OsString],
+    volatile: bool,
+) -> Result<(), OpenError> {
+    let is_mark = |feature: &OsString| feature == VOLATILE;
+    if let Some(feature) = features.iter().find(|feature| !is_mark(feature)) {
+        return Err(OpenError::UnknownFeature {
+            work: given.work.clone(),
+            feature: feature.to_string_lossy().into_owned(),
+        });
+    }
+    if !volatile && features.iter().any(is_mark) {
+        return Err(OpenError::Volatile {
+            upper: given.dir.clone(),
+            mark: given.work.join("work/incompat").join(VOLATILE),
+        });
+    }
+    Ok(())
+}
+
 fn subdirectory(base: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
     let name = OsStr::new(name);
     match fs::mkdirat(base, name, 0o700) {
@@ -349,7 +414,7 @@ fn subdirectory(base: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
     fs::openat(base, name, libc::O_RDONLY | libc::O_DIRECTORY, 0)
 }
 
-fn names(dir: BorrowedFd<'_>) -> Result<Vec<std::ffi::OsString>, Errno> {
+fn names(dir: BorrowedFd<'_>) -> Result<Vec<OsString>, Errno> {
     let mut names = Vec::new();
     dirents::read_all(dir, &mut |entry| names.push(entry.name.to_owned()))?;
     Ok(names)
@@ -362,7 +427,7 @@ fn clear(work: BorrowedFd<'_>) -> Result<(), Errno> {
             remove_tree(work, &name);
         }
     }
-    tidy(work)
+    Ok(())
 }
 
 /// Removes index entries whose copy never got a name; answers whether any is left.

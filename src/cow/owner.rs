@@ -24,6 +24,12 @@ impl IdRange {
         let fits = |first: u32| first.checked_add(self.length).is_some();
         self.length > 0 && fits(self.host) && fits(self.shown)
     }
+
+    /// Whether an id of the host, or one that is shown, is in both; the ranges are valid.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let meet = |one: u32, two: u32| one < two + other.length && two < one + self.length;
+        meet(self.host, other.host) || meet(self.shown, other.shown)
+    }
 }
 
 /// How users, or groups, on the host are shown.

@@ -75,7 +75,7 @@ impl Union {
         let mut files = Vec::new();
         let mut seen: HashSet<NodeId> = HashSet::new();
         let mut total = 0u64;
-        self.visit_marked(|mark| mark != chunks::MARK, &mut |node| {
+        self.visit_marked(|mark| !chunks::is_partial(mark), &mut |node| {
             if !seen.insert(node.id) {
                 // Another name of it.
                 return Ok(ControlFlow::Continue(()));

@@ -43,12 +43,12 @@ impl Union {
             return Err(Errno::EISDIR.into());
         }
         let dir = self.dir_fd(&parent)?;
-        let in_upper = self.has_upper_entry(&parent, &state, name, &node)?;
+        let in_upper = self.has_upper_entry(&parent, name, &node)?;
         let covered = self.lower_has(&parent, name)?;
         let orphan = self.orphan_before_unlink(&node, dir.as_fd(), name, in_upper)?;
         match (in_upper, covered) {
             (true, false) => fs::unlinkat(dir.as_fd(), name)?,
-            (_, true) => self.put_whiteout(dir.as_fd(), name)?,
+            (_, true) => self.put_whiteout(&parent, dir.as_fd(), name)?,
             (false, false) => {}
         }
         self.name_gone(&parent, &mut state, name, &node, in_upper, orphan)?;
@@ -93,7 +93,7 @@ impl Union {
         let dir = self.dir_fd(&parent)?;
         let in_upper = node.place.read().upper.is_some();
         let covered = self.lower_has(&parent, name)?;
-        let orphan = self.remove_directory(dir.as_fd(), name, in_upper, covered)?;
+        let orphan = self.remove_directory(&parent, dir.as_fd(), name, in_upper, covered)?;
         inner.removed = true;
         drop(inner);
         state.subdirectories.add(-1);
@@ -116,23 +116,24 @@ impl Union {
     /// its name would show something else. Answers what keeps it reachable.
     pub(super) fn remove_directory(
         &self,
+        parent: &Node,
         dir: BorrowedFd<'_>,
         name: &OsStr,
         in_upper: bool,
         covered: bool,
     ) -> Result<Option<Orphan>> {
         if !in_upper {
-            self.put_whiteout(dir, name)?;
+            self.put_whiteout(parent, dir, name)?;
             return Ok(None);
         }
         if !self.may_keep_open()? {
-            return self.move_to_work(dir, name, covered).map(Some);
+            return self.move_to_work(parent, dir, name, covered).map(Some);
         }
         let orphan = self.keep_open(dir, name)?;
         let plain = !covered && fs::rmdirat(dir, name).is_ok();
         if !plain {
             // It holds whiteouts, or one takes its place.
-            match self.move_to_work(dir, name, covered) {
+            match self.move_to_work(parent, dir, name, covered) {
                 Ok(moved) => self.drop_orphan(moved, None),
                 Err(error) => {
                     self.drop_orphan(orphan, None);
@@ -144,14 +145,20 @@ impl Union {
     }
 
     /// Moves a directory into the work directory, with a whiteout in its place where one is needed.
-    fn move_to_work(&self, dir: BorrowedFd<'_>, name: &OsStr, covered: bool) -> Result<Orphan> {
+    fn move_to_work(
+        &self,
+        parent: &Node,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+        covered: bool,
+    ) -> Result<Orphan> {
         let upper = self.upper()?;
         if !covered {
             let away = upper.temp_name();
             fs::renameat2(dir, name, upper.work(), &away, 0)?;
             return Ok(Orphan::Work(away.as_os_str().into()));
         }
-        let whiteout = self.spare_whiteout(dir)?;
+        let whiteout = self.spare_whiteout(parent, dir)?;
         match fs::renameat2(
             upper.work(),
             &whiteout.name,
@@ -184,7 +191,6 @@ impl Union {
     pub(super) fn has_upper_entry(
         &self,
         parent: &Arc<Node>,
-        state: &DirState,
         name: &OsStr,
         node: &Node,
     ) -> Result<bool> {
@@ -198,14 +204,12 @@ impl Union {
         if !in_upper || !several {
             return Ok(in_upper);
         }
-        Ok(matches!(
-            self.in_upper(parent, state, name)?,
-            InUpper::Object(_)
-        ))
+        Ok(matches!(self.in_upper(parent, name)?, InUpper::Object(_)))
     }
 
-    /// Writes a whiteout in place of what the upper has under a name, if anything (no directory).
-    pub(super) fn put_whiteout(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+    /// Writes a whiteout in place of what the upper has under a name, if anything (no directory). `dir` is that of
+    /// `parent`.
+    fn put_whiteout(&self, parent: &Node, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
         let upper = self.upper()?;
         if upper.device_whiteouts.load(Ordering::Relaxed) {
             match fs::mknodat(dir, name, libc::S_IFCHR, 0) {
@@ -214,25 +218,44 @@ impl Union {
                 Err(errno) => return Err(errno).context("writing a whiteout"),
             }
         }
-        let whiteout = self.spare_whiteout(dir)?;
+        let whiteout = self.spare_whiteout(parent, dir)?;
         Ok(whiteout.install(dir, name, 0).map_err(|(_, errno)| errno)?)
     }
 
-    /// Makes a whiteout for a name in `dir`, of which only the installation is left to be done.
-    pub(super) fn spare_whiteout(&self, dir: BorrowedFd<'_>) -> Result<Temp<'_>> {
+    /// Makes a whiteout for a name in `dir`, that of `parent`, of which only the installation is left to be done.
+    pub(super) fn spare_whiteout(&self, parent: &Node, dir: BorrowedFd<'_>) -> Result<Temp<'_>> {
         let upper = self.upper()?;
         let temp = Temp::new(upper);
-        self.make_whiteout(upper.work(), &temp.name)?;
-        whiteout::allow_in(dir, self.family, &upper.device_whiteouts)
-            .context("marking a directory as holding whiteouts")?;
+        whiteout::make(
+            upper.work(),
+            &temp.name,
+            self.family,
+            &upper.device_whiteouts,
+        )
+        .context("writing a whiteout")?;
+        if !upper.device_whiteouts.load(Ordering::Relaxed) {
+            self.allow_xattr_whiteouts(parent, dir)?;
+        }
         Ok(temp)
     }
 
-    /// Makes a whiteout under a free name.
-    pub(super) fn make_whiteout(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
-        let upper = self.upper()?;
-        whiteout::make(dir, name, self.family, &upper.device_whiteouts)
-            .context("writing a whiteout")
+    /// Has whiteouts in attribute form count in `dir`, that of `parent`, of which the state is locked for writing.
+    pub(super) fn allow_xattr_whiteouts(&self, parent: &Node, dir: BorrowedFd<'_>) -> Result<()> {
+        let known = &Self::directory(parent)?.xattr_whiteouts;
+        if known.get() != Some(true) {
+            whiteout::allow_in(dir, self.family)
+                .context("marking a directory as holding whiteouts")?;
+            known.set(true);
+        }
+        Ok(())
+    }
+
+    /// Whether whiteouts in attribute form count in `dir`, that of `parent`, of which the state is locked.
+    pub(super) fn has_xattr_whiteouts(&self, parent: &Node, dir: BorrowedFd<'_>) -> Result<bool> {
+        Self::directory(parent)?.xattr_whiteouts.get_or(|| {
+            let opaque = Self::mark(Object::Open(dir), self.family.opaque())?;
+            Ok(opaque.as_deref() == Some(b"x"))
+        })
     }
 
     /// Whether one more removed object may be held by a descriptor.

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use parking_lot::RwLockWriteGuard;
 
 use super::copyup::Content;
-use super::error::{Context, Result};
+use super::error::{Context, Error, Result};
 use super::lookup::{InUpper, check_name};
 use super::node::{DirState, Name, Node, Orphan};
 use super::types::{FileKind, NodeId, RenameMode};
@@ -87,15 +87,41 @@ impl Union {
                 (_, Some(other)) => self.count_links_in_upper(other)?,
                 (_, None) => {}
             }
-            let done = self.rename_locked(&node, &parent, name, &new_parent, new_name, mode)?;
+            let done = self.rename_locked(&node, &parent, name, &new_parent, new_name, mode);
+            let done = match done {
+                Err(error) if error.is(Errno::EXDEV) => {
+                    self.fetch_unmovable(&node, other.as_ref(), mode, error)
+                }
+                done => done,
+            };
             self.let_go(node);
             if let Some(other) = other {
                 self.let_go(other);
             }
-            if done {
+            if done? {
                 return Ok(());
             }
         }
+    }
+
+    /// After `error`: no mark can tell where the data of a file would be found. With its data in the upper it can move,
+    /// so the rename is to be tried again.
+    fn fetch_unmovable(
+        &self,
+        node: &Arc<Node>,
+        other: Option<&Arc<Node>>,
+        mode: RenameMode,
+        error: Error,
+    ) -> Result<bool> {
+        let other = other.filter(|_| mode == RenameMode::Exchange);
+        let mut fetched = false;
+        for moved in [Some(node), other].into_iter().flatten() {
+            if moved.place.read().metacopy {
+                self.copy_up(moved, Content::All)?;
+                fetched = true;
+            }
+        }
+        if fetched { Ok(false) } else { Err(error) }
     }
 
     /// Whether there is anything to do.
@@ -132,7 +158,7 @@ impl Union {
         let source = self.with_upper(node, |object| object.open(libc::O_PATH))?;
         let state = Self::directory(parent)?.state.write();
         if state.children.get(name) != Some(&node.id)
-            || !matches!(self.in_upper(parent, &state, name)?, InUpper::Nothing)
+            || !matches!(self.in_upper(parent, name)?, InUpper::Nothing)
         {
             return Ok(());
         }
@@ -265,7 +291,7 @@ impl Union {
         }
         if !node.place.read().lowers.is_empty() {
             let path = self.lower_path(node)?;
-            xattr::set(object, self.family.redirect(), path.as_bytes(), 0)
+            self.store_redirect(object, &path)
                 .context("noting where a renamed directory continues")?;
         } else if to.covered {
             xattr::set(object, self.family.opaque(), b"y", 0)
@@ -322,17 +348,13 @@ impl Union {
                 self.check_empty(other, &state)?;
                 inner = Some(state);
             }
-            in_upper = self.has_upper_entry(to.parent, locked.target(), to.name, other)?;
+            in_upper = self.has_upper_entry(to.parent, to.name, other)?;
             if other.directory.is_none() {
                 orphan = self.orphan_before_unlink(other, to.dir, to.name, in_upper)?;
             }
         }
         let whiteout = other.is_none() || !in_upper;
-        let whiteout = whiteout
-            && matches!(
-                self.in_upper(to.parent, locked.target(), to.name)?,
-                InUpper::Whiteout
-            );
+        let whiteout = whiteout && matches!(self.in_upper(to.parent, to.name)?, InUpper::Whiteout);
         if node.kind == FileKind::Directory && (in_upper || whiteout) {
             orphan = self.rename_over(from, to)?;
         } else {
@@ -371,7 +393,7 @@ impl Union {
             result => return Ok(result?),
         }
         // What may need space is done before anything has moved.
-        let whiteout = self.spare_whiteout(from.dir)?;
+        let whiteout = self.spare_whiteout(from.parent, from.dir)?;
         fs::renameat2(from.dir, from.name, to.dir, to.name, 0)?;
         let installed = whiteout.install(from.dir, from.name, 0);
         Ok(installed.map_err(|(_, errno)| errno)?)
@@ -384,6 +406,10 @@ impl Union {
         let is_directory = |dir, name| -> Result<bool> {
             Ok(fs::fstatat(dir, name)?.st_mode & libc::S_IFMT == libc::S_IFDIR)
         };
+        if from.covered && self.has_xattr_whiteouts(to.parent, to.dir)? {
+            // One may come along.
+            self.allow_xattr_whiteouts(from.parent, from.dir)?;
+        }
         match fs::renameat2(from.dir, from.name, to.dir, to.name, libc::RENAME_EXCHANGE) {
             Ok(()) => {}
             Err(Errno::EINVAL | Errno::ENOSYS) => {
@@ -396,7 +422,9 @@ impl Union {
             Err(errno) => return Err(errno.into()),
         }
         match (is_directory(from.dir, from.name)?, from.covered) {
-            (true, covered) => self.remove_directory(from.dir, from.name, true, covered),
+            (true, covered) => {
+                self.remove_directory(from.parent, from.dir, from.name, true, covered)
+            }
             // The whiteout has come to where one is needed.
             (false, true) => Ok(None),
             (false, false) => {

@@ -40,6 +40,8 @@ pub(super) struct Upper {
     pub(super) orphan_fds: AtomicU64,
     /// How many may be.
     pub(super) orphan_fd_limit: u64,
+    /// Files can be made without a name and get one later.
+    pub(super) nameless: bool,
     /// Content can be shared with a lower file (reflinks); until a try has failed.
     pub(super) clones: AtomicBool,
     /// There may be files whose data is in the lower layers; the root says so, too.
@@ -125,6 +127,85 @@ impl Drop for Temp<'_> {
             remove_tree(self.upper.work(), &self.name);
         }
     }
+}
+
+/// A copy that is being made: nobody sees it before it is installed, and it is gone when it is dropped before that.
+pub(super) enum Draft<'a> {
+    /// A regular file that the host knows by this descriptor alone.
+    Nameless(&'a Upper, OwnedFd),
+    /// Anything else, in the work directory; open if it is a regular file or a directory.
+    Named(Temp<'a>, Option<OwnedFd>),
+}
+
+impl<'a> Draft<'a> {
+    /// An empty regular file, open for reading and writing.
+    pub(super) fn file(upper: &'a Upper, perm: u32) -> Result<Self, Errno> {
+        if upper.nameless {
+            return nameless(upper.work(), perm).map(|fd| Self::Nameless(upper, fd));
+        }
+        let temp = Temp::new(upper);
+        let flags = libc::O_CREAT | libc::O_EXCL | libc::O_RDWR;
+        let fd = fs::openat(upper.work(), &temp.name, flags, perm)?;
+        Ok(Self::Named(temp, Some(fd)))
+    }
+
+    pub(super) fn object(&self) -> Object<'_> {
+        match self {
+            Self::Nameless(_, fd) | Self::Named(_, Some(fd)) => Object::Open(fd.as_fd()),
+            Self::Named(temp, None) => temp.object(),
+        }
+    }
+
+    /// Gives it a name, under which it stays.
+    pub(super) fn link(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+        match self {
+            Self::Nameless(_, fd) => fs::link_fd(fd.as_fd(), dir, name),
+            Self::Named(temp, _) => fs::linkat(temp.upper.work(), &temp.name, dir, name),
+        }
+    }
+
+    /// Puts it into its place.
+    pub(super) fn install(self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+        match self {
+            Self::Nameless(..) => self.link(dir, name),
+            Self::Named(temp, _) => temp.install(dir, name, 0).map_err(|(_, errno)| errno),
+        }
+    }
+
+    /// Keeps it without a place in the upper, by a descriptor.
+    pub(super) fn keep_open(self) -> Result<OwnedFd, Errno> {
+        match self {
+            Self::Nameless(_, fd) => Ok(fd),
+            Self::Named(temp, _) => temp.object().open(libc::O_PATH),
+        }
+    }
+
+    /// The same, by a name in the work directory.
+    pub(super) fn keep(self) -> Result<OsString, Errno> {
+        match self {
+            Self::Nameless(upper, fd) => {
+                let name = upper.temp_name();
+                fs::link_fd(fd.as_fd(), upper.work(), &name).map(|()| name)
+            }
+            Self::Named(temp, _) => Ok(temp.keep()),
+        }
+    }
+}
+
+/// A file without a name in the file system of `dir`.
+fn nameless(dir: BorrowedFd<'_>, perm: u32) -> Result<OwnedFd, Errno> {
+    fs::openat(dir, OsStr::new("."), libc::O_TMPFILE | libc::O_RDWR, perm)
+}
+
+/// Whether the host has files without a name (not on NFS, nor before Linux 3.11), and lets them get one (that
+/// takes /proc, or a privilege).
+pub(super) fn makes_nameless(work: BorrowedFd<'_>) -> bool {
+    let name = OsStr::new("nameless");
+    nameless(work, 0o600)
+        .and_then(|fd| fs::link_fd(fd.as_fd(), work, name))
+        .and_then(|()| fs::unlinkat(work, name))
+        .inspect_err(|errno| tracing::debug!(%errno, "copies have a name while they are made"))
+        .is_ok()
 }
 
 /// Removes an object of the work directory, a directory with what is in it. Failing leaves something

@@ -183,8 +183,9 @@ impl LowerObject for ViewObject {
     }
 
     fn list(&self, sink: &mut dyn FnMut(&OsStr, ListedKind, u64)) -> Result<()> {
+        let directory = self.inode()?;
         let mut place = 0;
-        while let Some(entry) = self.ok(self.shared.view.nth(&self.inode()?, place))? {
+        while let Some(entry) = self.ok(self.shared.view.nth(&directory, place))? {
             let kind = ListedKind::Object(kind_of(entry.kind));
             sink(OsStr::from_bytes(entry.name), kind, number_of(entry.inode));
             place += 1;
@@ -271,14 +272,16 @@ struct OpenFile {
 
 impl LowerFile for OpenFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        self.file.read_at(buf, offset).map_err(|source| {
-            let error = store::Error::Io {
-                action: "read a content of",
-                path: self.shared.view.path().to_owned(),
-                source,
-            };
-            self.shared.failed(self.number, &error)
-        })
+        let read = self.shared.view.read_at(&self.file, buf, offset);
+        read.map_err(|error| self.shared.failed(self.number, &error))
+    }
+
+    fn is_in_memory(&self) -> bool {
+        self.file.is_in_memory()
+    }
+
+    fn has_failed(&self) -> bool {
+        self.file.has_failed()
     }
 
     fn seek(&self, offset: i64, whence: i32) -> Result<i64> {

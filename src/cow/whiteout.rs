@@ -57,21 +57,22 @@ pub(super) fn make(
             result => return result,
         }
     }
-    let fd = fs::openat(dir, name, libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY, 0)?;
+    // Without the rights of root its owner has to be able to write and to read the attribute.
+    let fd = fs::openat(
+        dir,
+        name,
+        libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY,
+        0o600,
+    )?;
     xattr::set(Object::Open(fd.as_fd()), family.whiteout(), b"y", 0)
 }
 
-/// Has whiteouts in attribute form count in a directory, if that is the form at hand.
-pub(super) fn allow_in(
-    dir: BorrowedFd<'_>,
-    family: XattrFamily,
-    devices: &AtomicBool,
-) -> Result<(), Errno> {
-    let object = Object::Open(dir);
-    if devices.load(Ordering::Relaxed) || xattr::get(object, family.opaque()).is_ok() {
-        return Ok(());
+/// Has whiteouts in attribute form count in a directory. An opaque one needs none, and stays opaque.
+pub(super) fn allow_in(dir: BorrowedFd<'_>, family: XattrFamily) -> Result<(), Errno> {
+    match xattr::set(Object::Open(dir), family.opaque(), b"x", libc::XATTR_CREATE) {
+        Err(Errno::EEXIST) => Ok(()),
+        result => result,
     }
-    xattr::set(object, family.opaque(), b"x", 0)
 }
 
 /// Whether an object is overlayfs's whiteout: a character device 0:0.

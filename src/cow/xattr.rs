@@ -12,6 +12,7 @@ use super::error::Result;
 use super::types::{NodeId, SetXattrMode};
 use super::union::Union;
 use super::whiteout::is_fuse_overlayfs;
+use crate::sys::fs::Object;
 use crate::sys::xattr;
 
 impl Union {
@@ -106,10 +107,9 @@ impl Union {
             SetXattrMode::Create => libc::XATTR_CREATE,
             SetXattrMode::Replace => libc::XATTR_REPLACE,
         };
-        self.copy_up(&node, Content::Metadata)?;
-        {
-            let _turn = node.attributes.lock();
-            self.with_upper(&node, |object| xattr::set(object, &stored, value, flags))?;
+        let set = |object: Object<'_>| Ok(xattr::set(object, &stored, value, flags)?);
+        if !self.copy_up_changed(&node, Content::Metadata, Some(&set))? {
+            self.change(&node, set)?;
         }
         self.default_acl_changed(&node, name);
         Ok(())
@@ -122,10 +122,9 @@ impl Union {
         self.getxattr(node, name)?;
         let node = self.node(node)?;
         let stored = self.family.stored_name(name);
-        self.copy_up(&node, Content::Metadata)?;
-        {
-            let _turn = node.attributes.lock();
-            self.with_upper(&node, |object| xattr::remove(object, &stored))?;
+        let remove = |object: Object<'_>| Ok(xattr::remove(object, &stored)?);
+        if !self.copy_up_changed(&node, Content::Metadata, Some(&remove))? {
+            self.change(&node, remove)?;
         }
         self.default_acl_changed(&node, name);
         Ok(())

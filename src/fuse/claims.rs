@@ -2,9 +2,14 @@
 //!
 //! A close is told to the server after it was made, and by two threads it may learn of an open first that came later.
 //! So whoever claims such a file waits a moment for its readers to leave. When they stay, the file gets a second
-//! number, and the kernel is told to look its names up again; that waits for whatever is under way in their
-//! directories. All this is done by one thread of its own, which no request waits for but those that claim.
+//! number, and the kernel is told to look its names up again. All this is done by one thread of its own, which no request
+//! waits for but those that claim.
+//!
+//! Telling the kernel waits for whatever is under way in the directories, which may have no end: a listing may write to
+//! memory that somebody else has to bring. So no claim waits for it longer than a moment. Whoever claims looks its own
+//! name up again in any case, and then nobody finds the first number by that name any more.
 
+use std::io;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +23,9 @@ use crate::cow::{NodeId, Union};
 
 /// How long the readers of a file that is to be written have to close it.
 const PATIENCE: Duration = Duration::from_millis(100);
+
+/// How long a claim waits until the kernel knows of a second number.
+const TELLING: Duration = Duration::from_secs(1);
 
 /// What became of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +76,7 @@ impl Pending {
         union: Arc<Union>,
         passing: Arc<Passing<BackingId>>,
         notifier: Notifier,
-    ) -> std::io::Result<()> {
+    ) -> io::Result<()> {
         let settler = Settler {
             union,
             passing,
@@ -108,7 +116,12 @@ impl Settler {
         };
         let number = self.union.spare_number();
         if self.passing.replace(node, Second { number, was }) {
-            self.tell(node, number);
+            tracing::debug!(
+                node = node.0,
+                number = number.0,
+                "a file that is read gets a second number"
+            );
+            self.tell(node);
         } else {
             // They left just now.
             return self.settle(node);
@@ -117,18 +130,33 @@ impl Settler {
     }
 
     /// Makes the kernel ask for the attributes of the first number again, and for what its names stand for.
-    fn tell(&self, node: NodeId, number: NodeId) {
-        tracing::debug!(
-            node = node.0,
-            number = number.0,
-            "a file that is read gets a second number"
-        );
-        let mut told = self.notifier.inval_inode(INodeNo(node.0), -1, 0);
-        for (directory, name) in self.union.names(node) {
-            told = told.and(self.notifier.inval_entry(INodeNo(directory.0), &name));
-        }
+    fn tell(&self, node: NodeId) {
+        let (names, notifier) = (self.union.names(node), self.notifier.clone());
+        let told = within(TELLING, move || {
+            let mut told = notifier.inval_inode(INodeNo(node.0), -1, 0);
+            for (directory, name) in names {
+                told = told.and(notifier.inval_entry(INodeNo(directory.0), &name));
+            }
+            told
+        });
         if let Err(error) = told {
             tracing::debug!(%error, node = node.0, "the kernel could not be told of a second number");
         }
     }
+}
+
+/// Does the work in a thread of its own, which is left alone after `patience`.
+fn within(
+    patience: Duration,
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> io::Result<()> {
+    let (sender, done) = channel::bounded(1);
+    thread::Builder::new()
+        .name("plyfs-tell".into())
+        .spawn(move || {
+            // Nobody waits for it any more if it took too long.
+            let _ = sender.send(work());
+        })?;
+    done.recv_timeout(patience)
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

@@ -6,6 +6,9 @@
 //! serves the control socket. Either way it ends when the mount is gone, and a signal makes it
 //! write everything down, take its mount away and end.
 
+mod error;
+mod mount;
+
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -26,15 +29,12 @@ use super::control::{ControlServer, Controlled};
 use super::log::{self, LogTarget};
 use super::options::{Options, parse_lowerdir_file};
 use super::server::{Flusher, Server};
-use crate::cow::union::OpenError;
 use crate::cow::{Union, UnionConfig};
-use crate::store;
 use crate::store::view::{Verify, View};
-use crate::sys::fuse_mount::{self, MountError};
-use crate::sys::{mountinfo, process};
+use crate::sys::{fuse_mount, process};
 
-/// Read-ahead of the mount, in KiB, where the host lets us set it.
-const READ_AHEAD_KB: u32 = 1024;
+pub use error::DaemonError;
+use mount::Mount;
 
 /// How long a signal waits for the last users of the mount.
 const LAST_USERS: Duration = Duration::from_secs(1);
@@ -56,79 +56,6 @@ pub struct Invocation {
     pub fuse_fd: Option<RawFd>,
     /// `--control`: where to listen.
     pub control: Option<PathBuf>,
-}
-
-/// Why there is no mount. Each says what to do; all of them are exit code 1.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DaemonError {
-    /// The union cannot be made of these directories.
-    #[error(transparent)]
-    Union(#[from] OpenError),
-    /// The packed layers cannot be used.
-    #[error(transparent)]
-    View(#[from] store::Error),
-    /// Mounting failed.
-    #[error(transparent)]
-    Mount(#[from] MountError),
-    /// The file with the lower directories cannot be read.
-    #[error("cannot read `lowerdir_file={path}`: {source}; name a file with one directory a line")]
-    LowerdirFile {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// The mount point cannot be used.
-    #[error("cannot mount on {path}: {source}; name an existing directory")]
-    Mountpoint {
-        /// The directory.
-        path: PathBuf,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// The mount would be a part of one of its own layers.
-    #[error(
-        "the mount point {mountpoint} lies in the layer {layer}: the mount would contain itself; choose a directory outside of all layers"
-    )]
-    SelfNesting {
-        /// Where to mount.
-        mountpoint: PathBuf,
-        /// The layer.
-        layer: PathBuf,
-    },
-    /// The descriptor that `--fuse-fd` names cannot be used.
-    #[error(
-        "cannot use the descriptor of --fuse-fd: {0}; it has to be an open /dev/fuse that the caller leaves open for this process"
-    )]
-    FuseFd(#[source] io::Error),
-    /// The kernel could not be agreed with.
-    #[error("the kernel refused the FUSE session: {0}; `dmesg` may say more")]
-    Session(#[source] io::Error),
-    /// The control socket cannot be made.
-    #[error(
-        "cannot listen at the control socket {path}: {source}; choose a path in an existing directory of your own"
-    )]
-    Control {
-        /// Its path.
-        path: PathBuf,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// The log file cannot be opened.
-    #[error("cannot write the log file {path}: {source}")]
-    LogFile {
-        /// Its path.
-        path: PathBuf,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// The process could not be put in the background.
-    #[error("cannot start in the background: {0}; `-f` stays in front")]
-    Background(#[source] io::Error),
-    /// The server in the background reported an error, already worded.
-    #[error("{0}")]
-    Reported(String),
 }
 
 /// Runs the invocation. Returns when the mount answers (in the background) or is gone (in front).
@@ -531,49 +458,6 @@ fn kept_descriptors() -> u64 {
 fn log_refusal(what: &str, result: io::Result<()>) {
     if let Err(error) = result {
         tracing::debug!(%error, "{what} could not be set");
-    }
-}
-
-/// Our entry in the mount table, so that never somebody else's mount is taken away.
-struct Mount {
-    target: PathBuf,
-    entry: Option<mountinfo::MountEntry>,
-}
-
-impl Mount {
-    fn find(target: &Path) -> Self {
-        let entry = mountinfo::at(target).ok().flatten();
-        Self {
-            target: target.to_owned(),
-            entry: entry.filter(|entry| entry.fstype.starts_with("fuse")),
-        }
-    }
-
-    fn set_read_ahead(&self) {
-        if let Some(entry) = &self.entry {
-            let path = format!("/sys/class/bdi/{}/read_ahead_kb", entry.device);
-            log_refusal(
-                "the mount's read-ahead",
-                fs::write(path, READ_AHEAD_KB.to_string()),
-            );
-        }
-    }
-
-    /// The number that the kernel gives the mount's device.
-    fn device(&self) -> Option<u64> {
-        let (major, minor) = self.entry.as_ref()?.device.split_once(':')?;
-        Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))
-    }
-
-    /// Takes the mount away if it is still there.
-    fn remove(&self) {
-        let Some(entry) = &self.entry else { return };
-        if mountinfo::at(&self.target).ok().flatten().as_ref() != Some(entry) {
-            return;
-        }
-        if let Err(error) = fuse_mount::unmount_lazily(&self.target) {
-            tracing::error!(%error, "the mount could not be taken away");
-        }
     }
 }
 

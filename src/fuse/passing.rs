@@ -114,6 +114,25 @@ impl<B> Default for Passing<B> {
     }
 }
 
+/// An open that was counted. It is not any more when this goes, also by a panic, unless it [stays](Self::stay).
+pub struct Counted<'a, B> {
+    passing: &'a Passing<B>,
+    node: NodeId,
+}
+
+impl<B> Counted<'_, B> {
+    /// The open has succeeded: its end is told to [`Passing::leave`].
+    pub fn stay(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl<B> Drop for Counted<'_, B> {
+    fn drop(&mut self) {
+        self.passing.leave(self.node);
+    }
+}
+
 impl<B> Passing<B> {
     fn shard(&self, node: NodeId) -> &Shard<B> {
         &self.shards[node.0 as usize % SHARDS]
@@ -165,6 +184,14 @@ impl<B> Passing<B> {
         match states.entry(node).or_insert(State::Served(0)) {
             State::Passed { .. } => Joined::Taken,
             state => Self::count_in(state),
+        }
+    }
+
+    /// Takes charge of an open that was just counted.
+    pub fn counted(&self, node: NodeId) -> Counted<'_, B> {
+        Counted {
+            passing: self,
+            node,
         }
     }
 
@@ -271,6 +298,7 @@ impl<B> Passing<B> {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::time::Duration;
 
     use super::*;
@@ -308,6 +336,20 @@ mod tests {
         assert!(matches!(reads(&passing, None), Joined::Served));
         passing.leave(NODE);
         assert!(matches!(reads(&passing, Some(4)), Joined::Passed(b) if *b == 4));
+    }
+
+    #[test]
+    fn an_open_that_panics_is_not_counted() {
+        let passing = Passing::default();
+        assert!(matches!(passing.serve(NODE), Joined::Served));
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let _counted = passing.counted(NODE);
+            panic!("as it should");
+        }));
+        assert!(panicked.is_err());
+        assert!(matches!(reads(&passing, Some(1)), Joined::Passed(_)));
+        passing.counted(NODE).stay();
+        assert!(matches!(passing.serve(NODE), Joined::Taken));
     }
 
     #[test]

@@ -157,6 +157,11 @@ impl Flusher {
 
     /// Writes every dirty page of files that may be written to the upper, then makes the upper durable.
     pub fn flush(&self) -> Result<(), UnionError> {
+        let policy = self.policy.get().copied().unwrap_or(Policy::PLAIN);
+        if policy.no_open {
+            // Of files that are written through a mapping alone nobody knows before their pages come.
+            self.sync_mount("flushing the pages of files that are mapped")?;
+        }
         for node in self.union.writable_nodes() {
             // What is written goes by the number that the names stand for.
             let ino = INodeNo(self.passing.number(node).0);
@@ -171,8 +176,9 @@ impl Flusher {
                 });
             }
         }
-        if self.policy.get().is_some_and(|policy| policy.writeback) {
-            self.flush_times()?;
+        if policy.writeback {
+            // The kernel keeps times to itself, also when its pages are written already.
+            self.sync_mount("flushing the times of files that were written")?;
         }
         self.union.sync()
     }
@@ -185,15 +191,14 @@ impl Flusher {
         }
     }
 
-    /// Has the kernel tell the times that it keeps to itself, as it does with writeback, when its pages are written already:
-    /// only a sync of the mount makes it. The descriptor is not kept, for it would keep the mount.
-    fn flush_times(&self) -> Result<(), UnionError> {
+    /// Has the kernel tell all that it keeps to itself. The descriptor is not kept, for it would keep the mount.
+    fn sync_mount(&self, what: &'static str) -> Result<(), UnionError> {
         let Some((path, device)) = &self.root else {
             return Ok(());
         };
         let failed = |errno: Errno| UnionError {
             errno: errno as i32,
-            context: "flushing the times of files that were written".into(),
+            context: what.into(),
         };
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let root = fs::open_path(path, flags).map_err(failed)?;

@@ -44,7 +44,7 @@ pub(super) fn verify(
     };
     for layer in unknown_layers(snapshotter) {
         client.fault(Fault {
-            layer,
+            layer: Some(layer),
             path: None,
             error: store::Error::NoLayer {
                 layer: layer.to_string(),
@@ -89,7 +89,11 @@ impl Observer for Client<'_> {
 
 impl Told for Client<'_> {
     fn fault(&self, fault: Fault) {
-        let snapshots = match self.snapshotter.keys_of_layer(fault.layer) {
+        let keys = fault.layer.map_or_else(
+            || Ok(Vec::new()),
+            |layer| self.snapshotter.keys_of_layer(layer),
+        );
+        let snapshots = match keys {
             Ok(keys) => keys,
             Err(error) => {
                 tracing::warn!(%error, "cannot tell whose layer is damaged");
@@ -97,7 +101,10 @@ impl Told for Client<'_> {
             }
         };
         self.answer(api::verify_response::Event::Fault(api::Fault {
-            layer: fault.layer.to_string(),
+            layer: fault
+                .layer
+                .map(|layer| layer.to_string())
+                .unwrap_or_default(),
             path: fault.path.unwrap_or_default(),
             problem: fault.error.problem(),
             snapshots,

@@ -17,11 +17,14 @@ use tower::service_fn;
 
 use super::pb::containerd::services::content::v1 as api;
 use super::pb::containerd::services::leases::v1 as leases;
+use super::pieces::Pieces;
 use super::server::LARGEST_MESSAGE;
 use api::content_client::ContentClient;
 
 /// Pieces of a blob between the connection and whoever reads it; containerd's are of up to 4 MiB.
 pub(super) const PIECES: usize = 4;
+/// Bytes in a piece of a blob that is written.
+const PIECE: usize = 1 << 20;
 /// Headers that say for whom containerd works.
 const NAMESPACE: &str = "containerd-namespace";
 const LEASE: &str = "containerd-lease";
@@ -313,40 +316,10 @@ impl Read for Blob {
     }
 }
 
-/// Bytes in a piece of a blob that is written.
-const PIECE: usize = 1 << 20;
-
 /// Sends a blob piece by piece, for [`Content::write`]. Only for threads that may block.
-#[derive(Debug)]
-pub(super) struct Pieces {
-    out: mpsc::Sender<Bytes>,
-    piece: Vec<u8>,
-}
-
-impl Pieces {
-    pub(super) fn new(out: mpsc::Sender<Bytes>) -> Self {
-        let piece = Vec::with_capacity(PIECE);
-        Self { out, piece }
-    }
-}
-
-impl Write for Pieces {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = bytes.len().min(PIECE - self.piece.len());
-        self.piece.extend_from_slice(&bytes[..count]);
-        if self.piece.len() == PIECE {
-            self.flush()?;
-        }
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.piece.is_empty() {
-            return Ok(());
-        }
-        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
-        self.out
-            .blocking_send(piece.into())
+pub(super) fn pieces(out: mpsc::Sender<Bytes>) -> impl Write {
+    Pieces::new(PIECE, move |piece| {
+        out.blocking_send(piece.into())
             .map_err(|_| io::Error::other("containerd's content store takes no more of it"))
-    }
+    })
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 
-use super::content::{self, About, Caller, Content, PIECES, Pieces};
+use super::content::{self, About, Caller, Content, PIECES};
 use super::layer::{Compression, OCI_GZIP};
 use super::pb::containerd::services::diff::v1 as api;
 use super::pb::containerd::types;
@@ -181,7 +181,7 @@ impl api::diff_server::Diff for Service {
         let snapshotter = Arc::clone(&self.snapshotter);
         let labels = request.labels;
         let made = blocking(move || {
-            let made = compression.write(Pieces::new(pieces), |out| {
+            let made = compression.write(content::pieces(pieces), |out| {
                 snapshotter.write_layer(changed.owner, &changed.key, out, whiteouts)
             })?;
             let digest = made.digest.clone();

@@ -9,6 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::pb::plywood as api;
+use super::pieces::Pieces;
 use super::status::blocking;
 use crate::image::{Image, ImageStore};
 use crate::snapshotter::{Owner, ParentRef, Snapshotter};
@@ -128,46 +129,17 @@ impl api::layers_server::Layers for Service {
 
         let reference = request.into_inner().r#ref;
         Ok(self.stream(reference, |snapshotter, layer, name, answers| {
-            answers.send(api::ExportLayerResponse {
-                part: Some(Part::Layer(layer)),
-            })?;
-            let mut pieces = Pieces {
-                answers,
-                piece: Vec::with_capacity(PIECE),
-            };
+            let answer = |part| answers.send(api::ExportLayerResponse { part: Some(part) });
+            answer(Part::Layer(layer))?;
+            let mut pieces = Pieces::new(PIECE, |piece| {
+                let sent = answer(Part::Data(piece));
+                sent.map_err(|status| io::Error::new(io::ErrorKind::BrokenPipe, status.message()))
+            });
             snapshotter.packed_layers().export(name, &mut pieces)?;
             pieces
                 .flush()
                 .map_err(|error| store::Error::Output(error).into())
         }))
-    }
-}
-
-/// A stream on its way to the client, in messages.
-struct Pieces<'a> {
-    answers: &'a Answers<api::ExportLayerResponse>,
-    piece: Vec<u8>,
-}
-
-impl Write for Pieces<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = bytes.len().min(PIECE - self.piece.len());
-        self.piece.extend_from_slice(&bytes[..count]);
-        if self.piece.len() == PIECE {
-            self.flush()?;
-        }
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.piece.is_empty() {
-            return Ok(());
-        }
-        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
-        let sent = self.answers.send(api::ExportLayerResponse {
-            part: Some(api::export_layer_response::Part::Data(piece)),
-        });
-        sent.map_err(|status| io::Error::new(io::ErrorKind::BrokenPipe, status.message()))
     }
 }
 

@@ -13,6 +13,7 @@ mod images;
 mod layer;
 mod layers;
 pub mod pb;
+mod pieces;
 mod repair;
 pub mod server;
 mod snapshot_admin;

@@ -18,7 +18,7 @@ use super::images::{Archive, progress_message};
 use super::layers::shown;
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
-use crate::snapshotter::{Owner, ParentRef, Snapshotter};
+use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
 use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
 use crate::store::verify::{Fault, Told};
@@ -44,6 +44,8 @@ struct Patient {
     blob: Option<String>,
     snapshots: Vec<ParentRef>,
     images: Vec<String>,
+    /// Keys of the snapshots that build on those, the newest first.
+    on_top: Vec<String>,
     /// Why it could not be fetched.
     reasons: Vec<String>,
 }
@@ -85,10 +87,23 @@ impl Repair {
             restored.map_err(Status::from)?;
         }
         self.restore_from_containerd(&mut patients)?;
-        // Packs that nothing can be found in are nobody's once their objects are elsewhere.
+        // A pack without a sound table stays until nothing is missing that might be in it.
         self.mend_without_source();
         for (layer, patient) in patients {
             self.tell_what_is_left(layer, patient);
+        }
+        for fault in self.snapshotter.packed_layers().verify_packs() {
+            let advice = match fault.error {
+                store::Error::Unsupported { .. } => "have the newer release repair it",
+                _ => {
+                    "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this"
+                }
+            };
+            self.tell(Event::Left(api::Fault {
+                problem: fault.error.problem(),
+                advice: advice.to_owned(),
+                ..api::Fault::default()
+            }));
         }
         Ok(())
     }
@@ -110,7 +125,7 @@ impl Repair {
             let pack = pack.display();
             self.mended(
                 None,
-                format!("the pack {pack}, which nothing could be read from, was removed"),
+                format!("the damaged pack {pack} was removed; what can be read of it is in others"),
             );
         }
         for error in mended.errors {
@@ -128,14 +143,17 @@ impl Repair {
         layers.verify(true, &found);
         let mut patients = Patients::new();
         for fault in found.faults.into_inner() {
-            patients.entry(fault.layer).or_default().faults.push(fault);
+            // What is left of packs is told in the end.
+            if let Some(layer) = fault.layer {
+                patients.entry(layer).or_default().faults.push(fault);
+            }
         }
         for layer in care::unknown_layers(&self.snapshotter) {
             let mut faults = layers.verify_layer(layer, true, self);
             if faults.is_empty() {
                 // All there but the record, which could not be made anew.
                 faults.push(Fault {
-                    layer,
+                    layer: Some(layer),
                     path: None,
                     error: store::Error::NoLayer {
                         layer: layer.to_string(),
@@ -152,12 +170,17 @@ impl Repair {
         }
         let mut users = self.snapshotter.users_of_layers()?;
         let images = self.images_by_chain();
+        let all = match patients.is_empty() {
+            true => Vec::new(),
+            false => self.snapshotter.list(None)?,
+        };
         for (layer, patient) in &mut patients {
             if let Some(record) = layers.get(*layer) {
                 patient.diff_id = record.diff_id;
                 patient.blob = record.blob;
             }
             patient.snapshots = users.remove(layer).unwrap_or_default();
+            patient.on_top = on_top_of(&patient.snapshots, &all);
             for snapshot in &patient.snapshots {
                 if snapshot.owner == Owner::Image
                     && let Some((diff_id, names)) = images.get(&snapshot.key)
@@ -320,6 +343,27 @@ impl Repair {
     }
 }
 
+/// Keys of the snapshots among `all`, which are in order of creation, that build on these, the newest first.
+fn on_top_of(snapshots: &[ParentRef], all: &[SnapshotInfo]) -> Vec<String> {
+    let mut below = snapshots.to_vec();
+    let mut on_top = Vec::new();
+    for info in all {
+        if info
+            .parent
+            .as_ref()
+            .is_some_and(|parent| below.contains(parent))
+        {
+            below.push(ParentRef {
+                owner: info.owner,
+                key: info.key.clone(),
+            });
+            on_top.push(info.key.clone());
+        }
+    }
+    on_top.reverse();
+    on_top
+}
+
 impl Patient {
     /// Why it is left, and what to do.
     fn advice(&self) -> String {
@@ -345,8 +389,12 @@ impl Patient {
             ([], _, _, Some(diff_id)) => format!(
                 "{why}get the archive of an image with the layer {diff_id} and give it to `snapctl system repair -i`"
             ),
-            ([], _, _, None) => format!(
+            ([], _, _, None) if self.on_top.is_empty() => format!(
                 "{why}nothing else has it, for it was made here; remove the snapshot and make it again"
+            ),
+            ([], _, _, None) => format!(
+                "{why}nothing else has it, for it was made here; save what can be read of the snapshots that build on it, remove them in this order: {}, then remove it and make it again",
+                self.on_top.join(", ")
             ),
         }
     }

@@ -108,7 +108,7 @@ fn why(error: &inroot::Error) -> String {
         inroot::Error::Io { source, .. } if source.kind() == io::ErrorKind::NotADirectory => {
             "it, or a part of it, is not a directory in the container".to_owned()
         }
-        inroot::Error::Io { source, .. } => source.to_string(),
+        inroot::Error::Io { source, .. } => format!("{source}{}", user::advice(error)),
         other => other.to_string(),
     }
 }

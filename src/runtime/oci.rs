@@ -11,6 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::user::IF_DAMAGED;
 use crate::sys::spawn;
 
 /// Names to look for, the more widely proven first.
@@ -168,9 +169,13 @@ pub fn failure(log: &str, stderr: &str) -> (i32, String) {
             line.map(str::to_owned)
         })
         .unwrap_or_else(|| "the OCI runtime failed without saying why".to_owned());
+    let advice = match message.to_lowercase().contains("input/output error") {
+        true => IF_DAMAGED,
+        false => "",
+    };
     match about_working_dir(&message) {
-        Some(message) => (CANNOT_EXECUTE, message),
-        None => (classify(&message), message),
+        Some(message) => (CANNOT_EXECUTE, message + advice),
+        None => (classify(&message), message + advice),
     }
 }
 
@@ -344,6 +349,8 @@ mod tests {
             assert_eq!(failure(&log, ""), (code, message.to_owned()));
         }
         assert_eq!(failure("", "one\ntwo\n\n").1, "two");
+        let damaged = failure("", "exec: \"sh\": stat /bin/sh: Input/output error").1;
+        assert!(damaged.ends_with(IF_DAMAGED), "{damaged}");
     }
 
     #[test]

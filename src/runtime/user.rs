@@ -32,7 +32,7 @@ pub struct Identity {
 #[non_exhaustive]
 pub enum Error {
     /// A file of the root is there and cannot be used.
-    #[error("cannot look up the user {user:?}: {source}")]
+    #[error("cannot look up the user {:?}: {source}{}", or_root(.user), advice(.source))]
     File {
         /// What was asked for.
         user: String,
@@ -57,6 +57,25 @@ pub enum Error {
         /// The number.
         id: String,
     },
+}
+
+/// Who runs where nobody is named.
+fn or_root(user: &str) -> &str {
+    match user {
+        "" => "root",
+        user => user,
+    }
+}
+
+/// What to do where a root answers EIO, to go behind the error.
+pub(super) const IF_DAMAGED: &str = "; `snapctl system verify` names what of the image is damaged, and `snapctl system repair` mends it";
+
+/// What goes behind the error.
+pub(super) fn advice(error: &inroot::Error) -> &'static str {
+    match error {
+        inroot::Error::Io { source, .. } if source.raw_os_error() == Some(libc::EIO) => IF_DAMAGED,
+        _ => "",
+    }
 }
 
 struct User<'a> {

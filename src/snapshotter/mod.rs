@@ -305,11 +305,10 @@ impl Snapshotter {
         match (found.record.usage, found.record.kind) {
             (Some(usage), _) => Ok(usage),
             (None, Kind::Active) => {
-                if let Err(error) = self.mounts.flush(&found.id) {
-                    tracing::warn!(snapshot = key, %error, "the usage may lag behind");
-                }
-                let upper = usage_of(&self.data.join(&found.id).join("upper"))?;
-                Ok(upper + self.usage_of_packed(&found))
+                let upper = self.data.join(&found.id).join("upper");
+                let flushed = self.mounts.flush(&found.id);
+                flushed.map_err(plyfs_error("flush the mount of", &upper, key))?;
+                Ok(usage_of(&upper)? + self.usage_of_packed(&found))
             }
             (None, _) => Ok(Usage::default()),
         }

@@ -16,7 +16,7 @@ use super::types::*;
 use crate::store::ingest::{self, NewLayer, Settings};
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
-use crate::store::{self, Collector, LayerName, ViewKey};
+use crate::store::{self, Collector, LayerName};
 
 #[derive(Debug)]
 pub(super) struct Packed {
@@ -24,8 +24,8 @@ pub(super) struct Packed {
     collector: Collector,
     state: Mutex<State>,
     verify: Verify,
-    /// What the trees of chains have, which never changes.
-    logical: Mutex<HashMap<ViewKey, u64>>,
+    /// What the trees of chains have, the lowest layer first, which never changes. Only of layers that there are.
+    logical: Mutex<HashMap<Vec<LayerName>, u64>>,
 }
 
 #[derive(Debug, Default)]
@@ -108,13 +108,20 @@ impl Packed {
 
     /// Bytes of the files of the tree that the layers make, the lowest first.
     pub(super) fn logical(&self, layers: &[LayerName]) -> Result<u64> {
-        let key = ViewKey::of(layers);
-        if let Some(bytes) = self.logical.lock().get(&key) {
+        if let Some(bytes) = self.logical.lock().get(layers) {
             return Ok(*bytes);
         }
         let bytes = self.layers.logical(layers)?;
-        self.logical.lock().insert(key, bytes);
+        let mut logical = self.logical.lock();
+        // One may have been removed meanwhile, and who removes it looks here after that.
+        if self.has_all(layers) {
+            logical.insert(layers.to_vec(), bytes);
+        }
         Ok(bytes)
+    }
+
+    fn has_all(&self, layers: &[LayerName]) -> bool {
+        layers.iter().all(|name| self.layers.get(*name).is_some())
     }
 
     /// Takes a layer in, unless it is there already, which can lie on the layers `below`, the topmost first.
@@ -250,6 +257,8 @@ impl Packed {
             }
         }
         if removed {
+            let mut logical = self.logical.lock();
+            logical.retain(|layers, _| self.has_all(layers));
             self.collector.ask();
         }
     }
@@ -284,5 +293,26 @@ impl Drop for Imported<'_> {
 impl Drop for Import<'_> {
     fn drop(&mut self) {
         self.0.end_import();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::snapshotter::Owner;
+    use crate::snapshotter::tests::{Place, layer};
+
+    #[test]
+    fn of_removed_layers_nothing_is_kept_in_memory() {
+        let place = Place::new();
+        let snapshots = place.open();
+        layer(&snapshots, "one", None);
+        layer(&snapshots, "two", Some("one"));
+        snapshots.space(&[]).unwrap();
+        let packed = &snapshots.packed;
+        assert_eq!(packed.logical.lock().len(), 2);
+        for (key, left) in [("two", 1), ("one", 0)] {
+            snapshots.remove(Owner::Containerd, key).unwrap();
+            assert_eq!(packed.logical.lock().len(), left);
+        }
     }
 }

@@ -4,14 +4,14 @@
 //! written to it. A snapshot that is a layer of an image is counted there. Nothing is locked: what changes
 //! meanwhile may be counted or not.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::Snapshotter;
 use super::catalog::Found;
 use super::chain::{self, Below};
-use super::diff::{OwnDirectory, OwnLayer, lookup, names_in};
+use super::diff::{OwnDirectory, OwnLayer, Sides, lookup, names_in};
 use super::types::*;
 use super::upper;
 use crate::cow::{FileKind, NodeId, Union};
@@ -249,10 +249,9 @@ fn union_on(own: &Path, mut below: Below) -> Result<Union> {
 }
 
 /// What a directory in overlayfs's format changes in the bytes of a tree.
-struct Change {
+struct Change<'a> {
     own: OwnLayer,
-    new: Union,
-    old: Option<Union>,
+    sides: Sides<'a>,
     waiting: Vec<Pair>,
     bytes: i64,
 }
@@ -266,23 +265,25 @@ struct Pair {
     unrelated: bool,
 }
 
-impl Change {
+impl Change<'_> {
     /// Of `own` on what lies `below`. `None` if a file with several names is involved, which this cannot count.
     fn of(own: &Path, below: Below) -> Result<Option<i64>> {
         let old = match below.is_empty() {
             true => None,
             false => Some(Union::open(below.clone().union())?),
         };
+        let new = union_on(own, below)?;
+        let sides = Sides::new(&new, old);
+        let (new, old) = sides.roots();
         let root = Pair {
             path: PathBuf::new(),
-            new: Some(NodeId::ROOT),
-            old: old.is_some().then_some(NodeId::ROOT),
+            new: Some(new),
+            old,
             unrelated: false,
         };
-        let mut change = Self {
+        let mut change = Change {
             own: OwnLayer::open(own)?,
-            new: union_on(own, below)?,
-            old,
+            sides,
             waiting: vec![root],
             bytes: 0,
         };
@@ -290,7 +291,7 @@ impl Change {
             if !change.directory(&pair)? {
                 return Ok(None);
             }
-            change.forget(pair.new, pair.old);
+            change.sides.forget(pair.new, pair.old);
         }
         Ok(Some(change.bytes))
     }
@@ -304,27 +305,12 @@ impl Change {
             Some(own) if !own.is_marked()? => Some(own),
             _ => None,
         };
-        let mut names = BTreeSet::new();
-        match &own {
-            Some(own) => names = own.names()?,
-            None => {
-                if let Some(new) = at.new {
-                    names.extend(names_in(&self.new, new)?);
-                }
-                if let (Some(union), Some(old)) = (&self.old, at.old) {
-                    names.extend(names_in(union, old)?);
-                }
-            }
-        }
+        let names = match &own {
+            Some(own) => own.names()?,
+            None => self.sides.names(at.new, at.old)?,
+        };
         for name in names {
-            let new = match at.new {
-                Some(new) => lookup(&self.new, new, &name)?,
-                None => None,
-            };
-            let old = match (&self.old, at.old) {
-                (Some(union), Some(old)) => lookup(union, old, &name)?,
-                _ => None,
-            };
+            let (new, old) = self.sides.lookup(at.new, at.old, &name)?;
             let sides = [(&new, 1), (&old, -1)];
             for (attr, sign) in sides
                 .iter()
@@ -345,7 +331,7 @@ impl Change {
                     }
                 }
             }
-            self.forget(files[0], files[1]);
+            self.sides.forget(files[0], files[1]);
             let both = dirs.iter().all(Option::is_some);
             let has = |own: &OwnDirectory| Ok::<_, Error>(own.stat(&name)?.is_some());
             // Without a directory of its own in between, the two are one.
@@ -353,7 +339,7 @@ impl Change {
                 && let Some(own) = &own
                 && !has(own)?
             {
-                self.forget(dirs[0], dirs[1]);
+                self.sides.forget(dirs[0], dirs[1]);
             } else if dirs != [None; 2] {
                 self.waiting.push(Pair {
                     path: at.path.join(&name),
@@ -364,16 +350,6 @@ impl Change {
             }
         }
         Ok(true)
-    }
-
-    /// Gives back a lookup of each.
-    fn forget(&self, new: Option<NodeId>, old: Option<NodeId>) {
-        if let Some(new) = new.filter(|new| *new != NodeId::ROOT) {
-            self.new.forget(new, 1);
-        }
-        if let (Some(union), Some(old)) = (&self.old, old.filter(|old| *old != NodeId::ROOT)) {
-            union.forget(old, 1);
-        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::io::{BufRead, Cursor, Read, Result};
 
 use flate2::bufread::MultiGzDecoder;
+use zstd::zstd_safe::WriteBuf;
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
 const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
@@ -41,12 +42,30 @@ impl Compressor {
     }
 }
 
+/// More than this is not kept from one use of the scratch to the next.
+const MOST_SCRATCH: usize = 256 << 10;
+
 thread_local! {
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Decompresses one frame and answers how many bytes it had; more than `into` has room for are an error.
-pub(super) fn decompress_into(frame: &[u8], into: &mut [u8]) -> Result<usize> {
+/// Calls `job` with so many bytes for what is read and then decompressed, of which nobody knows what is in them.
+pub(super) fn with_scratch<T>(bytes: usize, job: impl FnOnce(&mut [u8]) -> T) -> T {
+    if bytes > MOST_SCRATCH {
+        return job(&mut vec![0; bytes]);
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.len() < bytes {
+            scratch.resize(bytes, 0);
+        }
+        job(&mut scratch[..bytes])
+    })
+}
+
+/// Decompresses one frame and answers how many bytes it had; more than `into` has room for (a vector: its capacity) are
+/// an error.
+pub(super) fn decompress_into(frame: &[u8], into: &mut (impl WriteBuf + ?Sized)) -> Result<usize> {
     DECOMPRESSOR.with_borrow_mut(|kept| {
         let mut decompressor = match kept.take() {
             Some(decompressor) => decompressor,

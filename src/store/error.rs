@@ -88,6 +88,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether a file is not there.
+    pub(super) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// What is wrong, without what to do about it: for who says that for several at once.
     pub fn problem(&self) -> String {
         match self {

@@ -21,6 +21,9 @@ use super::object::Objects;
 use super::record::{Damaged, Record, RecordDir};
 use super::view::{self, Verify, View};
 
+/// How the name of a view ends that another has taken the place of while it is mounted.
+pub(super) const ASIDE: &str = "aside";
+
 /// What a record says of a layer; the index says the rest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
@@ -238,7 +241,7 @@ impl Layers {
         let key = ViewKey::of(chain);
         let path = self.dir.join("views").join(format!("{key}.view"));
         match View::open(&path, key, Arc::clone(&self.objects), verify) {
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.is_not_found() => {}
             Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
                 tracing::warn!(%error, "a merged view is built again");
             }
@@ -249,8 +252,25 @@ impl Layers {
         // Durable before it has its name: a file of the right length with pages that a power cut has kept from the disk would
         // pass for a view.
         temporary.write(|file| built.write(file))?;
+        let _unused = self.set_aside(&path)?;
         temporary.rename(&path)?;
         View::open(&path, key, Arc::clone(&self.objects), verify)
+    }
+
+    /// Says that the view at `path` is about to be removed or replaced, if there is one. One that is mounted, which its lock
+    /// tells, gets another name first, by which a collection finds it; another cannot be mounted as long as the answer is open.
+    pub(super) fn set_aside(&self, path: &Path) -> Result<Option<File>> {
+        match view::claim(path) {
+            Ok(Some(unused)) => Ok(Some(unused)),
+            Ok(None) => {
+                let name = format!("{:032x}.{ASIDE}", rand::random::<u128>());
+                let aside = self.views().join(name);
+                fs::hard_link(path, &aside).map_err(io_error("make", &aside))?;
+                Ok(None)
+            }
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Fails if the topmost layer of a chain, the lowest first, has an entry that cannot be what it says on those below it:

@@ -1,16 +1,16 @@
 //! Pack files: many small objects in one file that is written once and synced once.
 //!
 //! A pack describes itself. Its table is found from its end; a pack without a sound end is read object
-//! by object from its start, up to the first that is not whole.
+//! by object from its start, up to the first that is not whole. What is found so needs no sound header of the pack.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::compression::{Compressor, decompress_into};
-use super::error::{Result, damaged, io_error};
+use super::compression::{Compressor, decompress_into, with_scratch};
+use super::error::{Result, io_error};
 use super::format::tables::Object;
 use super::format::{ObjectName, Record, check_features, short_sum};
 
@@ -227,49 +227,108 @@ pub(super) struct SealedPack {
     pub(super) objects: Vec<(Object, Slot)>,
 }
 
-/// Whether a sound pack has no features that forbid who does not know them to write it anew.
-pub(super) fn may_be_rewritten(path: &Path) -> Result<bool> {
-    let mut header = [0; HEADER];
-    let file = File::open(path).map_err(io_error("open", path))?;
-    let read = file.read_exact_at(&mut header, 0);
-    read.map_err(io_error("read", path))?;
-    Ok(Record(&header).u64(24) == 0)
+/// What can be found in a pack.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// Its objects, by its table or else by what is in it.
+    pub(super) objects: Vec<(Object, Slot)>,
+    /// Whether its table is sound. Otherwise more may be in it than was found.
+    pub(super) has_table: bool,
+    /// Its read-only compatible features; `None` where its header does not tell.
+    pub(super) features: Option<u64>,
+    /// Why the host could not read some of it.
+    unreadable: Option<io::Error>,
 }
 
-/// The objects of a pack, by its table or else by what is in it.
-pub(super) fn objects_of(path: &Path, id: PackId) -> Result<Vec<(Object, Slot)>> {
+impl Found {
+    /// What of the pack itself is damaged, whatever its objects are.
+    pub(super) fn problem(&self) -> Option<String> {
+        let problem = match (self.features, self.has_table) {
+            (Some(_), true) => return None,
+            (None, true) => "it does not start as a pack does",
+            (Some(_), false) => "its table is missing or damaged",
+            (None, false) => "it neither starts nor ends as a pack does",
+        };
+        Some(match &self.unreadable {
+            Some(error) => format!("{problem}: some of it cannot be read: {error}"),
+            None => problem.to_owned(),
+        })
+    }
+
+    /// The features that keep this release from writing the pack anew; 0 for none. Where nobody knows them, the pack is worth
+    /// more without what is damaged.
+    pub(super) fn unknown_features(&self) -> u64 {
+        self.features.unwrap_or(0)
+    }
+}
+
+/// Opens a pack to read objects of it. One of a newer release that forbids that is refused; a header that cannot be used keeps
+/// nobody from what is in it.
+pub(super) fn open(path: &Path, id: PackId) -> Result<File> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    if let Ok(Some(header)) = header_of(&file) {
+        features_of(&header, path, id)?;
+    }
+    Ok(file)
+}
+
+/// Looks into a pack. Where its header or its table cannot be used or read, the other one is; an object has a checksum of its
+/// own.
+pub(super) fn look_into(path: &Path, id: PackId) -> Result<Found> {
     let file = File::open(path).map_err(io_error("open", path))?;
     let length = file.metadata().map_err(io_error("look at", path))?.len();
-    let mut header = [0; HEADER];
-    match file.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            return Err(damaged(path, "it is cut off"));
+    let mut unreadable = None;
+    let features = match header_of(&file) {
+        Ok(Some(header)) => features_of(&header, path, id)?,
+        Ok(None) => None,
+        Err(error) => {
+            unreadable = Some(error);
+            None
         }
-        result => result.map_err(io_error("read", path))?,
-    }
-    let fields = Record(&header);
-    if fields.array::<8>(0) != *MAGIC || fields.array::<8>(56) != short_sum(&header[..56]) {
-        return Err(damaged(path, "it does not start as a pack does"));
-    }
+    };
+    let table = table_of(&file, length).unwrap_or_else(|error| {
+        unreadable = Some(error);
+        None
+    });
+    let has_table = table.is_some();
+    let objects = table.unwrap_or_else(|| {
+        let (objects, end) = scan(&file, length);
+        unreadable = end.err().or(unreadable.take());
+        objects
+    });
+    Ok(Found {
+        objects,
+        has_table,
+        features,
+        unreadable,
+    })
+}
+
+/// The header of a pack; `None` if it is not sound.
+fn header_of(file: &File) -> io::Result<Option<[u8; HEADER]>> {
+    let Some(header) = header_at(file, 0)? else {
+        return Ok(None);
+    };
+    let is_sound = header[..8] == *MAGIC && header[56..] == short_sum(&header[..56]);
+    Ok(is_sound.then_some(header))
+}
+
+/// The read-only compatible features that a sound header has; `None` if it is that of another pack.
+fn features_of(header: &[u8; HEADER], path: &Path, id: PackId) -> Result<Option<u64>> {
+    let fields = Record(header);
     check_features(path, fields.u16(8), fields.u64(32))?;
-    if fields.array::<16>(40) != id.0 {
-        return Err(damaged(path, "it is another pack than its name says"));
-    }
-    if let Some(objects) = table_of(&file, path, length)? {
-        return Ok(objects);
-    }
-    tracing::warn!(path = %path.display(), "the table of a pack cannot be used; its objects are read instead");
-    scan(file, path, length)
+    // Of a pack that has another's name nobody knows more than of one without a header.
+    let is_it = fields.array::<16>(40) == id.0;
+    Ok(is_it.then(|| fields.u64(24)))
 }
 
 /// The table at the end of a pack; `None` if there is no sound one.
-fn table_of(file: &File, path: &Path, length: u64) -> Result<Option<Vec<(Object, Slot)>>> {
+fn table_of(file: &File, length: u64) -> io::Result<Option<Vec<(Object, Slot)>>> {
     let Some(end_at) = length.checked_sub(HEADER as u64) else {
         return Ok(None);
     };
     let mut end = [0; HEADER];
-    file.read_exact_at(&mut end, end_at)
-        .map_err(io_error("read", path))?;
+    file.read_exact_at(&mut end, end_at)?;
     let fields = Record(&end);
     let (count, start) = (fields.u64(8), fields.u64(16));
     let bytes = count.checked_mul(TABLE_ENTRY as u64);
@@ -279,8 +338,7 @@ fn table_of(file: &File, path: &Path, length: u64) -> Result<Option<Vec<(Object,
         return Ok(None);
     }
     let mut table = vec![0; (end_at - start) as usize];
-    file.read_exact_at(&mut table, start)
-        .map_err(io_error("read", path))?;
+    file.read_exact_at(&mut table, start)?;
     if fields.array::<32>(32) != table_sum(&table, &end) {
         return Ok(None);
     }
@@ -302,36 +360,36 @@ fn table_of(file: &File, path: &Path, length: u64) -> Result<Option<Vec<(Object,
     Ok(Some(objects))
 }
 
-fn scan(file: File, path: &Path, length: u64) -> Result<Vec<(Object, Slot)>> {
-    let mut stream = BufReader::with_capacity(BUFFER, file);
+/// The objects from the start of a pack up to the first that is not whole, and whether it is the host that cannot read on. Only
+/// their headers are read.
+fn scan(file: &File, length: u64) -> (Vec<(Object, Slot)>, io::Result<()>) {
     let mut objects = Vec::new();
-    let mut at = HEADER as u64;
-    let mut header = [0; HEADER];
-    let fail = |error| io_error("read", path)(error);
-    io::copy(&mut stream.by_ref().take(at), &mut io::sink()).map_err(fail)?;
-    while at + HEADER as u64 <= length {
-        stream.read_exact(&mut header).map_err(fail)?;
-        let Some(found) = parse(&header) else {
-            break;
+    let mut offset = HEADER as u64;
+    loop {
+        let header = match header_at(file, offset) {
+            Ok(header) => header.as_ref().and_then(parse),
+            Err(error) => return (objects, Err(error)),
         };
-        let stored = u64::from(found.stored);
-        let next = at + HEADER as u64 + stored + padding(stored);
-        if next > length {
-            break;
+        let Some(found) = header else {
+            return (objects, Ok(()));
+        };
+        let stored = found.stored;
+        let slot = Slot { offset, stored };
+        offset += slot.bytes();
+        if offset > length {
+            return (objects, Ok(()));
         }
-        io::copy(
-            &mut stream.by_ref().take(stored + padding(stored)),
-            &mut io::sink(),
-        )
-        .map_err(fail)?;
-        let slot = Slot {
-            offset: at,
-            stored: found.stored,
-        };
         objects.push((found.object, slot));
-        at = next;
     }
-    Ok(objects)
+}
+
+/// What should be a header; `None` at the end of the file.
+fn header_at(file: &File, offset: u64) -> io::Result<Option<[u8; HEADER]>> {
+    let mut header = [0; HEADER];
+    match file.read_exact_at(&mut header, offset) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        result => result.map(|()| Some(header)),
+    }
 }
 
 struct Header {
@@ -362,11 +420,8 @@ fn parse(header: &[u8; HEADER]) -> Option<Header> {
 
 /// The object of the header that is at a slot; `None` if there is no sound one.
 pub(super) fn object_at(file: &File, slot: Slot) -> io::Result<Option<Object>> {
-    let mut header = [0; HEADER];
-    match file.read_exact_at(&mut header, slot.offset) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-        result => result.map(|()| parse(&header).map(|found| found.object)),
-    }
+    let header = header_at(file, slot.offset)?;
+    Ok(header.as_ref().and_then(parse).map(|found| found.object))
 }
 
 /// What is wrong with an object in a pack.
@@ -390,27 +445,27 @@ pub(super) fn read(
     if object.size > LARGEST || u64::from(slot.stored) > object.size {
         return Err(Wrong::Moved);
     }
-    let mut bytes = vec![0; HEADER + slot.stored as usize];
-    file.read_exact_at(&mut bytes, slot.offset)
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => Wrong::Damaged("the pack is cut off"),
-            _ => Wrong::Io(error),
-        })?;
-    let header = bytes.first_chunk().and_then(parse);
-    let header = header.ok_or(Wrong::Damaged("its header is damaged"))?;
-    if header.object != *object || header.stored != slot.stored {
-        return Err(Wrong::Moved);
-    }
-    let stored = bytes.split_off(HEADER);
-    let content = if header.compressed {
-        let mut content = vec![0; object.size as usize];
-        let count = decompress_into(&stored, &mut content)
-            .map_err(|_| Wrong::Damaged("it cannot be decompressed"))?;
-        content.truncate(count);
-        content
-    } else {
-        stored
-    };
+    let content = with_scratch(HEADER + slot.stored as usize, |bytes| {
+        file.read_exact_at(bytes, slot.offset)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => Wrong::Damaged("the pack is cut off"),
+                _ => Wrong::Io(error),
+            })?;
+        let header = bytes.first_chunk().and_then(parse);
+        let header = header.ok_or(Wrong::Damaged("its header is damaged"))?;
+        if header.object != *object || header.stored != slot.stored {
+            return Err(Wrong::Moved);
+        }
+        let stored = &bytes[HEADER..];
+        if !header.compressed {
+            return Ok(stored.to_vec());
+        }
+        let mut content = Vec::with_capacity(object.size as usize);
+        match decompress_into(stored, &mut content) {
+            Ok(_) => Ok(content),
+            Err(_) => Err(Wrong::Damaged("it cannot be decompressed")),
+        }
+    })?;
     if content.len() as u64 != object.size {
         return Err(Wrong::Damaged("it does not have its length"));
     }
@@ -432,124 +487,4 @@ fn padding(stored: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn contents() -> Vec<Vec<u8>> {
-        vec![
-            b"a".to_vec(),
-            b"plywood ".repeat(100),
-            (0..=255).collect(),
-            vec![0; 5000],
-        ]
-    }
-
-    fn object(content: &[u8]) -> Object {
-        Object {
-            name: ObjectName::of(content),
-            size: content.len() as u64,
-        }
-    }
-
-    fn sealed(dir: &Path) -> SealedPack {
-        let mut writer = PackWriter::create(dir).unwrap();
-        for content in contents() {
-            let encoded =
-                Encoded::new(object(&content), content, &mut Compressor::new(1).unwrap()).unwrap();
-            writer.append(&encoded).unwrap();
-        }
-        writer.seal().unwrap()
-    }
-
-    fn sorted(mut objects: Vec<(Object, Slot)>) -> Vec<(Object, Slot)> {
-        objects.sort_unstable_by_key(|(object, _)| object.name);
-        objects
-    }
-
-    #[test]
-    fn objects_come_back_and_are_compressed_where_it_pays() {
-        let tmp = tempfile::tempdir().unwrap();
-        let pack = sealed(tmp.path());
-        assert_eq!(objects_of(&pack.path, pack.id).unwrap(), pack.objects);
-        let file = File::open(&pack.path).unwrap();
-        for content in contents() {
-            let of = object(&content);
-            let (_, slot) = pack.objects.iter().find(|(other, _)| *other == of).unwrap();
-            assert_eq!(read(&file, &of, *slot, true).unwrap(), content);
-            assert_eq!(
-                (slot.stored as usize) < content.len() / 2,
-                content.len() > 256
-            );
-        }
-    }
-
-    #[test]
-    fn a_pack_without_an_end_is_read_up_to_its_tail() {
-        let tmp = tempfile::tempdir().unwrap();
-        let pack = sealed(tmp.path());
-        let whole = fs::read(&pack.path).unwrap();
-        let mut ends: Vec<u64> = pack
-            .objects
-            .iter()
-            .map(|(_, slot)| {
-                let stored = u64::from(slot.stored);
-                slot.offset + HEADER as u64 + stored + padding(stored)
-            })
-            .collect();
-        ends.sort_unstable();
-        for length in HEADER..whole.len() {
-            fs::write(&pack.path, &whole[..length]).unwrap();
-            let found = sorted(objects_of(&pack.path, pack.id).unwrap());
-            let complete = ends.iter().filter(|end| **end <= length as u64).count();
-            assert_eq!(found.len(), complete, "cut at {length}");
-            assert!(found.iter().all(|entry| pack.objects.contains(entry)));
-        }
-        for length in 0..HEADER {
-            fs::write(&pack.path, &whole[..length]).unwrap();
-            assert!(objects_of(&pack.path, pack.id).is_err());
-        }
-    }
-
-    #[test]
-    fn every_damaged_byte_is_an_error_or_changes_nothing() {
-        let tmp = tempfile::tempdir().unwrap();
-        let pack = sealed(tmp.path());
-        let whole = fs::read(&pack.path).unwrap();
-        for at in 0..whole.len() {
-            let mut bad = whole.clone();
-            bad[at] ^= 0x41;
-            fs::write(&pack.path, &bad).unwrap();
-            let file = File::open(&pack.path).unwrap();
-            // By the slots that a view or an index in memory has.
-            for content in contents() {
-                let of = object(&content);
-                let (_, slot) = pack.objects.iter().find(|(other, _)| *other == of).unwrap();
-                if let Ok(seen) = read(&file, &of, *slot, true) {
-                    assert_eq!(seen, content, "byte {at}");
-                }
-            }
-            // By the slots that the pack itself gives.
-            for (object, slot) in objects_of(&pack.path, pack.id).unwrap_or_default() {
-                if let Ok(seen) = read(&file, &object, slot, true) {
-                    assert_eq!(ObjectName::of(&seen), object.name, "byte {at}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn what_was_not_sealed_is_removed() {
-        let tmp = tempfile::tempdir().unwrap();
-        drop(PackWriter::create(tmp.path()).unwrap());
-        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn names_of_files_have_one_spelling() {
-        let id = PackId([0xab; 16]);
-        assert_eq!(PackId::of_file(&id.file_name()), Some(id));
-        for name in ["ab.pack", "x", &id.file_name().to_uppercase()] {
-            assert_eq!(PackId::of_file(name), None, "{name}");
-        }
-    }
-}
+mod tests;

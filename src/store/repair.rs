@@ -26,7 +26,7 @@ pub struct Mended {
     pub records: Vec<LayerName>,
     /// Views that were removed, to be built again.
     pub views: Vec<PathBuf>,
-    /// Packs that were removed, for nothing in them could be found.
+    /// Packs that were damaged; what was sound in them is in others.
     pub packs: Vec<PathBuf>,
     /// What could not be done.
     pub errors: Vec<Error>,
@@ -46,10 +46,18 @@ impl Layers {
             mended.errors.push(error);
         }
         let _no_collection = self.collecting.lock();
-        match self.objects().remove_unusable_packs() {
-            Ok(packs) => mended.packs = packs,
-            Err(error) => mended.errors.push(error),
+        let (tmp, level) = (self.tmp(), self.settings().level);
+        let objects = self.objects();
+        let _restoring = objects.restoring();
+        let packs = objects.mend_packs(|| self.needed(), tmp, level);
+        for pack in packs.unwrap_or_else(|error| vec![Err(error)]) {
+            match pack {
+                Ok(pack) => mended.packs.push(pack),
+                Err(error) => mended.errors.push(error),
+            }
         }
+        // A second copy of something may have turned out to be a bad one.
+        mended.errors.extend(objects.purge(tmp, level).err());
         mended
     }
 
@@ -139,6 +147,7 @@ impl Layers {
                 None => continue,
             };
             if let Err(Error::Damaged { .. }) = sound {
+                let _unused = self.set_aside(&path)?;
                 match fs::remove_file(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         return Err(io_error("remove", &path)(error));

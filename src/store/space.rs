@@ -239,7 +239,8 @@ impl Layers {
             let blocks = allocated(&metadata);
             let path = objects.packs().join(&name);
             let id = pack::PackId::of_file(&name);
-            let Some((id, found)) = id.and_then(|id| Some((id, pack::objects_of(&path, id).ok()?)))
+            let Some((id, found)) =
+                id.and_then(|id| Some((id, pack::look_into(&path, id).ok()?.objects)))
             else {
                 shares.add_unclaimed(blocks);
                 continue;
@@ -249,12 +250,7 @@ impl Layers {
                 let part = u128::from(blocks) * u128::from(slot.bytes());
                 let part = (part / u128::from(metadata.len().max(1))).min(rest.into()) as u64;
                 rest -= part;
-                let place = Place::Packed {
-                    pack: id,
-                    offset: slot.offset,
-                    stored: slot.stored,
-                };
-                let is_here = objects.find(&object.name)? == Some(place);
+                let is_here = objects.find(&object.name)? == Some(Place::packed(id, slot));
                 let claim = claims.objects.get(&object.name).filter(|_| is_here);
                 claims.give(claim, part, shares);
             }

@@ -14,8 +14,8 @@ use super::layers::Layers;
 /// Something that is not what it was.
 #[derive(Debug)]
 pub struct Fault {
-    /// The layer that needs it.
-    pub layer: LayerName,
+    /// The layer that needs it; `None` for a pack that is damaged itself, whatever the contents in it are.
+    pub layer: Option<LayerName>,
     /// The path in the layer, if it is a content; escaped.
     pub path: Option<String>,
     /// What is wrong.
@@ -42,8 +42,12 @@ pub(super) struct Examination<'a> {
 
 impl Layers {
     /// Reads the index and the recipe of every layer and looks for all contents; with `deep`, reads each of these and
-    /// compares it with its name. Layers that are removed meanwhile are passed over. Ends early when `told` wants that.
+    /// compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed over.
+    /// Ends early when `told` wants that.
     pub fn verify(&self, deep: bool, told: &dyn Told) {
+        for fault in self.verify_packs() {
+            told.fault(fault);
+        }
         let layers = self.list();
         let total = layers.len() as u64;
         let mut examination = Examination::new(deep, told);
@@ -62,6 +66,18 @@ impl Layers {
             }
             told.sum(done, total, examination.objects, examination.bytes);
         }
+    }
+
+    /// Reads headers and tables of packs, which one can do without if the other is sound.
+    pub fn verify_packs(&self) -> Vec<Fault> {
+        let problems = self.objects().pack_problems();
+        let problems = problems.unwrap_or_else(|error| vec![error]);
+        let fault = |error| Fault {
+            layer: None,
+            path: None,
+            error,
+        };
+        problems.into_iter().map(fault).collect()
     }
 
     /// As [`verify`](Self::verify), of one layer, whether it is known or not.
@@ -91,7 +107,11 @@ impl<'a> Examination<'a> {
     pub(super) fn layer(&mut self, layers: &Layers, layer: LayerName) -> Vec<Fault> {
         let index = LayerIndex::open(&layers.index_path(layer), layer)
             .and_then(|index| index.verify().map(|()| index));
-        let fault = |path, error| Fault { layer, path, error };
+        let fault = |path, error| Fault {
+            layer: Some(layer),
+            path,
+            error,
+        };
         let index = match index {
             Ok(index) => index,
             Err(error) => return vec![fault(None, error)],

@@ -152,19 +152,18 @@ pub fn linkat(
 
 /// Gives another name to what a descriptor, also an `O_PATH` one, refers to.
 pub fn link_fd(fd: BorrowedFd<'_>, to: BorrowedFd<'_>, new: &OsStr) -> Result<(), Errno> {
-    with_proc_path(fd, None, |path| {
-        with_c_str(new.as_bytes(), |new| {
+    with_c_str(new.as_bytes(), |new| {
+        let link = |dir: RawFd, path: &CStr, flags: i32| {
             // SAFETY: both are C strings that live through the call.
-            check(unsafe {
-                libc::linkat(
-                    libc::AT_FDCWD,
-                    path.as_ptr(),
-                    to.as_raw_fd(),
-                    new.as_ptr(),
-                    libc::AT_SYMLINK_FOLLOW,
-                )
-            })
-        })
+            check(unsafe { libc::linkat(dir, path.as_ptr(), to.as_raw_fd(), new.as_ptr(), flags) })
+        };
+        match link(fd.as_raw_fd(), c"", libc::AT_EMPTY_PATH) {
+            // It takes CAP_DAC_READ_SEARCH, which shows in no other way.
+            Err(Errno::ENOENT) => with_proc_path(fd, None, |path| {
+                link(libc::AT_FDCWD, path, libc::AT_SYMLINK_FOLLOW)
+            }),
+            result => result,
+        }
     })
 }
 
@@ -377,9 +376,18 @@ pub fn try_lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 
 /// `flock`, exclusive, waiting for whoever has it.
 pub fn lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    wait_for_lock(fd, libc::LOCK_EX)
+}
+
+/// `flock`, shared, waiting for whoever has it for itself.
+pub fn lock_shared(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    wait_for_lock(fd, libc::LOCK_SH)
+}
+
+fn wait_for_lock(fd: BorrowedFd<'_>, how: libc::c_int) -> Result<(), Errno> {
     loop {
         // SAFETY: plain values.
-        match check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX) }) {
+        match check(unsafe { libc::flock(fd.as_raw_fd(), how) }) {
             Err(Errno::EINTR) => {}
             result => return result,
         }

@@ -33,6 +33,26 @@ pub fn at(target: &Path) -> io::Result<Option<MountEntry>> {
         .find(|entry| entry.target == target))
 }
 
+/// The upper and work directories of kernel overlayfs's mounts, as who mounted them named them.
+pub fn overlay_directories() -> io::Result<Vec<PathBuf>> {
+    Ok(parse_overlays(&fs::read("/proc/self/mountinfo")?))
+}
+
+fn parse_overlays(table: &[u8]) -> Vec<PathBuf> {
+    let of_line = |line: &[u8]| {
+        let mut words = line.split(|byte| *byte == b' ');
+        let fstype = words.by_ref().skip_while(|word| *word != b"-").nth(1)?;
+        let options = words.nth(1).filter(|_| fstype == b"overlay")?;
+        let named = options.split(|byte| *byte == b',').filter_map(|option| {
+            let upper = option.strip_prefix(b"upperdir=");
+            upper.or_else(|| option.strip_prefix(b"workdir="))
+        });
+        Some(named.map(|path| unescape(path).into()).collect::<Vec<_>>())
+    };
+    let lines = table.split(|byte| *byte == b'\n');
+    lines.filter_map(of_line).flatten().collect()
+}
+
 fn parse(table: &[u8]) -> Vec<MountEntry> {
     table
         .split(|byte| *byte == b'\n')
@@ -96,6 +116,15 @@ mod tests {
             ),
             (40, "0:44", "fuse.plyfs")
         );
+    }
+
+    #[test]
+    fn an_overlay_names_where_it_writes() {
+        let table = b"36 35 0:50 / /m rw shared:2 - overlay overlay rw,lowerdir=/l,upperdir=/a\\040b/u\\054,workdir=/w,index=on\n\
+                      37 35 0:51 / /r rw - overlay none ro,lowerdir=/upperdir=/x\n\
+                      40 36 0:44 / /f rw - fuse.other other rw,upperdir=/y\nbroken\n";
+        let named = parse_overlays(table);
+        assert_eq!(named, [Path::new("/a b/u,"), Path::new("/w")]);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -178,6 +179,18 @@ impl Plyd {
         done.stdout
     }
 
+    /// Has snapctl take a mount away.
+    pub fn umount(&self, dir: impl AsRef<OsStr>) {
+        let dir = dir.as_ref();
+        until("the mount is taken away", || {
+            let done = self.snapctl(["umount".as_ref(), dir]);
+            // As for `unmount`.
+            let is_busy = done.stderr.contains("Device or resource busy");
+            assert!(done.code == 0 || is_busy, "{done:?}");
+            done.code == 0
+        });
+    }
+
     /// Runs snapctl with `input` as its stdin.
     pub fn piped<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>, input: &[u8]) -> Done {
         let mut child = self
@@ -320,6 +333,20 @@ impl From<Output> for Done {
             bytes: output.stdout,
         }
     }
+}
+
+/// Takes away what is mounted at a place.
+pub fn unmount(target: &Path) {
+    until("the mount is not busy", || {
+        match umount2(target, MntFlags::empty()) {
+            // A child that another test has just forked has every open file until it runs its program.
+            Err(Errno::EBUSY) => false,
+            result => {
+                result.unwrap();
+                true
+            }
+        }
+    });
 }
 
 /// An OCI archive of busybox: two layers, the second with a whiteout of `/etc/first-layer-only`.

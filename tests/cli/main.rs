@@ -5,6 +5,7 @@ mod common;
 mod containers;
 mod images;
 mod layers;
+mod mounts;
 mod snapshots;
 mod stdio;
 mod usage;

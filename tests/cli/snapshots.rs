@@ -1,4 +1,4 @@
-//! `snapctl snapshot`, `mount` and `umount`.
+//! `snapctl snapshot`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,12 +6,10 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use plywood::grpc::pb::containerd::services::snapshots::v1::PrepareSnapshotRequest;
 use plywood::grpc::pb::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 
-use crate::common::{BUSYBOX, Plyd, mounts_below, until};
+use crate::common::{BUSYBOX, Plyd, mounts_below, unmount};
 use crate::stdio::OnTerminal;
 
 #[test]
@@ -34,7 +32,7 @@ fn a_snapshot_from_prepare_to_removal() {
     assert_eq!(refused.code, 1);
     let cure = format!("snapctl umount {dir}");
     assert!(refused.stderr.contains(&cure), "{}", refused.stderr);
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
     assert_eq!(fs::read_dir(&mnt).unwrap().count(), 0);
 
     let committed = plyd.ok([
@@ -71,7 +69,7 @@ fn a_snapshot_from_prepare_to_removal() {
     let json = plyd.json(["snapshot", "diff", "--json", "next"]);
     let added = serde_json::json!({"change": "added", "path": "/new file"});
     assert!(json.as_array().unwrap().contains(&added), "{json}");
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
 
     let usage = plyd.json(["snapshot", "usage", "--json", "next"]);
     assert!(
@@ -313,140 +311,6 @@ fn a_snapshot_that_is_called_by_another_name_is_told_its_own() {
 }
 
 #[test]
-fn several_directories_are_unmounted_at_once() {
-    let plyd = Plyd::start();
-    plyd.ok(["snapshot", "prepare", "work"]);
-    let dirs = ["one", "two"].map(|name| plyd.dir().join(name).to_str().unwrap().to_owned());
-    for dir in &dirs {
-        fs::create_dir(dir).unwrap();
-        plyd.ok(["mount", "work", dir]);
-    }
-    // One that is no mount point does not keep the others.
-    let done = plyd.snapctl(["umount", &dirs[0], "/no-such-dir/x", &dirs[1]]);
-    assert_eq!(done.code, 1);
-    assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
-    for dir in &dirs {
-        assert!(!mounts_below(plyd.dir()).contains(&dir.into()), "{dir}");
-    }
-}
-
-#[test]
-fn a_view_is_mounted_read_only() {
-    let plyd = Plyd::start();
-    plyd.load_busybox();
-    plyd.ok(["snapshot", "view", "look", BUSYBOX]);
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
-    assert!(mnt.join("bin/busybox").is_file());
-    assert!(!mnt.join("etc/first-layer-only").exists());
-    let error = fs::write(mnt.join("x"), "x").unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
-    plyd.ok(["umount", mnt.to_str().unwrap()]);
-}
-
-#[test]
-fn only_mounts_of_snapshots_are_unmounted() {
-    let plyd = Plyd::start();
-    plyd.ok(["snapshot", "prepare", "work"]);
-    let source = plyd.ok(["snapshot", "mounts", "-q", "work"]);
-    let own = plyd.snapctl(["umount", source.trim_end()]);
-    assert_eq!(own.code, 1);
-    assert!(own.stderr.contains("plyd's own mount"), "{}", own.stderr);
-    let none = plyd.snapctl(["umount", plyd.dir().to_str().unwrap()]);
-    assert_eq!(none.code, 1);
-    assert!(
-        none.stderr.contains("is not a mount point"),
-        "{}",
-        none.stderr
-    );
-    let foreign = plyd.snapctl(["umount", "/proc"]);
-    assert_eq!(foreign.code, 1);
-    assert!(
-        foreign.stderr.contains("is not the mount of a snapshot"),
-        "{}",
-        foreign.stderr
-    );
-    let missing = plyd.snapctl(["mount", "work", "/no/such/dir"]);
-    assert_eq!(missing.code, 1);
-    assert!(
-        missing.stderr.contains("cannot mount at /no/such/dir"),
-        "{}",
-        missing.stderr
-    );
-}
-
-#[test]
-fn a_directory_shows_one_snapshot_and_that_once() {
-    let plyd = Plyd::start();
-    for key in ["work", "other"] {
-        plyd.ok(["snapshot", "prepare", key]);
-    }
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    let dir = mnt.to_str().unwrap();
-    let mounted = || {
-        let all = mounts_below(plyd.dir());
-        all.into_iter().filter(|mount| *mount == mnt).count()
-    };
-    plyd.ok(["mount", "work", dir]);
-    fs::write(mnt.join("file"), "1").unwrap();
-    let again = plyd.snapctl(["mount", "work", dir]);
-    assert_eq!(again.code, 0, "{}", again.stderr);
-    assert!(
-        again.stderr.contains("is mounted at") && again.stderr.contains("already"),
-        "{}",
-        again.stderr
-    );
-    let other = plyd.snapctl(["mount", "other", dir]);
-    assert_eq!(other.code, 1);
-    assert!(
-        other.stderr.contains("unmount that first"),
-        "{}",
-        other.stderr
-    );
-    assert_eq!(mounted(), 1);
-    assert!(mnt.join("file").exists());
-    plyd.ok(["umount", dir]);
-    assert_eq!(mounted(), 0);
-    // What is mounted there otherwise is a directory like any other.
-    let none: Option<&str> = None;
-    let flags = nix::mount::MsFlags::empty();
-    nix::mount::mount(Some("tmpfs"), &mnt, Some("tmpfs"), flags, none).unwrap();
-    plyd.ok(["mount", "other", dir]);
-    assert_eq!(mounted(), 2);
-    plyd.ok(["umount", dir]);
-    nix::mount::umount(&mnt).unwrap();
-}
-
-#[test]
-fn a_mount_whose_plyfs_has_died_is_unmounted() {
-    let plyd = Plyd::start();
-    plyd.ok(["snapshot", "prepare", "work"]);
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    let mnt = mnt.to_str().unwrap();
-    plyd.ok(["mount", "work", mnt]);
-    let info = plyd.json(["snapshot", "info", "--json", "work"]);
-    let pid = info["plyfs_pid"].as_i64().unwrap().try_into().unwrap();
-    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    until("plyd has taken its own mount away", || {
-        plyd.log().contains("plyfs died")
-    });
-    assert!(fs::read_dir(mnt).is_err());
-    let again = plyd.snapctl(["mount", "work", mnt]);
-    assert_eq!(again.code, 1);
-    let advice = format!("`snapctl umount {mnt}`");
-    assert!(again.stderr.contains(&advice), "{}", again.stderr);
-    plyd.ok(["umount", mnt]);
-    assert_eq!(fs::read_dir(mnt).unwrap().count(), 0);
-    // The next one works.
-    plyd.ok(["mount", "work", mnt]);
-    fs::write(Path::new(mnt).join("file"), "1").unwrap();
-    plyd.ok(["umount", mnt]);
-}
-
-#[test]
 fn bad_requests_are_told_in_one_sentence() {
     let plyd = Plyd::start();
     plyd.ok(["snapshot", "prepare", "work"]);
@@ -525,7 +389,7 @@ fn a_file_that_is_copied_up_in_part_is_made_whole_when_asked() {
     plyd.ok(["snapshot", "prepare", "first"]);
     plyd.ok(["mount", "first", dir]);
     fs::write(mnt.join("large"), &content).unwrap();
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
     plyd.ok(["snapshot", "commit", "first", "base"]);
     for (key, mounted, ask) in [
         ("mounted", true, "materialize"),
@@ -540,13 +404,13 @@ fn a_file_that_is_copied_up_in_part_is_made_whole_when_asked() {
         let upper = Path::new(upper.as_str().unwrap()).join("large");
         assert!(upper.metadata().unwrap().blocks() < 1000, "{key}");
         if !mounted {
-            plyd.ok(["umount", dir]);
+            plyd.umount(dir);
         }
         plyd.ok(["snapshot", ask, key]);
         assert!(fs::read(&upper).unwrap() == content, "{key}");
         if mounted {
             assert!(fs::read(mnt.join("large")).unwrap() == content);
-            plyd.ok(["umount", dir]);
+            plyd.umount(dir);
         }
     }
     // What is not written to has nothing missing.
@@ -581,14 +445,14 @@ fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
     fs::hard_link(mnt.join("one"), mnt.join("two")).unwrap();
     fs::hard_link(mnt.join("one"), mnt.join("a/three")).unwrap();
     std::os::unix::fs::symlink("one", mnt.join("link")).unwrap();
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
     plyd.ok(["snapshot", "commit", "first", "base"]);
 
     plyd.ok(["snapshot", "prepare", "second", "base"]);
     plyd.ok(["mount", "second", dir]);
     fs::remove_file(mnt.join("gone")).unwrap();
     fs::rename(mnt.join("a"), mnt.join("moved")).unwrap();
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
     plyd.ok(["snapshot", "commit", "second", "middle"]);
 
     plyd.ok(["snapshot", "prepare", "work", "middle"]);
@@ -601,11 +465,11 @@ fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
     change(&mnt.join("large"), 1_000_000, b"changed");
     fs::set_permissions(mnt.join("mode"), fs::Permissions::from_mode(0o4750)).unwrap();
     let active = seen(&mnt);
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
     plyd.ok(["snapshot", "view", "look", "middle"]);
     plyd.ok(["mount", "look", dir]);
     let view = seen(&mnt);
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
 
     for (key, expected) in [("work", &active), ("look", &view), ("middle", &view)] {
         let to = at(&format!("exported:{key},here"));
@@ -619,8 +483,7 @@ fn kernel_overlayfs_mounts_what_is_exported_to_the_same_tree() {
         )
         .unwrap_or_else(|error| panic!("{key}: {error}: {options}"));
         let found = seen(&mnt);
-        // A child that another test has just forked has every open file until it runs its program.
-        until("the mount is not busy", || nix::mount::umount(&mnt).is_ok());
+        unmount(&mnt);
         assert_eq!(&found, expected, "{key}: {options}");
         let again = plyd.snapctl(["snapshot", "export-overlay", key, to.to_str().unwrap()]);
         assert_eq!(again.code, 1);

@@ -58,6 +58,25 @@ fn stdout_and_stderr_stay_apart_and_stdin_is_empty_without_i() {
 }
 
 #[test]
+fn what_is_no_terminal_is_not_given_as_one() {
+    let plyd = plyd();
+    let refused = |args: &[&str]| {
+        let done = plyd.piped(args, b"exit 3\n");
+        assert_eq!((done.code, &*done.stdout), (125, ""), "{args:?}");
+        let words = "need a terminal on standard input";
+        assert!(done.stderr.contains(words), "{}", done.stderr);
+    };
+    refused(&["run", "--rm", "-it", BUSYBOX, "sh"]);
+    assert_eq!(plyd.ok(["ps", "-aq"]), "");
+    // Nobody's standard input is its terminal here.
+    plyd.ok(["run", "-d", "-it", "--name", "job", BUSYBOX, "sh"]);
+    refused(&["exec", "-it", "job", "sh"]);
+    assert_eq!(plyd.ok(["exec", "-t", "job", "echo", "there"]), "there\r\n");
+    let piped = plyd.piped(["exec", "-i", "job", "sh"], b"exit 3\n");
+    assert_eq!(piped.code, 3, "{}", piped.stderr);
+}
+
+#[test]
 fn an_open_stdin_does_not_hold_up_the_end() {
     let plyd = plyd();
     let mut child = plyd

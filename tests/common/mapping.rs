@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
@@ -34,6 +35,14 @@ pub fn shared_mut(file: &File) -> MmapMut {
 pub fn private(file: &File) -> MmapMut {
     // SAFETY: as above.
     unsafe { MmapOptions::new().map_copy(file) }.unwrap()
+}
+
+/// Lists a directory into the memory that is mapped.
+pub fn list_into(directory: &File, map: &mut MmapMut) {
+    let (fd, buffer) = (directory.as_raw_fd(), map.as_mut_ptr());
+    // SAFETY: the kernel writes no more than there is of the mapping, which nobody else has.
+    let result = unsafe { libc::syscall(libc::SYS_getdents64, fd, buffer, map.len()) };
+    assert!(result > 0, "{}", io::Error::last_os_error());
 }
 
 /// How many pages of a mapping are in memory.

@@ -7,8 +7,12 @@ use std::sync::OnceLock;
 /// The program under test.
 pub const PLYFS: &str = env!("CARGO_BIN_EXE_plyfs");
 
-/// Runs a program without the system calls that Linux 3.10 does not have.
-const OLD_CALLS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/linux-3.10");
+/// Runs a program without some system calls.
+const RESTRICT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/restrict");
+/// Without those that Linux 3.10 does not have.
+const OLD_CALLS: Option<&str> = Some("linux-3.10");
+/// Without the making of devices.
+const NO_MKNOD: Option<&str> = Some("no-mknod");
 
 /// A way to serve.
 #[derive(Debug)]
@@ -16,30 +20,35 @@ pub struct Mode {
     /// As `PLYWOOD_TEST_MODE` has it.
     pub name: &'static str,
     options: &'static str,
-    /// The server has only the system calls of Linux 3.10.
-    pub old_calls: bool,
+    /// What the server's system calls are restricted to, as `tests/common/restrict` names it.
+    restriction: Option<&'static str>,
 }
 
 const PASSTHROUGH: &str = "passthrough";
 
 /// `tests/modes/run` knows them by name, too.
-const ALL: [Mode; 9] = [
-    mode("all-on", "", false),
-    mode("all-off", "kernel_features=-all", false),
-    mode("protocol-7.22", "kernel_features=7.22", false),
-    mode("writeback", "writeback", false),
-    mode("no_open", "no_open", false),
-    mode("no_open+writeback", "no_open,writeback", false),
-    mode(PASSTHROUGH, PASSTHROUGH, false),
-    mode("old-calls", "", true),
-    mode("linux-3.10", "kernel_features=7.22", true),
+const ALL: [Mode; 10] = [
+    mode("all-on", "", None),
+    mode("all-off", "kernel_features=-all", None),
+    mode("protocol-7.22", "kernel_features=7.22", None),
+    mode("writeback", "writeback", None),
+    mode("no_open", "no_open", None),
+    mode("no_open+writeback", "no_open,writeback", None),
+    mode(PASSTHROUGH, PASSTHROUGH, None),
+    mode("old-calls", "", OLD_CALLS),
+    mode("linux-3.10", "kernel_features=7.22", OLD_CALLS),
+    mode("no-mknod", "", NO_MKNOD),
 ];
 
-const fn mode(name: &'static str, options: &'static str, old_calls: bool) -> Mode {
+const fn mode(
+    name: &'static str,
+    options: &'static str,
+    restriction: Option<&'static str>,
+) -> Mode {
     Mode {
         name,
         options,
-        old_calls,
+        restriction,
     }
 }
 
@@ -100,9 +109,14 @@ impl Mode {
         self.is_new() && self.name != "all-off"
     }
 
+    /// Whether the server can make devices; otherwise whiteouts are attributes.
+    pub fn makes_devices(&self) -> bool {
+        self.restriction != NO_MKNOD
+    }
+
     /// Whether two names can be exchanged.
     pub fn exchanges(&self) -> bool {
-        self.is_new() && !self.old_calls
+        self.is_new() && self.restriction != OLD_CALLS
     }
 }
 
@@ -117,10 +131,10 @@ pub fn kernel_passes() -> bool {
 
 /// To start plyfs by, in the mode of this run.
 pub fn plyfs() -> Command {
-    if !Mode::of_run().old_calls {
+    let Some(restriction) = Mode::of_run().restriction else {
         return Command::new(PLYFS);
-    }
-    let mut command = Command::new(OLD_CALLS);
-    command.arg(PLYFS);
+    };
+    let mut command = Command::new(RESTRICT);
+    command.args([restriction, PLYFS]);
     command
 }

@@ -316,7 +316,10 @@ impl Host {
     }
 
     pub fn look_away(&self, snapshotter: &str, target: &Path) {
-        sh("umount", &[target.to_str().unwrap()]);
+        // A child that another test has just forked has every open file until it runs its program.
+        self.until("the mount is not busy", || {
+            nix::mount::umount(target).is_ok()
+        });
         self.ctr(&["snapshots", "--snapshotter", snapshotter, "rm", "look"]);
     }
 

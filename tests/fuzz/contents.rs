@@ -4,8 +4,9 @@ use std::fs;
 use std::io::{self, Cursor};
 use std::path::PathBuf;
 
+use blake3::hazmat::HasherExt;
 use plywood::store::layers::{Expected, LayerRecord};
-use plywood::store::object::{Content, Objects};
+use plywood::store::object::{Check, Content, Objects};
 use plywood::store::record::RecordDir;
 use plywood::store::{LayerName, Object, ObjectName};
 
@@ -164,6 +165,8 @@ struct FramedObject {
 }
 
 const FRAMES_HEADER: usize = 64;
+/// Bytes of a frame's entry in the table.
+const ENTRY: usize = 36;
 /// Plain bytes of a frame that is written.
 const FRAME: usize = 128 << 10;
 
@@ -215,7 +218,7 @@ impl Frames {
         let of = &self.objects[which];
         let mut bytes = of.good.clone();
         if choices.once_in(3) {
-            let frame = choices.one_of(&[4096, 5000, FRAME, 1 << 20, 16 << 20]);
+            let frame = choices.one_of(&[4096, 8192, FRAME, 1 << 20, 16 << 20]);
             bytes = in_frames(&of.content, frame, choices);
         }
         let sound = choices.once_in(6);
@@ -228,7 +231,11 @@ impl Frames {
         let _put_back = PutBack::after(&of.path, &bytes);
         let objects = Objects::new(self.store.path());
         let size = of.content.len() as u64;
-        if let Ok(content) = objects.read(&of.object, None, false) {
+        for check in [Check::Nothing, Check::PARTS] {
+            let Ok(content) = objects.open(&of.object, None, &check) else {
+                assert!(!sound);
+                continue;
+            };
             for _ in 0..6 {
                 let from = match choices.below(6) {
                     0 => choices.number(),
@@ -239,13 +246,19 @@ impl Frames {
                 let mut buffer = vec![0; most];
                 let expected = size.saturating_sub(from).min(most as u64);
                 match content.read_at(&mut buffer, from) {
-                    Ok(count) => assert_eq!(count as u64, expected),
+                    Ok(count) => {
+                        assert_eq!(count as u64, expected);
+                        if count > 0 && (sound || matches!(check, Check::Parts { .. })) {
+                            let from = from as usize;
+                            assert!(
+                                buffer[..count] == of.content[from..from + count],
+                                "wrong data"
+                            );
+                        }
+                    }
                     Err(error) => {
-                        let known = matches!(
-                            error.kind(),
-                            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
-                        );
-                        assert!(known && expected > 0, "{error:?}");
+                        let known = error.kind() == io::ErrorKind::InvalidData;
+                        assert!(known && !sound && expected > 0, "{error:?}");
                     }
                 }
             }
@@ -274,18 +287,25 @@ impl Frames {
 fn in_frames(content: &[u8], frame: usize, choices: &mut Choices<'_>) -> Vec<u8> {
     let mut bytes = vec![0; FRAMES_HEADER];
     bytes[..8].copy_from_slice(b"plyframe");
-    bytes[8] = 1;
+    bytes[8] = 2;
     put(&mut bytes, 40, content.len() as u64);
     put_word(&mut bytes, 48, frame as u64);
     short_sum(&mut bytes);
     let mut body = Vec::new();
-    for part in content.chunks(frame) {
+    for (number, part) in content.chunks(frame).enumerate() {
         let compressed = zstd::encode_all(part, 1).unwrap();
         let (stored, plain) = match compressed.len() > part.len() || choices.once_in(3) {
             true => (part, 1 << 31),
             false => (&*compressed, 0),
         };
         bytes.extend((stored.len() as u32 | plain).to_le_bytes());
+        bytes.extend(match part.len() == content.len() {
+            true => *blake3::hash(part).as_bytes(),
+            false => blake3::Hasher::new()
+                .set_input_offset((number * frame) as u64)
+                .update(part)
+                .finalize_non_root(),
+        });
         body.extend_from_slice(stored);
     }
     let sum = blake3::hash(&bytes);
@@ -300,12 +320,12 @@ fn in_frames(content: &[u8], frame: usize, choices: &mut Choices<'_>) -> Vec<u8>
 fn forge_frames(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) {
     let size = u64::from_le_bytes(bytes[40..48].try_into().unwrap());
     let count = size.div_ceil(u64::from(word(bytes, 48))) as usize;
-    let table_end = FRAMES_HEADER + 4 * count;
+    let table_end = FRAMES_HEADER + ENTRY * count;
     let body = table_end + 32;
     for _ in 0..1 + choices.below(3) {
-        let entry = FRAMES_HEADER + 4 * choices.below(count);
+        let entry = FRAMES_HEADER + ENTRY * choices.below(count);
         let value = choices.number();
-        match choices.below(8) {
+        match choices.below(10) {
             // The header: version, features, sizes.
             0 => put(bytes, choices.one_of(&[8, 16, 24, 32, 40]), value),
             1 => put_word(bytes, choices.one_of(&[48, 52]), value),
@@ -319,15 +339,21 @@ fn forge_frames(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) {
             4 => bytes[entry + 3] ^= 0x80,
             5 => {
                 // Frames that are cut elsewhere, of as many bytes in all.
-                let other = FRAMES_HEADER + 4 * choices.below(count);
+                let other = FRAMES_HEADER + ENTRY * choices.below(count);
                 let by = choices.below(1000) as u32;
                 let more = word(bytes, entry).wrapping_add(by);
                 put_word(bytes, entry, u64::from(more));
                 let fewer = word(bytes, other).wrapping_sub(by);
                 put_word(bytes, other, u64::from(fewer));
             }
+            // The values of frames.
+            6 => bytes[entry + 4 + choices.below(32)] ^= choices.byte(),
+            7 => {
+                let other = FRAMES_HEADER + ENTRY * choices.below(count);
+                bytes.copy_within(other + 4..other + ENTRY, entry + 4);
+            }
             // The frames.
-            6 => {
+            8 => {
                 let at = body + choices.below(bytes.len() - body);
                 bytes[at] = choices.byte();
             }
@@ -345,7 +371,7 @@ fn forge_frames(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) {
     bytes[table_end..body].copy_from_slice(sum.as_bytes());
     if choices.once_in(3) {
         // So that the table is right about the bytes of the file.
-        let entries = (FRAMES_HEADER..table_end).step_by(4);
+        let entries = (FRAMES_HEADER..table_end).step_by(ENTRY);
         let all = body + entries.map(|at| stored(bytes, at)).sum::<usize>();
         if all < bytes.len() + (1 << 20) {
             bytes.resize(all + usize::from(all as u64 == size), 0);

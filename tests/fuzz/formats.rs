@@ -35,7 +35,7 @@ impl Told for Faults {
         self.0
             .lock()
             .unwrap()
-            .push(format!("{layer} {path:?} {error}"));
+            .push(format!("{layer:?} {path:?} {error}"));
     }
 
     fn sum(&self, _layers: u64, _total: u64, _objects: u64, _bytes: u64) {}

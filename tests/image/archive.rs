@@ -6,6 +6,15 @@ use sha2::{Digest, Sha256};
 
 pub const TIME: u64 = 1_600_000_000;
 
+/// What no compression makes smaller, always the same.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut content = vec![0; length];
+    let mut hash = blake3::Hasher::new();
+    hash.update(&seed.to_le_bytes());
+    hash.finalize_xof().fill(&mut content);
+    content
+}
+
 /// A layer's tar.
 #[derive(Clone, Default)]
 pub struct Layer {

@@ -10,18 +10,6 @@ use serde_json::Value;
 use super::archive::*;
 use super::common::{Done, PLYD, Plyd};
 
-/// Bytes that no compression makes fewer.
-fn noise(seed: u64, bytes: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.flatten().take(bytes).collect()
-}
-
 fn load(plyd: &Plyd, image: &[u8]) {
     let loaded = plyd.piped(["image", "load", "-q"], image);
     assert_eq!(loaded.code, 0, "{}", loaded.stderr);
@@ -110,7 +98,7 @@ fn what_everything_takes_adds_up_to_what_du_says() {
     assert!((200..250).contains(&bytes(work, "unique")), "{work}");
     // Nothing comes free of an image that a snapshot stands on.
     assert_eq!(user(&active, "image", "first")["unique"], 0);
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
     // Not by the helper, which sees to it that nobody reads the layer in a way that moves its access times, as du does.
     let commit = plyd.piped(["snapshot", "commit", "work", "done"], b"");
     assert_eq!(commit.code, 0, "{}", commit.stderr);
@@ -285,6 +273,48 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
     // The mount is older than all of this, and has read nothing of the two yet.
     assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
     assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
+    plyd.umount(&mnt);
+}
+
+/// A repair once removed such a pack after a restart, with all that could still be read of it.
+#[test]
+fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image());
+    type At = fn(u64) -> u64;
+    let places: [At; 2] = [|_| 3, |length| length - 50];
+    for at in places {
+        for restart in [false, true] {
+            let pack = stored(&plyd, "packs").remove(0);
+            flip(&pack, at(fs::metadata(&pack).unwrap().len()));
+            if restart {
+                plyd.signal(nix::sys::signal::Signal::SIGTERM);
+                plyd.launch();
+            }
+            let verified = plyd.snapctl(["system", "verify", "--deep"]);
+            assert_eq!(verified.code, 1);
+            let told = format!("{} is damaged: ", pack.display());
+            assert!(
+                verified.stdout.starts_with(&told) && verified.stdout.contains(" 1 damaged"),
+                "{}",
+                verified.stdout
+            );
+            plyd.ok(["system", "gc"]);
+            let mended = plyd.ok(["system", "repair"]);
+            let told = format!("the damaged pack {} was removed", pack.display());
+            assert!(
+                mended.starts_with(&told) && mended.contains("1 mended, 0 left"),
+                "{mended}"
+            );
+            assert!(!pack.exists());
+            plyd.ok(["system", "verify", "--deep"]);
+        }
+    }
+    plyd.ok(["snapshot", "view", "look", "whole"]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
     plyd.ok(["umount", mnt.to_str().unwrap()]);
 }
 
@@ -343,7 +373,7 @@ fn a_mount_reads_what_it_could_not_read_before() {
     assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
     assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
     assert_eq!(damaged(), 0);
-    plyd.ok(["umount", mnt.to_str().unwrap()]);
+    plyd.umount(&mnt);
 }
 
 #[test]
@@ -360,7 +390,7 @@ fn when_contents_are_verified_is_a_setting_of_plyd() {
         assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
         flip(&stored(&plyd, "objects")[0], 5000);
         assert_eq!(fs::read(mnt.join("large")).is_err(), seen, "{when}");
-        plyd.ok(["umount", mnt.to_str().unwrap()]);
+        plyd.umount(&mnt);
     }
 }
 
@@ -408,5 +438,64 @@ fn loading_an_image_again_heals_it() {
         "docker.io/library/whole:latest"
     );
     load(&plyd, &image);
+    assert_eq!(plyd.snapctl(["system", "repair"]).code, 0);
+}
+
+#[test]
+fn who_meets_damage_is_told_what_names_and_mends_it() {
+    let plyd = Plyd::start();
+    let layer = Layer::new()
+        .dir("etc", 0o755)
+        .file("etc/passwd", 0o644, &noise(1, 40 << 10));
+    load(&plyd, &archive("whole", &[Blob::gzip(layer)]));
+    flip(&stored(&plyd, "packs")[0], 5000);
+    let run = plyd.snapctl(["run", "--rm", "whole", "/bin/true"]);
+    assert_eq!(run.code, 125);
+    for words in [
+        "user \"root\"",
+        "`snapctl system verify`",
+        "`snapctl system repair`",
+    ] {
+        assert!(run.stderr.contains(words), "{words}: {}", run.stderr);
+    }
+    assert_eq!(plyd.ok(["ps", "-aq"]), "");
+}
+
+/// The advice was to remove the snapshot, which is refused as long as others build on it.
+#[test]
+fn what_cannot_be_mended_is_removed_with_what_builds_on_it() {
+    let plyd = Plyd::start();
+    for (key, parent, kib) in [("first", None, 40), ("second", Some("first"), 20)] {
+        plyd.ok(["snapshot", "prepare", "work"].into_iter().chain(parent));
+        let mounts = plyd.json(["snapshot", "mounts", "work", "--json"]);
+        let root = Path::new(mounts[0]["source"].as_str().unwrap());
+        fs::write(root.join(key), noise(kib, (kib << 10) as usize)).unwrap();
+        // Not by the helper, which sees to it that nothing committed changes.
+        let commit = plyd.piped(["snapshot", "commit", "work", key], b"");
+        assert_eq!(commit.code, 0, "{}", commit.stderr);
+    }
+    plyd.ok(["snapshot", "prepare", "third", "second"]);
+    plyd.ok(["snapshot", "view", "aside", "first"]);
+    let advice = || {
+        let left = plyd.snapctl(["system", "repair", "--json"]);
+        assert_eq!(left.code, 1, "{}", left.stderr);
+        let left: Value = serde_json::from_str(&left.stdout).unwrap();
+        left["left"][0]["advice"].as_str().unwrap().to_owned()
+    };
+    flip(&stored(&plyd, "packs")[0], 5000);
+    let told = advice();
+    assert!(
+        told.contains("remove them in this order: aside, third, second, then"),
+        "{told}"
+    );
+    for key in ["aside", "third", "second"] {
+        plyd.ok(["snapshot", "rm", key]);
+    }
+    let told = advice();
+    assert!(
+        told.ends_with("remove the snapshot and make it again"),
+        "{told}"
+    );
+    plyd.ok(["snapshot", "rm", "first"]);
     assert_eq!(plyd.snapctl(["system", "repair"]).code, 0);
 }

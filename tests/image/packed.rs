@@ -9,7 +9,7 @@ use std::process::Command;
 use plywood::snapshotter::{ChangeKind, Owner, ParentRef};
 
 use super::archive::*;
-use super::common::Plyd;
+use super::common::{Plyd, unmount};
 use super::store::{Store, names};
 
 fn below() -> Layer {
@@ -167,7 +167,7 @@ fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree(
     plyd.ok(["snapshot", "view", "look", chain]);
     plyd.ok(["mount", "look", dir]);
     let view = seen(&mnt);
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
 
     plyd.ok(["snapshot", "prepare", "work", chain]);
     plyd.ok(["mount", "work", dir]);
@@ -181,7 +181,7 @@ fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree(
     file.unwrap().write_all_at(b"changed", 1_000_000).unwrap();
     fs::set_permissions(mnt.join("turns"), fs::Permissions::from_mode(0o4750)).unwrap();
     let active = seen(&mnt);
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
 
     for (key, expected) in [("work", &active), ("look", &view)] {
         let to = at(&format!("exported-{key}"));
@@ -195,7 +195,7 @@ fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree(
         )
         .unwrap_or_else(|error| panic!("{key}: {error}: {options}"));
         let found = seen(&mnt);
-        nix::mount::umount(&mnt).unwrap();
+        unmount(&mnt);
         assert_eq!(&found, expected, "{key}: {options}");
     }
     // A commit on packed layers is one more of them.
@@ -215,7 +215,7 @@ fn kernel_overlayfs_mounts_what_is_exported_from_packed_layers_to_the_same_tree(
     for name in ["one", "two", "moved/three"] {
         assert_eq!(fs::metadata(mnt.join(name)).unwrap().nlink(), 3, "{name}");
     }
-    plyd.ok(["umount", dir]);
+    plyd.umount(dir);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use super::store::names;
 fn slow() -> Vec<u8> {
     let layer = |prefix: &str| {
         (0..4000).fold(Layer::new(), |layer, number| {
-            let content = noise(prefix.len() as u64 * 10_000 + number);
+            let content = noise(prefix.len() as u64 * 10_000 + number, 1000);
             layer.file(
                 &format!("{prefix}/{}/{number}", number % 40),
                 0o644,
@@ -23,19 +23,6 @@ fn slow() -> Vec<u8> {
         })
     };
     archive("slow", &[Blob::gzip(layer("a")), Blob::zstd(layer("bb"))])
-}
-
-/// What no compression makes smaller, always the same.
-fn noise(seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let mut next = || {
-        // Knuth's MMIX generator; the upper bits are good.
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 56) as u8
-    };
-    (0..1000).map(|_| next()).collect()
 }
 
 fn load(plyd: &Plyd) -> Child {

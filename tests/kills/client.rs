@@ -11,8 +11,9 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
-use super::archive::{Blob, Layer, archive};
+use super::archive::{Blob, Layer, archive, noise};
 use super::common::Plyd;
+use super::many::many;
 
 /// What an acknowledgement has promised, or a step that was cut off has left open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,22 +47,6 @@ impl Work {
         let own = &self.layers[1 + number % (self.layers.len() - 1)];
         archive(name, &[self.layers[0].clone(), own.clone(), mark])
     }
-}
-
-fn many(dir: &str, count: u64, seed: u64) -> Layer {
-    (0..count).fold(Layer::new().dir(dir, 0o755), |layer, number| {
-        let content = noise(seed << 32 | number, 100 + 29 * number as usize);
-        layer.file(&format!("{dir}/{number}"), 0o644, &content)
-    })
-}
-
-/// What no compression makes smaller, always the same.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut content = vec![0; length];
-    let mut hash = blake3::Hasher::new();
-    hash.update(&seed.to_le_bytes());
-    hash.finalize_xof().fill(&mut content);
-    content
 }
 
 /// A client whose names are its own.

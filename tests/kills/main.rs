@@ -19,6 +19,8 @@ mod archive;
 mod client;
 #[path = "../cli/common.rs"]
 mod common;
+#[path = "../common/many.rs"]
+mod many;
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;

@@ -1,6 +1,10 @@
 //! Runs operations on the union itself, without a mount: does for it what the kernel's VFS does for
 //! a mounted file system, path walks and the checks that no file system sees included.
 
+mod facts;
+mod files;
+mod names;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -173,94 +177,6 @@ impl Direct {
 
     // Operations.
 
-    fn slot(&self, slot: usize) -> &Opened {
-        self.slots[slot]
-            .as_ref()
-            .expect("the model has seen to it that the slot is open")
-    }
-
-    fn close(&mut self, slot: usize) {
-        if let Some(opened) = self.slots[slot].take() {
-            if let Some(handle) = opened.handle {
-                self.union().release(opened.node, handle);
-            }
-            self.union().forget(opened.node, 1);
-        }
-    }
-
-    fn open(
-        &mut self,
-        slot: usize,
-        path: &[String],
-        flags: OpenFlags,
-        mode: u32,
-    ) -> Result<Outcome> {
-        let follow = !(flags.no_follow || flags.create && flags.exclusive);
-        let place = self.resolve(path, follow)?;
-        let (node, handle) = match place.found {
-            None if !flags.create => return Err(Errno(libc::ENOENT)),
-            None => {
-                let name = place.name.as_ref().ok_or(Errno(libc::EISDIR))?;
-                let name = OsStr::new(name);
-                let (entry, handle) =
-                    self.union()
-                        .create(place.parent, name, mode, flags.bits(), &CALLER)?;
-                (self.take(&entry).0, Some(handle))
-            }
-            Some(_) if flags.create && flags.exclusive => return Err(Errno(libc::EEXIST)),
-            Some((node, attr)) => match attr.kind {
-                FileKind::Symlink => return Err(Errno(libc::ELOOP)),
-                FileKind::Directory if flags.create || flags.access != Access::Read => {
-                    return Err(Errno(libc::EISDIR));
-                }
-                FileKind::Directory => (node, None),
-                _ => {
-                    let bits = flags.bits() & !(libc::O_CREAT | libc::O_EXCL);
-                    (node, Some(self.union().open_file(node, bits, &CALLER)?))
-                }
-            },
-        };
-        // An open file keeps its node: one of the lookups stays.
-        if let Some(at) = self.looked_up.iter().position(|held| *held == node) {
-            self.looked_up.remove(at);
-        } else {
-            assert_eq!(node, NodeId::ROOT, "every other node was looked up");
-        }
-        self.slots[slot] = Some(Opened {
-            node,
-            handle,
-            flags,
-        });
-        Ok(Outcome::Done)
-    }
-
-    fn readable(&self, slot: usize) -> Result<&Opened> {
-        match self.slot(slot) {
-            opened if opened.flags.access == Access::Write => Err(Errno(libc::EBADF)),
-            opened => Ok(opened),
-        }
-    }
-
-    fn writable(&self, slot: usize, errno: i32) -> Result<&Opened> {
-        match self.slot(slot) {
-            opened if opened.flags.access == Access::Read => Err(Errno(errno)),
-            opened => Ok(opened),
-        }
-    }
-
-    fn read(
-        &self,
-        node: NodeId,
-        handle: Option<&FileHandle>,
-        offset: u64,
-        len: usize,
-    ) -> Result<Vec<u8>> {
-        let mut buf = vec![0; len];
-        let got = self.union().read(node, handle, offset, &mut buf)?;
-        buf.truncate(got);
-        Ok(buf)
-    }
-
     fn set(&self, node: NodeId, handle: Option<&FileHandle>, set: SetAttr) -> Result<Outcome> {
         self.union().setattr(node, handle, &set, &CALLER)?;
         Ok(Outcome::Done)
@@ -427,131 +343,6 @@ impl Direct {
         Ok(Outcome::Done)
     }
 
-    fn copy_range(
-        &self,
-        from: usize,
-        from_offset: u64,
-        to: usize,
-        to_offset: u64,
-        len: u64,
-    ) -> Result<Outcome> {
-        if self.slot(from).handle.is_none() || self.slot(to).handle.is_none() {
-            return Err(Errno(libc::EISDIR));
-        }
-        let (input, output) = (self.readable(from)?, self.writable(to, libc::EBADF)?);
-        if output.flags.append {
-            return Err(Errno(libc::EBADF));
-        }
-        let mut done = 0;
-        while done < len {
-            let some = self.union().copy_file_range(
-                input.node,
-                input.handle.as_deref(),
-                from_offset + done,
-                output.node,
-                output.handle.as_deref(),
-                to_offset + done,
-                len - done,
-                &CALLER,
-            )?;
-            if some == 0 {
-                break;
-            }
-            done += some as u64;
-        }
-        Ok(Outcome::Count(done))
-    }
-
-    fn make(&mut self, op: &Op) -> Result<Entry> {
-        if let Op::Link { from, to } = op {
-            let (node, attr) = self.resolve(from, false)?.existing()?;
-            let place = self.resolve(to, false)?;
-            let (parent, name) = place.vacant()?;
-            if attr.kind == FileKind::Directory {
-                return Err(Errno(libc::EPERM));
-            }
-            return Ok(self.union().link(node, parent, name)?);
-        }
-        let (Op::Mkdir { path, .. } | Op::Mknod { path, .. } | Op::Symlink { path, .. }) = op
-        else {
-            unreachable!("only these are made");
-        };
-        let place = self.resolve(path, false)?;
-        let (parent, name) = place.vacant()?;
-        Ok(match op {
-            Op::Mkdir { mode, .. } => self.union().mkdir(parent, name, *mode & 0o1777, &CALLER)?,
-            Op::Symlink { target, .. } => {
-                self.union()
-                    .symlink(parent, name, OsStr::new(target), &CALLER)?
-            }
-            Op::Mknod {
-                kind, mode, rdev, ..
-            } => {
-                let format = match kind {
-                    Kind::CharDev => libc::S_IFCHR,
-                    Kind::BlockDev => libc::S_IFBLK,
-                    Kind::Socket => libc::S_IFSOCK,
-                    _ => libc::S_IFIFO,
-                };
-                self.union()
-                    .mknod(parent, name, format | mode, *rdev, &CALLER)?
-            }
-            _ => unreachable!("only these are made"),
-        })
-    }
-
-    /// The kernel's checks in the kernel's order, and then the union's.
-    fn rename(&mut self, from: &Path, to: &Path, how: How) -> Result<Outcome> {
-        // The kernel lets one rename between directories into a file system at a time.
-        let _alone = RENAMES.lock().unwrap_or_else(PoisonError::into_inner);
-        let source = self.resolve(from, false)?;
-        // What lies on the way to the target, to see whether it would move into itself.
-        let mut way = vec![NodeId::ROOT];
-        let target = self.walk(&mut way, to, false, &mut MAX_SYMLINKS.clone())?;
-        let mut source_way = vec![NodeId::ROOT];
-        self.walk(&mut source_way, from, false, &mut MAX_SYMLINKS.clone())?;
-        let (source_name, target_name) = (source.name()?, target.name()?);
-        let (old, old_attr) = source.existing()?;
-        let mode = match (how, target.found) {
-            (How::NoReplace, Some(_)) => return Err(Errno(libc::EEXIST)),
-            (How::Exchange, None) => return Err(Errno(libc::ENOENT)),
-            (How::Replace, _) => RenameMode::Replace,
-            (How::NoReplace, None) => RenameMode::NoReplace,
-            (How::Exchange, Some(_)) => RenameMode::Exchange,
-        };
-        let is_dir = |attr: &Attr| attr.kind == FileKind::Directory;
-        let target_dir = target
-            .found
-            .filter(|(_, attr)| is_dir(attr))
-            .map(|(node, _)| node);
-        way.retain(|node| Some(*node) != target_dir);
-        source_way.retain(|node| *node != old);
-        if is_dir(&old_attr) && way.contains(&old) {
-            return Err(Errno(libc::EINVAL));
-        }
-        if target_dir.is_some_and(|node| source_way.contains(&node)) {
-            return Err(Errno(if how == How::Exchange {
-                libc::EINVAL
-            } else {
-                libc::ENOTEMPTY
-            }));
-        }
-        if let Some((new, new_attr)) = target.found {
-            if new == old {
-                return Ok(Outcome::Done);
-            }
-            match (is_dir(&old_attr), is_dir(&new_attr)) {
-                _ if how == How::Exchange => {}
-                (true, false) => return Err(Errno(libc::ENOTDIR)),
-                (false, true) => return Err(Errno(libc::EISDIR)),
-                _ => {}
-            }
-        }
-        self.union()
-            .rename(source.parent, source_name, target.parent, target_name, mode)?;
-        Ok(Outcome::Done)
-    }
-
     fn change(&mut self, op: &Op) -> Result<Outcome> {
         let (path, follow) = match op {
             Op::Chmod { path, .. } => (path, true),
@@ -625,70 +416,6 @@ impl Direct {
     }
 
     // Reading.
-
-    fn content(&self, node: NodeId, attr: Attr) -> Result<Vec<u8>> {
-        let handle = self.union().open_file(node, libc::O_RDONLY, &CALLER)?;
-        // One byte more than there should be, to see what lies behind the end.
-        let data = self.read(
-            node,
-            Some(&handle),
-            0,
-            usize::try_from(attr.size).unwrap() + 1,
-        );
-        self.union().release(node, handle);
-        data
-    }
-
-    fn list(&self, node: NodeId) -> Result<BTreeMap<String, (Kind, u64)>> {
-        let handle = self.union().open_dir(node)?;
-        let mut found = BTreeMap::new();
-        let mut offset = 0;
-        loop {
-            // Seven entries at a time, so that reading goes on from an offset.
-            let mut left = 7;
-            self.union().read_dir(node, &handle, offset, &mut |entry| {
-                if left == 0 {
-                    return false;
-                }
-                left -= 1;
-                offset = entry.next_offset;
-                let name = entry.name.to_string_lossy().into_owned();
-                if name != "." && name != ".." {
-                    let again = found.insert(name.clone(), (kind_of(entry.kind), entry.ino));
-                    assert!(again.is_none(), "{name} is listed twice");
-                }
-                true
-            })?;
-            if left == 7 {
-                return Ok(found);
-            }
-        }
-    }
-
-    fn xattrs(&self, node: NodeId) -> Result<BTreeMap<String, Vec<u8>>> {
-        let mut found = BTreeMap::new();
-        for name in self.union().listxattr(node)? {
-            let value = self.union().getxattr(node, &name)?;
-            found.insert(name.to_string_lossy().into_owned(), value);
-        }
-        found.remove("security.selinux");
-        Ok(found)
-    }
-
-    fn item(&self, node: NodeId) -> Result<Item> {
-        let attr = self.union().getattr(node, None)?;
-        let data = match attr.kind {
-            FileKind::Regular => self.content(node, attr)?,
-            FileKind::Symlink => self.union().readlink(node)?.into_encoded_bytes(),
-            _ => Vec::new(),
-        };
-        Ok(Item {
-            facts: facts(&attr),
-            data,
-            xattrs: self.xattrs(node)?,
-            ino: attr.ino,
-        })
-    }
 }
 
 impl Drop for Direct {

@@ -430,13 +430,11 @@ fn object(foreign: bool) -> impl Strategy<Value = (Object, Meta)> {
             prop::sample::select(&[Whiteout::Device, Whiteout::Xattr, Whiteout::Name][..]).boxed()
         }
     };
-    let special =
-        prop::sample::select(&[(Kind::Fifo, 0), (Kind::Socket, 0), (Kind::CharDev, 0x103)][..]);
     prop_oneof![
         4 => (opaque, meta(ops::dir_mode())).prop_map(|(opaque, meta)| (Object::Dir(opaque), meta)),
         5 => (ops::fill(), meta(ops::file_mode())).prop_map(|(fill, meta)| (Object::File(fill), meta)),
         1 => (ops::target(), meta(ops::file_mode())).prop_map(|(target, meta)| (Object::Symlink(target), meta)),
-        1 => (special, meta(ops::file_mode()))
+        1 => (ops::special_in_layer(), meta(ops::file_mode()))
             .prop_map(|((kind, rdev), meta)| (Object::Special(kind, rdev), meta)),
         2 => ops::path().prop_map(|to| (Object::Link(to), Meta::plain(0o644))),
         2 => whiteout.prop_map(|whiteout| (Object::Whiteout(whiteout), Meta::plain(0))),

@@ -249,6 +249,40 @@ fn attributes_of_a_tree_change_without_its_data() {
 }
 
 #[test]
+fn a_change_of_a_lower_file_is_none_of_its_directory() {
+    let layers = Layers::new(1);
+    for name in ["a", "b", "c"] {
+        Layers::write(&layers.lower(0).join("d").join(name), "text");
+    }
+    layers.seal();
+    let mount = Mount::new(&layers, "");
+    let dir = mount.join("d");
+    let times = || {
+        let stat = fs::metadata(&dir).unwrap();
+        (
+            (stat.mtime(), stat.mtime_nsec()),
+            (stat.ctime(), stat.ctime_nsec()),
+        )
+    };
+    // Comes with a copy of the directory itself.
+    chown(dir.join("a"), Some(12), None).unwrap();
+    let before = times();
+    chown(dir.join("b"), Some(12), None).unwrap();
+    set(&dir.join("c"), "user.new", b"v").unwrap();
+    assert_eq!(times(), before);
+    // A host's clock may stand still for so long.
+    let tick = || std::thread::sleep(std::time::Duration::from_millis(20));
+    tick();
+    fs::remove_file(dir.join("b")).unwrap();
+    let (mtime, ctime) = times();
+    assert!(mtime > before.0 && ctime > before.1);
+    tick();
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o711)).unwrap();
+    assert_eq!(times().0, mtime);
+    assert!(times().1 > ctime);
+}
+
+#[test]
 fn the_unions_own_marks_do_not_show() {
     let layers = Layers::new(1);
     Layers::write(&layers.lower(0).join("d/f"), "x");

@@ -83,7 +83,7 @@ fn open(mount: &Mount, flags: i32) -> File {
 
 /// How to open a file whose every answered write has reached the server: what the kernel gathers is nobody's promise.
 fn to_the_server() -> i32 {
-    match Mode::of_run().options_before("").contains("writeback") {
+    match Mode::of_run().gathers() {
         true => libc::O_SYNC,
         false => 0,
     }
@@ -253,7 +253,7 @@ fn without_space_a_file_stays_incomplete_and_whole() {
     };
     let seen = fs::read(mount.join("f")).unwrap();
     // What a kernel has gathered it shows, also what it could not write down.
-    let gathers = to_the_server() != 0;
+    let gathers = Mode::of_run().gathers();
     if !gathers {
         settle(&mut expected, &seen);
         assert!(seen == expected);
@@ -276,7 +276,7 @@ fn without_space_a_file_stays_incomplete_and_whole() {
 fn a_file_that_cannot_fit_is_refused_when_it_is_opened() {
     const SIZE: u64 = 8 * MIB;
     let place = Place::new("4m", |file| file.write_all_at(&pattern(SIZE), 0).unwrap());
-    let mount = place.mount("complete=off");
+    let mount = place.mount("no_writeback,complete=off");
     for flags in [0, libc::O_APPEND] {
         let opened = File::options()
             .write(true)

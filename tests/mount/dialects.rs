@@ -7,6 +7,7 @@ use std::path::Path;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use rustix::fs::XattrFlags;
 
+use crate::common::mode;
 use crate::common::{Layers, Mount};
 
 fn set(path: &Path, name: &str, value: &[u8]) {
@@ -90,15 +91,20 @@ fn what_is_written_is_overlayfs() {
     fs::remove_dir_all(mount.join("dir")).unwrap();
     fs::create_dir(mount.join("dir")).unwrap();
     mount.unmount();
-    let mark = fs::symlink_metadata(layers.upper().join("file")).unwrap();
-    assert!(mark.file_type().is_char_device());
-    assert_eq!(mark.rdev(), 0);
-    let mut value = [0; 8];
-    let length = rustix::fs::lgetxattr(
-        layers.upper().join("dir"),
-        "trusted.overlay.opaque",
-        &mut value,
-    )
-    .unwrap();
-    assert_eq!(&value[..length], b"y");
+    let (upper, file) = (layers.upper(), layers.upper().join("file"));
+    let get = |path: &Path, name: &str| {
+        let mut value = [0; 8];
+        let length = rustix::fs::lgetxattr(path, name, &mut value).unwrap();
+        value[..length].to_vec()
+    };
+    let mark = fs::symlink_metadata(&file).unwrap();
+    if mode::Mode::of_run().makes_devices() {
+        assert!(mark.file_type().is_char_device());
+        assert_eq!(mark.rdev(), 0);
+    } else {
+        assert!(mark.is_file() && mark.len() == 0);
+        assert_eq!(get(&file, "trusted.overlay.whiteout"), b"y");
+        assert_eq!(get(&upper, "trusted.overlay.opaque"), b"x");
+    }
+    assert_eq!(get(&upper.join("dir"), "trusted.overlay.opaque"), b"y");
 }

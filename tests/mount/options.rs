@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -410,4 +410,90 @@ fn the_probe_names_every_feature_and_says_why_not() {
         assert_eq!(feature["in_use"].as_bool().unwrap(), row[3] == "yes");
         assert_eq!(feature["reason"].is_null(), row[3] == "yes", "{feature}");
     }
+}
+
+/// A mount by the kernel alone.
+struct Kernel(PathBuf);
+
+impl Kernel {
+    fn overlay(target: &Path, options: &str) -> Self {
+        let kind = Some("overlay");
+        mount(kind, target, kind, MsFlags::empty(), Some(options)).unwrap();
+        Self(target.to_owned())
+    }
+
+    fn bind(source: &Path, target: &Path) -> Self {
+        let none: Option<&str> = None;
+        mount(Some(source), target, none, MsFlags::MS_BIND, none).unwrap();
+        Self(target.to_owned())
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Kernel overlayfs marks what it has never synced, and no later version may use what a feature has changed that it
+/// does not know.
+#[test]
+fn marks_of_others_in_the_work_directory_are_honoured() {
+    let layers = Layers::new(1);
+    let (options, target) = (layers.options(), layers.mnt());
+    let volatile = format!("{options},volatile");
+    let kernel = Kernel::overlay(&target, &volatile);
+    fs::write(target.join("new"), "never synced").unwrap();
+    drop(kernel);
+    let mark = layers.path("work/work/incompat/volatile");
+    for _ in 0..2 {
+        refused(&options, &target, 1, "by kernel overlayfs with `volatile`");
+        assert!(mark.join("dirty").exists());
+        let mount = Mount::new(&layers, "volatile");
+        let read = fs::read(mount.join("new")).unwrap();
+        assert_eq!(read, b"never synced");
+        mount.unmount();
+        assert!(mark.join("dirty").exists());
+    }
+    fs::remove_dir_all(&mark).unwrap();
+    // What is said of plyfs's own: podman mounts so, and again after a crash.
+    Mount::new(&layers, "volatile").unmount();
+    Mount::new(&layers, "").unmount();
+
+    let inside = layers.path("work/work/incompat/unheard-of/inside");
+    fs::create_dir_all(&inside).unwrap();
+    for options in [&options, &volatile] {
+        refused(options, &target, 1, "needs the feature `unheard-of`");
+        assert!(inside.exists());
+    }
+}
+
+#[test]
+fn what_kernel_overlayfs_writes_to_is_in_use() {
+    let layers = Layers::new(1);
+    for name in ["kernel", "upper2", "work2", "bound", "a space"] {
+        fs::create_dir(layers.path(name)).unwrap();
+    }
+    let shown = |name: &str| layers.path(name).to_str().unwrap().to_owned();
+    let _bound = Kernel::bind(&layers.upper(), &layers.path("bound"));
+    let options = |upper: &str, work: &str| {
+        let lower = layers.lower_options();
+        format!("{lower},upperdir={},workdir={}", shown(upper), shown(work))
+    };
+    for (theirs, ours, used) in [
+        (("upper", "work"), ("upper", "work"), "upper"),
+        (("upper", "work"), ("upper", "work2"), "upper"),
+        (("upper", "work"), ("bound", "work2"), "bound"),
+        (("upper", "work"), ("upper2", "work"), "work"),
+        (("a space", "work"), ("a space", "work2"), "a space"),
+    ] {
+        let kernel = Kernel::overlay(&layers.path("kernel"), &options(theirs.0, theirs.1));
+        let scratch = layers.path("work/work/in-use");
+        fs::write(&scratch, "").unwrap();
+        let message = format!("directory {} is in use by another", shown(used));
+        refused(&options(ours.0, ours.1), &layers.mnt(), 1, &message);
+        assert!(scratch.exists());
+        drop(kernel);
+    }
+    Mount::new(&layers, "").unmount();
 }

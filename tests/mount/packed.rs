@@ -33,9 +33,14 @@ struct Packed {
 
 impl Packed {
     fn new(files: &[&str]) -> Self {
+        Self::keeping(true, files)
+    }
+
+    /// Whose large contents are kept as they are if they are to be `plain`, else in frames.
+    fn keeping(plain: bool, files: &[&str]) -> Self {
         let layers = Layers::new(0);
         let settings = Settings {
-            plain: true,
+            plain,
             ..Settings::default()
         };
         let (store, _) = Store::open(&layers.path("store"), settings).unwrap();
@@ -122,6 +127,76 @@ fn damage_is_seen_when_the_option_says() {
         assert!(read(&mount, "small").unwrap() == Packed::content("small"));
         mount.unmount();
     }
+}
+
+/// Once the whole of a large content was read and compared before any of it was handed out, and one bad byte took all of it.
+#[test]
+fn damage_to_a_part_of_a_large_content_is_an_error_there_until_it_is_mended() {
+    const FRAME: u64 = 128 << 10;
+    for when in ["first", "always"] {
+        let packed = Packed::keeping(false, &["large"]);
+        let object = packed.object("large");
+        let sound = fs::read(&object).unwrap();
+        let mut bad = sound.clone();
+        // In its last frame.
+        let at = bad.len() - 1000;
+        bad[at] ^= 0x55;
+        fs::write(&object, &bad).unwrap();
+        let mount = packed.mount(&format!("verify={when}"));
+        let file = File::open(mount.join("large")).unwrap();
+        let content = Packed::content("large");
+        let read = |offset: u64| {
+            posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+            let mut part = vec![0; 5000];
+            file.read_exact_at(&mut part, offset)?;
+            assert!(
+                part == content[offset as usize..][..5000],
+                "{when}: {offset}"
+            );
+            Ok::<_, std::io::Error>(())
+        };
+        let last = LARGE as u64 - FRAME;
+        for offset in [0, FRAME - 2500, last - 5000] {
+            read(offset).unwrap();
+        }
+        for offset in [last, last - 2500, LARGE as u64 - 5000] {
+            assert_eq!(errno(read(offset)), libc::EIO, "{when}: {offset}");
+        }
+        read(0).unwrap();
+        // As a repair does it. Who has the file open need not open it again.
+        let new = packed.layers.path("new");
+        fs::write(&new, &sound).unwrap();
+        fs::rename(&new, &object).unwrap();
+        for offset in [last, last - 2500, LARGE as u64 - 5000] {
+            read(offset).unwrap();
+        }
+        drop(file);
+        mount.unmount();
+    }
+}
+
+#[test]
+fn a_change_of_a_large_content_reads_the_part_that_it_changes() {
+    let packed = Packed::keeping(false, &["large"]);
+    let object = packed.object("large");
+    let mut bytes = fs::read(&object).unwrap();
+    // Everything but what comes before the frames, and the last ones.
+    let (from, to) = (1000, bytes.len() - bytes.len() / 4);
+    bytes[from..to].fill(0);
+    fs::write(&object, &bytes).unwrap();
+    // A chunk is copied up at a time.
+    let mount = packed.mount("copy_whole=64K,complete=off");
+    let writer = File::options().append(true).open(mount.join("large"));
+    std::io::Write::write_all(&mut writer.unwrap(), b"more").unwrap();
+    let mut expected = Packed::content("large");
+    expected.extend_from_slice(b"more");
+    let file = File::open(mount.join("large")).unwrap();
+    let mut last = vec![0; 10_004];
+    file.read_exact_at(&mut last, (LARGE - 10_000) as u64)
+        .unwrap();
+    assert!(last == expected[LARGE - 10_000..]);
+    drop(file);
+    mount.unmount();
 }
 
 #[test]

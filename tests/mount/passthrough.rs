@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt, OpenOptionsExt, Permi
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::signal::Signal;
@@ -129,6 +130,64 @@ fn a_passed_descriptor_writes_nothing_and_changes_attributes_of_the_copy() {
     let reopened = File::options().write(true).open(again(&file));
     assert_eq!(errno(reopened), libc::ESTALE);
     assert_eq!(fs::read(mount.join("f")).unwrap(), b"old old old");
+}
+
+/// Whoever lists a directory into memory that nobody brings holds it for as long. The server tells the kernel of second
+/// numbers, which waits for that, and who wrote to any file with a reader waited with it.
+#[test]
+fn a_listing_that_does_not_end_keeps_nobody_from_writing_elsewhere() {
+    let layers = old_files(&["held/f", "free/f"]);
+    let Some(mount) = passing(&layers, "") else {
+        return;
+    };
+    let stuck = old_files(&["memory"]);
+    let stuck = Mount::new(&stuck, "");
+    let memory = writer(stuck.join("memory"));
+    memory.set_len(4096).unwrap();
+    let mut memory = mapping::shared_mut(&memory);
+    let held = File::open(mount.join("held")).unwrap();
+    let readers = ["held/f", "free/f"].map(|name| File::open(mount.join(name)).unwrap());
+    stuck.signal(Signal::SIGSTOP);
+    let stopped = Stopped(&stuck);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            mapping::list_into(&held, &mut memory);
+            ended.store(true, Ordering::Release);
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        let (tell, told) = std::sync::mpsc::channel();
+        let (told_estale, path) = (tell.clone(), again(&readers[0]));
+        // Not by its name, which would be looked up in the directory.
+        scope.spawn(move || {
+            let opened = File::options().write(true).open(path);
+            told_estale.send(("held", errno(opened)))
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        let path = mount.join("free/f");
+        scope.spawn(move || tell.send(("free", errno(fs::write(path, "new")))));
+        let mut opened = [(); 2].map(|()| told.recv_timeout(Duration::from_secs(20)));
+        // On a slow machine they may come in the other order.
+        opened.sort_unstable_by_key(|opened| opened.ok());
+        let listed = ended.load(Ordering::Acquire);
+        drop(stopped);
+        assert_eq!(opened, [Ok(("free", 0)), Ok(("held", libc::ESTALE))]);
+        assert!(!listed, "the listing has ended");
+    });
+    fs::write(mount.join("held/f"), "new").unwrap();
+    for (name, reader) in ["held/f", "free/f"].iter().zip(&readers) {
+        assert_eq!(fs::read(mount.join(name)).unwrap(), b"new");
+        assert_eq!(read(reader), b"old old old");
+    }
+}
+
+/// A mount whose server stands still until this goes.
+struct Stopped<'a>(&'a Mount);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        self.0.signal(Signal::SIGCONT);
+    }
 }
 
 #[test]

@@ -212,6 +212,45 @@ fn a_user_mounts_writes_and_unmounts() {
     });
 }
 
+/// An upper on a union, as inside of a container, where a whiteout is an attribute of a file of this user's.
+#[test]
+fn a_user_removes_where_whiteouts_cannot_be_devices() {
+    in_a_home(|home| {
+        let layers = &home.layers;
+        let at = home.tmpfs.join("host");
+        let [lower, upper, work] = ["l", "u", "w"].map(|name| home.tmpfs.join(name));
+        for dir in [&at, &lower, &upper, &work] {
+            fs::create_dir(dir).unwrap();
+        }
+        let [lower, upper, work] = [&lower, &upper, &work].map(|dir| dir.display());
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work},userxattr");
+        let kind = Some("overlay");
+        mount(kind, &at, kind, MsFlags::empty(), Some(options.as_str())).unwrap();
+        for name in ["upper", "work"] {
+            fs::create_dir(at.join(name)).unwrap();
+            chown(at.join(name), Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        let (lower, at) = (layers.lower_options(), at.display());
+        let options = format!("{lower},upperdir={at}/upper,workdir={at}/work");
+        for (script, names) in [
+            (
+                "ls; rm file; mv dir moved; mkdir file; ls",
+                "dir\nfile\nfile\nmoved\n",
+            ),
+            ("ls; rmdir file; ls", "file\nmoved\nmoved\n"),
+        ] {
+            home.mounted(&options);
+            let script = format!("cd \"$0\"; {script}");
+            let mnt = layers.mnt();
+            let output = home.run_as(NOBODY, "sh", &["-c", &script, mnt.to_str().unwrap()]);
+            let (said, errors) = (String::from_utf8(output.stdout), output.stderr);
+            assert_eq!(said.unwrap(), names, "{}", String::from_utf8_lossy(&errors));
+            home.unmounted();
+        }
+        umount2(&home.tmpfs.join("host"), MntFlags::MNT_DETACH).unwrap();
+    });
+}
+
 /// Passing files through takes a capability on the host: they are served instead.
 #[test]
 fn a_user_who_asks_for_passthrough_is_served() {

@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, UNIX_EPOCH};
+use std::thread::sleep;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use fuser::{
     BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
@@ -20,6 +21,8 @@ use fuser::{
 
 const DISK: &str = "disk.img";
 const INODE: INodeNo = INodeNo(2);
+/// How long a file system may take to end.
+const PATIENCE: Duration = Duration::from_secs(60);
 const FOREVER: Duration = Duration::from_secs(1 << 20);
 /// What a disk writes as a whole, and what is kept of it together.
 const BLOCK: u64 = 4096;
@@ -52,7 +55,7 @@ impl Recorder {
             log: Arc::clone(&log),
         };
         let mnt = dir.join("recorder");
-        std::fs::create_dir(&mnt).unwrap();
+        fs::create_dir(&mnt).unwrap();
         // One thread, so that the log has the order in which the requests came.
         let session = fuser::spawn_mount(disk, &mnt, &Config::default()).unwrap();
         Self {
@@ -74,8 +77,22 @@ impl Recorder {
 
     /// Takes the disk away and answers what it was asked.
     pub fn finish(mut self) -> Vec<Event> {
+        // What was unmounted lazily may have much to write before it lets go of the disk.
+        let deadline = Instant::now() + PATIENCE;
+        while self.is_in_use() && Instant::now() < deadline {
+            sleep(Duration::from_millis(20));
+        }
         self.session.take().unwrap().umount_and_join().unwrap();
         std::mem::take(&mut *self.log.lock().unwrap())
+    }
+
+    /// Whether there is a block device of it.
+    fn is_in_use(&self) -> bool {
+        let mut devices = fs::read_dir("/sys/block").unwrap();
+        devices.any(|device| {
+            let backing = device.unwrap().path().join("loop/backing_file");
+            fs::read_to_string(backing).is_ok_and(|path| Path::new(path.trim_end()) == self.path)
+        })
     }
 }
 

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::archive::{Blob, Layer, archive};
+use super::archive::{Blob, archive, noise};
 use super::common::Plyd;
+use super::many::many;
 
 /// Something that was acknowledged.
 pub struct Fact {
@@ -68,7 +69,7 @@ fn with_mount(plyd: &Plyd, key: &str, work: impl FnOnce(&Path)) {
     fs::create_dir_all(&dir).unwrap();
     plyd.ok(["mount", key, dir.to_str().unwrap()]);
     work(&dir);
-    plyd.ok(["umount", dir.to_str().unwrap()]);
+    plyd.umount(&dir);
 }
 
 /// Archives that share layers and contents.
@@ -99,23 +100,6 @@ impl Images {
             third: archive(THIRD, &[with_large("y")]),
         }
     }
-}
-
-/// A layer of so many small files.
-fn many(dir: &str, count: u64, seed: u64) -> Layer {
-    (0..count).fold(Layer::new().dir(dir, 0o755), |layer, number| {
-        let content = noise(seed << 32 | number, 200 + 37 * number as usize);
-        layer.file(&format!("{dir}/{number}"), 0o644, &content)
-    })
-}
-
-/// What no compression makes smaller, always the same.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut content = vec![0; length];
-    let mut hash = blake3::Hasher::new();
-    hash.update(&seed.to_le_bytes());
-    hash.finalize_xof().fill(&mut content);
-    content
 }
 
 /// Does all of it. `now` is how many events the disk has seen.

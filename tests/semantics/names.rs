@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 
 use crate::fill::Fill;
 use crate::outcome::{Outcome, expect, fails};
@@ -60,6 +61,18 @@ fn deep(fill: &Fill) {
     let mode = rustix::fs::Mode::from_raw_mode(0o644);
     let file = rustix::fs::openat(&dir, "f", flags, mode).unwrap();
     std::io::Write::write_all(&mut File::from(file), b"deep").unwrap();
+}
+
+fn deep_directory(fill: &Fill) {
+    deep(fill);
+    let mut dir = File::open(fill.lower(0)).unwrap();
+    let flags = rustix::fs::OFlags::DIRECTORY;
+    for name in std::iter::repeat_n(step(), STEPS) {
+        let next = rustix::fs::openat(&dir, &name, flags, rustix::fs::Mode::empty()).unwrap();
+        dir = File::from(next);
+    }
+    rustix::fs::mkdirat(&dir, "d", rustix::fs::Mode::from_raw_mode(0o755)).unwrap();
+    rustix::fs::renameat(&dir, "f", &dir, "d/f").unwrap();
 }
 
 fn remove_upwards() -> Outcome {
@@ -203,6 +216,52 @@ pub fn rows() -> Vec<Row> {
                 fs::remove_file("g")?;
                 remove_upwards()?;
                 lists(".", &[])
+            },
+        )
+        .unseen(),
+        row(
+            "deep_directory_moved",
+            "mv moves a lower directory whose path is longer than an attribute of the host can be.",
+            deep_directory,
+            |at| {
+                descend(&at.root(), false)?;
+                let moved = at.path("moved");
+                let status = Command::new("mv").arg("d").arg(&moved).status()?;
+                expect(status.success(), "mv fails")?;
+                lists(".", &[])?;
+                std::env::set_current_dir("/")?;
+                at.remount()?;
+                holds(moved.join("f"), "deep")
+            },
+        )
+        .unseen(),
+        row(
+            "deep_file_moved",
+            "A lower file whose path is as long is linked and renamed, and keeps its data.",
+            deep,
+            |at| {
+                descend(&at.root(), false)?;
+                fs::hard_link("f", at.path("linked"))?;
+                fs::rename("f", at.path("renamed"))?;
+                lists(".", &[])?;
+                std::env::set_current_dir("/")?;
+                at.remount()?;
+                holds(at.path("linked"), "deep")?;
+                holds(at.path("renamed"), "deep")
+            },
+        )
+        .unseen(),
+        row(
+            "deep_file_renamed",
+            "A lower file whose path is as long, and whose owner was changed, is renamed and keeps its data.",
+            deep,
+            |at| {
+                descend(&at.root(), false)?;
+                std::os::unix::fs::chown("f", Some(1), Some(1))?;
+                fs::rename("f", at.path("renamed"))?;
+                std::env::set_current_dir("/")?;
+                at.remount()?;
+                holds(at.path("renamed"), "deep")
             },
         )
         .unseen(),

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use tonic::Code;
 
 use super::client::{Snapshots, source};
-use super::common::{PATIENCE, PLYD, Plyd, mounts_below, until};
+use super::common::{PATIENCE, PLYD, Plyd, mounts_below, unmount, until};
 
 /// The plyfs processes whose command lines name `dir`.
 pub fn plyfs_of(dir: &Path) -> Vec<i32> {
@@ -41,7 +41,7 @@ fn count(dir: PathBuf) -> usize {
 }
 
 /// The names of what is in a directory, without what follows their last dot.
-fn names(dir: &Path) -> BTreeSet<String> {
+pub fn names(dir: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(dir).unwrap();
     let stem = |path: PathBuf| path.file_stem().unwrap().to_str().unwrap().to_owned();
     entries.map(|entry| stem(entry.unwrap().path())).collect()
@@ -217,6 +217,31 @@ fn a_plyfs_that_dies_before_it_answers_the_next_plyd_is_replaced() {
     assert_tidy(&plyd, &snapshots, 0);
 }
 
+/// It once was what had come to the upper until then, and only the log said that there may be more.
+#[test]
+fn usage_is_refused_when_the_plyfs_dies_before_it_has_flushed() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    fs::write(root.join("file"), "1").unwrap();
+    let [pid] = plyfs_of(plyd.dir())[..] else {
+        panic!("not one plyfs");
+    };
+    kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
+    let refused = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| snapshots.usage("a"));
+        // Time to ask that plyfs.
+        std::thread::sleep(Duration::from_secs(1));
+        kill_9(pid);
+        asked.join().unwrap().unwrap_err()
+    });
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("plyfs"), "{refused}");
+    until("it is what there is without a plyfs", || {
+        snapshots.usage("a").is_ok()
+    });
+}
+
 #[test]
 fn dead_mounts_are_cleared_by_the_next_plyd() {
     let mut plyd = Plyd::start();
@@ -269,7 +294,7 @@ fn what_lies_below_a_dead_mount_goes_but_nothing_that_is_mounted_there() {
     assert_eq!(fs::read(precious.join("file")).unwrap(), b"1");
     assert_eq!(fs::read(root.join("deep/file")).unwrap(), b"stray");
 
-    umount(&inside).unwrap();
+    unmount(&inside);
     assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
     assert_eq!(count(root), 0);
     snapshots.remove("a").unwrap();
@@ -536,100 +561,4 @@ fn a_removal_whose_plyfs_is_killed_is_done_or_can_be_repeated() {
     let view = source(&snapshots.view("look", "base").unwrap());
     assert_unpacked(&view);
     assert!(!plyd.log().contains("panicked"));
-}
-
-/// The record of the snapshot with that key.
-fn record_of(plyd: &Plyd, key: &str) -> PathBuf {
-    let quoted = format!("\"{key}\"");
-    fs::read_dir(plyd.root().join("snapshots/records"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| fs::read_to_string(path).unwrap().contains(&quoted))
-        .unwrap()
-}
-
-#[test]
-fn a_corrupt_record_is_named_and_costs_nothing_else() {
-    let mut plyd = Plyd::start();
-    let snapshots = Snapshots::of(&plyd);
-    snapshots.layer("one", "", |_| {});
-    snapshots.layer("two", "", |root| fs::write(root.join("file"), "1").unwrap());
-    plyd.signal(Signal::SIGTERM);
-    let of_one = record_of(&plyd, "one");
-    let good = fs::read(&of_one).unwrap();
-    fs::write(&of_one, &good[..good.len() - 70]).unwrap();
-
-    plyd.launch();
-    let name = of_one.file_name().unwrap().to_str().unwrap();
-    assert!(plyd.log().contains(name), "{}", plyd.log());
-    let snapshots = Snapshots::of(&plyd);
-    assert_eq!(snapshots.names(), ["two"]);
-    let view = source(&snapshots.view("v", "two").unwrap());
-    assert_eq!(fs::read(view.join("file")).unwrap(), b"1");
-    assert_eq!(names(&plyd.root().join("store/records")).len(), 2);
-
-    fs::write(&of_one, &good).unwrap();
-    plyd.signal(Signal::SIGTERM);
-    plyd.launch();
-    assert_eq!(Snapshots::of(&plyd).names(), ["one", "two", "v"]);
-}
-
-/// Its snapshot was once taken for a removed one, and whoever worked in the mount got ENOTCONN.
-#[test]
-fn a_mount_whose_record_is_corrupt_goes_on() {
-    let mut plyd = Plyd::start();
-    let root = source(&Snapshots::of(&plyd).prepare("a", "").unwrap());
-    let mut inside = fs::File::create(root.join("file")).unwrap();
-    let before = plyfs_of(plyd.dir());
-    plyd.signal(Signal::SIGTERM);
-    let record = record_of(&plyd, "a");
-    let good = fs::read(&record).unwrap();
-    fs::write(&record, &good[..good.len() / 2]).unwrap();
-
-    plyd.launch();
-    let name = record.file_name().unwrap().to_str().unwrap();
-    assert!(plyd.log().contains(name), "{}", plyd.log());
-    inside.write_all(b"written on").unwrap();
-    assert_eq!(fs::read(root.join("file")).unwrap(), b"written on");
-
-    plyd.signal(Signal::SIGTERM);
-    fs::write(&record, &good).unwrap();
-    plyd.launch();
-    let snapshots = Snapshots::of(&plyd);
-    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
-    assert_eq!(plyfs_of(plyd.dir()), before);
-    drop(inside);
-    snapshots.commit("base", "a").unwrap();
-    assert_tidy(&plyd, &snapshots, 0);
-}
-
-#[test]
-fn the_index_can_be_damaged_or_missing() {
-    let mut plyd = Plyd::start();
-    Snapshots::of(&plyd).layer("base", "", |_| {});
-    let index = plyd.root().join("index");
-    let truncated = |index: &Path, length: u64| {
-        let file = fs::File::options().write(true).open(index.join("sled/db"));
-        file.unwrap().set_len(length).unwrap();
-    };
-    let damages: [&dyn Fn(&Path); 6] = [
-        &|index| fs::remove_dir_all(index).unwrap(),
-        &|index| truncated(index, 0),
-        &|index| truncated(index, 100),
-        &|index| truncated(index, 300_000),
-        &|index| fs::write(index.join("sled/db"), [0xff; 300_000]).unwrap(),
-        &|index| fs::write(index.join("sled/conf"), "garbage").unwrap(),
-    ];
-    for damage in damages {
-        plyd.signal(Signal::SIGTERM);
-        damage(&index);
-        plyd.launch();
-        let snapshots = Snapshots::of(&plyd);
-        assert_eq!(snapshots.stat("base").unwrap().name, "base");
-        snapshots.prepare("a", "base").unwrap();
-        snapshots.remove("a").unwrap();
-    }
-    // Not of an index that is missing, nor where what is held is there all the same.
-    let told = plyd.log().matches("is unusable and is made anew").count();
-    assert!(told >= 2, "{}", plyd.log());
 }

@@ -1,7 +1,8 @@
 //! Snapshots on real mounts, through a real plyd. Needs root and /dev/fuse.
 //!
 //! - `service`: containerd's service, and what the owners of snapshots cannot do to each other.
-//! - `crash`: deaths of plyfs and plyd, and damage of what lies on disk.
+//! - `crash`: deaths of plyfs and plyd.
+//! - `damage`: damage of what lies on disk.
 //! - `commit`: deaths of both in the middle of a commit.
 //! - `daemon`: plyd as a program: command line, configuration, socket, signals.
 //! - `contrib`: the configurations for containerd.
@@ -22,6 +23,7 @@ mod common;
 mod contrib;
 mod crash;
 mod daemon;
+mod damage;
 mod links;
 #[path = "../common/mapping.rs"]
 #[allow(dead_code, reason = "other test programs use the rest of it")]

@@ -258,6 +258,56 @@ fn a_copy_is_read_until_nobody_has_it_any_more() {
     });
 }
 
+/// A collection once took away under it what lay in the layers below.
+#[test]
+fn a_copy_is_read_when_snapshot_and_parent_are_removed() {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let content = |name: &str| {
+        name.repeat(if name.starts_with("large") {
+            40_000
+        } else {
+            500
+        })
+    };
+    let names = ["first", "large first", "second", "large second"];
+    snapshots.layer("base", "", |root| {
+        for name in names {
+            fs::write(root.join(name), content(name)).unwrap();
+        }
+    });
+    let place = plyd.dir().join("consumer");
+    let mounts = snapshots.prepare("a", "base").unwrap();
+    let bind = Bind::new(&mounts, &place);
+    snapshots.commit("top", "a").unwrap();
+    snapshots.remove("top").unwrap();
+    snapshots.remove("base").unwrap();
+    snapshots.cleanup().unwrap();
+    let store = plyd.root().join("store");
+    let stored = || {
+        let count = |dir: &str| fs::read_dir(store.join(dir)).unwrap().count();
+        ["records", "layers", "views", "packs"].map(count)
+    };
+    // Nobody has read any of it yet.
+    for (collect, names) in [(false, &names[..2]), (true, &names[2..])] {
+        if collect {
+            plyd.signal(Signal::SIGKILL);
+            plyd.launch();
+        }
+        plyd.ok(["system", "gc"]);
+        assert_eq!(stored(), [0, 0, 1, 1]);
+        for name in names {
+            let read = fs::read_to_string(place.join(name)).unwrap();
+            assert!(read == content(name), "{name}");
+        }
+    }
+    drop(bind);
+    until("what was read goes", || {
+        plyd.ok(["system", "gc"]);
+        stored() == [0; 4]
+    });
+}
+
 #[test]
 fn a_snapshot_whose_commit_has_failed_can_be_mounted_and_committed() {
     let plyd = Plyd::start();

@@ -159,7 +159,8 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             faults,
         })?;
     } else if args.quiet {
-        let layers: BTreeSet<_> = faults.iter().map(|fault| &*fault.layer).collect();
+        let mut layers: BTreeSet<_> = faults.iter().map(|fault| &*fault.layer).collect();
+        layers.remove("");
         output::lines_out(&layers.into_iter().collect::<Vec<_>>())?;
     } else {
         let read = match args.deep {

@@ -85,6 +85,7 @@ pub(super) async fn repair(args: RepairArgs, client: &Client) -> Result<()> {
         output::json(&view)?;
     } else if args.quiet {
         let mut layers: Vec<_> = view.left.iter().map(|left| &*left.fault.layer).collect();
+        layers.retain(|layer| !layer.is_empty());
         layers.dedup();
         output::lines_out(&layers)?;
     } else {

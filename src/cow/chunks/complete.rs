@@ -16,7 +16,7 @@ use super::super::node::Node;
 use super::super::types::FileKind;
 use super::super::union::Union;
 use super::super::upper::Upper;
-use super::{Chunks, MARK, Partial, name_of};
+use super::{Chunks, MARK, Marked, Partial, is_partial, name_of};
 use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
 
@@ -81,7 +81,7 @@ impl Union {
         // The map before the mark: a mark without a map is taken for damage.
         let map = upper.maps.begin(self.chunking.shift(size), size);
         let (_, map) = upper.maps.create(&name, map)?;
-        if let Err(errno) = xattr::set(object, self.family.metacopy(), &MARK, 0) {
+        if let Err(errno) = xattr::set(object, self.family.metacopy(), &[MARK], 0) {
             upper.maps.remove(&name)?;
             return Err(errno).context("marking a file that is copied up in chunks");
         }
@@ -132,14 +132,19 @@ impl Union {
         })?;
         // Kept for as long as the node is.
         let _ = chunks.map.set(Arc::clone(&map));
+        let marked = match Self::mark(Object::Open(fd.as_fd()), self.family.metacopy())? {
+            Some(value) => Marked::of(&value)?,
+            None => Marked::Metacopy,
+        };
         let partial = Partial {
             upper: fd,
             lower: lower.open()?,
             map_fd,
             map,
+            mark: self.family.metacopy(),
             volatile: self.volatile,
         };
-        partial.scrub()?;
+        partial.scrub(&marked)?;
         upper.maps.note(node.id);
         Ok(partial)
     }
@@ -164,10 +169,9 @@ impl Union {
             let Some((start, end)) = partial.next_step(at)? else {
                 break;
             };
-            self.quietly(node, fd, || {
-                partial.bring_up(start, end)?;
-                partial.catch_up()
-            })?;
+            let brought = self.quietly(node, fd, || partial.bring_up(start, end));
+            // Where it has to sync, nobody's attributes wait for that.
+            partial.caught_up(brought)?;
             drop(turn);
             at = end;
             if !self.volatile {
@@ -218,12 +222,12 @@ impl Union {
         if upper.maps.is_empty() {
             return Ok(());
         }
-        if self.index_has(|value| value == MARK)? {
+        if self.index_has(is_partial)? {
             // Of which the upper has no name, so that a walk would not find it.
             self.settle_links()?;
         }
         // What an earlier mount has left and this one has not looked at.
-        self.complete_marked(|value| value == MARK)?;
+        self.complete_marked(is_partial)?;
         for name in upper.maps.names()? {
             // Of a file that is gone.
             upper.maps.remove(&name)?;

@@ -79,6 +79,8 @@ pub(in super::super) struct Map {
     live: Vec<AtomicU64>,
     /// Bytes from here on are the upper's in any case: the shortest that the file has been.
     limit: AtomicU64,
+    /// The limit that the mark on the file says; none: the largest number.
+    marked: AtomicU64,
     durable: Mutex<Durable>,
     /// Held alone while a chunk changes sides or the length changes, and shared by whatever else changes
     /// the file, so that times can be put back.
@@ -144,6 +146,7 @@ impl Map {
             covers,
             live: live.into_iter().map(AtomicU64::new).collect(),
             limit: AtomicU64::new(limit),
+            marked: AtomicU64::new(u64::MAX),
             durable: Mutex::new(durable),
             turn: RwLock::new(()),
             is_scrubbed: AtomicBool::new(false),
@@ -312,7 +315,7 @@ impl Map {
     }
 
     /// Chunks that are the upper's, and all.
-    pub(super) fn progress(&self) -> (u64, u64) {
+    pub(in super::super) fn progress(&self) -> (u64, u64) {
         let limit = self.limit();
         let all = limit.div_ceil(1 << self.shift);
         let mut lower = 0;
@@ -379,7 +382,13 @@ impl Map {
 
     /// Whether the file was cut off and a power cut could undo that: then it must not grow.
     pub(super) fn cut_is_pending(&self) -> bool {
-        self.durable.lock().limit > self.limit()
+        let known = self.marked.load(Ordering::Acquire);
+        self.durable.lock().limit.min(known) > self.limit()
+    }
+
+    /// The mark on the file says this limit.
+    pub(super) fn was_marked(&self, limit: u64) {
+        self.marked.store(limit, Ordering::Release);
     }
 
     /// Whether what is known is durable, the map and the mark on the file included.
@@ -457,6 +466,13 @@ impl Map {
             is_retired: false,
         };
         Ok(())
+    }
+
+    /// As if a sync of what is known were under way while `work` is done.
+    #[cfg(test)]
+    pub(in super::super) fn while_synced<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _durable = self.durable.lock();
+        work()
     }
 
     /// The upper has all of the file: from now on nothing is the lower's, and there is nothing to note.

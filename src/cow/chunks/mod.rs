@@ -23,11 +23,11 @@ use nix::errno::Errno;
 
 use super::error::{Context, Error, Result};
 pub(super) use partial::Partial;
-pub(super) use store::{Maps, tidy};
+pub(super) use store::{Maps, features_of_others};
 
-/// The value of `overlay.metacopy` on such a file: shorter than `struct ovl_metacopy`, which the kernel answers with
-/// EIO (since Linux 6.6; before, it does not look at the value).
-pub(super) const MARK: [u8; 1] = *b"P";
+/// What the value of `overlay.metacopy` on such a file begins with: no version of `struct ovl_metacopy`, which the kernel
+/// answers with EIO (since Linux 6.6; before, it does not look at the value).
+const MARK: u8 = b'P';
 
 /// A chunk of no file is smaller, so that a bit never stands for less than a page.
 const MIN_CHUNK: u64 = 4096;
@@ -82,25 +82,51 @@ impl Chunks {
             map: OnceLock::new(),
         })
     }
+
+    /// The map of a file that was written.
+    #[cfg(test)]
+    pub(super) fn known_map(&self) -> &map::Map {
+        self.map.get().unwrap()
+    }
 }
 
 /// What a value of `overlay.metacopy` says.
 pub(super) enum Marked {
     /// None of the data is in the upper.
     Metacopy,
-    /// Some of it is.
-    Partial,
+    /// Some of it is; of bytes from the limit on, all is.
+    Partial { limit: u64 },
+}
+
+/// The mark of a file that was cut off at the limit and may be longer again.
+fn mark_with(limit: u64) -> [u8; 9] {
+    let mut mark = [MARK; 9];
+    mark[1..].copy_from_slice(&limit.to_le_bytes());
+    mark
+}
+
+/// Whether a value of `overlay.metacopy` is of a file that is copied up in part.
+pub(super) fn is_partial(value: &[u8]) -> bool {
+    matches!(Marked::of(value), Ok(Marked::Partial { .. }))
 }
 
 impl Marked {
     /// Reads a mark. The kernel's own form begins with version 0 or is empty.
     pub(super) fn of(value: &[u8]) -> Result<Self> {
-        match value.first() {
-            None | Some(0) => Ok(Self::Metacopy),
-            Some(_) if value == MARK => Ok(Self::Partial),
-            Some(_) => Err(Error::new(Errno::EIO))
-                .context("a file is marked in a way that this release does not know; use the one that wrote it"),
+        match value {
+            [] | [0, ..] => return Ok(Self::Metacopy),
+            [MARK] => return Ok(Self::Partial { limit: u64::MAX }),
+            [MARK, limit @ ..] => {
+                if let Ok(limit) = limit.try_into() {
+                    let limit = u64::from_le_bytes(limit);
+                    return Ok(Self::Partial { limit });
+                }
+            }
+            _ => {}
         }
+        Err(Error::new(Errno::EIO)).context(
+            "a file is marked in a way that this release does not know; use the one that wrote it",
+        )
     }
 }
 
@@ -108,7 +134,7 @@ impl Marked {
 pub(super) fn check_lower_mark(value: &[u8], path: impl FnOnce() -> String) -> Result<()> {
     match Marked::of(value)? {
         Marked::Metacopy => Ok(()),
-        Marked::Partial => Err(Error::new(Errno::EIO)).with_context(|| {
+        Marked::Partial { .. } => Err(Error::new(Errno::EIO)).with_context(|| {
             format!(
                 "{} is copied up in part; mount its layer as an upper and unmount it, which completes it",
                 path()

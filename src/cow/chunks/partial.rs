@@ -4,6 +4,7 @@
 //! with the file's turn taken alone; reading needs no turn, because a chunk that changes sides has the same content on
 //! both. What lies past the shortest length that the file has had since (`Map::limit`) is always the upper's.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,7 +17,9 @@ use super::super::error::{Context, Error, Result};
 use super::super::lower::LowerFile;
 use super::super::upper::Upper;
 use super::map::Map;
-use crate::sys::fs;
+use super::{Marked, mark_with};
+use crate::sys::fs::{self, Object};
+use crate::sys::xattr;
 
 /// An open, incompletely copied file.
 pub(in super::super) struct Partial {
@@ -24,6 +27,8 @@ pub(in super::super) struct Partial {
     pub(super) lower: Arc<dyn LowerFile>,
     pub(super) map_fd: OwnedFd,
     pub(super) map: Arc<Map>,
+    /// Name of the attribute with the mark.
+    pub(super) mark: &'static OsStr,
     /// Nothing is synced.
     pub(super) volatile: bool,
 }
@@ -53,8 +58,8 @@ impl Partial {
     }
 
     /// Removes what a crash has left in chunks that are still the lower's: there a hole has to be one. Called
-    /// before anything else is done.
-    pub(super) fn scrub(&self) -> Result<()> {
+    /// before anything else is done, with the file's mark.
+    pub(super) fn scrub(&self, marked: &Marked) -> Result<()> {
         if self.map.is_scrubbed.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -64,7 +69,14 @@ impl Partial {
         }
         // A cut that a crash interrupted counts.
         // Written down, so that after another crash nothing of the lower's comes back where others have written.
-        self.map.cut(self.map_fd.as_fd(), self.size()?)?;
+        let size = match *marked {
+            Marked::Partial { limit } => {
+                self.map.was_marked(limit);
+                limit.min(self.size()?)
+            }
+            Marked::Metacopy => self.size()?,
+        };
+        self.map.cut(self.map_fd.as_fd(), size)?;
         self.catch_up()?;
         let limit = self.map.limit();
         let mut at = 0;
@@ -96,6 +108,11 @@ impl Partial {
             || Ok(fs::lseek(self.upper.as_fd(), offset, whence)?),
             none,
         )
+    }
+
+    /// Whether a part of the lower could not be read: it is to be opened again.
+    pub(in super::super) fn lower_has_failed(&self) -> bool {
+        self.lower.has_failed()
     }
 
     /// Fills `buf` from `offset`; fewer bytes only at the end.
@@ -186,10 +203,22 @@ impl Partial {
         Ok(Some((start, end.max(next.min(limit)))))
     }
 
-    /// A file that was cut off and grows again must not show its old content after a power cut.
+    /// A file that was cut off and grows again must not show its old content after a power cut. Its limit goes into the
+    /// mark, which reaches the disk before the new length does: a journal keeps the order of what happens to one file. On
+    /// a file system without one only a sync would; `docs/chunks.md` says what may show there.
     fn before_growth(&self, end: u64) -> Result<()> {
-        if !self.volatile && end > self.map.limit() && self.map.cut_is_pending() {
-            self.make_durable()?;
+        let limit = self.map.limit();
+        if self.volatile || end <= limit || !self.map.cut_is_pending() {
+            return Ok(());
+        }
+        let file = Object::Open(self.upper.as_fd());
+        match xattr::set(file, self.mark, &mark_with(limit), libc::XATTR_REPLACE) {
+            Ok(()) => self.map.was_marked(limit),
+            // A sync needs no room.
+            Err(Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG) => self.make_durable()?,
+            Err(errno) => {
+                return Err(errno).context("noting the length of a file that was cut off");
+            }
         }
         Ok(())
     }
@@ -212,7 +241,7 @@ impl Partial {
     }
 
     /// As `catch_up`, after something that may have failed.
-    fn caught_up<T>(&self, done: Result<T>) -> Result<T> {
+    pub(super) fn caught_up<T>(&self, done: Result<T>) -> Result<T> {
         let caught_up = self.catch_up();
         let done = done?;
         caught_up.map(|()| done)

@@ -12,7 +12,6 @@ use parking_lot::Mutex;
 
 use super::super::error::{Context, Error, Result};
 use super::super::types::NodeId;
-use super::super::upper::remove_tree;
 use super::map::{Map, Run};
 use super::{DIRECTORY, INCOMPAT, os};
 use crate::sys::dirents;
@@ -91,19 +90,18 @@ fn names(dir: BorrowedFd<'_>) -> Result<Vec<OsString>, Errno> {
     Ok(names)
 }
 
-/// Clears `work/incompat` of what is not ours.
-pub(in super::super) fn tidy(work: BorrowedFd<'_>) -> Result<(), Errno> {
+/// What others have put into `work/incompat`: names of features without which the upper is not to be used
+/// (`ovl_workdir_cleanup_recurse` in fs/overlayfs/readdir.c).
+pub(in super::super) fn features_of_others(work: BorrowedFd<'_>) -> Result<Vec<OsString>, Errno> {
     let incompat = match fs::openat(work, os(INCOMPAT), DIR_FLAGS, 0) {
         Ok(incompat) => incompat,
-        Err(Errno::ENOENT) => return Ok(()),
+        Err(Errno::ENOENT) => return Ok(Vec::new()),
         Err(errno) => return Err(errno),
     };
-    for name in names(incompat.as_fd())? {
-        if name != DIRECTORY {
-            remove_tree(incompat.as_fd(), &name);
-        }
-    }
-    Ok(())
+    let mut features = names(incompat.as_fd())?;
+    features.retain(|name| name != DIRECTORY);
+    features.sort_unstable();
+    Ok(features)
 }
 
 impl Maps {

@@ -1,5 +1,6 @@
 //! Reading, writing, making, removing and moving, one rule at a time.
 
+use super::node::Gathered;
 use super::*;
 
 #[test]
@@ -31,6 +32,47 @@ fn a_write_copies_up_and_leaves_the_lower_alone() {
     );
     assert_eq!(fixture.list("d/e"), ["f"]);
     fixture.check_remount();
+}
+
+#[test]
+fn what_the_kernel_has_gathered_moves_no_time_of_change() {
+    let fixture = Fixture::new(1, |lowers| put(lowers[0].join("f"), "old"));
+    let (union, id) = (fixture.union(), fixture.node("f"));
+    let mtime = || union.getattr(id, None).unwrap().mtime;
+    let set = |sec| {
+        let mtime = Timestamp { sec, nsec: 7 };
+        let set = SetAttr {
+            mtime: Some(SetTime::At(mtime)),
+            ..SetAttr::default()
+        };
+        union.setattr(id, None, &set, &Caller::ROOT).unwrap();
+        mtime
+    };
+    let gather = || assert_eq!(union.write_gathered(id, 0, b"new", None).unwrap(), 3);
+    let below = mtime();
+    gather();
+    assert_eq!((mtime(), &*fixture.read("f")), (below, "new"));
+    let told = set(1000);
+    gather();
+    assert_eq!(mtime(), told);
+    // Another one is under way, and has moved the time already.
+    let node = union.table.get(id).unwrap();
+    *node.attributes.lock() = Gathered {
+        writes: 1,
+        mtime: told,
+    };
+    union.write(id, None, 0, b"old", None).unwrap();
+    assert_ne!(mtime(), told);
+    gather();
+    assert_eq!(mtime(), told);
+    let told = set(2000);
+    union.write(id, None, 0, b"old", None).unwrap();
+    gather();
+    assert_eq!(mtime(), told);
+    node.attributes.lock().writes = 0;
+    union.write(id, None, 0, b"old", None).unwrap();
+    gather();
+    assert_ne!(mtime(), told);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What the maps of incompletely copied files hold through kills, and what a sync makes of them.
 
+use std::time::Duration;
+
 use super::chunks::{CHUNK, config, cut, fixture, maps, pattern, read_all, reopen, reopen_as};
 use super::chunks::{restart, write};
 use super::*;
@@ -124,6 +126,40 @@ fn without_proc_a_kill_loses_no_answered_write() {
             assert!(read_all(&fixture, "f") == expected);
         }
     }
+}
+
+#[test]
+fn without_proc_attributes_do_not_wait_for_the_sync_of_a_completion() {
+    let content = pattern(4 * CHUNK, 1);
+    let mut fixture = fixture(&["f"], &content);
+    let config = config(&fixture);
+    reopen_as(&mut fixture, config, false);
+    write(&fixture, "f", 0, b"new");
+    let (union, id) = (fixture.union(), fixture.node("f"));
+    let node = union.table.get(id).unwrap();
+    let chunks = node.place.read().rare.chunks.clone().unwrap();
+    let map = chunks.known_map();
+    std::thread::scope(|scope| {
+        let completed = map.while_synced(|| {
+            let completed = scope.spawn(|| union.complete_partial());
+            while map.progress() != (4, 4) {
+                std::thread::yield_now();
+            }
+            let (done, changed) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                let set = SetAttr {
+                    perm: Some(0o640),
+                    ..SetAttr::default()
+                };
+                done.send(union.setattr(id, None, &set, &Caller::ROOT))
+            });
+            let changed = changed.recv_timeout(Duration::from_secs(20));
+            assert_eq!(changed.unwrap().unwrap().perm, 0o640);
+            completed
+        });
+        completed.join().unwrap().unwrap();
+    });
+    assert!(maps(&fixture).is_empty());
 }
 
 #[test]

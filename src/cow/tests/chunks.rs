@@ -439,6 +439,44 @@ fn a_restart_of_the_host_takes_back_no_more_than_was_not_synced() {
 }
 
 #[test]
+fn a_cut_file_that_has_grown_shows_nothing_old_after_a_power_cut_and_waits_for_no_sync() {
+    let content = pattern(8 * CHUNK, 1);
+    let mut fixture = fixture(&["f"], &content);
+    let durable = UnionConfig {
+        volatile: false,
+        ..config(&fixture)
+    };
+    write(&fixture, "f", 0, b"begun");
+    let mut expected = content.clone();
+    expected[..5].copy_from_slice(b"begun");
+    fixture.union().sync().unwrap();
+    // The second cut is deeper, and the file has grown in between.
+    for (size, again) in [(4 * CHUNK + 7, 6 * CHUNK), (2 * CHUNK + 5, 7 * CHUNK)] {
+        reopen(&mut fixture, durable.clone());
+        cut(&fixture, "f", size);
+        write(&fixture, "f", again - 3, b"new");
+        expected.truncate(size as usize);
+        expected.resize(again as usize - 3, 0);
+        expected.extend_from_slice(b"new");
+        fixture.union = None;
+        // All that happened to the file itself has reached the disk, and of the map nothing.
+        let map = maps(&fixture).remove(0);
+        assert_eq!(
+            std::fs::read(&map).unwrap()[48..56],
+            (8 * CHUNK).to_le_bytes()
+        );
+        restart(&fixture);
+        reopen(&mut fixture, durable.clone());
+        assert!(read_all(&fixture, "f") == expected, "{size}");
+        // As after a kill.
+        reopen(&mut fixture, durable.clone());
+        assert!(read_all(&fixture, "f") == expected, "{size}");
+    }
+    fixture.union().complete_partial().unwrap();
+    assert_plain(&fixture, "f", &expected);
+}
+
+#[test]
 fn a_map_that_never_reached_the_disk_knew_nothing() {
     let content = pattern(8 * CHUNK, 1);
     let mut fixture = fixture(&["f"], &content);

@@ -4,6 +4,7 @@ mod basics;
 mod chunk_maps;
 mod chunks;
 mod concurrency;
+mod copyup;
 mod kernel;
 mod limits;
 mod metacopy;

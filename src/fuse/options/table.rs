@@ -327,7 +327,15 @@ fn add_ranges(options: &mut Options, list: List, value: &OsStr) -> Result<(), Op
         if !range.is_valid() {
             return Err(bad());
         }
-        list.ranges(options).push(range);
+        let ranges = list.ranges(options);
+        if ranges.iter().any(|known| known.overlaps(&range)) {
+            return Err(bad_value(
+                name,
+                value,
+                "give every id of the host, and every id that is shown, in one range only",
+            ));
+        }
+        ranges.push(range);
     }
     Ok(())
 }

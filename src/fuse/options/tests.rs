@@ -93,6 +93,30 @@ fn mappings_are_triples_with_colons_or_commas_between() {
     }
 }
 
+/// As the kernel refuses them in /proc/PID/uid_map: an id would have two meanings.
+#[test]
+fn ranges_of_a_mapping_do_not_overlap() {
+    for bad in [
+        "0:10:5:3:20:5",
+        "0:10:5,3:20:5",
+        "3:20:5:0:10:5",
+        "0:10:5:7:14:5",
+        "7:14:5:0:10:5",
+        "0:10:5:1:11:1",
+        "0:10:1:0:10:1",
+    ] {
+        for name in ["uidmapping", "gidmapping"] {
+            let error = root(&format!("lowerdir=/a,{name}={bad}")).unwrap_err();
+            assert!(error.to_string().contains("one range only"), "{error}");
+        }
+    }
+    let beside = "lowerdir=/a,uidmapping=0:10:5:5:20:5:10:15:5,gidmapping=0:10:5";
+    assert_eq!(root(beside).unwrap().owners.users.ranges.len(), 3);
+    // Of an option given twice the last one counts.
+    let twice = "lowerdir=/a,uidmapping=0:10:5,uidmapping=3:20:5";
+    assert_eq!(root(twice).unwrap().owners.users.ranges.len(), 1);
+}
+
 #[test]
 fn one_user_goes_before_root_when_squashing() {
     let squashed = |text: &str| {

@@ -37,8 +37,8 @@ impl UnionFs {
         }
         match self.passing.serve(node) {
             Joined::Served | Joined::Passed(_) => {
+                let _counted = self.passing.counted(node);
                 change(reply);
-                self.passing.leave(node);
             }
             Joined::Replaced if node.0 != ino.0 => change(reply),
             // By a path, which the caller looks up again.
@@ -49,8 +49,8 @@ impl UnionFs {
                     .claims
                     .claim(node, move |claimed| match claimed {
                         Claimed::Served => long.run("setattr", move || {
+                            let _counted = passing.counted(node);
                             change(reply);
-                            passing.leave(node);
                         }),
                         Claimed::Replaced => reply.error(Errno::ESTALE),
                     });

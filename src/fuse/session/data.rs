@@ -6,7 +6,9 @@
 
 use std::cell::RefCell;
 
-use fuser::{Errno, FileHandle as Fh, INodeNo, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite};
+use fuser::{
+    Errno, FileHandle as Fh, INodeNo, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite, WriteFlags,
+};
 
 use super::{UnionFs, answer};
 use crate::cow::{Caller, NodeId};
@@ -48,23 +50,33 @@ impl UnionFs {
         });
     }
 
-    /// `kills`: the writer, if it may not keep setuid and setgid on the file.
+    /// `caller` is who writes.
     pub(super) fn write_at(
         &self,
         place: &Place,
         data: &[u8],
-        kills: Option<&Caller>,
+        flags: WriteFlags,
+        caller: &Caller,
         reply: ReplyWrite,
     ) {
-        let handle = self.files.get(place.fh);
-        let result = self
-            .union
-            .write(place.node, handle.as_deref(), place.offset, data, kills);
+        let Place { node, fh, offset } = *place;
+        // The writer may not keep setuid, setgid and capabilities on the file.
+        let kills = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let kills = kills.then_some(caller);
+        let writeback = self.policy().writeback;
+        let result = match writeback && flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            true => self.union.write_gathered(node, offset, data, kills),
+            false => {
+                let handle = self.files.get(fh);
+                self.union
+                    .write(node, handle.as_deref(), offset, data, kills)
+            }
+        };
         answer::written(reply, result);
-        if self.policy().writeback {
+        if writeback {
             // The kernel keeps size and times by itself then, but not the room that the data has taken. Told
             // after the answer: dropping the last reference to the file may wait for it.
-            self.union.tell(place.node);
+            self.union.tell(node);
         }
     }
 

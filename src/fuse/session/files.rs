@@ -99,8 +99,12 @@ impl Files {
             flags,
             reply,
         } = opening;
+        let counted = (!second).then(|| self.passing.counted(node));
         match self.union.open_file(node, flags, &caller) {
             Ok(handle) => {
+                if let Some(counted) = counted {
+                    counted.stay();
+                }
                 self.writers.opened(node, flags);
                 let fh = Fh(self.handles.insert(handle));
                 match backing {
@@ -113,9 +117,7 @@ impl Files {
                 }
             }
             Err(error) => {
-                if !second {
-                    self.passing.leave(node);
-                }
+                drop(counted);
                 reply.error(answer::errno(&error));
             }
         }

@@ -13,9 +13,8 @@ use crate::cow::{FileKind, Union, UnionConfig};
 use crate::snapshotter::types::*;
 use crate::store::Time;
 use crate::store::tar::write::{NewEntry, Writer, is_carried, parts};
-use crate::store::tar::{Kind, Part};
+use crate::store::tar::{Kind, WHITEOUT};
 
-const WHITEOUT: &[u8] = b".wh.";
 const BUFFER: usize = 256 << 10;
 
 /// Writes the changes, which are in byte order of their paths, of the union that `new` is. Whiteouts have the time
@@ -121,30 +120,10 @@ impl<W: Write> Layer<W> {
                 hole => hole,
             },
         )?;
-        let whole = Part {
-            offset: 0,
-            length: size,
-        };
-        let sparse = size > 0 && parts != [whole];
-        self.out.entry(&NewEntry {
-            size,
-            parts: sparse.then_some(&parts[..]),
-            ..entry
-        })?;
-        for part in &parts {
-            let (mut offset, end) = (part.offset, part.offset + part.length);
-            while offset < end {
-                // No more than the buffer has.
-                let most = (end - offset).min(self.buffer.len() as u64) as usize;
-                let count = union.read(node, None, offset, &mut self.buffer[..most])?;
-                if count == 0 {
-                    return Err(std::io::Error::other("it has shrunk while it was read").into());
-                }
-                self.out.content(&self.buffer[..count])?;
-                offset += count as u64;
-            }
-        }
-        Ok(())
+        let entry = NewEntry { size, ..entry };
+        let read = |buffer: &mut [u8], at| Ok(union.read(node, None, at, buffer)?);
+        self.out
+            .file(&entry, &parts, &mut self.buffer, read, Fault::from)
     }
 }
 

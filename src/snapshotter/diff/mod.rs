@@ -12,6 +12,7 @@ mod entries;
 pub(super) mod layer;
 pub(super) mod pack;
 mod packed;
+mod sides;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,7 @@ use super::types::*;
 use crate::cow::{self, Entry, NodeId, Union};
 use crate::store::view::View;
 use crate::store::{Time, Xattrs};
+pub(super) use sides::Sides;
 pub(super) use walk::{Directories, OwnDirectory, OwnLayer};
 use walk::{Step, Walk};
 
@@ -87,9 +89,10 @@ impl Snapshotter {
             Kind::Committed => below.lowers.remove(0),
             Kind::Active => {
                 let upper = self.data.join(&found.id).join("upper");
-                self.complete_partial(found)?;
                 let flushed = self.mounts.flush(&found.id);
                 flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
+                // What was flushed may be a part of a file.
+                self.complete_partial(found)?;
                 upper
             }
         };

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::{Change, ChangeKind, lookup, names_in, xattrs_of};
+use super::sides::Sides;
+use super::{Change, ChangeKind, xattrs_of};
 use crate::cow::{Attr, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
 use crate::sys::fs::{Object, Stat};
@@ -37,8 +38,7 @@ pub(in crate::snapshotter) enum Directories {
 /// Not a recursion: a container decides how deep its directories are.
 pub(super) struct Walk<'a> {
     own: OwnLayer,
-    new: &'a Union,
-    old: Option<Union>,
+    sides: Sides<'a>,
     directories: Directories,
     waiting: Vec<Directory>,
     pub(super) steps: Vec<Step>,
@@ -64,17 +64,18 @@ impl<'a> Walk<'a> {
         old: Option<Union>,
         directories: Directories,
     ) -> Result<Self> {
+        let sides = Sides::new(new, old);
+        let (new, old) = sides.roots();
         let root = Directory {
             path: "/".into(),
-            new: NodeId::ROOT,
-            old: old.is_some().then_some(NodeId::ROOT),
+            new,
+            old,
             in_own: true,
             in_place: true,
         };
         Ok(Self {
             own: OwnLayer::open(own)?,
-            new,
-            old,
+            sides,
             directories,
             waiting: vec![root],
             steps: Vec::new(),
@@ -87,9 +88,7 @@ impl<'a> Walk<'a> {
             return Ok(false);
         };
         self.directory(&at)?;
-        if at.new != NodeId::ROOT {
-            self.forget(Some(at.new), at.old);
-        }
+        self.sides.forget(Some(at.new), at.old);
         Ok(true)
     }
 
@@ -107,25 +106,15 @@ impl<'a> Walk<'a> {
         };
         let names: BTreeSet<OsString> = match &own {
             Some(own) if in_place => own.names()?,
-            _ => {
-                let mut names = names_in(self.new, at.new)?;
-                if let (Some(union), Some(old)) = (&self.old, at.old) {
-                    names.extend(names_in(union, old)?);
-                }
-                names
-            }
+            _ => self.sides.names(Some(at.new), at.old)?,
         };
         for name in names {
-            let new = lookup(self.new, at.new, &name)?;
-            let old = match (&self.old, at.old) {
-                (Some(union), Some(old)) => lookup(union, old, &name)?,
-                _ => None,
-            };
+            let found = self.sides.lookup(Some(at.new), at.old, &name)?;
             let own = match &own {
                 Some(own) => own.stat(&name)?,
                 None => None,
             };
-            self.entry(at.path.join(&name), (new, old), own, in_place)?;
+            self.entry(at.path.join(&name), found, own, in_place)?;
         }
         Ok(())
     }
@@ -179,7 +168,7 @@ impl<'a> Walk<'a> {
         match new {
             Some((new, true)) if may_differ => {
                 if old_dir.is_none() {
-                    self.forget(None, old);
+                    self.sides.forget(None, old);
                 }
                 self.waiting.push(Directory {
                     path,
@@ -189,16 +178,17 @@ impl<'a> Walk<'a> {
                     in_place,
                 });
             }
-            new => self.forget(new.map(|(new, _)| new), old),
+            new => self.sides.forget(new.map(|(new, _)| new), old),
         }
         Ok(())
     }
 
     /// Whether a directory of the own layer that looks the same is to be told of.
     fn directory_differs(&self, new: &Entry, old: &Entry) -> Result<bool> {
-        match (self.directories, &self.old) {
+        let sides = &self.sides;
+        match (self.directories, &sides.old) {
             (Directories::Own, _) => Ok(true),
-            (_, Some(union)) => Ok(xattrs_of(self.new, new.node)? != xattrs_of(union, old.node)?),
+            (_, Some(union)) => Ok(xattrs_of(sides.new, new.node)? != xattrs_of(union, old.node)?),
             (_, None) => Ok(false),
         }
     }
@@ -206,20 +196,10 @@ impl<'a> Walk<'a> {
     /// Whether what looks the same are two objects of the layers below: a directory with the one was put where a directory
     /// with the other was.
     fn is_another(&self, new: &Entry, old: &Entry) -> Result<bool> {
-        let Some(union) = &self.old else {
+        let Some(union) = &self.sides.old else {
             return Ok(false);
         };
-        Ok(self.new.lower_identity(new.node)? != union.lower_identity(old.node)?)
-    }
-
-    /// Gives back a lookup of each.
-    fn forget(&self, new: Option<NodeId>, old: Option<NodeId>) {
-        if let Some(new) = new {
-            self.new.forget(new, 1);
-        }
-        if let (Some(union), Some(old)) = (&self.old, old) {
-            union.forget(old, 1);
-        }
+        Ok(self.sides.new.lower_identity(new.node)? != union.lower_identity(old.node)?)
     }
 }
 

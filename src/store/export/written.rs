@@ -9,9 +9,8 @@ use super::BUFFER;
 use crate::store::error::{Error, Result, refused};
 use crate::store::layer::index::{Action, LayerEntry, LayerIndex};
 use crate::store::object::Objects;
-use crate::store::tar::names::WHITEOUT;
 use crate::store::tar::write::{self, NewEntry, Writer};
-use crate::store::tar::{Kind, Part};
+use crate::store::tar::{Kind, WHITEOUT};
 use crate::store::view::ViewFile;
 
 /// Writes what `layer` says to `out`. When it fails, part of the stream may be written.
@@ -120,35 +119,13 @@ impl Stream<'_> {
             |from| Ok::<_, Error>(file.next_data(from)),
             |from| Ok(file.next_hole(from)),
         )?;
-        let whole = Part {
-            offset: 0,
-            length: size,
+        let (layer, new) = (self.layer, NewEntry { size, ..new });
+        let read = |buffer: &mut [u8], at| match file.read_at(buffer, at) {
+            Ok(0) => Err(layer.damaged("a file is too short")),
+            read => read.map_err(|error| layer.damaged(format!("an object: {error}"))),
         };
-        let sparse = size > 0 && parts != [whole];
-        let new = NewEntry {
-            size,
-            parts: sparse.then_some(&parts[..]),
-            ..new
-        };
-        let path = new.path;
-        let written = self.out.entry(&new);
-        written.map_err(|error| failed(path, error))?;
-        for part in &parts {
-            let (mut at, end) = (part.offset, part.offset + part.length);
-            while at < end {
-                let most = self.buffer.len().min((end - at) as usize);
-                let buffer = &mut self.buffer[..most];
-                let count = file
-                    .read_at(buffer, at)
-                    .map_err(|error| self.layer.damaged(format!("an object: {error}")))?;
-                if count == 0 {
-                    return Err(self.layer.damaged("a file is too short"));
-                }
-                self.out.content(&buffer[..count]).map_err(Error::Output)?;
-                at += count as u64;
-            }
-        }
-        Ok(())
+        let failed = |error| failed(new.path, error);
+        self.out.file(&new, &parts, &mut self.buffer, read, failed)
     }
 
     fn open(&self, entry: &LayerEntry) -> Result<ViewFile> {

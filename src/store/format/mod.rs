@@ -154,10 +154,20 @@ impl<'a> Record<'a> {
     }
 }
 
-/// Refuses a file of a later version, or with an incompatible feature. No feature is known yet.
+/// Refuses a file of a later version than 1, or with an incompatible feature. No feature is known yet.
 pub(super) fn check_features(path: &Path, version: u16, incompatible: u64) -> Result<()> {
-    let problem = if version != 1 {
-        format!("its format has the version {version}, and this one knows version 1")
+    check_version(path, 1, version, incompatible)
+}
+
+/// The same, of a kind of file whose version is `known`.
+pub(super) fn check_version(
+    path: &Path,
+    known: u16,
+    version: u16,
+    incompatible: u64,
+) -> Result<()> {
+    let problem = if version != known {
+        format!("its format has the version {version}, and this one knows version {known}")
     } else if incompatible != 0 {
         format!("it uses the features {incompatible:#x}, which this one does not know")
     } else {

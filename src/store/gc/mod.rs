@@ -3,19 +3,21 @@
 //! The objects of all recorded layers are alive, also those that only their streams name. Files of others are
 //! removed, packs without any alive are removed, and packs that are mostly dead are written anew; see
 //! [`Objects`](super::object::Objects) for how an import is kept from losing what it relies on. A merged
-//! view goes when a layer of its chain is gone. Where an index cannot be read, nobody knows what it names,
-//! and no object is removed at all.
+//! view goes when a layer of its chain is gone and no plyfs has it mounted, which the lock on its file tells; until then
+//! its objects are alive, too. So are those of a view that another has taken the place of while it was mounted, and
+//! which has another name since. Where the index of a layer or a view that is mounted cannot be read, or nobody can say whether a
+//! view is, nobody knows what is needed, and no object is removed at all.
 //!
 //! An error does not end a collection; what it could not do it says, and the next one tries again.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::error::{Error, Result, io_error};
 use super::format::LayerName;
 use super::ingest::Observer;
 use super::layer::index::LayerIndex;
-use super::layers::Layers;
+use super::layers::{ASIDE, Layers};
 use super::object::{Live, Swept};
 use super::view;
 
@@ -89,12 +91,23 @@ impl Layers {
         let _one_at_a_time = self.collecting.lock();
         let collecting = self.objects().collecting();
         let mut collected = Collected::default();
-        self.collect_views(dry, &mut collected);
-        if let Some(live) = self.live(&mut collected) {
+        // In this order: the layers of a view that is not looked into were there when their objects were.
+        let live = self.live(&mut collected);
+        let mounted = self.collect_views(dry, &mut collected);
+        if let Some((mut live, mounted)) = live.zip(mounted) {
+            live.extend(mounted);
             self.collect_objects(&live, dry, observer, &mut collected);
         }
         drop(collecting);
         collected
+    }
+
+    /// What a collection would keep; `None` if that cannot be told.
+    pub(super) fn needed(&self) -> Option<Live> {
+        let mut unused = Collected::default();
+        let mut live = self.live(&mut unused)?;
+        live.extend(self.collect_views(true, &mut unused)?);
+        Some(live)
     }
 
     /// The objects of all layers; `None` if they cannot be told.
@@ -163,19 +176,37 @@ impl Layers {
         }
     }
 
-    fn collect_views(&self, dry: bool, collected: &mut Collected) {
+    /// Answers the objects of those that have to stay without their layers; `None` if they cannot be told.
+    fn collect_views(&self, dry: bool, collected: &mut Collected) -> Option<Live> {
+        let mut mounted = Live::new();
+        let mut whole = true;
         let dir = self.views();
         let listed = fs::read_dir(&dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
         let listed = listed.map_err(io_error("list", &dir));
-        for entry in collected.note(listed).unwrap_or_default() {
+        for entry in collected.note(listed)? {
             let path = entry.path();
-            let needed = view::chain_of(&path).is_ok_and(|chain| {
-                let known = |name: &LayerName| self.get(*name).is_some();
-                chain.iter().all(known)
-            });
-            if needed {
+            if self.needs_view(&path) {
                 continue;
             }
+            let claimed = view::claim(&path).and_then(|unused| match unused {
+                Some(unused) => Ok(Some(unused)),
+                None => view::objects_of(&path).map(|objects| {
+                    mounted.extend(objects);
+                    None
+                }),
+            });
+            // Open until it is removed, so that nobody mounts it meanwhile.
+            let _unused = match claimed {
+                Ok(Some(unused)) => unused,
+                Ok(None) => continue,
+                // A repair has removed it.
+                Err(error) if error.is_not_found() => continue,
+                Err(error) => {
+                    collected.errors.push(error);
+                    whole = false;
+                    continue;
+                }
+            };
             let bytes = entry.metadata().map_or(0, |metadata| metadata.len());
             if !dry {
                 let removed = fs::remove_file(&path).map_err(io_error("remove", &path));
@@ -189,6 +220,15 @@ impl Layers {
                 reason: Reason::ChainIsGone,
             });
         }
+        whole.then_some(mounted)
+    }
+
+    /// Whether the view at `path` is one that who mounts its chain looks for, and all layers of that are there. Where
+    /// it cannot be read, it is built again.
+    fn needs_view(&self, path: &Path) -> bool {
+        let known = |name: &LayerName| self.get(*name).is_some();
+        path.extension().is_none_or(|ending| ending != ASIDE)
+            && view::chain_of(path).is_ok_and(|chain| chain.iter().all(known))
     }
 }
 

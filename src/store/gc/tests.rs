@@ -149,6 +149,154 @@ fn a_pack_that_is_mostly_dead_is_written_anew_under_a_mounted_view() {
 }
 
 #[test]
+fn what_is_mounted_stays_without_its_layers() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let names = ["a", "b", "large"];
+    let name = import(&layers, &names);
+    let path = layers
+        .view(&[name], Verify::First)
+        .unwrap()
+        .path()
+        .to_owned();
+    // As plyfs opens it.
+    let mounted = View::open_stored(&path, Verify::Always).unwrap();
+    layers.remove(name).unwrap();
+    for _ in 0..2 {
+        assert_eq!(collect(&layers), []);
+        for name in names {
+            let root = mounted.inode(View::ROOT).unwrap();
+            let entry = mounted.lookup(&root, name.as_bytes()).unwrap().unwrap();
+            let inode = mounted.inode(entry.inode).unwrap();
+            mounted.open_file(&inode).unwrap();
+        }
+    }
+    drop(mounted);
+    assert_eq!(collect(&layers).len(), 3);
+    assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
+}
+
+/// A collection once took for unmounted what it could not read, and removed all that it names.
+#[test]
+fn what_is_mounted_stays_though_its_view_cannot_be_read() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let name = import(&layers, &["a", "large"]);
+    let view = layers.view(&[name], Verify::First).unwrap();
+    let path = view.path().to_owned();
+    drop(view);
+    let mounted = View::open_stored(&path, Verify::Always).unwrap();
+    layers.remove(name).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    // In the table of page sums.
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let before = files(tmp.path());
+    for dry in [true, false] {
+        let collected = layers.collect(dry, &());
+        assert_eq!(collected.orphans, []);
+        let told = collected.errors[0].to_string();
+        assert!(told.starts_with(path.to_str().unwrap()), "{told}");
+        assert_eq!(files(tmp.path()), before);
+    }
+    drop(mounted);
+    assert_eq!(collect(&layers).len(), 3);
+    assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn no_object_is_removed_while_nobody_can_say_whether_a_view_is_mounted() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let name = import(&layers, &["a", "large"]);
+    layers.remove(name).unwrap();
+    let before = files(tmp.path());
+    // What nobody can open to lock it.
+    let strange = tmp.path().join("views/strange.view");
+    fs::create_dir(&strange).unwrap();
+    let collected = layers.collect(false, &());
+    assert_eq!(collected.orphans, []);
+    let told = collected.errors[0].to_string();
+    assert!(told.contains(strange.to_str().unwrap()), "{told}");
+    assert_eq!(files(tmp.path()), before);
+    fs::remove_dir(&strange).unwrap();
+    assert_eq!(collect(&layers).len(), 2);
+}
+
+/// A lock is bound to a file and not to its name: a view that was replaced, or removed to be built again, once passed for
+/// unmounted.
+#[test]
+fn what_is_mounted_stays_though_another_view_has_taken_its_place() {
+    let names: Vec<String> = (0..200).map(|number| format!("file {number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    for mend in [true, false] {
+        let tmp = tempfile::tempdir().unwrap();
+        let layers = open(tmp.path());
+        let name = import(&layers, &names);
+        let chain = [name];
+        let path = layers
+            .view(&chain, Verify::First)
+            .unwrap()
+            .path()
+            .to_owned();
+        let mounted = View::open_stored(&path, Verify::Always).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        // In the first page, which has inodes and is read by who opens the view; no object is named there.
+        bytes[5000] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        if mend {
+            let mended = layers.mend(&());
+            assert!(mended.errors.is_empty(), "{:?}", mended.errors);
+            assert_eq!(mended.views, [&*path]);
+        }
+        let anew = layers.view(&chain, Verify::First).unwrap();
+        anew.verify().unwrap();
+        let stored = || {
+            let dirs = ["packs", "objects"];
+            dirs.map(|dir| files(&tmp.path().join(dir)).len())
+        };
+        let before = stored();
+        assert_eq!(collect(&layers), []);
+        layers.remove(name).unwrap();
+        // The one that nobody has mounted.
+        assert_eq!(collect(&layers), [Reason::ChainIsGone]);
+        assert_eq!(collect(&layers), []);
+        assert_eq!(stored(), before);
+        drop(mounted);
+        collect(&layers);
+        assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
+    }
+}
+
+#[test]
+fn who_has_waited_for_a_view_that_is_gone_mounts_the_next() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let name = import(&layers, &["a"]);
+    let chain = [name];
+    let path = layers
+        .view(&chain, Verify::First)
+        .unwrap()
+        .path()
+        .to_owned();
+    let unused = view::claim(&path).unwrap().unwrap();
+    std::thread::scope(|scope| {
+        let mounting = scope.spawn(|| View::open_stored(&path, Verify::Always).unwrap());
+        // Time to open it and to wait for the lock; without that nothing is told.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let next = tmp.path().join("tmp/next");
+        fs::copy(&path, &next).unwrap();
+        fs::rename(&next, &path).unwrap();
+        drop(unused);
+        let mounted = mounting.join().unwrap();
+        assert!(view::claim(&path).unwrap().is_none());
+        drop(mounted);
+        assert!(view::claim(&path).unwrap().is_some());
+    });
+}
+
+#[test]
 fn of_a_pack_that_is_there_twice_after_a_crash_one_goes() {
     let tmp = tempfile::tempdir().unwrap();
     let layers = open(tmp.path());
@@ -227,7 +375,7 @@ fn damage_is_told_with_its_layer_and_path() {
         let noted = Noted::default();
         layers.verify(deep, &noted);
         let mut all = noted.0.into_inner();
-        all.sort_by_key(|fault| fault.layer != first);
+        all.sort_by_key(|fault| fault.layer != Some(first));
         all
     };
     assert!(faults(true).is_empty());
@@ -241,7 +389,7 @@ fn damage_is_told_with_its_layer_and_path() {
     for (fault, layer) in found.iter().zip([first, second]) {
         assert_eq!(
             (fault.layer, fault.path.as_deref()),
-            (layer, Some("/large"))
+            (Some(layer), Some("/large"))
         );
         let name = object.file_name().unwrap().to_str().unwrap();
         assert!(fault.error.to_string().contains(name));
@@ -250,7 +398,10 @@ fn damage_is_told_with_its_layer_and_path() {
     fs::write(&recipe, b"cut").unwrap();
     let found = faults(false);
     assert_eq!(found.len(), 1);
-    assert_eq!((found[0].layer, found[0].path.as_deref()), (second, None));
+    assert_eq!(
+        (found[0].layer, found[0].path.as_deref()),
+        (Some(second), None)
+    );
 }
 
 /// Imports, removals and collections at once: what is recorded is whole at any time.

@@ -1,4 +1,4 @@
-//! A large content on its way: cut into frames, which the workers compress, and written by whoever hands it over.
+//! A large content on its way: cut into frames, which the workers hash and compress, and written by whoever hands it over.
 
 use std::collections::VecDeque;
 use std::io;
@@ -8,8 +8,6 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 
 use super::sink::{Job, ended_early};
 use crate::store::error::{Result, io_error};
-use crate::store::format::ObjectName;
-use crate::store::format::tables::Object;
 use crate::store::object::{FRAME, Frame, FrameWriter, NewFile};
 
 /// Frames that the workers have at a time.
@@ -20,8 +18,9 @@ const MOST_OUT: usize = 8;
 pub(super) struct Large {
     tmp: PathBuf,
     writer: FrameWriter,
-    hash: blake3::Hasher,
     size: u64,
+    /// Where the frame at hand starts.
+    start: u64,
     frame: Vec<u8>,
     /// Where each frame that the workers have comes from, in their order.
     out: VecDeque<Receiver<io::Result<Frame>>>,
@@ -29,13 +28,13 @@ pub(super) struct Large {
 }
 
 impl Large {
-    /// Begins a content of `size` bytes in `tmp`.
+    /// Begins a content of `size` bytes in `tmp`, all of which have to follow.
     pub(super) fn create(tmp: &Path, size: u64, jobs: &Sender<Job>) -> Result<Self> {
         Ok(Self {
             tmp: tmp.to_owned(),
             writer: FrameWriter::create(tmp, size)?,
-            hash: blake3::Hasher::new(),
-            size: 0,
+            size,
+            start: 0,
             frame: Vec::new(),
             out: VecDeque::new(),
             jobs: jobs.clone(),
@@ -44,8 +43,6 @@ impl Large {
 
     /// Adds bytes.
     pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
-        self.hash.update(bytes);
-        self.size += bytes.len() as u64;
         while !bytes.is_empty() {
             let room = (FRAME - self.frame.len()).min(bytes.len());
             self.frame.extend_from_slice(&bytes[..room]);
@@ -65,10 +62,11 @@ impl Large {
         while !self.out.is_empty() {
             self.take_back()?;
         }
-        self.writer.finish(Object {
-            name: ObjectName(*self.hash.finalize().as_bytes()),
-            size: self.size,
-        })
+        if self.start != self.size {
+            let error = io::Error::other("a content has not as many bytes as it was to have");
+            return Err(io_error("write below", &self.tmp)(error));
+        }
+        self.writer.finish()
     }
 
     fn hand_out(&mut self) -> Result<()> {
@@ -77,7 +75,13 @@ impl Large {
         }
         let (reply, receiver) = bounded(1);
         let content = std::mem::replace(&mut self.frame, Vec::with_capacity(FRAME));
-        let job = Job::Frame { content, reply };
+        let place = (self.start, self.size);
+        self.start += content.len() as u64;
+        let job = Job::Frame {
+            content,
+            place,
+            reply,
+        };
         // Whoever does not listen any more has the reason.
         self.jobs.send(job).map_err(|_| ended_early(&self.tmp))?;
         self.out.push_back(receiver);

@@ -1,5 +1,5 @@
 //! Contents on their way into the store: hashed and compressed by workers, written to a pack by one thread.
-//! Large contents are written by whoever hands them over, in frames that the workers have compressed.
+//! Large contents are written by whoever hands them over, in frames that the workers have hashed and compressed.
 
 use std::collections::HashSet;
 use std::io;
@@ -15,7 +15,7 @@ use crate::store::compression::Compressor;
 use crate::store::error::{Error, Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::object::{FileWriter, Frame, NewFile, Objects};
+use crate::store::object::{FileWriter, Frame, LARGEST_FRAMED, NewFile, Objects};
 use crate::store::pack::{Encoded, PackWriter};
 
 /// Contents between two threads.
@@ -26,9 +26,11 @@ const MOST_WAITING: u64 = 256;
 pub(super) enum Job {
     /// Hash a content, and compress it if it is new.
     Content { number: u32, content: Vec<u8> },
-    /// Compress a frame of a large content for whoever waits for it.
+    /// Hash and compress a frame of a large content for whoever waits for it.
     Frame {
         content: Vec<u8>,
+        /// Where it starts, and the bytes of the whole.
+        place: (u64, u64),
         reply: Sender<io::Result<Frame>>,
     },
 }
@@ -161,7 +163,7 @@ impl Sink<'_> {
     pub(super) fn begin(&self, size: u64) -> Result<Incoming> {
         if size <= self.small {
             Ok(Incoming::Small(Vec::with_capacity(size as usize)))
-        } else if self.plain {
+        } else if self.plain || size > LARGEST_FRAMED {
             let writer = FileWriter::create(self.tmp)?;
             Ok(Incoming::Plain(Box::new(writer)))
         } else {
@@ -264,9 +266,13 @@ fn work(
     for job in jobs {
         let (number, content) = match job {
             Job::Content { number, content } => (number, content),
-            Job::Frame { content, reply } => {
+            Job::Frame {
+                content,
+                place,
+                reply,
+            } => {
                 // Whoever has given up does not wait for it.
-                let _ = reply.send(Frame::new(content, &mut compressor));
+                let _ = reply.send(Frame::new(content, place, &mut compressor));
                 continue;
             }
         };
@@ -308,4 +314,21 @@ fn write(mut pack: PackWriter, done: &Receiver<Done>) -> Result<Written> {
         contents.push((number, object));
     }
     Ok((pack, contents))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A reader takes no frames of more, so such a content was lost as soon as it was stored.
+    #[test]
+    fn what_is_too_large_for_frames_is_kept_as_it_is() {
+        let tmp = tempfile::tempdir().unwrap();
+        let objects = Objects::new(tmp.path());
+        let begun = with_sink(&objects, tmp.path(), &Settings::default(), |sink| {
+            let in_frames = |size| Ok::<_, Error>(matches!(sink.begin(size)?, Incoming::Large(_)));
+            Ok::<_, Error>([in_frames(LARGEST_FRAMED)?, in_frames(LARGEST_FRAMED + 1)?])
+        });
+        assert_eq!(begun.unwrap().0, [true, false]);
+    }
 }

@@ -118,9 +118,9 @@ impl FrameWriter {
     }
 
     /// Ends the object, all of whose frames were added.
-    pub(in crate::store) fn finish(self, object: Object) -> Result<NewFile> {
+    pub(in crate::store) fn finish(self) -> Result<NewFile> {
         let written = self.layout.finish(&self.file.file);
-        written.map_err(io_error("write", &self.file.path))?;
+        let object = written.map_err(io_error("write", &self.file.path))?;
         self.file.finish(object)
     }
 }

@@ -1,160 +1,103 @@
-//! Large objects whose files are compressed in frames, so that any part can be read without the rest.
+//! Large objects whose files are compressed in frames, so that any part can be read, and compared with the name of the
+//! object, without the rest.
 //!
 //! A file of an object that has as many bytes as the object is its content; any other has this form, which
-//! `docs/layer-format.md` gives byte by byte.
+//! `docs/layer-format.md` gives byte by byte. The table has a value for each frame, which is what BLAKE3 makes of its
+//! content on the way to the name of the whole. The values are merged to the name when the file is opened, and from then on each frame
+//! is compared with its value alone.
+
+mod subtree;
+mod table;
+#[cfg(test)]
+mod tests;
+mod write;
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use parking_lot::Mutex;
 
-use crate::store::compression::{Compressor, decompress_into};
+use self::table::{Stored, Table};
+use super::check::{Check, FrameChecks, Verify};
+use crate::store::compression::{decompress_into, with_scratch};
 use crate::store::error::{Error, Result, damaged, io_error};
+use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::format::{ObjectName, Record, check_features, short_sum};
 
-const MAGIC: &[u8; 8] = b"plyframe";
-const HEADER: usize = 64;
-const SUM: usize = 32;
-/// Bytes of a frame's entry in the table.
-const ENTRY: usize = 4;
-/// In an entry: the frame is stored as it is.
-const PLAIN: u32 = 1 << 31;
-/// Plain bytes of a frame that we write.
-pub(in crate::store) const FRAME: usize = 128 << 10;
-/// What a reader takes, so that no header has it hold much.
-const FRAMES: Range<u64> = 4 << 10..(16 << 20) + 1;
-/// Most bytes of an object, so that a forged size does not have a reader allocate for its table.
-const LARGEST: u64 = 1 << 44;
+pub(in crate::store) use self::table::LARGEST;
+pub(super) use self::write::Layout;
+pub(in crate::store) use self::write::{FRAME, Frame};
+
 /// Frames that are kept decompressed: reads of a few pages come one after the other.
-const MOST_KEPT: usize = 16;
-
-/// A frame as it is stored.
-#[derive(Debug)]
-pub(in crate::store) struct Frame {
-    bytes: Vec<u8>,
-    plain: bool,
-}
-
-impl Frame {
-    /// Takes `content`, which is compressed if that saves an eighth.
-    pub(in crate::store) fn new(content: Vec<u8>, compressor: &mut Compressor) -> io::Result<Self> {
-        let compressed = compressor.compress(&content)?;
-        Ok(
-            match compressed.len() <= content.len() - content.len() / 8 {
-                true => Self {
-                    bytes: compressed,
-                    plain: false,
-                },
-                false => Self {
-                    bytes: content,
-                    plain: true,
-                },
-            },
-        )
-    }
-}
-
-/// Writes the frames of an object of known size into a new file.
-#[derive(Debug)]
-pub(super) struct Layout {
-    size: u64,
-    table: Vec<u8>,
-    /// Where the next frame goes.
-    at: u64,
-}
-
-impl Layout {
-    /// Of an object of `size` bytes, which is not zero.
-    pub(super) fn new(size: u64) -> Self {
-        let frames = size.div_ceil(FRAME as u64);
-        Self {
-            size,
-            table: Vec::new(),
-            at: body(frames),
-        }
-    }
-
-    /// Adds the next frame.
-    pub(super) fn append(&mut self, file: &File, frame: &Frame) -> io::Result<()> {
-        file.write_all_at(&frame.bytes, self.at)?;
-        self.at += frame.bytes.len() as u64;
-        // Not more than a frame's plain bytes.
-        let stored = frame.bytes.len() as u32 | if frame.plain { PLAIN } else { 0 };
-        self.table.extend_from_slice(&stored.to_le_bytes());
-        Ok(())
-    }
-
-    /// Writes what stands before the frames, once all of them are there.
-    pub(super) fn finish(self, file: &File) -> io::Result<()> {
-        let mut head = vec![0; HEADER];
-        head[..8].copy_from_slice(MAGIC);
-        head[8..10].copy_from_slice(&1u16.to_le_bytes());
-        head[40..48].copy_from_slice(&self.size.to_le_bytes());
-        head[48..52].copy_from_slice(&(FRAME as u32).to_le_bytes());
-        let sum = short_sum(&head[..56]);
-        head[56..].copy_from_slice(&sum);
-        head.extend_from_slice(&self.table);
-        let sum = blake3::hash(&head);
-        head.extend_from_slice(sum.as_bytes());
-        if head.len() as u64 != body(self.size.div_ceil(FRAME as u64)) {
-            return Err(io::Error::other("its frames are not as many as it needs"));
-        }
-        file.write_all_at(&head, 0)?;
-        if self.at == self.size {
-            file.write_all_at(&[0], self.at)?;
-        }
-        Ok(())
-    }
-}
-
-/// Where the first of so many frames starts.
-fn body(frames: u64) -> u64 {
-    HEADER as u64 + frames * ENTRY as u64 + SUM as u64
-}
+const MOST_KEPT: usize = 8;
 
 /// A frame of an object, with the bytes that a frame has.
 type Key = (ObjectName, u64, u64);
 
+/// A frame that is kept decompressed.
+#[derive(Clone, Debug)]
+struct Kept {
+    content: Arc<Vec<u8>>,
+    /// Whether it was compared with its value.
+    is_sound: bool,
+}
+
 /// Frames that were decompressed last, of all objects of a store.
 #[derive(Debug, Default)]
-pub(super) struct FrameCache(Mutex<VecDeque<(Key, Arc<[u8]>)>>);
+pub(super) struct FrameCache(Mutex<VecDeque<(Key, Kept)>>);
 
 impl FrameCache {
-    fn get(&self, key: Key) -> Option<Arc<[u8]>> {
+    fn get(&self, key: &Key) -> Option<Kept> {
         let mut kept = self.0.lock();
-        let at = kept.iter().position(|(known, _)| *known == key)?;
+        let at = kept.iter().position(|(known, _)| known == key)?;
         let found = kept.remove(at)?;
-        let bytes = Arc::clone(&found.1);
+        let frame = found.1.clone();
         kept.push_back(found);
-        Some(bytes)
+        Some(frame)
     }
 
-    fn put(&self, key: Key, bytes: Arc<[u8]>) {
+    fn put(&self, key: Key, frame: Kept) {
         let mut kept = self.0.lock();
         kept.retain(|(known, _)| *known != key);
         if kept.len() >= MOST_KEPT {
             kept.pop_front();
         }
-        kept.push_back((key, bytes));
+        kept.push_back((key, frame));
+    }
+
+    /// A buffer of `length` bytes, which is that of the frame that would go next if nobody uses it.
+    fn buffer(&self, length: usize) -> Vec<u8> {
+        let oldest = {
+            let mut kept = self.0.lock();
+            match kept.len() >= MOST_KEPT {
+                true => kept.pop_front(),
+                false => None,
+            }
+        };
+        let oldest = oldest.and_then(|(_, frame)| Arc::try_unwrap(frame.content).ok());
+        let mut buffer = oldest.unwrap_or_default();
+        buffer.resize(length, 0);
+        buffer
     }
 }
 
 /// An open object in frames.
 #[derive(Debug)]
 pub struct Framed {
+    path: PathBuf,
     file: File,
     object: Object,
-    frame: u64,
-    /// Where each frame ends, and whether it is stored as it is.
-    ends: Vec<(u64, bool)>,
-    body: u64,
+    table: Table,
+    checks: Arc<FrameChecks>,
     cache: Arc<FrameCache>,
+    /// A frame of this file could not be used.
+    has_failed: AtomicBool,
 }
 
 impl Framed {
@@ -164,276 +107,190 @@ impl Framed {
         file: File,
         length: u64,
         object: &Object,
+        check: &Check,
         cache: &Arc<FrameCache>,
     ) -> Result<Self> {
-        let read = |bytes: &mut [u8], at| match file.read_exact_at(bytes, at) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                let size = object.size;
-                let problem = format!("it has {length} bytes and should have {size}, or frames");
-                Err(damaged(path, problem))
-            }
-            result => result.map_err(io_error("read", path)),
+        let table = Table::read(path, &file, length, object)?;
+        let (verify, known) = match check {
+            Check::Nothing => (Verify::Never, None),
+            Check::Whole => (Verify::First, None),
+            Check::Parts { verify, frames, .. } => (*verify, frames.as_ref()),
         };
-        let mut head = vec![0; HEADER];
-        read(&mut head, 0)?;
-        let fields = Record(&head);
-        if fields.array::<8>(0) != *MAGIC || fields.array::<8>(56) != short_sum(&head[..56]) {
-            let size = object.size;
-            let problem = format!("it has {length} bytes and should have {size}, or frames");
-            return Err(damaged(path, problem));
-        }
-        check_features(path, fields.u16(8), fields.u64(32))?;
-        let (size, frame) = (fields.u64(40), u64::from(fields.u32(48)));
-        if !fields.is_zero(10, 16) || !fields.is_zero(52, 56) {
-            return Err(damaged(
-                path,
-                "its header has something where zeros have to be",
-            ));
-        }
-        if size != object.size || size == 0 || size > LARGEST || !FRAMES.contains(&frame) {
-            return Err(damaged(path, "its header says what cannot be"));
-        }
-        let count = size.div_ceil(frame);
-        let body = body(count);
-        if body > length {
-            return Err(damaged(path, "its table is cut off"));
-        }
-        // Bounded by the bytes of the file.
-        head.resize((body - SUM as u64) as usize, 0);
-        read(&mut head[HEADER..], HEADER as u64)?;
-        let mut sum = [0; SUM];
-        read(&mut sum, body - SUM as u64)?;
-        if *blake3::hash(&head).as_bytes() != sum {
-            return Err(damaged(path, "its table is damaged"));
-        }
-        let mut end = body;
-        let mut ends = Vec::with_capacity(count as usize);
-        for entry in head[HEADER..].chunks_exact(ENTRY) {
-            let stored = Record(entry).u32(0);
-            end += u64::from(stored & !PLAIN);
-            ends.push((end, stored & PLAIN != 0));
-        }
-        if end == size {
-            let mut last = [1];
-            read(&mut last, end)?;
-            if last != [0] {
-                return Err(damaged(path, "it does not end with a zero"));
+        let checks = match known.filter(|known| known.knows(&table.sum, verify)) {
+            Some(known) => Arc::clone(known),
+            None => {
+                if verify != Verify::Never && table.name() != object.name {
+                    let problem = "the values of its frames do not make its name";
+                    return Err(damaged(path, problem));
+                }
+                Arc::new(FrameChecks::new(verify, table.sum, table.count()))
             }
-        }
-        if length != end + u64::from(end == size) {
-            return Err(damaged(
-                path,
-                "its frames have not the bytes that they should have",
-            ));
-        }
-        Ok(Self {
+        };
+        let framed = Self {
+            path: path.to_owned(),
             file,
             object: *object,
-            frame,
-            ends,
-            body,
+            table,
+            checks,
             cache: Arc::clone(cache),
-        })
-    }
-
-    /// Where a frame is stored, its bytes, and whether they are its content.
-    fn stored(&self, number: u64) -> io::Result<(u64, usize, bool)> {
-        let at = |number: u64| usize::try_from(number).ok().and_then(|n| self.ends.get(n));
-        let (end, plain) = *at(number).ok_or(io::ErrorKind::UnexpectedEof)?;
-        let start = match number.checked_sub(1).and_then(at) {
-            Some((start, _)) => *start,
-            None => self.body,
+            has_failed: AtomicBool::new(false),
         };
-        let bytes = (end - start) as usize;
-        let full = self.plain_bytes(number);
-        if bytes > full || plain && bytes != full {
-            return Err(wrong("a frame of it has not the bytes that it should have"));
+        if matches!(check, Check::Whole) {
+            framed.verify()?;
         }
-        Ok((start, bytes, plain))
+        Ok(framed)
     }
 
-    /// Plain bytes of a frame.
-    fn plain_bytes(&self, number: u64) -> usize {
-        self.frame.min(self.object.size - number * self.frame) as usize
+    /// What is known of its frames.
+    pub(in crate::store) fn checks(&self) -> &Arc<FrameChecks> {
+        &self.checks
     }
 
-    fn decompress(&self, number: u64, into: &mut [u8]) -> io::Result<()> {
-        let (start, bytes, _) = self.stored(number)?;
-        let mut stored = vec![0; bytes];
-        self.file.read_exact_at(&mut stored, start)?;
-        match decompress_into(&stored, into) {
-            Ok(count) if count == into.len() => Ok(()),
-            _ => Err(wrong("a frame of it cannot be decompressed")),
-        }
+    /// Whether a frame could not be used. Another file may be in the place of this one since.
+    pub(in crate::store) fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::Relaxed)
     }
 
     /// Fills `buffer` from `offset`; fewer bytes only at the end.
     pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let left = self.object.size.saturating_sub(offset);
         let length = left.min(buffer.len() as u64) as usize;
-        let buffer = &mut buffer[..length];
-        let mut done = 0;
-        while done < buffer.len() {
-            let at = offset + done as u64;
-            let number = at / self.frame;
-            let within = (at % self.frame) as usize;
-            let full = self.plain_bytes(number);
-            let count = (full - within).min(buffer.len() - done);
-            let part = &mut buffer[done..done + count];
-            let (start, _, plain) = self.stored(number)?;
-            if plain {
-                self.file.read_exact_at(part, start + within as u64)?;
-            } else if count == full {
-                self.decompress(number, part)?;
-            } else {
-                let key = (self.object.name, self.frame, number);
-                let whole = match self.cache.get(key) {
-                    Some(known) => known,
-                    None => {
-                        let mut whole = vec![0; full];
-                        self.decompress(number, &mut whole)?;
-                        let whole: Arc<[u8]> = whole.into();
-                        self.cache.put(key, Arc::clone(&whole));
-                        whole
-                    }
-                };
-                part.copy_from_slice(&whole[within..within + count]);
-            }
-            done += count;
+        let mut rest = &mut buffer[..length];
+        let mut at = offset;
+        self.announce(at, length);
+        while !rest.is_empty() {
+            let number = at / self.table.frame;
+            let within = (at % self.table.frame) as usize;
+            let full = self.table.plain_bytes(number);
+            let (part, others) = rest.split_at_mut((full - within).min(rest.len()));
+            at += part.len() as u64;
+            rest = others;
+            let read = match part.len() == full {
+                true => self.read_frame(number, part).map(drop),
+                false => self.read_part(number, within, part),
+            };
+            self.checks.note(number, read.is_ok());
+            read.map_err(|error| {
+                self.has_failed.store(true, Ordering::Relaxed);
+                match &error {
+                    Error::Io { source, .. } => io::Error::new(source.kind(), error),
+                    _ => io::Error::new(io::ErrorKind::InvalidData, error),
+                }
+            })?;
         }
         Ok(length)
     }
 
-    /// Compares the content with its name.
-    pub(super) fn verify(&self, path: &Path) -> Result<()> {
-        let mut hash = blake3::Hasher::new();
-        let mut buffer = vec![0; self.plain_bytes(0)];
-        let mut at = 0;
-        while at < self.object.size {
-            let count = self
-                .read_at(&mut buffer, at)
-                .map_err(|error| match error.kind() {
-                    io::ErrorKind::InvalidData => damaged(path, error.to_string()),
-                    _ => io_error("read", path)(error),
-                })?;
-            hash.update(&buffer[..count]);
-            at += count as u64;
+    /// Has the host read what several frames are stored as in one go, while the first of them is decompressed and compared.
+    fn announce(&self, offset: u64, length: usize) {
+        let (first, end) = (offset / self.table.frame, offset + length as u64);
+        let last = end.saturating_sub(1) / self.table.frame;
+        if last <= first {
+            return;
         }
-        if *hash.finalize().as_bytes() == self.object.name.0 {
-            Ok(())
-        } else {
-            Err::<(), Error>(damaged(path, "its content does not have its name"))
-        }
-    }
-}
-
-fn wrong(problem: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, problem)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-
-    /// Half of it can be compressed.
-    fn content(size: usize) -> Vec<u8> {
-        let mut random = blake3::Hasher::new().finalize_xof();
-        let mut content = vec![0; size];
-        random.fill(&mut content);
-        for part in content.chunks_mut(FRAME).step_by(2) {
-            part.fill(7);
-        }
-        content
-    }
-
-    fn written(path: &Path, content: &[u8]) -> Object {
-        let file = File::create_new(path).unwrap();
-        let mut layout = Layout::new(content.len() as u64);
-        let mut compressor = Compressor::new(1).unwrap();
-        for part in content.chunks(FRAME) {
-            let frame = Frame::new(part.to_vec(), &mut compressor).unwrap();
-            layout.append(&file, &frame).unwrap();
-        }
-        layout.finish(&file).unwrap();
-        Object {
-            name: ObjectName::of(content),
-            size: content.len() as u64,
-        }
-    }
-
-    fn open(path: &Path, object: &Object) -> Result<Framed> {
-        let file = File::open(path).unwrap();
-        let length = file.metadata().unwrap().len();
-        Framed::open(path, file, length, object, &Arc::default())
-    }
-
-    #[test]
-    fn every_part_reads_as_the_whole_does() {
-        let tmp = tempfile::tempdir().unwrap();
-        for size in [1, FRAME - 1, FRAME, FRAME + 1, 3 * FRAME + 500] {
-            let path = tmp.path().join(size.to_string());
-            let content = content(size);
-            let framed = open(&path, &written(&path, &content)).unwrap();
-            framed.verify(&path).unwrap();
-            for (from, length) in [
-                (0, size),
-                (0, 1),
-                (size - 1, 10),
-                (size, 10),
-                (size / 2, FRAME),
-                (FRAME - 5, 10),
-                (2 * FRAME - 5, FRAME + 10),
-            ] {
-                let mut buffer = vec![0xee; length];
-                let count = framed.read_at(&mut buffer, from as u64).unwrap();
-                let expected = content.get(from..).unwrap_or_default();
-                let expected = &expected[..length.min(expected.len())];
-                assert!(buffer[..count] == *expected, "{length} at {from} of {size}");
+        if let (Ok(first), Ok(last)) = (self.table.stored(first), self.table.stored(last)) {
+            let length = last.start + last.bytes as u64 - first.start;
+            let place = i64::try_from(first.start)
+                .ok()
+                .zip(i64::try_from(length).ok());
+            if let Some((at, length)) = place {
+                let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+                // Without it they are read one by one.
+                let _ = posix_fadvise(&self.file, at, length, advice);
             }
         }
     }
 
-    #[test]
-    fn a_file_in_frames_never_has_as_many_bytes_as_its_content() {
-        let tmp = tempfile::tempdir().unwrap();
-        // The first frame is stored as it is; the second is made shorter by as much as the rest takes.
-        let mut met = false;
-        for zeros in 0..400 {
-            let mut content = vec![0; FRAME + 300];
-            blake3::Hasher::new().finalize_xof().fill(&mut content);
-            content.extend(std::iter::repeat_n(0, zeros));
-            let path = tmp.path().join("object");
-            let object = written(&path, &content);
-            let length = fs::metadata(&path).unwrap().len();
-            assert_ne!(length, object.size);
-            open(&path, &object).unwrap().verify(&path).unwrap();
-            fs::remove_file(&path).unwrap();
-            met |= length == object.size + 1;
+    /// Reads a frame from the disk. `into` has as many bytes. Answers whether it was compared with its value.
+    fn read_frame(&self, number: u64, into: &mut [u8]) -> Result<bool> {
+        let Stored {
+            start,
+            bytes,
+            plain,
+        } = self.stored(number)?;
+        if plain {
+            self.read_file(number, into, start)?;
+        } else {
+            with_scratch(bytes, |stored| {
+                self.read_file(number, stored, start)?;
+                match decompress_into(stored, into) {
+                    Ok(count) if count == into.len() => Ok(()),
+                    _ => Err(self.wrong(number, "cannot be decompressed")),
+                }
+            })?;
         }
-        assert!(met, "no content was as long as its frames");
+        let is_due = self.checks.is_due(number);
+        if is_due {
+            if !self.table.is_content(number, into) {
+                return Err(self.wrong(number, "does not have its content"));
+            }
+            self.checks.is_sound(number);
+        }
+        Ok(is_due)
     }
 
-    #[test]
-    fn every_damaged_byte_is_an_error() {
-        let tmp = tempfile::tempdir().unwrap();
-        let path = tmp.path().join("object");
-        let content = content(2 * FRAME + 100);
-        let object = written(&path, &content);
-        let whole = fs::read(&path).unwrap();
-        // The header, the table, the compressed frames; of the plain one some bytes.
-        for at in (0..2000).chain((2000..whole.len()).step_by(997)) {
-            let mut bad = whole.clone();
-            bad[at] ^= 0x41;
-            fs::write(&path, &bad).unwrap();
-            let read = open(&path, &object).and_then(|framed| framed.verify(&path));
-            // Bytes of the header that nobody reads yet are under its sum as well.
-            assert!(read.is_err(), "{at}");
+    /// Reads less than a whole frame, from `within` it on.
+    fn read_part(&self, number: u64, within: usize, part: &mut [u8]) -> Result<()> {
+        let is_due = self.checks.is_due(number);
+        let full = self.table.plain_bytes(number);
+        let Stored { start, plain, .. } = self.stored(number)?;
+        if plain && !is_due {
+            return self.read_file(number, part, start + within as u64);
         }
-        for length in [0, 1, 63, 64, 100, whole.len() - 1] {
-            fs::write(&path, &whole[..length]).unwrap();
-            assert!(open(&path, &object).is_err(), "cut at {length}");
+        if plain {
+            // Once it is known to be sound, parts of it can be read alone, so it need not be kept.
+            return with_scratch(full, |content| {
+                self.read_frame(number, content)?;
+                part.copy_from_slice(&content[within..within + part.len()]);
+                Ok(())
+            });
         }
+        let key = (self.object.name, self.table.frame, number);
+        // Of a damaged view two objects of one name may have several lengths.
+        let is_usable = |kept: &Kept| (kept.is_sound || !is_due) && kept.content.len() == full;
+        let content = match self.cache.get(&key).filter(is_usable) {
+            Some(kept) => kept.content,
+            None => {
+                let mut content = self.cache.buffer(full);
+                let is_sound = self.read_frame(number, &mut content)?;
+                let content = Arc::new(content);
+                let kept = Kept {
+                    content: Arc::clone(&content),
+                    is_sound,
+                };
+                self.cache.put(key, kept);
+                content
+            }
+        };
+        part.copy_from_slice(&content[within..within + part.len()]);
+        Ok(())
+    }
+
+    fn stored(&self, number: u64) -> Result<Stored> {
+        let stored = self.table.stored(number);
+        stored.map_err(|problem| self.wrong(number, problem))
+    }
+
+    fn read_file(&self, number: u64, into: &mut [u8], at: u64) -> Result<()> {
+        match self.file.read_exact_at(into, at) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(self.wrong(number, "is cut off"))
+            }
+            result => result.map_err(io_error("read", &self.path)),
+        }
+    }
+
+    /// Reads and compares all of it.
+    fn verify(&self) -> Result<()> {
+        let mut buffer = vec![0; self.table.plain_bytes(0)];
+        for number in 0..self.table.count() {
+            let full = self.table.plain_bytes(number);
+            self.read_frame(number, &mut buffer[..full])?;
+        }
+        Ok(())
+    }
+
+    fn wrong(&self, number: u64, problem: &str) -> Error {
+        damaged(&self.path, format!("its frame {number} {problem}"))
     }
 }

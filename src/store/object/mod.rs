@@ -4,6 +4,7 @@
 //! tables of the packs and the names of the files. Who has a view needs that only when an object is
 //! not where the view says.
 
+mod check;
 mod file;
 mod framed;
 mod restore;
@@ -28,10 +29,12 @@ use super::format::tables::Object;
 use super::pack::{self, PackId, SealedPack, Slot, Wrong};
 use crate::sys::{self, private_mount};
 
+pub(super) use check::Bits;
+pub use check::{Check, FrameChecks, Verify};
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
 use framed::FrameCache;
 pub use framed::Framed;
-pub(super) use framed::{FRAME, Frame};
+pub(super) use framed::{FRAME, Frame, LARGEST as LARGEST_FRAMED};
 use sweep::Relied;
 pub(super) use sweep::{Live, Swept};
 
@@ -57,11 +60,21 @@ pub enum Place {
     File,
 }
 
+impl Place {
+    pub(super) fn packed(pack: PackId, slot: Slot) -> Self {
+        Self::Packed {
+            pack,
+            offset: slot.offset,
+            stored: slot.stored,
+        }
+    }
+}
+
 /// The content of an object.
 #[derive(Clone, Debug)]
 pub enum Content {
     /// In memory.
-    Bytes(Arc<[u8]>),
+    Bytes(Arc<Vec<u8>>),
     /// In a file that holds exactly this content.
     File(Arc<File>),
     /// In a file, compressed in frames.
@@ -164,9 +177,14 @@ impl Objects {
         Ok(place)
     }
 
-    /// The content of an object, which is looked for at `place` first. With `verify` it is
+    /// The content of an object, which is looked for at `place` first. With `verify` all of it is
     /// compared with its name.
     pub fn read(&self, object: &Object, place: Option<Place>, verify: bool) -> Result<Content> {
+        self.open(object, place, &whole(verify))
+    }
+
+    /// The content of an object, which is looked for at `place` first and compared with its name as `check` says.
+    pub fn open(&self, object: &Object, place: Option<Place>, check: &Check) -> Result<Content> {
         let mut tried = None;
         let mut next = place;
         let mut error = None;
@@ -175,7 +193,7 @@ impl Objects {
             if let Some(place) = next
                 && next != tried
             {
-                match self.read_from(object, place, verify) {
+                match self.open_from(object, place, check) {
                     Ok(content) => return Ok(content),
                     Err(failed) => error = Some(failed),
                 }
@@ -205,8 +223,12 @@ impl Objects {
     }
 
     fn read_from(&self, object: &Object, place: Place, verify: bool) -> Result<Content> {
+        self.open_from(object, place, &whole(verify))
+    }
+
+    fn open_from(&self, object: &Object, place: Place, check: &Check) -> Result<Content> {
         let (id, slot) = match place {
-            Place::File => return self.open_file(object, verify),
+            Place::File => return self.open_file(object, check),
             Place::Packed {
                 pack,
                 offset,
@@ -215,8 +237,8 @@ impl Objects {
         };
         let path = self.packs.join(id.file_name());
         let file = self.pack(id, &path)?;
-        match pack::read(&file, object, slot, verify) {
-            Ok(bytes) => Ok(Content::Bytes(bytes.into())),
+        match pack::read(&file, object, slot, check.is_due()) {
+            Ok(bytes) => Ok(Content::Bytes(Arc::new(bytes))),
             Err(Wrong::Io(error)) => Err(io_error("read", &path)(error)),
             Err(Wrong::Moved) => Err(damaged(
                 &path,
@@ -239,7 +261,7 @@ impl Objects {
             open.push_back(found);
             return Ok(file);
         }
-        let file = Arc::new(File::open(path).map_err(io_error("open", path))?);
+        let file = Arc::new(pack::open(path, id)?);
         if open.len() >= MOST_OPEN {
             open.pop_front();
         }
@@ -247,18 +269,15 @@ impl Objects {
         Ok(file)
     }
 
-    fn open_file(&self, object: &Object, verify: bool) -> Result<Content> {
+    fn open_file(&self, object: &Object, check: &Check) -> Result<Content> {
         let path = self.path_of(&object.name);
         let mut file = self.open_at(&path).map_err(io_error("open", &path))?;
         let length = file.metadata().map_err(io_error("look at", &path))?.len();
         if length != object.size {
-            let framed = Framed::open(&path, file, length, object, &self.frames)?;
-            if verify {
-                framed.verify(&path)?;
-            }
+            let framed = Framed::open(&path, file, length, object, check, &self.frames)?;
             return Ok(Content::Framed(Arc::new(framed)));
         }
-        if verify {
+        if check.is_due() {
             let mut hash = blake3::Hasher::new();
             let mut buffer = vec![0; BUFFER];
             loop {
@@ -340,14 +359,8 @@ impl Objects {
             let path = self.packs.join(pack.id.file_name());
             fs::rename(&pack.path, &path).map_err(io_error("make", &path))?;
             sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
-            found.extend(pack.objects.into_iter().map(|(object, slot)| {
-                let place = Place::Packed {
-                    pack: pack.id,
-                    offset: slot.offset,
-                    stored: slot.stored,
-                };
-                (object.name, place)
-            }));
+            let places = pack.objects.into_iter();
+            found.extend(places.map(|(object, slot)| (object.name, Place::packed(pack.id, slot))));
         }
         let mut dirs = Vec::new();
         for file in files {
@@ -395,21 +408,24 @@ impl Objects {
                 continue;
             };
             let path = self.packs.join(&name);
-            match pack::objects_of(&path, id) {
-                Ok(objects) => {
-                    places.extend(objects.into_iter().map(|(object, slot)| {
-                        let place = Place::Packed {
-                            pack: id,
-                            offset: slot.offset,
-                            stored: slot.stored,
-                        };
-                        (object.name, place)
-                    }));
+            match pack::look_into(&path, id) {
+                Ok(found) => {
+                    let problem = found.problem();
+                    if let Some(problem) = &problem {
+                        tracing::warn!(path = %path.display(), found = found.objects.len(), "a pack is damaged: {problem}");
+                    }
+                    let is_whole = problem.is_none() && found.features == Some(0);
+                    for (object, slot) in found.objects {
+                        // A repair may have had to leave a bad copy in one that is not; the good one is in another then.
+                        if is_whole || !places.contains_key(&object.name) {
+                            places.insert(object.name, Place::packed(id, slot));
+                        }
+                    }
                 }
                 // Collected since they were listed.
-                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.is_not_found() => {}
                 // The others can be used; whoever needs something of this one is told.
-                Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
+                Err(error @ Error::Unsupported { .. }) => {
                     tracing::warn!(%error, "a pack cannot be used");
                 }
                 Err(error) => return Err(error),
@@ -423,6 +439,13 @@ impl Objects {
             }
         }
         Ok(places)
+    }
+}
+
+fn whole(verify: bool) -> Check {
+    match verify {
+        true => Check::Whole,
+        false => Check::Nothing,
     }
 }
 
@@ -442,156 +465,4 @@ fn names(dir: &Path) -> Result<Vec<String>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::compression::Compressor;
-    use crate::store::pack::{Encoded, PackWriter};
-
-    fn object(content: &[u8]) -> Object {
-        Object {
-            name: ObjectName::of(content),
-            size: content.len() as u64,
-        }
-    }
-
-    fn bytes(content: &Content, size: usize) -> Vec<u8> {
-        let mut buffer = vec![0; size + 10];
-        let count = content.read_at(&mut buffer, 0).unwrap();
-        buffer.truncate(count);
-        buffer
-    }
-
-    fn packed(dir: &Path, content: &[u8]) -> SealedPack {
-        let mut pack = PackWriter::create(dir).unwrap();
-        let encoded = Encoded::new(
-            object(content),
-            content.to_vec(),
-            &mut Compressor::new(1).unwrap(),
-        )
-        .unwrap();
-        pack.append(&encoded).unwrap();
-        pack.seal().unwrap()
-    }
-
-    fn store(dir: &Path) -> Objects {
-        let mut objects = Objects::new(dir);
-        objects.prepare().unwrap();
-        objects
-    }
-
-    #[test]
-    fn objects_are_found_at_once_and_after_opening_again() {
-        let tmp = tempfile::tempdir().unwrap();
-        let objects = store(tmp.path());
-        let mut file = FileWriter::create(tmp.path()).unwrap();
-        file.write(b"large ").unwrap();
-        file.write(b"one").unwrap();
-        let pack = packed(tmp.path(), b"small one");
-        objects
-            .publish(Some(pack), vec![file.finish().unwrap()])
-            .unwrap();
-        for objects in [objects, store(tmp.path()), Objects::new(tmp.path())] {
-            for content in [&b"large one"[..], b"small one"] {
-                let read = objects.read(&object(content), None, true).unwrap();
-                assert_eq!(bytes(&read, content.len()), content);
-            }
-            assert_eq!(objects.find(&ObjectName::of(b"none")).unwrap(), None);
-            let error = objects.read(&object(b"none"), None, true).unwrap_err();
-            assert!(error.to_string().contains("neither"), "{error}");
-        }
-    }
-
-    #[test]
-    fn an_object_that_has_moved_is_looked_for_by_its_name() {
-        let tmp = tempfile::tempdir().unwrap();
-        let objects = store(tmp.path());
-        objects
-            .publish(Some(packed(tmp.path(), b"content")), Vec::new())
-            .unwrap();
-        let of = object(b"content");
-        let gone = Place::Packed {
-            pack: PackId([7; 16]),
-            offset: 64,
-            stored: 7,
-        };
-        let Some(Place::Packed { pack, stored, .. }) = objects.find(&of.name).unwrap() else {
-            panic!("it is in a pack");
-        };
-        let elsewhere = Place::Packed {
-            pack,
-            offset: 0,
-            stored,
-        };
-        for place in [gone, elsewhere, Place::File] {
-            let read = objects.read(&of, Some(place), true).unwrap();
-            assert_eq!(bytes(&read, 7), b"content");
-        }
-    }
-
-    #[test]
-    fn damage_to_a_file_is_seen_when_it_is_verified() {
-        let tmp = tempfile::tempdir().unwrap();
-        let objects = store(tmp.path());
-        let mut file = FileWriter::create(tmp.path()).unwrap();
-        file.write(b"content").unwrap();
-        objects.publish(None, vec![file.finish().unwrap()]).unwrap();
-        let of = object(b"content");
-        let path = objects.path_of(&of.name);
-        fs::write(&path, b"contend").unwrap();
-        assert!(objects.read(&of, None, false).is_ok());
-        let error = objects.read(&of, None, true).unwrap_err();
-        assert!(matches!(error, Error::Damaged { .. }), "{error}");
-        fs::write(&path, b"conten").unwrap();
-        assert!(objects.read(&of, None, false).is_err());
-    }
-
-    /// A collection once forgot where dead files were, let go of the locks, and removed the files by their names, which an
-    /// import had brought again meanwhile.
-    #[test]
-    fn a_file_that_comes_again_while_its_directory_is_swept_stays() {
-        let tmp = tempfile::tempdir().unwrap();
-        let objects = store(tmp.path());
-        let first = b"first".to_vec();
-        let dir = ObjectName::of(&first).to_string()[..2].to_owned();
-        let mut others = (0u32..).map(|number| number.to_le_bytes().to_vec());
-        let beside = |content: &Vec<u8>| ObjectName::of(content).to_string().starts_with(&dir);
-        let contents = [first, others.find(beside).unwrap()];
-        let bring = || {
-            let _importing = objects.importing();
-            for content in &contents {
-                let of = object(content);
-                assert_eq!(objects.find_for_import(&of).unwrap(), None);
-                let mut file = FileWriter::create(tmp.path()).unwrap();
-                file.write(content).unwrap();
-                objects.publish(None, vec![file.finish().unwrap()]).unwrap();
-            }
-        };
-        bring();
-        let _collecting = objects.collecting();
-        let mut removed = 0;
-        let told = &mut |_, _| {
-            if removed == 0 {
-                bring();
-            }
-            removed += 1;
-        };
-        objects
-            .sweep_files(&dir, &Live::new(), false, told)
-            .unwrap();
-        assert_eq!(removed, 1);
-        for content in &contents {
-            let read = objects.read(&object(content), None, true).unwrap();
-            assert_eq!(bytes(&read, content.len()), *content);
-        }
-    }
-
-    #[test]
-    fn what_is_not_published_is_removed() {
-        let tmp = tempfile::tempdir().unwrap();
-        let mut file = FileWriter::create(tmp.path()).unwrap();
-        file.write(b"content").unwrap();
-        drop(file.finish().unwrap());
-        drop(FileWriter::create(tmp.path()).unwrap());
-        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
-    }
-}
+mod tests;

@@ -3,20 +3,24 @@
 //! While a restoration is under way an import relies on no object that it has not read: one that does not have its name is
 //! taken for missing and brought again. What was replaced leaves the disk with the pack or the file that it was
 //! in, whose other objects go into another pack; otherwise the next who reads the tables of all packs might find the bad
-//! copy first.
+//! copy first. Where the pack has to stay, what other packs have goes before it.
+//!
+//! A pack whose header or table is damaged is written anew, too: what is sound in it, each object compared with its name. It
+//! goes when that is durable and, where only its table could tell what else was in it, when no object that a layer
+//! needs is missing: views may still know where in it such a one lies.
 
+use std::cell::LazyCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-use super::{Objects, Place};
-use crate::store::durable::sync_dir;
-use crate::store::error::{Error, Result, io_error};
+use super::{Live, Objects, Place};
+use crate::store::error::{Error, Result, damaged, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::pack::{self, PackId, Slot};
+use crate::store::pack::{self, Found, PackId, Slot};
 
 /// A restoration is under way.
 #[derive(Debug)]
@@ -94,29 +98,32 @@ impl Objects {
     }
 
     fn purge_pack(&self, id: PackId, tmp: &Path, level: i32) -> Result<()> {
-        let path = self.pack_path(id);
-        let objects = match pack::objects_of(&path, id) {
-            Ok(objects) => objects,
-            // Who opens the store finds nothing in it; what was found before can still be read.
-            Err(Error::Damaged { .. }) => self.known_in(id)?,
-            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(());
-            }
-            Err(error) => return Err(error),
+        let found = match self.look_into(id) {
+            Err(error) if error.is_not_found() => return Ok(()),
+            // It has to stay, too.
+            Err(Error::Unsupported { .. }) => return Ok(()),
+            found => found?,
         };
+        if found.has_table && found.unknown_features() == 0 {
+            self.replace_pack(id, found, tmp, level)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is sound in a pack into another one and removes it, while a restoration is under way.
+    fn replace_pack(&self, id: PackId, found: Found, tmp: &Path, level: i32) -> Result<()> {
         let mut keep = Vec::new();
-        for (object, slot) in objects {
-            let place = Place::Packed {
-                pack: id,
-                offset: slot.offset,
-                stored: slot.stored,
-            };
-            if self.find(&object.name)? != Some(place) {
+        for (object, slot) in found.objects {
+            let here = Place::packed(id, slot);
+            if let Some(other) = self.find(&object.name)?
+                && other != here
+                && self.is_trusted(&object, other)
+            {
                 continue;
             }
-            match self.read_from(&object, place, true) {
+            match self.read_from(&object, here, true) {
                 Ok(_) => keep.push((object, slot)),
-                // Another layer's, whose turn is still to come; there is nothing in it to be kept.
+                // There is nothing in it to be kept.
                 Err(Error::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -124,12 +131,27 @@ impl Objects {
         if !keep.is_empty() {
             self.write_anew(id, &keep, tmp, level)?;
         }
+        self.forget_pack(id);
+        self.remove_pack(id)
+    }
+
+    /// Nothing is in the pack any more.
+    pub(super) fn forget_pack(&self, id: PackId) {
         if let Some(places) = &mut *self.places.write() {
             places.retain(|_, place| slot_in(id)(place).is_none());
         }
-        remove(&path)?;
-        self.open.lock().retain(|(known, _)| *known != id);
-        sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))
+    }
+
+    /// What is in a pack: also what was known to be, where its table is damaged.
+    pub(super) fn look_into(&self, id: PackId) -> Result<Found> {
+        let mut found = pack::look_into(&self.pack_path(id), id)?;
+        if !found.has_table {
+            let objects = &mut found.objects;
+            objects.extend(self.known_in(id)?);
+            objects.sort_unstable_by_key(|(_, slot)| slot.offset);
+            objects.dedup_by_key(|(_, slot)| slot.offset);
+        }
+        Ok(found)
     }
 
     /// The objects that are known to be in a pack and have sound headers there.
@@ -149,25 +171,66 @@ impl Objects {
         Ok(objects)
     }
 
-    /// Removes packs that do not begin as one and have nothing that is known. To be called while no collection is under
-    /// way. Answers what they were.
-    pub(in crate::store) fn remove_unusable_packs(&self) -> Result<Vec<std::path::PathBuf>> {
-        let mut removed = Vec::new();
-        for id in self.all_packs()? {
-            let path = self.pack_path(id);
-            let Err(Error::Damaged { .. }) = pack::objects_of(&path, id) else {
-                continue;
+    /// Replaces packs whose header or table is damaged; `needed` answers what the layers need, if that can be told. To be
+    /// called while no collection is under way, and a restoration is. Answers what they were, and what could not be done.
+    pub(in crate::store) fn mend_packs(
+        &self,
+        needed: impl FnOnce() -> Option<Live>,
+        tmp: &Path,
+        level: i32,
+    ) -> Result<Vec<Result<PathBuf>>> {
+        let needed = LazyCell::new(needed);
+        let is_there = || needed.as_ref().is_some_and(|live| self.has_all(live));
+        let mend = |id| {
+            let found = match self.look_into(id) {
+                // Whoever needs something of it is told.
+                Err(Error::Unsupported { .. }) => return Ok(None),
+                found => found?,
             };
-            let known = match &*self.places.read() {
-                Some(places) => places.values().any(|place| slot_in(id)(place).is_some()),
-                None => true,
+            let Some(problem) = found.problem() else {
+                return Ok(None);
             };
-            if !known {
-                remove(&path)?;
-                removed.push(path);
+            if found.unknown_features() != 0 {
+                return Err(needs_newer(&self.pack_path(id), &found, &problem));
             }
-        }
-        Ok(removed)
+            if !(found.has_table || is_there()) {
+                return Ok(None);
+            }
+            self.replace_pack(id, found, tmp, level)?;
+            Ok(Some(self.pack_path(id)))
+        };
+        let packs = self.all_packs()?.into_iter();
+        Ok(packs.filter_map(|id| mend(id).transpose()).collect())
+    }
+
+    /// What is wrong with packs themselves, whatever the objects in them are.
+    pub(in crate::store) fn pack_problems(&self) -> Result<Vec<Error>> {
+        let problem = |id| {
+            let path = self.pack_path(id);
+            match pack::look_into(&path, id) {
+                // Collected since they were listed.
+                Err(error) if error.is_not_found() => None,
+                Err(error) => Some(error),
+                Ok(found) => found
+                    .problem()
+                    .map(|problem| match found.unknown_features() {
+                        0 => damaged(&path, problem),
+                        _ => needs_newer(&path, &found, &problem),
+                    }),
+            }
+        };
+        Ok(self.all_packs()?.into_iter().filter_map(problem).collect())
+    }
+}
+
+/// What is said of a damaged pack with features that forbid this release to write it anew.
+fn needs_newer(path: &Path, found: &Found, problem: &str) -> Error {
+    Error::Unsupported {
+        path: path.to_owned(),
+        problem: format!(
+            "{problem}, and this one may not write it anew for its features {:#x}",
+            found.unknown_features()
+        ),
     }
 }
 
@@ -183,7 +246,7 @@ fn slot_in(id: PackId) -> impl Fn(&Place) -> Option<Slot> {
     }
 }
 
-fn remove(path: &Path) -> Result<()> {
+pub(super) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(io_error("remove", path)(error))

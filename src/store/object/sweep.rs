@@ -18,13 +18,14 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
 
+use super::restore::remove;
 use super::{Content, Objects, Place, names};
 use crate::store::compression::Compressor;
 use crate::store::durable::sync_dir;
 use crate::store::error::{Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::pack::{self, Encoded, PackId, PackWriter, Slot};
+use crate::store::pack::{Encoded, PackId, PackWriter, Slot};
 
 /// Names of the objects of all recorded layers.
 pub(in crate::store) type Live = HashSet<ObjectName>;
@@ -143,8 +144,20 @@ impl Objects {
         self.packs.join(id.file_name())
     }
 
+    /// Whether the places of all of these are known.
+    pub(super) fn has_all(&self, live: &Live) -> bool {
+        let places = self.places.read();
+        let known = |name| {
+            places
+                .as_ref()
+                .is_some_and(|places| places.contains_key(name))
+        };
+        live.iter().all(known)
+    }
+
     /// Removes a pack without anything alive, and writes one anew of which less than `least` percent are. With
-    /// `dry`, only says so.
+    /// `dry`, only says so. A pack whose table is damaged may have more than can be found, and stays as long as something
+    /// that is alive is missing.
     pub(in crate::store) fn sweep_pack(
         &self,
         id: PackId,
@@ -155,8 +168,11 @@ impl Objects {
         dry: bool,
     ) -> Result<Swept> {
         let path = self.pack_path(id);
-        let objects = pack::objects_of(&path, id)?;
-        let rewritable = pack::may_be_rewritten(&path)?;
+        let found = self.look_into(id)?;
+        if !found.has_table && !self.has_all(live) {
+            return Ok(Swept::Kept);
+        }
+        let rewritable = found.features == Some(0);
         let metadata = fs::metadata(&path).map_err(io_error("look at", &path))?;
         let bytes = metadata.len();
         let (keep, kept_bytes) = {
@@ -166,17 +182,18 @@ impl Objects {
                 return Ok(Swept::Kept);
             }
             let here = |place: &Place| matches!(place, Place::Packed { pack, .. } if *pack == id);
-            let (keep, drop): (Vec<_>, Vec<_>) = objects.into_iter().partition(|(object, _)| {
-                let known = places.as_ref().and_then(|places| places.get(&object.name));
-                (live.contains(&object.name) || relied.names.contains(&object.name))
-                    && known.is_none_or(here)
-            });
+            let (keep, drop): (Vec<_>, Vec<_>) =
+                found.objects.into_iter().partition(|(object, _)| {
+                    let known = places.as_ref().and_then(|places| places.get(&object.name));
+                    (live.contains(&object.name) || relied.names.contains(&object.name))
+                        && known.is_none_or(here)
+                });
             let kept_bytes = keep
                 .iter()
                 .map(|(_, slot)| u64::from(slot.stored))
                 .sum::<u64>();
             let worth_it = rewritable && kept_bytes * 100 < bytes * least;
-            if drop.is_empty() || (!keep.is_empty() && !worth_it) {
+            if !keep.is_empty() && (drop.is_empty() || !worth_it) {
                 return Ok(Swept::Kept);
             }
             if !dry && let Some(places) = &mut *places {
@@ -198,10 +215,19 @@ impl Objects {
         if !keep.is_empty() {
             self.write_anew(id, &keep, tmp, level)?;
         }
-        fs::remove_file(&path).map_err(io_error("remove", &path))?;
-        self.open.lock().retain(|(known, _)| *known != id);
-        sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
+        if !found.has_table {
+            // Also what was known to be in it and cannot be read.
+            self.forget_pack(id);
+        }
+        self.remove_pack(id)?;
         Ok(swept)
+    }
+
+    /// Removes a pack that nothing is in any more.
+    pub(super) fn remove_pack(&self, id: PackId) -> Result<()> {
+        remove(&self.pack_path(id))?;
+        self.open.lock().retain(|(known, _)| *known != id);
+        sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))
     }
 
     pub(super) fn write_anew(
@@ -216,11 +242,7 @@ impl Objects {
         let compressing = |error| io_error("compress an object of", &path)(error);
         let mut compressor = Compressor::new(level).map_err(compressing)?;
         for (object, slot) in keep {
-            let place = Place::Packed {
-                pack: id,
-                offset: slot.offset,
-                stored: slot.stored,
-            };
+            let place = Place::packed(id, *slot);
             let Content::Bytes(content) = self.read_from(object, place, true)? else {
                 continue;
             };

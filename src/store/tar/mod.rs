@@ -20,6 +20,7 @@ use super::format::Time;
 use super::format::tables::Xattrs;
 use super::layer::index::LONGEST_PATH;
 use header::{BLOCK, Header};
+pub(crate) use names::WHITEOUT;
 
 /// Most bytes of a PAX header or of a long name; Go's limit too.
 const LARGEST_EXTENSION: u64 = 1 << 20;

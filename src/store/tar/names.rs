@@ -3,7 +3,7 @@
 use super::super::layer::index::LONGEST_NAME;
 
 /// Begins the name of a whiteout.
-pub(in crate::store) const WHITEOUT: &[u8] = b".wh.";
+pub(crate) const WHITEOUT: &[u8] = b".wh.";
 /// AUFS's own files; of these only the opaque marker has a meaning for others.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";

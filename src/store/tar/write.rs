@@ -200,6 +200,43 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
+    /// Writes a regular file whose `parts` are all that is no hole. `read` reads from an offset into a buffer, one byte at
+    /// least; `failed` says what an error of the stream's is.
+    pub fn file<E>(
+        &mut self,
+        entry: &NewEntry<'_>,
+        parts: &[Part],
+        buffer: &mut [u8],
+        mut read: impl FnMut(&mut [u8], u64) -> Result<usize, E>,
+        failed: impl Fn(io::Error) -> E,
+    ) -> Result<(), E> {
+        let whole = Part {
+            offset: 0,
+            length: entry.size,
+        };
+        let sparse = entry.size > 0 && parts != [whole];
+        let entry = NewEntry {
+            parts: sparse.then_some(parts),
+            ..entry.clone()
+        };
+        self.entry(&entry).map_err(&failed)?;
+        for part in parts {
+            let (mut at, end) = (part.offset, part.offset + part.length);
+            while at < end {
+                // No more than the buffer has.
+                let most = (end - at).min(buffer.len() as u64) as usize;
+                let count = read(&mut buffer[..most], at)?;
+                if count == 0 {
+                    let shrunk = io::Error::other("a file has shrunk while it was read");
+                    return Err(failed(shrunk));
+                }
+                self.content(&buffer[..count]).map_err(&failed)?;
+                at += count as u64;
+            }
+        }
+        Ok(())
+    }
+
     /// The next bytes of the current entry's content.
     pub fn content(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(missing) = self.missing.checked_sub(bytes.len() as u64) else {

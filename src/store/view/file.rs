@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 
 use crate::store::format::tables::Extent;
-use crate::store::object::Content;
+use crate::store::object::{Content, Framed};
 
 /// An open regular file of a view.
 #[derive(Debug)]
@@ -89,6 +89,28 @@ impl ViewFile {
             }
             _ => None,
         }
+    }
+
+    /// Whether it is in memory.
+    pub fn is_in_memory(&self) -> bool {
+        self.contents
+            .iter()
+            .any(|(_, content)| matches!(content, Content::Bytes(_)))
+    }
+
+    /// Whether a part of it could not be read. Opened again, it may be whole.
+    pub fn has_failed(&self) -> bool {
+        self.framed().any(|(_, framed)| framed.has_failed())
+    }
+
+    /// Contents in frames, with the numbers of their objects.
+    pub(super) fn framed(&self) -> impl Iterator<Item = (u32, &Framed)> {
+        self.contents
+            .iter()
+            .filter_map(|(number, content)| match content {
+                Content::Framed(framed) => Some((*number, &**framed)),
+                Content::Bytes(_) | Content::File(_) => None,
+            })
     }
 
     fn first_ending_after(&self, offset: u64) -> usize {

@@ -10,48 +10,30 @@ mod path;
 mod tree;
 
 use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use nix::errno::Errno;
 use parking_lot::Mutex;
 
-use super::error::{Result, damaged};
+use super::error::{Result, damaged, io_error};
 use super::format::index_file::{IndexFile, Kind, Section};
 use super::format::tables::{Extent, Inode, Object};
-use super::format::{LayerName, Record, ViewKey};
+use super::format::{LayerName, ObjectName, Record, ViewKey};
 use super::layer::index::{LONGEST_PATH, is_name};
-use super::object::{Content, Objects, Place};
+use super::object::{Bits, Check, Content, FrameChecks, Objects, Place};
 use super::pack::PackId;
+use crate::sys;
 
+pub use super::object::Verify;
 pub(super) use build::{build, check, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
-
-/// When contents are compared with their names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Verify {
-    /// Never.
-    Never,
-    /// When they are first read after the view was opened.
-    #[default]
-    First,
-    /// Whenever they are opened.
-    Always,
-}
-
-impl Verify {
-    /// Its word in options and settings.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Never => "never",
-            Self::First => "first",
-            Self::Always => "always",
-        }
-    }
-}
 
 /// A name in a directory of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,14 +70,37 @@ pub(super) fn chain_of(path: &Path) -> Result<Vec<LayerName>> {
         .collect()
 }
 
+/// The view at `path`, whatever is in it, for whoever takes it away; `None` if a process has it mounted. As long as the file
+/// is open nobody mounts it: who comes waits, and looks again for the view if it was removed meanwhile.
+pub(super) fn claim(path: &Path) -> Result<Option<File>> {
+    // NFS gives an exclusive lock only to who may write.
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.map_err(io_error("open", path))?;
+    match sys::fs::try_lock(file.as_fd()) {
+        Ok(()) => Ok(Some(file)),
+        Err(Errno::EWOULDBLOCK) => Ok(None),
+        Err(errno) => Err(io_error("lock", path)(errno.into())),
+    }
+}
+
+/// The objects of the view at `path`.
+pub(super) fn objects_of(path: &Path) -> Result<Vec<ObjectName>> {
+    let file = IndexFile::open(path, Kind::View)?;
+    let numbers = 0..file.count(Section::Objects);
+    numbers
+        .map(|number| Ok(file.object(number)?.name))
+        .collect()
+}
+
 /// A merged view, open for reading. Any thread may use it.
 #[derive(Debug)]
 pub struct View {
     file: IndexFile,
     objects: Arc<Objects>,
     verify: Verify,
-    /// A bit for each object that was compared with its name.
-    verified: Box<[AtomicU64]>,
+    /// Objects that were compared with their names as a whole, and what is known of the others, which are in frames.
+    verified: Bits,
+    frames: Mutex<HashMap<u32, Arc<FrameChecks>>>,
     /// Objects that could not be used when they were last read, and their number for whoever only asks for that.
     damaged: Mutex<HashSet<u32>>,
     damage: AtomicUsize,
@@ -118,12 +123,13 @@ impl View {
         if file.identity().key != key.0 {
             return Err(file.damaged("it is the view of another chain"));
         }
-        let words = (file.count(Section::Objects) as usize).div_ceil(64);
+        let verified = Bits::new(u64::from(file.count(Section::Objects)));
         let view = Self {
             file,
             objects,
             verify,
-            verified: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            verified,
+            frames: Mutex::default(),
             damaged: Mutex::default(),
             damage: AtomicUsize::new(0),
         };
@@ -133,7 +139,8 @@ impl View {
         Ok(view)
     }
 
-    /// Opens a view by its place in a store, as another process has named it.
+    /// Opens a view by its place in a store, as another process has named it. As long as it is open, no collection takes
+    /// away what it names, not even when its layers are removed.
     pub fn open_stored(path: &Path, verify: Verify) -> Result<Self> {
         let key = path
             .file_stem()
@@ -145,7 +152,18 @@ impl View {
                 "it does not lie where a store keeps its views",
             ));
         };
-        Self::open(path, key, Arc::new(Objects::new(store)), verify)
+        let objects = Arc::new(Objects::new(store));
+        loop {
+            let view = Self::open(path, key, Arc::clone(&objects), verify)?;
+            // Waits no longer than it takes to see that nobody has it and to remove it.
+            sys::fs::lock_shared(view.as_fd())
+                .map_err(|errno| io_error("lock", path)(errno.into()))?;
+            let metadata = view.file.file().metadata();
+            // The lock of a file without a name tells nobody anything.
+            if metadata.map_err(io_error("look at", path))?.nlink() > 0 {
+                return Ok(view);
+            }
+        }
     }
 
     /// Number of inodes.
@@ -237,6 +255,21 @@ impl View {
         Ok(ViewFile::new(inode.size, extents, contents))
     }
 
+    /// Fills `buffer` from `offset` of a file of this view; fewer bytes only at the end.
+    pub fn read_at(&self, file: &ViewFile, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let read = file.read_at(buffer, offset);
+        if read.is_err() || self.damaged() > 0 {
+            for (number, framed) in file.framed() {
+                self.note(number, !framed.checks().has_failed());
+            }
+        }
+        // What was found wrong with a content says where that lies.
+        read.map_err(|error| match error.downcast() {
+            Ok(error) => error,
+            Err(error) => io_error("read a content of", self.path())(error),
+        })
+    }
+
     /// Where the content of a regular file lies: its parts that are no holes, in order.
     pub fn parts(&self, file: &Inode) -> Result<Vec<StoredPart>> {
         let extents = self.file.extents(file)?;
@@ -321,23 +354,28 @@ impl View {
 
     fn content(&self, number: u32) -> Result<Content> {
         let object = self.file.object(number)?;
-        let (word, bit) = (number as usize / 64, 1u64 << (number % 64));
-        // Relaxed: at worst two threads verify the same content.
-        let verified = self.verified.get(word);
-        let known = verified.is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0);
-        let verify = match self.verify {
-            Verify::Never => false,
-            Verify::First => !known,
-            Verify::Always => true,
-        };
         let place = self.place(number, &object)?;
-        let content = self.objects.read(&object, place, verify);
-        self.note(number, content.is_ok());
-        let content = content?;
-        if verify && let Some(word) = verified {
-            word.fetch_or(bit, Ordering::Relaxed);
+        let check = Check::Parts {
+            verify: self.verify,
+            known: self.verified.get(u64::from(number)),
+            frames: self.frames.lock().get(&number).cloned(),
+        };
+        let content = self.objects.open(&object, place, &check);
+        match &content {
+            Ok(Content::Framed(framed)) => {
+                let checks = Arc::clone(framed.checks());
+                self.note(number, !checks.has_failed());
+                self.frames.lock().insert(number, checks);
+            }
+            Ok(Content::Bytes(_) | Content::File(_)) => {
+                self.note(number, true);
+                if self.verify == Verify::First {
+                    self.verified.set(u64::from(number));
+                }
+            }
+            Err(_) => self.note(number, false),
         }
-        Ok(content)
+        content
     }
 
     /// Notes whether an object could be used.

@@ -73,10 +73,15 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
+        Self::keeping(true)
+    }
+
+    /// Whose large contents are kept as they are if they are to be `plain`, else in frames.
+    fn keeping(plain: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let settings = Settings {
             small: 1000,
-            plain: true,
+            plain,
             ..Settings::default()
         };
         let (layers, _) = Layers::open(dir.path(), settings).unwrap();
@@ -449,6 +454,54 @@ fn damage_to_a_content_is_seen_when_it_is_to_be_verified() {
     assert!(open(Verify::Never).0.open_file(&inode).is_ok());
     assert!(open(Verify::First).0.open_file(&inode).is_err());
     assert!(open(Verify::Always).0.open_file(&inode).is_err());
+}
+
+#[test]
+fn damage_to_a_frame_is_counted_until_the_frame_can_be_read() {
+    let fixture = Fixture::keeping(false);
+    let mut content = vec![0; 300 << 10];
+    blake3::Hasher::new().finalize_xof().fill(&mut content);
+    let stream = Stream::new().entry(tar::EntryType::Regular, "a", &content, |_| {});
+    let view = fixture.view(vec![stream.file("b", "small")]);
+    let digits = ObjectName::of(&content).to_string();
+    let object = fixture.dir.path().join("objects").join(&digits[..2]);
+    let object = object.join(digits);
+    let sound = fs::read(&object).unwrap();
+    let put = |bytes: &[u8]| {
+        let new = fixture.dir.path().join("new");
+        fs::write(&new, bytes).unwrap();
+        fs::rename(&new, &object).unwrap();
+    };
+    let mut bad = sound.clone();
+    *bad.last_mut().unwrap() ^= 1;
+    put(&bad);
+    let inode = at(&view, "a").1;
+    let read = |file: &ViewFile, from: usize| {
+        let mut buffer = [0; 10];
+        view.read_at(file, &mut buffer, from as u64)?;
+        assert!(buffer == content[from..from + 10]);
+        Ok::<_, crate::store::Error>(())
+    };
+    let file = view.open_file(&inode).unwrap();
+    read(&file, 5).unwrap();
+    assert_eq!((view.damaged(), file.has_failed()), (0, false));
+    let error = read(&file, content.len() - 20).unwrap_err();
+    let named = error.to_string().contains(object.to_str().unwrap());
+    assert!(
+        matches!(error, crate::store::Error::Damaged { .. }) && named,
+        "{error}"
+    );
+    assert_eq!((view.damaged(), file.has_failed()), (1, true));
+    // Neither a sound frame nor another open takes that back.
+    read(&file, 5).unwrap();
+    let again = view.open_file(&inode).unwrap();
+    read(&again, 200_000).unwrap();
+    assert_eq!((view.damaged(), again.has_failed()), (1, false));
+    put(&sound);
+    let mended = view.open_file(&inode).unwrap();
+    assert_eq!(view.damaged(), 1);
+    read(&mended, content.len() - 20).unwrap();
+    assert_eq!(view.damaged(), 0);
 }
 
 #[test]
