@@ -333,14 +333,12 @@ impl Union {
         }
         // The order matters: a chown clears setuid, which a mode given together with it sets again,
         // and times come last because all the others change them.
-        let sets_owner = uid.is_some() || gid.is_some() || set.is_empty();
-        let may_not_keep = caller.uid != 0 && node.kind != FileKind::Directory;
         let owner = |object: Object<'_>| {
-            if !sets_owner {
+            if uid.is_none() && gid.is_none() && !set.is_empty() {
                 return Ok(());
             }
-            if may_not_keep {
-                self.clear_bits_of(object, |attr| self.without_set_ids(attr, caller))?;
+            if caller.uid != 0 && node.kind != FileKind::Directory {
+                self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))?;
             }
             self.set_owner(object, uid, gid)
                 .context("changing the owner")
@@ -348,11 +346,10 @@ impl Union {
         let rest = |object: Object<'_>| {
             if let Some(perm) = set.perm {
                 self.set_perm(object, perm).context("changing the mode")?;
-                // A mode is also how set-id bits are cleared without FUSE_HANDLE_KILLPRIV_V2, and the kernel leaves
-                // this one.
+                // A mode is also how set-id bits are cleared without FUSE_HANDLE_KILLPRIV_V2, and the kernel leaves this one.
                 let without_execution = perm & (S_ISGID | S_IXGRP) == S_ISGID;
                 if without_execution && caller.uid != 0 && node.kind == FileKind::Regular {
-                    self.clear_bits_of(object, |attr| self.without_setgid(attr, caller))?;
+                    self.clear_bits(object, |attr| self.without_setgid(attr, caller))?;
                 }
             }
             if set.atime.is_some() || set.mtime.is_some() {
@@ -416,22 +413,26 @@ impl Union {
     /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does
     /// not mean execution and the caller is in the group.
     pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
-        self.clear_bits(node, |attr| self.without_set_ids(attr, caller))
+        self.change(node, |object| {
+            self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))
+        })
     }
 
     /// What Linux does when `caller` without CAP_FSETID has set an access ACL: setgid goes unless the caller is in the
     /// group (`posix_acl_update_mode` in fs/posix_acl.c). Here because the host goes by its own caller, this process.
     pub fn access_acl_set_by(&self, node: NodeId, caller: &Caller) -> Result<()> {
-        self.clear_bits(&self.node(node)?, |attr| self.without_setgid(attr, caller))
+        self.change(&self.node(node)?, |object| {
+            self.clear_bits(object, |attr| self.without_setgid(attr, caller))
+        })
     }
 
-    /// The permission bits that are left when `caller` without CAP_FSETID writes.
-    fn without_set_ids(&self, attr: &Attr, caller: &Caller) -> u16 {
+    /// What is left of the permission bits for a caller without CAP_FSETID.
+    fn without_set_ids_of(&self, attr: &Attr, caller: &Caller) -> u16 {
         let group = self.owners.groups.shown(attr.gid);
         without_set_ids(attr.perm, || caller.is_in_group(group))
     }
 
-    /// The permission bits without setgid, unless `caller` is in the group.
+    /// The permission bits without setgid unless the caller is in the group.
     fn without_setgid(&self, attr: &Attr, caller: &Caller) -> u16 {
         let group = self.owners.groups.shown(attr.gid);
         match attr.perm & S_ISGID != 0 && !caller.is_in_group(group) {
@@ -441,13 +442,7 @@ impl Union {
     }
 
     /// Takes away what `kept` leaves out of the permission bits of an object of the upper.
-    fn clear_bits(&self, node: &Arc<Node>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
-        let _turn = node.attributes.lock();
-        self.with_upper(node, |object| Ok(self.clear_bits_of(object, kept)))?
-    }
-
-    /// As `clear_bits`, of an object that nobody else changes.
-    fn clear_bits_of(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
+    fn clear_bits(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
         let attr = self.upper_attr(object)?;
         let kept = kept(&attr);
         if kept != attr.perm {

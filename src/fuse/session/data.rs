@@ -50,16 +50,19 @@ impl UnionFs {
         });
     }
 
-    /// `kills`: the writer, if it may not keep setuid and setgid on the file.
+    /// `caller` is who writes.
     pub(super) fn write_at(
         &self,
         place: &Place,
         data: &[u8],
         flags: WriteFlags,
-        kills: Option<&Caller>,
+        caller: &Caller,
         reply: ReplyWrite,
     ) {
         let Place { node, fh, offset } = *place;
+        // The writer may not keep setuid, setgid and capabilities on the file.
+        let kills = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let kills = kills.then_some(caller);
         let writeback = self.policy().writeback;
         let result = match writeback && flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             true => self.union.write_gathered(node, offset, data, kills),

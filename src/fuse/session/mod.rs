@@ -337,11 +337,9 @@ impl Filesystem for UnionFs {
             fh,
             offset,
         };
-        // The writer may not keep setuid, setgid and capabilities on the file.
-        let kills = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        let kills = kills.then(|| self.caller(request, 0));
         guarded("write", || {
-            self.write_at(&place, data, write_flags, kills.as_ref(), reply);
+            let caller = self.caller(request, 0);
+            self.write_at(&place, data, write_flags, &caller, reply);
         });
     }
 
