@@ -318,6 +318,30 @@ fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
     plyd.ok(["umount", mnt.to_str().unwrap()]);
 }
 
+/// Once whoever asked for a repair was told to repeat it, which never helped.
+#[test]
+fn a_pack_of_a_newer_release_is_left_to_that() {
+    let plyd = Plyd::start();
+    load(&plyd, &image());
+    let pack = stored(&plyd, "packs").remove(0);
+    let mut bytes = fs::read(&pack).unwrap();
+    // An incompatible feature, with the sum of such a header.
+    bytes[32] = 4;
+    let sum = blake3::hash(&bytes[..56]);
+    bytes[56..64].copy_from_slice(&sum.as_bytes()[..8]);
+    fs::write(&pack, &bytes).unwrap();
+    let repaired = repair(&plyd, &image());
+    assert_eq!(repaired.code, 1);
+    let told = format!(
+        "left: {} needs a newer release of Plywood: it uses the features 0x4, which this one does not know: have the newer release repair it",
+        pack.display()
+    );
+    assert!(repaired.stdout.contains(&told), "{}", repaired.stdout);
+    // What it had came from the archive.
+    assert!(repaired.stdout.contains(" 1 left"), "{}", repaired.stdout);
+    assert!(fs::read(&pack).unwrap() == bytes);
+}
+
 #[test]
 fn a_mount_reads_what_it_could_not_read_before() {
     let plyd = Plyd::start();
