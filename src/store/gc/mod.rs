@@ -84,6 +84,14 @@ impl Collected {
     }
 }
 
+/// What views that are mounted keep.
+#[derive(Default)]
+struct Kept {
+    mounted: Live,
+    /// Why it is not known what else they do.
+    unknown: Vec<Error>,
+}
+
 impl Layers {
     /// Collects; with `dry`, only says what would go. Imports and mounts go on meanwhile. Ends early when `observer`
     /// wants that.
@@ -93,10 +101,20 @@ impl Layers {
         let mut collected = Collected::default();
         // In this order: the layers of a view that is not looked into were there when their objects were.
         let live = self.live(&mut collected);
-        let mounted = self.collect_views(dry, &mut collected);
-        if let Some((mut live, mounted)) = live.zip(mounted) {
-            live.extend(mounted);
-            self.collect_objects(&live, dry, observer, &mut collected);
+        let views = self.collect_views(dry, &mut collected);
+        if let Some((mut live, views)) = live.zip(views) {
+            live.extend(views.mounted);
+            if views.unknown.is_empty() {
+                self.collect_objects(&live, dry, observer, &mut collected);
+            } else {
+                // What these name is of interest only where there is something that no layer names.
+                let mut dead = Collected::default();
+                self.collect_objects(&live, true, observer, &mut dead);
+                if !dead.orphans.is_empty() {
+                    collected.errors.extend(views.unknown);
+                }
+                collected.errors.append(&mut dead.errors);
+            }
         }
         drop(collecting);
         collected
@@ -106,8 +124,9 @@ impl Layers {
     pub(super) fn needed(&self) -> Option<Live> {
         let mut unused = Collected::default();
         let mut live = self.live(&mut unused)?;
-        live.extend(self.collect_views(true, &mut unused)?);
-        Some(live)
+        let views = self.collect_views(true, &mut unused)?;
+        live.extend(views.mounted);
+        views.unknown.is_empty().then_some(live)
     }
 
     /// The objects of all layers; `None` if they cannot be told.
@@ -176,10 +195,9 @@ impl Layers {
         }
     }
 
-    /// Answers the objects of those that have to stay without their layers; `None` if they cannot be told.
-    fn collect_views(&self, dry: bool, collected: &mut Collected) -> Option<Live> {
-        let mut mounted = Live::new();
-        let mut whole = true;
+    /// Answers what has to stay without its layers; `None` if the views cannot be listed.
+    fn collect_views(&self, dry: bool, collected: &mut Collected) -> Option<Kept> {
+        let mut kept = Kept::default();
         let dir = self.views();
         let listed = fs::read_dir(&dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
         let listed = listed.map_err(io_error("list", &dir));
@@ -191,7 +209,7 @@ impl Layers {
             let claimed = view::claim(&path).and_then(|unused| match unused {
                 Some(unused) => Ok(Some(unused)),
                 None => view::objects_of(&path).map(|objects| {
-                    mounted.extend(objects);
+                    kept.mounted.extend(objects);
                     None
                 }),
             });
@@ -202,8 +220,7 @@ impl Layers {
                 // A repair has removed it.
                 Err(error) if error.is_not_found() => continue,
                 Err(error) => {
-                    collected.errors.push(error);
-                    whole = false;
+                    kept.unknown.push(error);
                     continue;
                 }
             };
@@ -220,7 +237,7 @@ impl Layers {
                 reason: Reason::ChainIsGone,
             });
         }
-        whole.then_some(mounted)
+        Some(kept)
     }
 
     /// Whether the view at `path` is one that who mounts its chain looks for, and all layers of that are there. Where
