@@ -169,7 +169,10 @@ impl ShimClient {
     pub async fn connect(run_dir: &Path) -> Result<Self> {
         // Through the descriptor's short name, since a socket's path may have 107 bytes at most.
         let absent = |error: io::Error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::Absent,
+            // Reset is the connection of a shim that ended before it took it.
+            io::ErrorKind::NotFound
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionReset => Error::Absent,
             _ => Error::Io(error),
         };
         let dir = File::open(run_dir).map_err(absent)?;
@@ -283,6 +286,40 @@ impl ShimWriter {
                 Err(Error::Gone)
             }
             Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::{Arc, Barrier};
+    use std::{fs, thread};
+
+    use super::*;
+
+    /// A container that was to be removed at its end stayed, because its shim was killed while plyd connected to it:
+    /// the connection had been made and was reset before anybody took it.
+    #[tokio::test]
+    async fn a_shim_that_ends_while_it_is_connected_to_is_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(SOCKET);
+        for _ in 0..2000 {
+            let listener = UnixListener::bind(&path).unwrap();
+            let start = Arc::new(Barrier::new(2));
+            let started = Arc::clone(&start);
+            let ends = thread::spawn(move || {
+                started.wait();
+                drop(listener);
+            });
+            start.wait();
+            let connected = ShimClient::connect(dir.path()).await;
+            ends.join().unwrap();
+            assert!(
+                matches!(connected, Err(Error::Absent | Error::Gone)),
+                "{connected:?}"
+            );
+            fs::remove_file(&path).unwrap();
         }
     }
 }
