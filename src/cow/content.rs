@@ -79,12 +79,7 @@ impl Union {
     }
 
     fn topmost_lower(&self, node: NodeId) -> Result<Option<LowerAt>> {
-        let node = self.node(node)?;
-        let place = node.place.read();
-        Ok(match place.upper {
-            Some(_) => None,
-            None => place.lowers.first().cloned(),
-        })
+        Ok(self.node(node)?.seen_lower())
     }
 
     /// What the store knows of the data of a file that has not come up.

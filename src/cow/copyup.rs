@@ -116,14 +116,7 @@ impl Union {
 
     /// EPERM for what a lower layer has as immutable or append-only. What is in the upper the host protects.
     pub(super) fn check_unprotected(node: &Node) -> Result<()> {
-        let lower = {
-            let place = node.place.read();
-            match place.upper {
-                Some(_) => None,
-                None => place.lowers.first().cloned(),
-            }
-        };
-        match lower {
+        match node.seen_lower() {
             Some(lower) if lower.object.is_protected()? => {
                 Err(Errno::EPERM).context("a lower layer has it as immutable or append-only")
             }

@@ -283,11 +283,7 @@ impl Union {
         data: &[u8],
         kills: Option<&Caller>,
     ) -> Result<usize> {
-        let node = self.node(node)?;
-        let backing = self.writable(&node)?;
-        if let Some(caller) = kills {
-            self.kill_suidgid(&node, caller)?;
-        }
+        let (_, backing) = self.to_write(node, kills)?;
         self.with_room(|| backing.write_at(data, offset))
     }
 
@@ -300,11 +296,7 @@ impl Union {
         data: &[u8],
         kills: Option<&Caller>,
     ) -> Result<usize> {
-        let node = self.node(node)?;
-        let backing = self.writable(&node)?;
-        if let Some(caller) = kills {
-            self.kill_suidgid(&node, caller)?;
-        }
+        let (node, backing) = self.to_write(node, kills)?;
         let fd = backing.upper_fd().ok_or(Errno::EIO)?;
         {
             let mut gathered = node.attributes.lock();
@@ -322,6 +314,16 @@ impl Union {
         let written = written?;
         kept.context("keeping the time of change of a file")?;
         Ok(written)
+    }
+
+    /// What a write by `kills`, if that clears setuid and setgid, goes to.
+    fn to_write(&self, node: NodeId, kills: Option<&Caller>) -> Result<(Arc<Node>, Arc<Backing>)> {
+        let node = self.node(node)?;
+        let backing = self.writable(&node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid(&node, caller)?;
+        }
+        Ok((node, backing))
     }
 
     /// The descriptor for writing, after copy-up.

@@ -357,6 +357,15 @@ impl Node {
         self.place.read().upper.is_some()
     }
 
+    /// The topmost object in the lowers, if that is what is seen: nothing of the node is in the upper.
+    pub(super) fn seen_lower(&self) -> Option<LowerAt> {
+        let place = self.place.read();
+        match place.upper {
+            Some(_) => None,
+            None => place.lowers.first().cloned(),
+        }
+    }
+
     /// One of its names.
     pub(super) fn name(&self) -> Option<Name> {
         self.place.read().names.first().cloned()

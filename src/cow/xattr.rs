@@ -49,14 +49,7 @@ impl Union {
         }
         let node = self.node(node)?;
         let stored = self.family.stored_name(name);
-        let lower = {
-            let place = node.place.read();
-            match place.upper {
-                Some(_) => None,
-                None => place.lowers.first().cloned(),
-            }
-        };
-        match lower {
+        match node.seen_lower() {
             Some(lower) => lower.object.xattr(&stored),
             None => self.with_upper(&node, |object| xattr::get(object, &stored)),
         }
@@ -68,14 +61,7 @@ impl Union {
             return Err(Errno::EOPNOTSUPP.into());
         }
         let node = self.node(node)?;
-        let lower = {
-            let place = node.place.read();
-            match place.upper {
-                Some(_) => None,
-                None => place.lowers.first().cloned(),
-            }
-        };
-        let stored = match lower {
+        let stored = match node.seen_lower() {
             Some(lower) => lower.object.xattr_names()?,
             None => self.with_upper(&node, xattr::list)?,
         };
@@ -144,14 +130,7 @@ impl Union {
         if node.kind != super::types::FileKind::Symlink {
             return Err(Errno::EINVAL.into());
         }
-        let lower = {
-            let place = node.place.read();
-            match place.upper {
-                Some(_) => None,
-                None => place.lowers.first().cloned(),
-            }
-        };
-        match lower {
+        match node.seen_lower() {
             Some(lower) => lower.object.readlink(),
             None => self.with_upper(&node, |object| object.readlink()),
         }
