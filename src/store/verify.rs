@@ -163,15 +163,12 @@ impl<'a> Examination<'a> {
 
     fn check_object(&self, layers: &Layers, object: &Object) -> Result<()> {
         let objects = layers.objects();
-        let place = objects.find(&object.name)?;
-        if self.deep {
-            objects.read(object, place, true).map(drop)
-        } else if place.is_some() {
-            Ok(())
-        } else {
-            Err(Error::NoObject {
-                object: object.name.to_string(),
-            })
+        match self.deep {
+            true => {
+                let place = objects.find(&object.name)?;
+                objects.read(object, place, true).map(drop)
+            }
+            false => objects.look_for(&object.name),
         }
     }
 }

@@ -523,3 +523,24 @@ fn what_cannot_be_mended_is_removed_with_what_builds_on_it() {
     plyd.ok(["snapshot", "rm", "first"]);
     assert_eq!(plyd.snapctl(["system", "repair"]).code, 0);
 }
+
+/// It said that all was there, as it knew of the file from before.
+#[test]
+fn what_is_gone_is_missed_without_reading_contents() {
+    let plyd = Plyd::start();
+    let image = image();
+    load(&plyd, &image);
+    for of in ["objects", "packs"] {
+        fs::remove_file(&stored(&plyd, of)[0]).unwrap();
+        let verified = plyd.snapctl(["system", "verify"]);
+        assert_eq!(verified.code, 1, "{of}: {}", verified.stdout);
+        assert!(
+            verified.stdout.contains("No such file or directory"),
+            "{of}: {}",
+            verified.stdout
+        );
+        load(&plyd, &image);
+        let verified = plyd.snapctl(["system", "verify", "--deep"]);
+        assert_eq!(verified.code, 0, "{of}: {}", verified.stdout);
+    }
+}

@@ -177,6 +177,29 @@ impl Objects {
         Ok(place)
     }
 
+    /// Looks on the disk for the file that an object is in, or for the pack; an error if it is not there.
+    pub(super) fn look_for(&self, name: &ObjectName) -> Result<()> {
+        let mut tried = None;
+        let mut error = Error::NoObject {
+            object: name.to_string(),
+        };
+        // A collection may bring it to another pack meanwhile.
+        while let Some(place) = self.find(name)?
+            && tried != Some(place)
+        {
+            let path = match place {
+                Place::File => self.path_of(name),
+                Place::Packed { pack, .. } => self.packs.join(pack.file_name()),
+            };
+            match fs::metadata(&path) {
+                Ok(_) => return Ok(()),
+                Err(failed) => error = io_error("look for", &path)(failed),
+            }
+            tried = Some(place);
+        }
+        Err(error)
+    }
+
     /// The content of an object, which is looked for at `place` first. With `verify` all of it is
     /// compared with its name.
     pub fn read(&self, object: &Object, place: Option<Place>, verify: bool) -> Result<Content> {
