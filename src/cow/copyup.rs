@@ -70,7 +70,8 @@ impl Union {
         self.copy_up_changed(node, content, None).map(drop)
     }
 
-    /// As `copy_up`. If it makes a copy, that has the `change` from the beginning; answers whether it was made.
+    /// As `copy_up`. If it makes a copy of anything but a directory, that has the `change` from the beginning; answers
+    /// whether it was made.
     pub(super) fn copy_up_changed(
         &self,
         node: &Arc<Node>,
@@ -161,6 +162,8 @@ impl Union {
             }
             return Ok(false);
         }
+        // A directory that nobody may write cannot be renamed into its place by who has no CAP_DAC_OVERRIDE.
+        let change = change.filter(|_| node.kind != FileKind::Directory);
         let source = &*top.object;
         let of_source = source.attr()?;
         let in_chunks = self.is_for_chunks(node, content, of_source.size);

@@ -11,7 +11,8 @@ use super::fs::{Object, with_c_str};
 
 const PROTECTED: u64 = (libc::STATX_ATTR_IMMUTABLE | libc::STATX_ATTR_APPEND) as u64;
 
-/// Whether an object is immutable or append-only. Before Linux 4.11, which has no statx(2), none is.
+/// Whether an object is immutable or append-only. Before Linux 4.11, which has no statx(2), and where that is
+/// not allowed, none is.
 pub fn is_protected(object: Object<'_>) -> Result<bool, Errno> {
     let (fd, name) = match object {
         Object::Open(fd) | Object::Path(fd) => (fd, OsStr::new("")),
@@ -36,7 +37,8 @@ pub fn is_protected(object: Object<'_>) -> Result<bool, Errno> {
     match result {
         // SAFETY: zeros are a value of it, and whatever the kernel writes over them, too.
         Ok(_) => Ok(unsafe { statx.assume_init() }.stx_attributes & PROTECTED != 0),
-        Err(Errno::ENOSYS) => Ok(false),
+        // EPERM is what older seccomp profiles of container engines have for calls that they do not know.
+        Err(Errno::ENOSYS | Errno::EPERM) => Ok(false),
         Err(errno) => Err(errno),
     }
 }

@@ -48,10 +48,12 @@ impl Home {
         let layers = Layers::new(1);
         Layers::write(&layers.lower(0).join("file"), "lower\n");
         Layers::write(&layers.lower(0).join("dir/inside"), "inside\n");
+        Layers::write(&layers.lower(0).join("closed/inside"), "inside\n");
         for name in [
             "lower0",
             "lower0/file",
             "lower0/dir",
+            "lower0/closed",
             "upper",
             "work",
             "mnt",
@@ -186,7 +188,7 @@ fn a_user_mounts_writes_and_unmounts() {
         }
         home.mounted(&home.layers.options());
         let script = "set -e; cd \"$0\"; echo more >>file; mv dir moved; mkdir new; echo 1 >new/file; ln file link; \
-                      chmod 640 file; ln -s file soft; rm moved/inside; mkfifo fifo";
+                      chmod 640 file; chmod 555 closed; ln -s file soft; rm moved/inside; mkfifo fifo";
         let output = home.run_as(NOBODY, "sh", &["-c", script, mnt.to_str().unwrap()]);
         assert!(output.status.success(), "{output:?}");
         // Nobody else may enter, root neither.
@@ -202,7 +204,7 @@ fn a_user_mounts_writes_and_unmounts() {
         let script = "cd \"$0\" && cat link soft new/file && ls . moved && stat -c %a:%u link";
         let output = home.run_as(NOBODY, "sh", &["-c", script, mnt.to_str().unwrap()]);
         let said = String::from_utf8(output.stdout).unwrap();
-        let listing = ".:\nfifo\nfile\nlink\nmoved\nnew\nsoft\n\nmoved:\n640:65534\n";
+        let listing = ".:\nclosed\nfifo\nfile\nlink\nmoved\nnew\nsoft\n\nmoved:\n640:65534\n";
         assert_eq!(said, format!("lower\nmore\nlower\nmore\n1\n{listing}"));
         home.unmounted();
 
@@ -240,9 +242,9 @@ fn a_user_removes_where_whiteouts_cannot_be_devices() {
         for (script, names) in [
             (
                 "ls; rm file; mv dir moved; mkdir file; ls",
-                "dir\nfile\nfile\nmoved\n",
+                "closed\ndir\nfile\nclosed\nfile\nmoved\n",
             ),
-            ("ls; rmdir file; ls", "file\nmoved\nmoved\n"),
+            ("ls; rmdir file; ls", "closed\nfile\nmoved\nclosed\nmoved\n"),
         ] {
             home.mounted(&options);
             let script = format!("cd \"$0\"; {script}");
