@@ -14,6 +14,7 @@ use nix::errno::Errno;
 
 use super::attr::{attr_of, timespec};
 use super::error::{Context, Error, Result};
+use super::lend::Lent;
 use super::lower::{LowerFile, LowerObject};
 use super::node::{Lowers, Node, Orphan};
 use super::stat_override::HOST_PERM;
@@ -70,8 +71,7 @@ impl Union {
         self.copy_up_changed(node, content, None).map(drop)
     }
 
-    /// As `copy_up`. If it makes a copy of anything but a directory, that has the `change` from the beginning; answers
-    /// whether it was made.
+    /// As `copy_up`. If it makes a copy, that has the `change` from the beginning; answers whether it was made.
     pub(super) fn copy_up_changed(
         &self,
         node: &Arc<Node>,
@@ -162,8 +162,6 @@ impl Union {
             }
             return Ok(false);
         }
-        // A directory that nobody may write cannot be renamed into its place by who has no CAP_DAC_OVERRIDE.
-        let change = change.filter(|_| node.kind != FileKind::Directory);
         let source = &*top.object;
         let of_source = source.attr()?;
         let in_chunks = self.is_for_chunks(node, content, of_source.size);
@@ -276,7 +274,7 @@ impl Union {
                 return Ok(());
             };
             let directory = Self::directory(&name.parent)?;
-            // Nobody sets times of the directory meanwhile, which would be undone.
+            // Nobody sets times or the mode of the directory meanwhile, which would be undone.
             let _turn = name.parent.attributes.lock();
             let mut state = directory.state.write();
             let still = node
@@ -287,6 +285,7 @@ impl Union {
             }
             let dir = self.dir_fd(&name.parent)?;
             let before = attr_of(&fs::fstat(dir.as_fd())?);
+            let lent = Lent::for_names(dir.as_fd(), &before)?;
             self.mark_impure(&state, dir.as_fd())?;
             let links = source.attr()?.nlink;
             let index = if links > 1 && node.kind != FileKind::Directory {
@@ -307,6 +306,7 @@ impl Union {
             }
             Self::arrived(node, &mut place, ino, metacopy);
             drop(place);
+            drop(lent);
             // A copy of a child is no change of its directory. That is not told to whoever keeps attributes of the
             // directory, so its change time is to be the same, too.
             set_times(Object::Open(dir.as_fd()), before.atime, before.mtime)?;
@@ -342,7 +342,7 @@ impl Union {
         dir: BorrowedFd<'_>,
     ) -> Result<()> {
         if state.impure.get() != Some(true) {
-            xattr::set(Object::Open(dir), self.family.impure(), b"y", 0)
+            self.set_mark(Object::Open(dir), self.family.impure(), b"y")
                 .context("marking an upper directory as impure")?;
             state.impure.set(true);
         }
@@ -398,7 +398,7 @@ impl Union {
                 continue;
             }
             let value = source.xattr(&name)?;
-            match xattr::set(to, &name, &value, 0) {
+            match self.set_mark(to, &name, &value) {
                 Err(Errno::EOPNOTSUPP) if !must_be_kept(&name) => {}
                 result => result.with_context(|| format!("copying the attribute {name:?}"))?,
             }
@@ -410,14 +410,14 @@ impl Union {
         let origin = source.origin().and_then(|origin| origin.encode());
         let ino = source.attr()?.ino;
         let stored = match origin {
-            Some(stored) => xattr::set(to, self.family.origin(), &stored, 0),
+            Some(stored) => self.set_mark(to, self.family.origin(), &stored),
             None => Ok(()),
         };
         let stored = stored.and_then(|()| match self.numbers.index_of(source.number_space()) {
             Some(index) if self.origin_numbers => {
                 let mut value = index.to_le_bytes().to_vec();
                 value.extend_from_slice(&ino.to_le_bytes());
-                xattr::set(to, self.family.origin_number(), &value, 0)
+                self.set_mark(to, self.family.origin_number(), &value)
             }
             _ => Ok(()),
         });

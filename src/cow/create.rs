@@ -257,7 +257,7 @@ impl Union {
         }
         let mut attr = wanted.apply(object, default_acl)?;
         if wanted.is_directory {
-            xattr::set(object, self.family.opaque(), b"y", 0)
+            self.set_mark(object, self.family.opaque(), b"y")
                 .context("marking a new directory as opaque")?;
             self.replace_by_directory(temp, dir, name)?;
         } else {

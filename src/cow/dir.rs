@@ -351,7 +351,7 @@ impl Union {
             || (xattr_whiteouts
                 && attr.kind == FileKind::Regular
                 && attr.size == 0
-                && Self::mark(Object::Entry(dir, name), self.family.whiteout())?.is_some());
+                && self.mark(Object::Entry(dir, name), self.family.whiteout())?.is_some());
         Ok(Some(if whiteout {
             ListedKind::Whiteout
         } else {

@@ -178,7 +178,7 @@ impl Union {
         }
         let backing = Arc::new(if let Some(chunks) = chunks {
             let fd = self
-                .with_upper(node, |object| self.open_for_reading(object, libc::O_RDWR))
+                .with_upper(node, |object| self.open_upper(object, libc::O_RDWR))
                 .context("opening a file of the upper layer")?;
             let ino = fs::fstat(fd.as_fd())?.st_ino;
             if node.place.read().upper != Some(ino) {
@@ -194,7 +194,7 @@ impl Union {
             let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
             let sealed = self.is_sealed();
             let fd = self
-                .with_upper(node, |object| self.open_for_reading(object, flags))
+                .with_upper(node, |object| self.open_upper(object, flags))
                 .context("opening a file of the upper layer")?;
             let stat = fs::fstat(fd.as_fd())?;
             if node.place.read().upper != Some(stat.st_ino) {
@@ -234,14 +234,6 @@ impl Union {
             self.touch_data(&node);
         }
         Ok(done)
-    }
-
-    /// Opens a file of the upper, also to read what somebody reads of the mount.
-    fn open_for_reading(&self, object: Object<'_>, flags: i32) -> Result<OwnedFd, Errno> {
-        match self.quiet {
-            Quiet::All => object.open_quietly(flags),
-            Quiet::Nothing | Quiet::Directories => object.open(flags),
-        }
     }
 
     /// Notes that data was read that lies in a lower layer, at least in part.
@@ -357,7 +349,7 @@ impl Union {
             Backing::Partial(partial) => partial.fsync(self.upper()?, datasync),
             // Its attributes alone are the upper's.
             Backing::Lower(_) => self
-                .with_upper(&node, |object| object.open(libc::O_RDONLY))
+                .with_upper(&node, |object| self.open_upper(object, libc::O_RDONLY))
                 .and_then(|fd| Ok(fs::fsync(fd.as_fd(), datasync)?)),
         }
         .context("making a file durable")

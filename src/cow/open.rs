@@ -285,6 +285,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         metacopies: AtomicBool::new(metacopies),
         device_whiteouts: AtomicBool::new(true),
         stat_override: form,
+        modes: Mutex::default(),
     })
 }
 

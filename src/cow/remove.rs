@@ -253,7 +253,7 @@ impl Union {
     /// Whether whiteouts in attribute form count in `dir`, that of `parent`, of which the state is locked.
     pub(super) fn has_xattr_whiteouts(&self, parent: &Node, dir: BorrowedFd<'_>) -> Result<bool> {
         Self::directory(parent)?.xattr_whiteouts.get_or(|| {
-            let opaque = Self::mark(Object::Open(dir), self.family.opaque())?;
+            let opaque = self.mark(Object::Open(dir), self.family.opaque())?;
             Ok(opaque.as_deref() == Some(b"x"))
         })
     }

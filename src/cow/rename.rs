@@ -294,7 +294,7 @@ impl Union {
             self.store_redirect(object, &path)
                 .context("noting where a renamed directory continues")?;
         } else if to.covered {
-            xattr::set(object, self.family.opaque(), b"y", 0)
+            self.set_mark(object, self.family.opaque(), b"y")
                 .context("marking a renamed directory as opaque")?;
         }
         Ok(())
