@@ -82,6 +82,27 @@ impl FileHandle {
     }
 }
 
+/// A write that is not to move the time of change, counted for as long as this lives.
+pub(super) struct UnderWay<'a>(&'a Node);
+
+impl<'a> UnderWay<'a> {
+    pub(super) fn begin(node: &'a Node, fd: BorrowedFd<'_>) -> Result<Self> {
+        let mut gathered = node.attributes.lock();
+        if gathered.writes == 0 {
+            gathered.mtime = attr_of(&fs::fstat(fd)?).mtime;
+        }
+        gathered.writes += 1;
+        Ok(Self(node))
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    /// Also after a panic, or the file would keep this time of change for good.
+    fn drop(&mut self) {
+        self.0.attributes.lock().writes -= 1;
+    }
+}
+
 impl Union {
     /// `flags` are open(2)'s. Copies a lower file up when they ask for writing.
     pub fn open_file(&self, node: NodeId, flags: i32, caller: &Caller) -> Result<Arc<FileHandle>> {
@@ -290,19 +311,14 @@ impl Union {
     ) -> Result<usize> {
         let (node, backing) = self.to_write(node, kills)?;
         let fd = backing.upper_fd().ok_or(Errno::EIO)?;
-        {
-            let mut gathered = node.attributes.lock();
-            if gathered.writes == 0 {
-                gathered.mtime = attr_of(&fs::fstat(fd)?).mtime;
-            }
-            gathered.writes += 1;
-        }
+        let _under_way = UnderWay::begin(&node, fd)?;
         // Not under the lock: the turn of an incomplete file comes before it.
         let written = self.with_room(|| backing.write_at(data, offset));
-        let mut gathered = node.attributes.lock();
-        gathered.writes -= 1;
-        let times = [UNCHANGED, timespec(gathered.mtime)];
-        let kept = Object::Open(fd).set_times(&times);
+        let kept = {
+            let gathered = node.attributes.lock();
+            let times = [UNCHANGED, timespec(gathered.mtime)];
+            Object::Open(fd).set_times(&times)
+        };
         let written = written?;
         kept.context("keeping the time of change of a file")?;
         Ok(written)
