@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use super::attr::{DAY, attr_of, kind_of_dirent, now};
 use super::copyup::{Content, restore_times};
 use super::error::{Context, Result};
+use super::lend;
 use super::lower::LowerObject;
 use super::node::Node;
 use super::types::{FileKind, NodeId, Timestamp, XattrFamily};
@@ -181,13 +182,15 @@ impl Union {
         Ok(())
     }
 
-    /// Takes the marks of a file without data off.
+    /// Takes the marks of a file without data off, also where that has failed in the middle before.
     pub(super) fn unmark_metacopy(&self, object: Object<'_>) -> Result<()> {
-        xattr::remove(object, self.family.metacopy())?;
-        match xattr::remove(object, self.family.redirect()) {
-            Ok(()) | Err(Errno::ENODATA) => Ok(()),
-            Err(errno) => Err(errno.into()),
+        for mark in [self.family.metacopy(), self.family.redirect()] {
+            match self.upper()?.permitted(object, lend::WRITE, || xattr::remove(object, mark)) {
+                Ok(()) | Err(Errno::ENODATA) => {}
+                Err(errno) => return Err(errno.into()),
+            }
         }
+        Ok(())
     }
 
     /// Does something to an upper file that nobody is to notice: its times, mode and capabilities stay what they
