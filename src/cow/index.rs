@@ -23,8 +23,8 @@ use super::origin::Origin;
 use super::types::{FileKind, NodeId};
 use super::union::Union;
 use super::upper::{Draft, Upper};
+use crate::sys::dirents;
 use crate::sys::fs::{self, Object};
-use crate::sys::{dirents, xattr};
 
 /// Whether the union shows no link any more to an index entry with this record and host count.
 pub(super) fn is_dead(stored: Option<&[u8]>, links: u32) -> bool {
@@ -116,7 +116,10 @@ impl Union {
         .context("listing the index")?;
         for name in names {
             let object = Object::Entry(upper.index(), &name);
-            if self.mark(object, self.family.metacopy())?.is_some_and(|value| wanted(&value)) {
+            if self
+                .mark(object, self.family.metacopy())?
+                .is_some_and(|value| wanted(&value))
+            {
                 return Ok(true);
             }
         }

@@ -7,7 +7,7 @@
 //! owner more rights, and nobody else.
 
 use std::ffi::OsStr;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
@@ -16,7 +16,7 @@ use nix::unistd::{AccessFlags, faccessat};
 use super::types::{Attr, Quiet};
 use super::union::Union;
 use super::upper::Upper;
-use crate::sys::fs::Object;
+use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
 
 /// Its owner may read it.
@@ -83,6 +83,26 @@ impl Upper {
                 body()
             }
             result => result,
+        }
+    }
+
+    /// As `renameat2`, to or from the work directory: that changes the `..` of a directory, which is to be writable.
+    pub(super) fn rename(
+        &self,
+        from: BorrowedFd<'_>,
+        name: &OsStr,
+        to: BorrowedFd<'_>,
+        new: &OsStr,
+        flags: u32,
+    ) -> Result<(), Errno> {
+        let rename = || fs::renameat2(from, name, to, new, flags);
+        match rename() {
+            Err(Errno::EACCES) => {
+                // By its name it is not to be had any more then.
+                let moved = Object::Entry(from, name).open(libc::O_PATH)?;
+                self.permitted(Object::Path(moved.as_fd()), WRITE, rename)
+            }
+            renamed => renamed,
         }
     }
 }

@@ -330,7 +330,9 @@ impl Union {
         if attr.kind == FileKind::Regular
             && attr.size == 0
             && self.has_xattr_whiteouts(parent, dir.as_fd())?
-            && self.mark(Object::Entry(dir.as_fd(), name), self.family.whiteout())?.is_some()
+            && self
+                .mark(Object::Entry(dir.as_fd(), name), self.family.whiteout())?
+                .is_some()
         {
             return Ok(InUpper::Whiteout);
         }
@@ -341,7 +343,9 @@ impl Union {
     pub(super) fn is_impure(&self, node: &Arc<Node>, state: &DirState) -> Result<bool> {
         state.impure.get_or(|| {
             let dir = self.dir_fd(node)?;
-            Ok(self.mark(Object::Open(dir.as_fd()), self.family.impure())?.is_some())
+            Ok(self
+                .mark(Object::Open(dir.as_fd()), self.family.impure())?
+                .is_some())
         })
     }
 

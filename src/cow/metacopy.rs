@@ -185,7 +185,10 @@ impl Union {
     /// Takes the marks of a file without data off, also where that has failed in the middle before.
     pub(super) fn unmark_metacopy(&self, object: Object<'_>) -> Result<()> {
         for mark in [self.family.metacopy(), self.family.redirect()] {
-            match self.upper()?.permitted(object, lend::WRITE, || xattr::remove(object, mark)) {
+            match self
+                .upper()?
+                .permitted(object, lend::WRITE, || xattr::remove(object, mark))
+            {
                 Ok(()) | Err(Errno::ENODATA) => {}
                 Err(errno) => return Err(errno.into()),
             }

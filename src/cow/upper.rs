@@ -115,16 +115,8 @@ impl<'a> Temp<'a> {
         name: &OsStr,
         flags: u32,
     ) -> Result<(), (Self, Errno)> {
-        let rename = || fs::renameat2(self.upper.work(), &self.name, dir, name, flags);
-        let renamed = match rename() {
-            // The `..` of a directory changes.
-            Err(Errno::EACCES) => self.object().open(libc::O_PATH).and_then(|moved| {
-                let moved = Object::Path(moved.as_fd());
-                self.upper.permitted(moved, lend::WRITE, rename)
-            }),
-            renamed => renamed,
-        };
-        match renamed {
+        let upper = self.upper;
+        match upper.rename(upper.work(), &self.name, dir, name, flags) {
             Ok(()) => {
                 self.kept = flags & libc::RENAME_EXCHANGE == 0;
                 Ok(())

@@ -270,7 +270,7 @@ fn a_user_does_to_what_is_read_only_or_closed_what_its_owner_may() {
         mv linked renamed\n\
         ln renamed added\n\
         rm -f other added\n\
-        chmod 000 secret shut\n\
+        mkdir empty; chmod 000 secret shut empty bare\n\
         echo more >>closed/inside\n\
         chmod 444 closed/inside\n\
         mv inner deep/moved\n\
@@ -280,7 +280,7 @@ fn a_user_does_to_what_is_read_only_or_closed_what_its_owner_may() {
         echo new >made && chmod 200 made\n";
     const LATER: &str = "\
         echo more >>made; cat made; chmod 644 secret made; cat secret made\n\
-        chmod 755 shut; ls shut\n\
+        rmdir empty bare; chmod 755 shut; ls shut\n\
         cksum large; chmod 644 large; printf y | dd of=large conv=notrunc status=none; cksum large\n\
         getfattr -d --absolute-names -m ^user.[^o] attributed closed\n\
         cat renamed closed/inside\n\
@@ -288,7 +288,7 @@ fn a_user_does_to_what_is_read_only_or_closed_what_its_owner_may() {
     in_a_home(|home| {
         let lower = home.layers.lower(0);
         let fill = "set -e; cd \"$0\"; for f in attributed linked secret closed/inside deep/read-only/old inner/f shut/in; do \
-                    mkdir -p $(dirname $f); echo $f >$f; done; ln linked other; mkdir gone; head -c 3000000 /dev/zero >large; \
+                    mkdir -p $(dirname $f); echo $f >$f; done; ln linked other; mkdir gone bare; head -c 3000000 /dev/zero >large; \
                     for f in attributed linked closed deep/read-only; do setfattr -n user.early -v v $f; done; \
                     chmod 444 attributed linked; chmod 555 closed deep/read-only inner; chown -R 65534:65534 .";
         let sh = |script: &str, dir: &Path| {
@@ -297,22 +297,28 @@ fn a_user_does_to_what_is_read_only_or_closed_what_its_owner_may() {
             assert!(output.status.success(), "{output:?}");
         };
         sh(fill, &lower);
-        let native = home.layers.path("native");
-        sh(&format!("cp -a \"$0\" {}", native.display()), &lower);
+        // Before the first mount: from then on nobody reads the lower but plyfs.
+        sh(
+            "cp -a \"$0\" \"$0\"/../plain; cp -a \"$0\" \"$0\"/../metacopy",
+            &lower,
+        );
         let mnt = home.layers.mnt();
         let said = |dir: &Path, script: &str| {
             let script = format!("cd \"$0\"; exec 2>&1; {script}");
             let output = home.run_as(NOBODY, "sh", &["-c", &script, dir.to_str().unwrap()]);
             String::from_utf8(output.stdout).unwrap()
         };
-        for options in ["", ",metacopy=on"] {
-            home.mounted(&(home.layers.options() + options));
+        for (native, options) in [("plain", ""), ("metacopy", ",metacopy=on")] {
+            let native = home.layers.path(native);
+            let options = home.layers.options() + options;
+            home.mounted(&options);
             assert_eq!(said(&mnt, CHANGES), said(&native, CHANGES));
             home.unmounted();
-            home.mounted(&(home.layers.options() + options));
+            home.mounted(&options);
             assert_eq!(said(&mnt, LATER), said(&native, LATER));
             home.unmounted();
-            sh("cd \"$0\"; rm -rf native upper/* work; mkdir work; chown 65534 work; cp -a lower0 native", home.layers.path("").as_path());
+            let anew = "cd \"$0\"; rm -rf upper/* work/*";
+            sh(anew, &home.layers.path(""));
         }
     });
 }

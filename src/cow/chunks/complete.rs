@@ -18,7 +18,6 @@ use super::super::union::Union;
 use super::super::upper::Upper;
 use super::{Chunks, MARK, Marked, Partial, is_partial, name_of};
 use crate::sys::fs::{self, Object};
-use crate::sys::xattr;
 
 /// So many steps are on their way to the disk at a time: others who need it wait for these at most, and the last sync
 /// has little left to do.
