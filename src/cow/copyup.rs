@@ -22,7 +22,6 @@ use super::types::{Attr, FileKind, NodeId, Timestamp};
 use super::union::Union;
 use super::upper::{Draft, Temp, Upper};
 use crate::sys::fs::{self, Object};
-use crate::sys::xattr;
 
 /// How much of a file's content the operation needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +78,7 @@ impl Union {
         change: Option<&Change<'_>>,
     ) -> Result<bool> {
         self.upper()?;
+        self.check_unprotected(node)?;
         if node.in_upper() {
             return Ok(false);
         }
@@ -89,7 +89,6 @@ impl Union {
         if content != Content::All && node.place.read().rare.chunks.is_some() {
             return Ok(false);
         }
-        Self::check_unprotected(node)?;
         let mut chain = vec![Arc::clone(node)];
         let mut at = node.name().map(|name| name.parent);
         while let Some(parent) = at {
@@ -115,13 +114,21 @@ impl Union {
         Ok(changed)
     }
 
-    /// EPERM for what a lower layer has as immutable or append-only. What is in the upper the host protects.
-    pub(super) fn check_unprotected(node: &Node) -> Result<()> {
-        match node.seen_lower() {
-            Some(lower) if lower.object.is_protected()? => {
-                Err(Errno::EPERM).context("a lower layer has it as immutable or append-only")
-            }
-            _ => Ok(()),
+    /// EPERM for what a lower layer has as immutable or append-only, and for a directory that is a copy of such a one. Files
+    /// that are so are never copied up.
+    pub(super) fn check_unprotected(&self, node: &Arc<Node>) -> Result<()> {
+        let is_protected = match (node.seen_lower(), &node.directory) {
+            (Some(lower), _) => !lower.object.protection()?.is_empty(),
+            (None, Some(directory)) => directory.protected.get_or(|| {
+                let name = self.family.protattr();
+                self.with_upper(node, |object| Ok(self.mark(object, name)))?
+                    .map(|mark| mark.is_some())
+            })?,
+            (None, None) => false,
+        };
+        match is_protected {
+            true => Err(Errno::EPERM).context("it is immutable or append-only in a lower layer"),
+            false => Ok(()),
         }
     }
 
@@ -401,6 +408,14 @@ impl Union {
             match self.set_mark(to, &name, &value) {
                 Err(Errno::EOPNOTSUPP) if !must_be_kept(&name) => {}
                 result => result.with_context(|| format!("copying the attribute {name:?}"))?,
+            }
+        }
+        if attr.kind == FileKind::Directory {
+            let protection = source.protection()?;
+            if !protection.is_empty() {
+                // The flags of the host would keep us out, too.
+                self.set_mark(to, self.family.protattr(), protection.as_bytes())
+                    .context("keeping that a directory is immutable or append-only")?;
             }
         }
         self.set_origin(source, to)

@@ -201,6 +201,8 @@ pub(super) struct Directory {
     pub(super) fd: Slot<UpperDir>,
     /// Whiteouts in xattr form count in the upper directory. Changes only with `state` locked for writing.
     pub(super) xattr_whiteouts: Flag,
+    /// The upper directory is the copy of one that is immutable or append-only.
+    pub(super) protected: Flag,
 }
 
 /// Yes, no, or not asked yet.

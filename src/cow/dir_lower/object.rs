@@ -450,8 +450,8 @@ impl LowerObject for DirObject {
         }))
     }
 
-    fn is_protected(&self) -> Result<bool> {
-        self.with_object(flags::is_protected)
+    fn protection(&self) -> Result<&'static str> {
+        self.with_object(flags::protection)
     }
 
     fn origin(&self) -> Option<Origin> {
