@@ -78,7 +78,7 @@ impl Upper {
         match body() {
             Err(Errno::EACCES) => {
                 // Of two at once, the later one would take the lent mode for the object's own.
-                let _turn = self.modes.lock();
+                let _turn = self.modes.write();
                 let _lent = Lent::new(object, bits)?;
                 body()
             }

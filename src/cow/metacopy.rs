@@ -207,7 +207,11 @@ impl Union {
         let object = Object::Open(fd);
         // A change in between would be undone.
         let _turn = node.attributes.lock();
-        let before = fs::fstat(fd)?;
+        let before = {
+            // Its own mode, and not a lent one.
+            let _turn = self.upper()?.modes.read();
+            fs::fstat(fd)?
+        };
         let attr = attr_of(&before);
         let capability = self.mark(object, OsStr::new(CAPABILITY))?;
         let done = body();

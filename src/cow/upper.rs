@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
+use parking_lot::RwLock;
 
 use super::chunks::Maps;
 use super::error::{Context, Result};
@@ -56,8 +56,8 @@ pub(super) struct Upper {
     pub(super) device_whiteouts: AtomicBool,
     /// Owner and mode of objects lie in this attribute.
     pub(super) stat_override: Option<StatOverride>,
-    /// Held while a mode is changed that may be lent.
-    pub(super) modes: Mutex<()>,
+    /// Held alone while a mode is lent, and shared while one is changed.
+    pub(super) modes: RwLock<()>,
 }
 
 impl Upper {
