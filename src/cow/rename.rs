@@ -150,7 +150,7 @@ impl Union {
         name: &OsStr,
     ) -> Result<()> {
         self.copy_up(node, Content::Metadata)?;
-        // Of a copy of a protected directory a caller has asked for itself, unless nobody is to notice.
+        // In the copy of a protected directory a missing name may be put; whoever changes names has asked for itself.
         if !parent.in_upper() {
             self.copy_up(parent, Content::All)?;
         }
