@@ -204,6 +204,7 @@ impl Union {
     /// Gives an upper object permission bits.
     pub(super) fn set_perm(&self, object: Object<'_>, perm: u16) -> Result<(), Errno> {
         let Some(form) = self.stat_override else {
+            let _turn = self.upper.as_ref().map(|upper| upper.modes.read());
             return object.chmod(u32::from(perm));
         };
         let mut attr = self.upper_attr(object)?;

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 
 use super::attr::{attr_of, timespec};
 use super::error::{Context, Error, Result};
+use super::lend::Lent;
 use super::lower::{LowerFile, LowerObject};
 use super::node::{Lowers, Node, Orphan};
 use super::stat_override::HOST_PERM;
@@ -21,7 +22,6 @@ use super::types::{Attr, FileKind, NodeId, Timestamp};
 use super::union::Union;
 use super::upper::{Draft, Temp, Upper};
 use crate::sys::fs::{self, Object};
-use crate::sys::xattr;
 
 /// How much of a file's content the operation needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,8 +70,7 @@ impl Union {
         self.copy_up_changed(node, content, None).map(drop)
     }
 
-    /// As `copy_up`. If it makes a copy of anything but a directory, that has the `change` from the beginning; answers
-    /// whether it was made.
+    /// As `copy_up`. If it makes a copy, that has the `change` from the beginning; answers whether it was made.
     pub(super) fn copy_up_changed(
         &self,
         node: &Arc<Node>,
@@ -79,6 +78,7 @@ impl Union {
         change: Option<&Change<'_>>,
     ) -> Result<bool> {
         self.upper()?;
+        self.check_unprotected(node)?;
         if node.in_upper() {
             return Ok(false);
         }
@@ -89,7 +89,6 @@ impl Union {
         if content != Content::All && node.place.read().rare.chunks.is_some() {
             return Ok(false);
         }
-        Self::check_unprotected(node)?;
         let mut chain = vec![Arc::clone(node)];
         let mut at = node.name().map(|name| name.parent);
         while let Some(parent) = at {
@@ -115,13 +114,21 @@ impl Union {
         Ok(changed)
     }
 
-    /// EPERM for what a lower layer has as immutable or append-only. What is in the upper the host protects.
-    pub(super) fn check_unprotected(node: &Node) -> Result<()> {
-        match node.seen_lower() {
-            Some(lower) if lower.object.is_protected()? => {
-                Err(Errno::EPERM).context("a lower layer has it as immutable or append-only")
-            }
-            _ => Ok(()),
+    /// EPERM for what a lower layer has as immutable or append-only, and for a directory that is a copy of such a one. Files
+    /// that are so are never copied up.
+    pub(super) fn check_unprotected(&self, node: &Arc<Node>) -> Result<()> {
+        let is_protected = match (node.seen_lower(), &node.directory) {
+            (Some(lower), _) => !lower.object.protection()?.is_empty(),
+            (None, Some(directory)) => directory.protected.get_or(|| {
+                let name = self.family.protattr();
+                self.with_upper(node, |object| Ok(self.mark(object, name)))?
+                    .map(|mark| mark.is_some())
+            })?,
+            (None, None) => false,
+        };
+        match is_protected {
+            true => Err(Errno::EPERM).context("it is immutable or append-only in a lower layer"),
+            false => Ok(()),
         }
     }
 
@@ -162,8 +169,6 @@ impl Union {
             }
             return Ok(false);
         }
-        // A directory that nobody may write cannot be renamed into its place by who has no CAP_DAC_OVERRIDE.
-        let change = change.filter(|_| node.kind != FileKind::Directory);
         let source = &*top.object;
         let of_source = source.attr()?;
         let in_chunks = self.is_for_chunks(node, content, of_source.size);
@@ -276,7 +281,7 @@ impl Union {
                 return Ok(());
             };
             let directory = Self::directory(&name.parent)?;
-            // Nobody sets times of the directory meanwhile, which would be undone.
+            // Nobody sets times or the mode of the directory meanwhile, which would be undone.
             let _turn = name.parent.attributes.lock();
             let mut state = directory.state.write();
             let still = node
@@ -287,6 +292,7 @@ impl Union {
             }
             let dir = self.dir_fd(&name.parent)?;
             let before = attr_of(&fs::fstat(dir.as_fd())?);
+            let lent = Lent::for_names(dir.as_fd(), &before)?;
             self.mark_impure(&state, dir.as_fd())?;
             let links = source.attr()?.nlink;
             let index = if links > 1 && node.kind != FileKind::Directory {
@@ -307,6 +313,7 @@ impl Union {
             }
             Self::arrived(node, &mut place, ino, metacopy);
             drop(place);
+            drop(lent);
             // A copy of a child is no change of its directory. That is not told to whoever keeps attributes of the
             // directory, so its change time is to be the same, too.
             set_times(Object::Open(dir.as_fd()), before.atime, before.mtime)?;
@@ -342,7 +349,7 @@ impl Union {
         dir: BorrowedFd<'_>,
     ) -> Result<()> {
         if state.impure.get() != Some(true) {
-            xattr::set(Object::Open(dir), self.family.impure(), b"y", 0)
+            self.set_mark(Object::Open(dir), self.family.impure(), b"y")
                 .context("marking an upper directory as impure")?;
             state.impure.set(true);
         }
@@ -398,9 +405,17 @@ impl Union {
                 continue;
             }
             let value = source.xattr(&name)?;
-            match xattr::set(to, &name, &value, 0) {
+            match self.set_mark(to, &name, &value) {
                 Err(Errno::EOPNOTSUPP) if !must_be_kept(&name) => {}
                 result => result.with_context(|| format!("copying the attribute {name:?}"))?,
+            }
+        }
+        if attr.kind == FileKind::Directory {
+            let protection = source.protection()?;
+            if !protection.is_empty() {
+                // The flags of the host would keep us out, too.
+                self.set_mark(to, self.family.protattr(), protection.as_bytes())
+                    .context("keeping that a directory is immutable or append-only")?;
             }
         }
         self.set_origin(source, to)
@@ -410,14 +425,14 @@ impl Union {
         let origin = source.origin().and_then(|origin| origin.encode());
         let ino = source.attr()?.ino;
         let stored = match origin {
-            Some(stored) => xattr::set(to, self.family.origin(), &stored, 0),
+            Some(stored) => self.set_mark(to, self.family.origin(), &stored),
             None => Ok(()),
         };
         let stored = stored.and_then(|()| match self.numbers.index_of(source.number_space()) {
             Some(index) if self.origin_numbers => {
                 let mut value = index.to_le_bytes().to_vec();
                 value.extend_from_slice(&ino.to_le_bytes());
-                xattr::set(to, self.family.origin_number(), &value, 0)
+                self.set_mark(to, self.family.origin_number(), &value)
             }
             _ => Ok(()),
         });

@@ -188,6 +188,10 @@ impl Union {
         }
         let found = Found::new_upper(self.own_number(attr.ino), attr);
         let node = self.adopt(parent, &mut state, name, found, true);
+        if let Some(made) = &node.directory {
+            // Copied from nothing.
+            made.protected.set(false);
+        }
         drop(state);
         if let Some(fd) = fd {
             node.written.store(true, Ordering::Relaxed);
@@ -257,7 +261,7 @@ impl Union {
         }
         let mut attr = wanted.apply(object, default_acl)?;
         if wanted.is_directory {
-            xattr::set(object, self.family.opaque(), b"y", 0)
+            self.set_mark(object, self.family.opaque(), b"y")
                 .context("marking a new directory as opaque")?;
             self.replace_by_directory(temp, dir, name)?;
         } else {
@@ -311,7 +315,7 @@ impl Union {
             return Err(Errno::ENOENT.into());
         }
         // Before the file takes it to the upper.
-        Self::check_unprotected(&parent)?;
+        self.check_unprotected(&parent)?;
         self.copy_up(&node, Content::Metadata)?;
         self.copy_up(&parent, Content::All)?;
         self.keep_data_found(&node)?;

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::attr::{attr_of, kind_of_dirent};
 use super::error::{Context, Error, Result};
+use super::lend;
 use super::lower::ListedKind;
 use super::node::{DirState, Node};
 use super::types::{DirEntry, Entry, FileKind, NodeId, Quiet};
@@ -303,10 +304,13 @@ impl Union {
         let xattr_whiteouts = self.has_xattr_whiteouts(node, dir.as_fd())?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let top = Object::Entry(dir.as_fd(), OsStr::new("."));
-        let stream = match self.quiet {
-            Quiet::Nothing => top.open(flags)?,
-            Quiet::Directories | Quiet::All => top.open_quietly(flags)?,
-        };
+        let bits = lend::READ | lend::SEARCH;
+        let stream = self
+            .upper()?
+            .permitted(Object::Open(dir.as_fd()), bits, || match self.quiet {
+                Quiet::Nothing => top.open(flags),
+                Quiet::Directories | Quiet::All => top.open_quietly(flags),
+            })?;
         let mut failed: Option<Error> = None;
         dirents::read_all(stream.as_fd(), &mut |entry| {
             let kind = kind_of_dirent(entry.kind);
@@ -351,7 +355,9 @@ impl Union {
             || (xattr_whiteouts
                 && attr.kind == FileKind::Regular
                 && attr.size == 0
-                && Self::mark(Object::Entry(dir, name), self.family.whiteout())?.is_some());
+                && self
+                    .mark(Object::Entry(dir, name), self.family.whiteout())?
+                    .is_some());
         Ok(Some(if whiteout {
             ListedKind::Whiteout
         } else {

@@ -82,6 +82,27 @@ impl FileHandle {
     }
 }
 
+/// A write that is not to move the time of change, counted for as long as this lives.
+pub(super) struct UnderWay<'a>(&'a Node);
+
+impl<'a> UnderWay<'a> {
+    pub(super) fn begin(node: &'a Node, fd: BorrowedFd<'_>) -> Result<Self> {
+        let mut gathered = node.attributes.lock();
+        if gathered.writes == 0 {
+            gathered.mtime = attr_of(&fs::fstat(fd)?).mtime;
+        }
+        gathered.writes += 1;
+        Ok(Self(node))
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    /// Also after a panic, or the file would keep this time of change for good.
+    fn drop(&mut self) {
+        self.0.attributes.lock().writes -= 1;
+    }
+}
+
 impl Union {
     /// `flags` are open(2)'s. Copies a lower file up when they ask for writing.
     pub fn open_file(&self, node: NodeId, flags: i32, caller: &Caller) -> Result<Arc<FileHandle>> {
@@ -178,7 +199,7 @@ impl Union {
         }
         let backing = Arc::new(if let Some(chunks) = chunks {
             let fd = self
-                .with_upper(node, |object| self.open_for_reading(object, libc::O_RDWR))
+                .with_upper(node, |object| self.open_upper(object, libc::O_RDWR))
                 .context("opening a file of the upper layer")?;
             let ino = fs::fstat(fd.as_fd())?.st_ino;
             if node.place.read().upper != Some(ino) {
@@ -194,7 +215,7 @@ impl Union {
             let flags = if write { libc::O_RDWR } else { libc::O_RDONLY };
             let sealed = self.is_sealed();
             let fd = self
-                .with_upper(node, |object| self.open_for_reading(object, flags))
+                .with_upper(node, |object| self.open_upper(object, flags))
                 .context("opening a file of the upper layer")?;
             let stat = fs::fstat(fd.as_fd())?;
             if node.place.read().upper != Some(stat.st_ino) {
@@ -234,14 +255,6 @@ impl Union {
             self.touch_data(&node);
         }
         Ok(done)
-    }
-
-    /// Opens a file of the upper, also to read what somebody reads of the mount.
-    fn open_for_reading(&self, object: Object<'_>, flags: i32) -> Result<OwnedFd, Errno> {
-        match self.quiet {
-            Quiet::All => object.open_quietly(flags),
-            Quiet::Nothing | Quiet::Directories => object.open(flags),
-        }
     }
 
     /// Notes that data was read that lies in a lower layer, at least in part.
@@ -298,19 +311,14 @@ impl Union {
     ) -> Result<usize> {
         let (node, backing) = self.to_write(node, kills)?;
         let fd = backing.upper_fd().ok_or(Errno::EIO)?;
-        {
-            let mut gathered = node.attributes.lock();
-            if gathered.writes == 0 {
-                gathered.mtime = attr_of(&fs::fstat(fd)?).mtime;
-            }
-            gathered.writes += 1;
-        }
+        let _under_way = UnderWay::begin(&node, fd)?;
         // Not under the lock: the turn of an incomplete file comes before it.
         let written = self.with_room(|| backing.write_at(data, offset));
-        let mut gathered = node.attributes.lock();
-        gathered.writes -= 1;
-        let times = [UNCHANGED, timespec(gathered.mtime)];
-        let kept = Object::Open(fd).set_times(&times);
+        let kept = {
+            let gathered = node.attributes.lock();
+            let times = [UNCHANGED, timespec(gathered.mtime)];
+            Object::Open(fd).set_times(&times)
+        };
         let written = written?;
         kept.context("keeping the time of change of a file")?;
         Ok(written)
@@ -357,7 +365,7 @@ impl Union {
             Backing::Partial(partial) => partial.fsync(self.upper()?, datasync),
             // Its attributes alone are the upper's.
             Backing::Lower(_) => self
-                .with_upper(&node, |object| object.open(libc::O_RDONLY))
+                .with_upper(&node, |object| self.open_upper(object, libc::O_RDONLY))
                 .and_then(|fd| Ok(fs::fsync(fd.as_fd(), datasync)?)),
         }
         .context("making a file durable")

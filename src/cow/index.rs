@@ -23,8 +23,8 @@ use super::origin::Origin;
 use super::types::{FileKind, NodeId};
 use super::union::Union;
 use super::upper::{Draft, Upper};
+use crate::sys::dirents;
 use crate::sys::fs::{self, Object};
-use crate::sys::{dirents, xattr};
 
 /// Whether the union shows no link any more to an index entry with this record and host count.
 pub(super) fn is_dead(stored: Option<&[u8]>, links: u32) -> bool {
@@ -116,7 +116,10 @@ impl Union {
         .context("listing the index")?;
         for name in names {
             let object = Object::Entry(upper.index(), &name);
-            if Self::mark(object, self.family.metacopy())?.is_some_and(|value| wanted(&value)) {
+            if self
+                .mark(object, self.family.metacopy())?
+                .is_some_and(|value| wanted(&value))
+            {
                 return Ok(true);
             }
         }
@@ -188,7 +191,7 @@ impl Union {
 
     fn link_offset(&self, upper: &Upper, name: &OsStr, links: u32, lower: u32) -> Result<i64> {
         let object = Object::Entry(upper.index(), name);
-        let stored = Self::mark(object, self.family.nlink())?;
+        let stored = self.mark(object, self.family.nlink())?;
         Ok(stored
             .and_then(|stored| decode_links(&stored, links, lower))
             .unwrap_or(ONLY_INDEX))
@@ -226,7 +229,7 @@ impl Union {
     /// Writes down how many links the union shows beyond the host's count.
     pub(super) fn store_links(&self, object: Object<'_>, offset: i64) -> Result<()> {
         let value = format!("U{offset:+}");
-        match xattr::set(object, self.family.nlink(), value.as_bytes(), 0) {
+        match self.set_mark(object, self.family.nlink(), value.as_bytes()) {
             Err(Errno::EPERM | Errno::EOPNOTSUPP) => Ok(()),
             result => result.context("noting the number of links"),
         }

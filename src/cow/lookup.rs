@@ -330,7 +330,9 @@ impl Union {
         if attr.kind == FileKind::Regular
             && attr.size == 0
             && self.has_xattr_whiteouts(parent, dir.as_fd())?
-            && Self::mark(Object::Entry(dir.as_fd(), name), self.family.whiteout())?.is_some()
+            && self
+                .mark(Object::Entry(dir.as_fd(), name), self.family.whiteout())?
+                .is_some()
         {
             return Ok(InUpper::Whiteout);
         }
@@ -341,7 +343,9 @@ impl Union {
     pub(super) fn is_impure(&self, node: &Arc<Node>, state: &DirState) -> Result<bool> {
         state.impure.get_or(|| {
             let dir = self.dir_fd(node)?;
-            Ok(Self::mark(Object::Open(dir.as_fd()), self.family.impure())?.is_some())
+            Ok(self
+                .mark(Object::Open(dir.as_fd()), self.family.impure())?
+                .is_some())
         })
     }
 
@@ -407,7 +411,7 @@ impl Union {
             let marks = Self::marks(object)?;
             let marked = |name: &OsStr| marks.iter().any(|mark| mark == name);
             if marked(self.family.opaque())
-                && Self::mark(object, self.family.opaque())?.as_deref() == Some(b"y")
+                && self.mark(object, self.family.opaque())?.as_deref() == Some(b"y")
             {
                 return Ok(found);
             }
@@ -458,7 +462,7 @@ impl Union {
         object: Object<'_>,
         attr: Attr,
     ) -> Result<()> {
-        if let Some(value) = Self::mark(object, self.family.metacopy())? {
+        if let Some(value) = self.mark(object, self.family.metacopy())? {
             found.metacopy = true;
             if let Marked::Partial { .. } = Marked::of(&value)? {
                 found.chunks = Some(self.chunks_of(object, attr.ino));
@@ -468,7 +472,7 @@ impl Union {
     }
 
     pub(super) fn redirect_mark(&self, object: Object<'_>) -> Result<Option<PathBuf>> {
-        let value = Self::mark(object, self.family.redirect())?;
+        let value = self.mark(object, self.family.redirect())?;
         Ok(value.map(|path| std::ffi::OsString::from_vec(path).into()))
     }
 
@@ -491,7 +495,7 @@ impl Union {
 
     /// As above for one that carries a file handle.
     fn resolve_copied(&self, found: &mut Found, object: Object<'_>, attr: Attr) -> Result<()> {
-        let stored = Self::mark(object, self.family.origin())?;
+        let stored = self.mark(object, self.family.origin())?;
         let Some(origin) = stored.as_deref().and_then(Origin::decode) else {
             return Ok(());
         };
@@ -514,7 +518,7 @@ impl Union {
         if !self.origin_numbers {
             return Ok(());
         }
-        let Some(stored) = Self::mark(object, self.family.origin_number())? else {
+        let Some(stored) = self.mark(object, self.family.origin_number())? else {
             return Ok(());
         };
         if let Some((index, ino)) = super::copyup::decode_origin_number(&stored)

@@ -91,9 +91,9 @@ pub trait LowerObject: Send + Sync {
     fn stored(&self) -> Result<Option<Stored>> {
         Ok(None)
     }
-    /// Whether nobody may write, change or remove it, as chattr(1) has it.
-    fn is_protected(&self) -> Result<bool> {
-        Ok(false)
+    /// The letters by which chattr(1) has seen to it that nobody writes, changes or removes it; mostly none.
+    fn protection(&self) -> Result<&'static str> {
+        Ok("")
     }
     /// What names the object for `overlay.origin`, if the layer can tell.
     fn origin(&self) -> Option<Origin>;

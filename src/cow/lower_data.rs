@@ -56,6 +56,12 @@ impl Union {
         self.table.get(node).is_some()
     }
 
+    /// Keeps a node that somebody has looked up from being forgotten, until [`Union::forget`] gives that back; says whether
+    /// there is one.
+    pub fn remember(&self, node: NodeId) -> bool {
+        self.table.count_lookup(node).is_some()
+    }
+
     /// A number that no node has nor ever gets.
     pub fn spare_number(&self) -> NodeId {
         self.numbers.fresh()

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use super::attr::{DAY, attr_of, kind_of_dirent, now};
 use super::copyup::{Content, restore_times};
 use super::error::{Context, Result};
+use super::lend;
 use super::lower::LowerObject;
 use super::node::Node;
 use super::types::{FileKind, NodeId, Timestamp, XattrFamily};
@@ -55,7 +56,7 @@ impl Union {
                 .context("noting that the upper relies on the lower layers for data")?;
             upper.metacopies.store(true, Ordering::Release);
         }
-        match xattr::set(object, self.family.metacopy(), b"", 0) {
+        match self.set_mark(object, self.family.metacopy(), b"") {
             Ok(()) => Ok(true),
             Err(Errno::ENOSPC | Errno::E2BIG) => Ok(false),
             Err(errno) => Err(errno).context("marking a copy without data"),
@@ -98,7 +99,7 @@ impl Union {
     pub(super) fn store_redirect(&self, object: Object<'_>, path: &OsStr) -> Result<()> {
         /// Room for an attribute of the longest path.
         const LONGEST: u64 = 64 << 10;
-        match xattr::set(object, self.family.redirect(), path.as_bytes(), 0) {
+        match self.set_mark(object, self.family.redirect(), path.as_bytes()) {
             Err(Errno::E2BIG | Errno::ERANGE) => Err(Errno::EXDEV.into()),
             // Of a disk that is not full: ext4 has one block for the attributes of a file.
             Err(Errno::ENOSPC) if self.has_room_for(LONGEST)? => Err(Errno::EXDEV.into()),
@@ -132,7 +133,7 @@ impl Union {
             return Ok(());
         }
         // Setting it would be a change of the file and move its change time, too.
-        let file = self.with_upper(node, |object| object.open(libc::O_RDONLY))?;
+        let file = self.with_upper(node, |object| self.open_upper(object, libc::O_RDONLY))?;
         fs::pread_full(file.as_fd(), &mut [0], 0)?;
         let mut place = node.place.write();
         if place.metacopy {
@@ -163,7 +164,7 @@ impl Union {
         data: &dyn LowerObject,
         content: Content,
     ) -> Result<(OwnedFd, u64)> {
-        let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
+        let fd = self.with_upper(node, |object| self.open_upper(object, libc::O_RDWR))?;
         let size = attr_of(&fs::fstat(fd.as_fd())?).size;
         self.quietly(node, fd.as_fd(), || {
             // A truncation that a crash has interrupted counts: what it cut off does not come back.
@@ -181,13 +182,18 @@ impl Union {
         Ok(())
     }
 
-    /// Takes the marks of a file without data off.
+    /// Takes the marks of a file without data off, also where that has failed in the middle before.
     pub(super) fn unmark_metacopy(&self, object: Object<'_>) -> Result<()> {
-        xattr::remove(object, self.family.metacopy())?;
-        match xattr::remove(object, self.family.redirect()) {
-            Ok(()) | Err(Errno::ENODATA) => Ok(()),
-            Err(errno) => Err(errno.into()),
+        for mark in [self.family.metacopy(), self.family.redirect()] {
+            match self
+                .upper()?
+                .permitted(object, lend::WRITE, || xattr::remove(object, mark))
+            {
+                Ok(()) | Err(Errno::ENODATA) => {}
+                Err(errno) => return Err(errno.into()),
+            }
         }
+        Ok(())
     }
 
     /// Does something to an upper file that nobody is to notice: its times, mode and capabilities stay what they
@@ -201,9 +207,13 @@ impl Union {
         let object = Object::Open(fd);
         // A change in between would be undone.
         let _turn = node.attributes.lock();
-        let before = fs::fstat(fd)?;
+        let before = {
+            // Its own mode, and not a lent one.
+            let _turn = self.upper()?.modes.read();
+            fs::fstat(fd)?
+        };
         let attr = attr_of(&before);
-        let capability = Self::mark(object, OsStr::new(CAPABILITY))?;
+        let capability = self.mark(object, OsStr::new(CAPABILITY))?;
         let done = body();
         if let Some(capability) = capability {
             xattr::set(object, OsStr::new(CAPABILITY), &capability, 0)
@@ -296,7 +306,7 @@ impl Union {
             let visited = match kind {
                 FileKind::Directory => true,
                 FileKind::Regular if impure => {
-                    let mark = Self::mark(object, self.family.metacopy())?;
+                    let mark = self.mark(object, self.family.metacopy())?;
                     mark.is_some_and(|value| wanted(&value))
                 }
                 _ => false,

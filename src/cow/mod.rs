@@ -13,6 +13,7 @@
 //!   them when a mount ends;
 //! - `content`: where the data of a file lies;
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
+//! - `lend`: what the mode of an upper object forbids its owner and not the union;
 //! - `owner`, `stat_override`: whose an object is shown as, and owners kept in attributes; `adopt`: uppers that
 //!   fuse-overlayfs has written;
 //! - `export`: copies of layers for kernel overlayfs;
@@ -36,6 +37,7 @@ mod file;
 mod find;
 mod forget;
 mod index;
+mod lend;
 mod lookup;
 mod lower;
 mod lower_data;

@@ -11,7 +11,7 @@
 //! 4. the turn of one incomplete file (`chunks`), and then `Node::attributes` of one node: content is copied under both.
 //!    A `Directory::state` may be taken below `Node::attributes`, and neither of the two below a `Directory::state`;
 //! 5. `Node::place` of one node at a time;
-//! 6. a shard of the table, the descriptor cache, and the maps of incomplete files.
+//! 6. a shard of the table, the descriptor cache, the maps of incomplete files, and `Upper::modes`.
 //!
 //! No lock of 3, 5 and 6 is held while file content is copied.
 
@@ -201,6 +201,8 @@ pub(super) struct Directory {
     pub(super) fd: Slot<UpperDir>,
     /// Whiteouts in xattr form count in the upper directory. Changes only with `state` locked for writing.
     pub(super) xattr_whiteouts: Flag,
+    /// The upper directory is the copy of one that is immutable or append-only.
+    pub(super) protected: Flag,
 }
 
 /// Yes, no, or not asked yet.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::adopt;
 use super::attr::attr_of;
@@ -285,6 +285,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         metacopies: AtomicBool::new(metacopies),
         device_whiteouts: AtomicBool::new(true),
         stat_override: form,
+        modes: RwLock::default(),
     })
 }
 

@@ -30,8 +30,8 @@ impl Union {
             return Err(Errno::EISDIR.into());
         }
         // The directory first: what is copied up takes it along.
-        Self::check_unprotected(&parent)?;
-        Self::check_unprotected(&seen)?;
+        self.check_unprotected(&parent)?;
+        self.check_unprotected(&seen)?;
         self.count_links_in_upper(&seen)?;
         drop(seen);
         self.copy_up(&parent, Content::All)?;
@@ -81,7 +81,7 @@ impl Union {
         if seen.directory.is_none() {
             return Err(Errno::ENOTDIR.into());
         }
-        Self::check_unprotected(&seen)?;
+        self.check_unprotected(&seen)?;
         drop(seen);
         self.copy_up(&parent, Content::All)?;
         let mut state = directory.state.write();
@@ -155,21 +155,16 @@ impl Union {
         let upper = self.upper()?;
         if !covered {
             let away = upper.temp_name();
-            fs::renameat2(dir, name, upper.work(), &away, 0)?;
+            upper.rename(dir, name, upper.work(), &away, 0)?;
             return Ok(Orphan::Work(away.as_os_str().into()));
         }
         let whiteout = self.spare_whiteout(parent, dir)?;
-        match fs::renameat2(
-            upper.work(),
-            &whiteout.name,
-            dir,
-            name,
-            libc::RENAME_EXCHANGE,
-        ) {
+        let flags = libc::RENAME_EXCHANGE;
+        match upper.rename(dir, name, upper.work(), &whiteout.name, flags) {
             Ok(()) => Ok(Orphan::Work(whiteout.keep().as_os_str().into())),
             Err(Errno::ENOSYS | Errno::EINVAL) => {
                 let away = upper.temp_name();
-                fs::renameat2(dir, name, upper.work(), &away, 0)?;
+                upper.rename(dir, name, upper.work(), &away, 0)?;
                 whiteout.install(dir, name, 0).map_err(|(_, errno)| errno)?;
                 Ok(Orphan::Work(away.as_os_str().into()))
             }
@@ -253,7 +248,7 @@ impl Union {
     /// Whether whiteouts in attribute form count in `dir`, that of `parent`, of which the state is locked.
     pub(super) fn has_xattr_whiteouts(&self, parent: &Node, dir: BorrowedFd<'_>) -> Result<bool> {
         Self::directory(parent)?.xattr_whiteouts.get_or(|| {
-            let opaque = Self::mark(Object::Open(dir), self.family.opaque())?;
+            let opaque = self.mark(Object::Open(dir), self.family.opaque())?;
             Ok(opaque.as_deref() == Some(b"x"))
         })
     }

@@ -17,7 +17,6 @@ use super::types::{FileKind, NodeId, RenameMode};
 use super::union::Union;
 use super::upper::Temp;
 use crate::sys::fs::{self, Object};
-use crate::sys::xattr;
 
 /// One end of a rename.
 struct End<'a> {
@@ -62,8 +61,8 @@ impl Union {
         Self::directory(&parent)?;
         Self::directory(&new_parent)?;
         // Before anything below takes them to the upper.
-        Self::check_unprotected(&parent)?;
-        Self::check_unprotected(&new_parent)?;
+        self.check_unprotected(&parent)?;
+        self.check_unprotected(&new_parent)?;
         loop {
             let (node, _) = self.child(&parent, name, false)?;
             let other = match self.child(&new_parent, new_name, false) {
@@ -76,7 +75,7 @@ impl Union {
                 return Ok(());
             }
             if let Some(other) = &other {
-                Self::check_unprotected(other)?;
+                self.check_unprotected(other)?;
             }
             self.bring_up(&node, &parent, name)?;
             self.copy_up(&new_parent, Content::All)?;
@@ -151,7 +150,10 @@ impl Union {
         name: &OsStr,
     ) -> Result<()> {
         self.copy_up(node, Content::Metadata)?;
-        self.copy_up(parent, Content::All)?;
+        // In the copy of a protected directory a missing name may be put; whoever changes names has asked for itself.
+        if !parent.in_upper() {
+            self.copy_up(parent, Content::All)?;
+        }
         if node.directory.is_some() || node.place.read().rare.index.is_none() {
             return Ok(());
         }
@@ -294,7 +296,7 @@ impl Union {
             self.store_redirect(object, &path)
                 .context("noting where a renamed directory continues")?;
         } else if to.covered {
-            xattr::set(object, self.family.opaque(), b"y", 0)
+            self.set_mark(object, self.family.opaque(), b"y")
                 .context("marking a renamed directory as opaque")?;
         }
         Ok(())

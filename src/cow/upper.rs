@@ -9,10 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::errno::Errno;
+use parking_lot::RwLock;
 
 use super::chunks::Maps;
 use super::error::{Context, Result};
 use super::file::Backing;
+use super::lend;
 use super::node::{Node, Orphan};
 use super::seal::{Root, UpperDir};
 use super::stat_override::StatOverride;
@@ -54,6 +56,8 @@ pub(super) struct Upper {
     pub(super) device_whiteouts: AtomicBool,
     /// Owner and mode of objects lie in this attribute.
     pub(super) stat_override: Option<StatOverride>,
+    /// Held alone while a mode is lent, and shared while one is changed.
+    pub(super) modes: RwLock<()>,
 }
 
 impl Upper {
@@ -111,7 +115,8 @@ impl<'a> Temp<'a> {
         name: &OsStr,
         flags: u32,
     ) -> Result<(), (Self, Errno)> {
-        match fs::renameat2(self.upper.work(), &self.name, dir, name, flags) {
+        let upper = self.upper;
+        match upper.rename(upper.work(), &self.name, dir, name, flags) {
             Ok(()) => {
                 self.kept = flags & libc::RENAME_EXCHANGE == 0;
                 Ok(())
@@ -312,7 +317,11 @@ impl Union {
             }
         };
         for (node, name) in missing.into_iter().rev() {
-            let opened = fs::openat(fd.as_fd(), &name, libc::O_RDONLY | libc::O_DIRECTORY, 0)?;
+            let opened = upper.permitted(
+                Object::Entry(fd.as_fd(), &name),
+                lend::READ | lend::SEARCH,
+                || fs::openat(fd.as_fd(), &name, libc::O_RDONLY | libc::O_DIRECTORY, 0),
+            )?;
             let stat = fs::fstat(opened.as_fd())?;
             let expected = node.place.read().upper;
             if stat.st_dev != upper.dev || Some(stat.st_ino) != expected {
@@ -392,8 +401,9 @@ impl Union {
     }
 
     /// The value of a mark on an upper object, if it is there.
-    pub(super) fn mark(object: Object<'_>, name: &OsStr) -> Result<Option<Vec<u8>>> {
-        match xattr::get(object, name) {
+    pub(super) fn mark(&self, object: Object<'_>, name: &OsStr) -> Result<Option<Vec<u8>>> {
+        let get = || xattr::get(object, name);
+        match self.upper()?.permitted(object, lend::READ, get) {
             Ok(value) => Ok(Some(value)),
             Err(Errno::ENODATA | Errno::EOPNOTSUPP) => Ok(None),
             Err(errno) => Err(errno).context("reading a mark of the upper layer"),

@@ -109,6 +109,8 @@ marks! {
     metacopy = "metacopy";
     /// On an upper file with an index entry: how its link count in the union relates to the host's.
     nlink = "nlink";
+    /// On an upper directory: what of it is immutable (`i`) or append-only (`a`), which the host does not enforce.
+    protattr = "protattr";
     /// On an empty regular file in a directory with opaque `x`: a whiteout.
     whiteout = "whiteout";
     /// Plywood's own, on the root of an upper: layers made by it hold only overlayfs's dialect, so

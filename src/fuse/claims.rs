@@ -8,13 +8,17 @@
 //! Telling the kernel waits for whatever is under way in the directories, which may have no end: a listing may write to
 //! memory that somebody else has to bring. So no claim waits for it longer than a moment. Whoever claims looks its own
 //! name up again in any case, and then nobody finds the first number by that name any more.
+//!
+//! The kernel does so once. The readers may leave meanwhile, and with them what the kernel knows of the file, so that it had
+//! its first number again, and the next reader would be in the way once more. So the node is kept until the name was looked up.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{self, Receiver, Sender};
+use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
 use fuser::{BackingId, INodeNo, Notifier};
 
 use super::passing::{Joined, Passing, Second, Was};
@@ -26,6 +30,9 @@ const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How long a claim waits until the kernel knows of a second number.
 const TELLING: Duration = Duration::from_secs(1);
+
+/// How long a file keeps its second number at least: whoever claimed it looks for that at once, but may get no processor.
+const KEPT: Duration = Duration::from_secs(2);
 
 /// What became of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,15 +84,16 @@ impl Pending {
         passing: Arc<Passing<BackingId>>,
         notifier: Notifier,
     ) -> io::Result<()> {
-        let settler = Settler {
+        let mut settler = Settler {
             union,
             passing,
             notifier,
+            kept: VecDeque::new(),
         };
         thread::Builder::new()
             .name("plyfs-claims".into())
             .spawn(move || {
-                for claim in self.0 {
+                while let Some(claim) = settler.next(&self.0) {
                     settler.passing.wait_until_left(claim.node, claim.deadline);
                     guarded("claim", || (claim.done)(settler.settle(claim.node)));
                 }
@@ -98,10 +106,31 @@ struct Settler {
     union: Arc<Union>,
     passing: Arc<Passing<BackingId>>,
     notifier: Notifier,
+    /// Files that have got a second number, and until when they keep it; the first comes first.
+    kept: VecDeque<(Instant, NodeId)>,
 }
 
 impl Settler {
-    fn settle(&self, node: NodeId) -> Claimed {
+    /// The next claim; nothing at the end of the session.
+    fn next(&mut self, claims: &Receiver<Claim>) -> Option<Claim> {
+        while let Some((until, node)) = self.kept.front().copied() {
+            if Instant::now() < until {
+                match claims.recv_deadline(until) {
+                    Ok(claim) => return Some(claim),
+                    Err(RecvTimeoutError::Disconnected) => return None,
+                    Err(RecvTimeoutError::Timeout) => {}
+                }
+            }
+            self.kept.pop_front();
+            guarded("forget", || {
+                self.union.forget(node, 1);
+                self.passing.forgotten(node, || self.union.knows(node));
+            });
+        }
+        claims.recv().ok()
+    }
+
+    fn settle(&mut self, node: NodeId) -> Claimed {
         match self.passing.serve(node) {
             Joined::Served | Joined::Passed(_) => return Claimed::Served,
             Joined::Replaced => return Claimed::Replaced,
@@ -122,6 +151,9 @@ impl Settler {
                 "a file that is read gets a second number"
             );
             self.tell(node);
+            if self.union.remember(node) {
+                self.kept.push_back((Instant::now() + KEPT, node));
+            }
         } else {
             // They left just now.
             return self.settle(node);

@@ -9,11 +9,11 @@ use nix::errno::Errno;
 
 use super::fs::{Object, with_c_str};
 
-const PROTECTED: u64 = (libc::STATX_ATTR_IMMUTABLE | libc::STATX_ATTR_APPEND) as u64;
-
-/// Whether an object is immutable or append-only. Before Linux 4.11, which has no statx(2), and where that is
-/// not allowed, none is.
-pub fn is_protected(object: Object<'_>) -> Result<bool, Errno> {
+/// What of an object is immutable or append-only, by chattr(1)'s letters; mostly nothing. Before Linux 4.11, which has no
+/// statx(2), and where that is not allowed, nothing is.
+pub fn protection(object: Object<'_>) -> Result<&'static str, Errno> {
+    const IMMUTABLE: u64 = libc::STATX_ATTR_IMMUTABLE as u64;
+    const APPEND: u64 = libc::STATX_ATTR_APPEND as u64;
     let (fd, name) = match object {
         Object::Open(fd) | Object::Path(fd) => (fd, OsStr::new("")),
         Object::Entry(dir, name) => (dir, name),
@@ -35,10 +35,17 @@ pub fn is_protected(object: Object<'_>) -> Result<bool, Errno> {
         Errno::result(result)
     });
     match result {
-        // SAFETY: zeros are a value of it, and whatever the kernel writes over them, too.
-        Ok(_) => Ok(unsafe { statx.assume_init() }.stx_attributes & PROTECTED != 0),
+        Ok(_) => {}
         // EPERM is what older seccomp profiles of container engines have for calls that they do not know.
-        Err(Errno::ENOSYS | Errno::EPERM) => Ok(false),
-        Err(errno) => Err(errno),
+        Err(Errno::ENOSYS | Errno::EPERM) => return Ok(""),
+        Err(errno) => return Err(errno),
     }
+    // SAFETY: zeros are a value of it, and whatever the kernel writes over them, too.
+    let set = unsafe { statx.assume_init() }.stx_attributes;
+    Ok(match (set & APPEND != 0, set & IMMUTABLE != 0) {
+        (false, false) => "",
+        (false, true) => "i",
+        (true, false) => "a",
+        (true, true) => "ai",
+    })
 }

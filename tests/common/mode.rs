@@ -11,6 +11,8 @@ pub const PLYFS: &str = env!("CARGO_BIN_EXE_plyfs");
 const RESTRICT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/restrict");
 /// Without those that Linux 3.10 does not have.
 const OLD_CALLS: Option<&str> = Some("linux-3.10");
+/// Without what came after Linux 4.10, which is forbidden and not missing.
+const OLD_PROFILE: Option<&str> = Some("old-profile");
 /// Without the making of devices.
 const NO_MKNOD: Option<&str> = Some("no-mknod");
 
@@ -27,7 +29,7 @@ pub struct Mode {
 const PASSTHROUGH: &str = "passthrough";
 
 /// `tests/modes/run` knows them by name, too.
-const ALL: [Mode; 10] = [
+const ALL: [Mode; 11] = [
     mode("all-on", "", None),
     mode("all-off", "kernel_features=-all", None),
     mode("protocol-7.22", "kernel_features=7.22", None),
@@ -37,6 +39,7 @@ const ALL: [Mode; 10] = [
     mode(PASSTHROUGH, PASSTHROUGH, None),
     mode("old-calls", "", OLD_CALLS),
     mode("linux-3.10", "kernel_features=7.22", OLD_CALLS),
+    mode("old-profile", "", OLD_PROFILE),
     mode("no-mknod", "", NO_MKNOD),
 ];
 

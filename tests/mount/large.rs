@@ -221,6 +221,8 @@ fn what_the_host_keeps_for_root_is_room_for_root() {
     assert!(bytes(room.blocks_available()) + 4 * MIB < size);
     let mut expected = pattern(size);
     fs::write(lower.join("f"), &expected).unwrap();
+    // How many blocks it has is known when it is written back, and they are to stay the same.
+    File::open(lower.join("f")).unwrap().sync_all().unwrap();
     let base = place.base.display();
     let options = format!(
         "{},upperdir={base}/upper,workdir={base}/work",

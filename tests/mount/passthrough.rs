@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt, OpenOptionsExt, Permi
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::signal::Signal;
@@ -351,6 +351,34 @@ fn a_file_that_nobody_reads_keeps_its_number() {
     }
     // A server that gets no processor for as long as a claim waits hears of a close too late.
     assert!(kept > FILES * 9 / 10, "{kept} of {FILES}");
+}
+
+/// Whoever opens a file for writing that others read is sent to its second number, for which the kernel looks once. When the
+/// readers had left by then the file had its first number again, and the next reader was in the way once more: ESTALE.
+#[test]
+fn a_second_number_is_kept_until_it_can_be_looked_up() {
+    let names: Vec<String> = (0..20).map(|n| n.to_string()).collect();
+    let layers = old_files(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    let Some(mount) = passing(&layers, "") else {
+        return;
+    };
+    let looked_up_at_once = names.iter().any(|name| {
+        let path = mount.join(name);
+        let begun = Instant::now();
+        let reader = File::open(&path).unwrap();
+        let first = reader.metadata().unwrap().ino();
+        // Not by its name, so that nobody looks it up.
+        let opened = File::options().write(true).open(again(&reader));
+        assert_eq!(errno(opened), libc::ESTALE);
+        drop(reader);
+        // The server learns that the kernel has forgotten it.
+        std::thread::sleep(Duration::from_millis(100));
+        let number = fs::metadata(&path).unwrap().ino();
+        let at_once = begun.elapsed() < Duration::from_secs(2);
+        assert!(number != first || !at_once);
+        at_once
+    });
+    assert!(looked_up_at_once);
 }
 
 #[test]

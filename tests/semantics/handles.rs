@@ -140,6 +140,53 @@ pub fn rows() -> Vec<Row> {
             },
         ),
         row(
+            "dropped_caches_renamed_directory",
+            "The same of a merged directory that was renamed.",
+            tree,
+            |at| {
+                let handle = handle_of(&at.path("d/e"))?;
+                fs::rename(at.path("d/e"), at.path("moved"))?;
+                at.drop_caches();
+                leads_to(at, &handle, "moved")
+            },
+        ),
+        row(
+            "dropped_caches_other_name",
+            "The same of a lower file with several names, when the one that it had the handle from is gone.",
+            |fill| {
+                tree(fill);
+                fill.link("d/g", "d/e/h");
+                fill.link("d/g", "i");
+            },
+            |at| {
+                let handle = handle_of(&at.path("d/g"))?;
+                fs::remove_file(at.path("d/g"))?;
+                at.drop_caches();
+                leads_to(at, &handle, "d/e/h")?;
+                fs::rename(at.path("i"), at.path("j"))?;
+                fs::remove_file(at.path("d/e/h"))?;
+                at.drop_caches();
+                leads_to(at, &handle, "j")
+            },
+        ),
+        row(
+            "removed_and_open",
+            "A handle of a removed file opens it as long as somebody has it open, and is ESTALE then.",
+            tree,
+            |at| {
+                let handle = handle_of(&at.path("d/g"))?;
+                let file = open_rw(at.path("d/g"))?;
+                fs::remove_file(at.path("d/g"))?;
+                at.drop_caches();
+                let (by_handle, path) = open(at, &handle)?;
+                open_rw(&path)?.write_all_at(b"UPPER", 0)?;
+                holds(&path, "UPPER")?;
+                drop((file, by_handle));
+                at.drop_caches();
+                fails(open(at, &handle), nix::Error::ESTALE)
+            },
+        ),
+        row(
             "write",
             "A file opened by its handle can be written, and the writing is seen by name.",
             tree,

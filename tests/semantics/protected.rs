@@ -1,7 +1,7 @@
 //! Lower files and directories that chattr(1) has protected.
 
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -50,7 +50,7 @@ fn untouchable(at: &Place) -> Outcome {
     let refused = |result: std::io::Result<()>| fails(result, nix::Error::EPERM);
     let written = || -> std::io::Result<()> {
         // With `no_open` it is the write that is refused.
-        std::os::unix::fs::FileExt::write_all_at(&open_rw(file())?, b"new", 0)
+        open_rw(file())?.write_all_at(b"new", 0)
     };
     refused(written())?;
     refused(nix::unistd::truncate(&file(), 0).map_err(Into::into))?;
@@ -62,6 +62,20 @@ fn untouchable(at: &Place) -> Outcome {
     refused(fs::rename(at.path("d/g"), file()))?;
     refused(fs::remove_file(file()))?;
     holds(file(), "old")?;
+    lists(at.path("d"), &["f", "g"])
+}
+
+/// Nothing of the directory can be changed.
+fn unchangeable(at: &Place) -> Outcome {
+    let refused = |result: std::io::Result<()>| fails(result, nix::Error::EPERM);
+    refused(fs::write(at.path("d/new"), ""))?;
+    refused(fs::create_dir(at.path("d/new")))?;
+    refused(fs::remove_file(at.path("d/f")))?;
+    refused(fs::rename(at.path("d/f"), at.path("h")))?;
+    refused(fs::hard_link(at.path("d/f"), at.path("d/h")))?;
+    refused(fs::rename(at.path("d"), at.path("e")))?;
+    let mode = Permissions::from_mode(0o700);
+    refused(fs::set_permissions(at.path("d"), mode))?;
     lists(at.path("d"), &["f", "g"])
 }
 
@@ -104,18 +118,24 @@ pub fn rows() -> Vec<Row> {
             tree,
             |at| {
                 let _flag = Flag::set(at, "d", 'i')?;
-                let refused = |result: std::io::Result<()>| fails(result, nix::Error::EPERM);
-                refused(fs::write(at.path("d/new"), ""))?;
-                refused(fs::create_dir(at.path("d/new")))?;
-                refused(fs::remove_file(at.path("d/f")))?;
-                refused(fs::rename(at.path("d/f"), at.path("h")))?;
-                refused(fs::hard_link(at.path("d/f"), at.path("d/h")))?;
-                refused(fs::rename(at.path("d"), at.path("e")))?;
-                refused(fs::set_permissions(
-                    at.path("d"),
-                    Permissions::from_mode(0o700),
-                ))?;
-                lists(at.path("d"), &["f", "g"])
+                unchangeable(at)
+            },
+        ),
+        row(
+            "immutable_directory_kept",
+            "It stays so when a file in it is written or its mode is changed, also after a remount.",
+            tree,
+            |at| {
+                let _flag = Flag::set(at, "d", 'i')?;
+                open_rw(at.path("d/f"))?.write_all_at(b"new", 0)?;
+                fs::set_permissions(at.path("d/g"), Permissions::from_mode(0o600))?;
+                for remounted in [false, true] {
+                    if remounted {
+                        at.remount()?;
+                    }
+                    unchangeable(at)?;
+                }
+                holds(at.path("d/f"), "new")
             },
         ),
     ];

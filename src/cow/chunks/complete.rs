@@ -18,7 +18,6 @@ use super::super::union::Union;
 use super::super::upper::Upper;
 use super::{Chunks, MARK, Marked, Partial, is_partial, name_of};
 use crate::sys::fs::{self, Object};
-use crate::sys::xattr;
 
 /// So many steps are on their way to the disk at a time: others who need it wait for these at most, and the last sync
 /// has little left to do.
@@ -70,7 +69,7 @@ impl Union {
         data: &dyn LowerObject,
     ) -> Result<()> {
         let upper = self.upper()?;
-        let fd = self.with_upper(node, |object| object.open(libc::O_RDWR))?;
+        let fd = self.with_upper(node, |object| self.open_upper(object, libc::O_RDWR))?;
         let attr = attr_of(&fs::fstat(fd.as_fd())?);
         let size = attr.size.min(data.attr()?.size);
         if upper.clones.load(Ordering::Relaxed) && self.can_clone(upper, data)? {
@@ -81,7 +80,7 @@ impl Union {
         // The map before the mark: a mark without a map is taken for damage.
         let map = upper.maps.begin(self.chunking.shift(size), size);
         let (_, map) = upper.maps.create(&name, map)?;
-        if let Err(errno) = xattr::set(object, self.family.metacopy(), &[MARK], 0) {
+        if let Err(errno) = self.set_mark(object, self.family.metacopy(), &[MARK]) {
             upper.maps.remove(&name)?;
             return Err(errno).context("marking a file that is copied up in chunks");
         }
@@ -132,7 +131,7 @@ impl Union {
         })?;
         // Kept for as long as the node is.
         let _ = chunks.map.set(Arc::clone(&map));
-        let marked = match Self::mark(Object::Open(fd.as_fd()), self.family.metacopy())? {
+        let marked = match self.mark(Object::Open(fd.as_fd()), self.family.metacopy())? {
             Some(value) => Marked::of(&value)?,
             None => Marked::Metacopy,
         };

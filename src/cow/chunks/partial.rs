@@ -216,6 +216,8 @@ impl Partial {
             Ok(()) => self.map.was_marked(limit),
             // A sync needs no room.
             Err(Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG) => self.make_durable()?,
+            // A completion has failed between taking the mark away and the end: that it is gone is to reach the disk before.
+            Err(Errno::ENODATA) => self.make_durable()?,
             Err(errno) => {
                 return Err(errno).context("noting the length of a file that was cut off");
             }

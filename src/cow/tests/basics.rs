@@ -1,5 +1,6 @@
 //! Reading, writing, making, removing and moving, one rule at a time.
 
+use super::file::UnderWay;
 use super::node::Gathered;
 use super::*;
 
@@ -73,6 +74,22 @@ fn what_the_kernel_has_gathered_moves_no_time_of_change() {
     union.write(id, None, 0, b"old", None).unwrap();
     gather();
     assert_ne!(mtime(), told);
+}
+
+#[test]
+fn a_gathered_write_that_panics_is_not_under_way_any_more() {
+    let fixture = Fixture::new(1, |lowers| put(lowers[0].join("f"), "old"));
+    let (union, id) = (fixture.union(), fixture.node("f"));
+    union.write_gathered(id, 0, b"new", None).unwrap();
+    let node = union.node(id).unwrap();
+    let backing = union.io(&node, true).unwrap();
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _under_way = UnderWay::begin(&node, backing.upper_fd().unwrap()).unwrap();
+        assert_eq!(node.attributes.lock().writes, 1);
+        panic!("as it should");
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(node.attributes.lock().writes, 0);
 }
 
 #[test]

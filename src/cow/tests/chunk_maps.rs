@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::chunks::{CHUNK, config, cut, fixture, maps, pattern, read_all, reopen, reopen_as};
-use super::chunks::{restart, write};
+use super::chunks::{assert_plain, restart, write};
 use super::*;
 
 /// Files of this process that lie in the directory of the maps.
@@ -181,4 +181,29 @@ fn what_was_written_with_proc_is_not_dropped_without() {
     fixture.union().sync().unwrap();
     reopen_as(&mut fixture, config, false);
     assert!(read_all(&fixture, "f") == expected);
+}
+
+/// The host failed right after it had taken the mark off: the next write that made the file longer was ENODATA then, and so
+/// was every later completion.
+#[test]
+fn a_completion_that_fails_at_its_end_leaves_a_file_to_write_and_to_complete() {
+    let mut fixture = fixture(&["f"], &pattern(8 * CHUNK, 1));
+    let durable = UnionConfig {
+        volatile: false,
+        ..config(&fixture)
+    };
+    reopen(&mut fixture, durable);
+    let all = pattern(8 * CHUNK, 2);
+    write(&fixture, "f", 0, &all);
+    let host = std::fs::File::open(fixture.upper().join("f")).unwrap();
+    let host = crate::sys::fs::Object::Open(std::os::fd::AsFd::as_fd(&host));
+    crate::sys::xattr::remove(host, OsStr::new("trusted.overlay.metacopy")).unwrap();
+    cut(&fixture, "f", 3 * CHUNK + 5);
+    write(&fixture, "f", 6 * CHUNK, b"new");
+    let mut expected = all[..3 * CHUNK as usize + 5].to_vec();
+    expected.resize(6 * CHUNK as usize, 0);
+    expected.extend_from_slice(b"new");
+    assert!(read_all(&fixture, "f") == expected);
+    fixture.union().complete_partial().unwrap();
+    assert_plain(&fixture, "f", &expected);
 }

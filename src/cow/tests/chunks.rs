@@ -101,7 +101,7 @@ pub(super) fn restart(fixture: &Fixture) {
     }
 }
 
-fn assert_plain(fixture: &Fixture, path: &str, content: &[u8]) {
+pub(super) fn assert_plain(fixture: &Fixture, path: &str, content: &[u8]) {
     assert!(maps(fixture).is_empty());
     assert!(!fixture.base.path().join("work/work/incompat").exists());
     let host = fixture.upper().join(path);

@@ -1,4 +1,4 @@
-//! A lower layer that is a directory of the host in overlayfs format.
+//! The files and directories of such a layer.
 //!
 //! Objects are a tree of parent links with names: a layer never changes, so neither do they. A
 //! directory's descriptor is kept while the budget lasts and is opened again by walking down from the
@@ -8,150 +8,26 @@ use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 
-use super::adopt;
-use super::attr::{attr_of, kind_of_dirent, statfs_of};
-use super::chunks::check_lower_mark;
-use super::error::{Context, Error, Result};
-use super::fdcache::{Budget, Slot};
-use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject};
-use super::metacopy::CAPABILITY;
-use super::node::Flag;
-use super::origin::Origin;
-use super::stat_override::StatOverride;
-use super::types::{Attr, FileKind, StatFs, XattrFamily};
-use super::whiteout::{
+use super::super::attr::{attr_of, kind_of_dirent};
+use super::super::chunks::check_lower_mark;
+use super::super::error::{Context, Error, Result};
+use super::super::fdcache::Slot;
+use super::super::lower::{DirMarks, ListedKind, LowerEntry, LowerFile, LowerObject};
+use super::super::metacopy::CAPABILITY;
+use super::super::node::Flag;
+use super::super::origin::Origin;
+use super::super::types::{Attr, FileKind};
+use super::super::whiteout::{
     FUSE_OVERLAYFS_OPAQUE, WH_OPAQUE, WH_PREFIX, is_fuse_overlayfs, is_wh_file, is_whiteout,
 };
+use super::Layer;
 use crate::sys::fs::{self, Object};
-use crate::sys::{dirents, flags, handle, private_mount, xattr};
-
-/// What all objects of one layer share.
-struct Layer {
-    family: XattrFamily,
-    budget: Arc<Budget>,
-    /// Kept open for as long as the layer is used: with it goes the private mount.
-    root: Arc<OwnedFd>,
-    /// It is reached through a private mount that is read-only.
-    sealed: bool,
-    dev: u64,
-    uuid: [u8; 16],
-    decodes: bool,
-    /// Whether `.wh.` files and fuse-overlayfs's attributes are marks.
-    foreign: bool,
-    /// Owners and modes lie in this attribute.
-    stat_override: Option<StatOverride>,
-    path: PathBuf,
-}
-
-/// A host directory as a lower layer.
-pub(super) struct DirLower {
-    layer: Arc<Layer>,
-    root: Arc<DirObject>,
-}
-
-impl DirLower {
-    /// Opens the layers at `paths`, through private read-only mounts where that is allowed.
-    pub(super) fn open_all(
-        paths: &[PathBuf],
-        family: XattrFamily,
-        budget: &Arc<Budget>,
-    ) -> Vec<std::io::Result<Self>> {
-        let mounts = match private_mount::read_only(paths) {
-            Ok(mounts) => mounts.into_iter().map(std::io::Result::ok).collect(),
-            // Without the privilege the descriptors are opened with O_NOATIME instead.
-            Err(error) => {
-                tracing::debug!(%error, "lower directories are used without private mounts");
-                Vec::new()
-            }
-        };
-        let mut mounts = mounts.into_iter();
-        paths
-            .iter()
-            .map(|path| Self::open(path, mounts.next().flatten(), family, budget))
-            .collect()
-    }
-
-    fn open(
-        path: &Path,
-        mount: Option<OwnedFd>,
-        family: XattrFamily,
-        budget: &Arc<Budget>,
-    ) -> std::io::Result<Self> {
-        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-        let sealed = mount.is_some();
-        let root = match mount {
-            Some(mount) => fs::openat(mount.as_fd(), OsStr::new("."), flags, 0)?,
-            None => fs::open_path(path, flags)?,
-        };
-        let stat = fs::fstat(root.as_fd())?;
-        let decodes = handle::of(Object::Open(root.as_fd()))
-            .and_then(|own| handle::open(root.as_fd(), &own))
-            .is_ok();
-        // A file system without attributes has no mark either.
-        let dialect = adopt::dialect(root.as_fd(), family).unwrap_or(None);
-        let object = Object::Open(root.as_fd());
-        let stat_override = dialect.unwrap_or_else(|| StatOverride::of_layer(object));
-        let mut attr = attr_of(&stat);
-        if let Some(form) = stat_override {
-            form.read(object, &mut attr)?;
-        }
-        let layer = Arc::new(Layer {
-            family,
-            budget: Arc::clone(budget),
-            dev: stat.st_dev,
-            uuid: handle::fs_uuid(root.as_fd()),
-            root: Arc::new(root),
-            sealed,
-            decodes,
-            foreign: dialect.is_none(),
-            stat_override,
-            path: path.to_owned(),
-        });
-        let root = Arc::new(DirObject {
-            layer: Arc::clone(&layer),
-            parent: None,
-            name: OsString::new().into_boxed_os_str(),
-            attr,
-            replaces: false,
-            directory: OnceLock::new(),
-            fd: Slot::default(),
-            bare: Flag::default(),
-        });
-        Ok(Self { layer, root })
-    }
-}
-
-impl Lower for DirLower {
-    fn root(&self) -> Arc<dyn LowerObject> {
-        Arc::clone(&self.root) as Arc<dyn LowerObject>
-    }
-
-    fn number_space(&self) -> u64 {
-        self.layer.dev
-    }
-
-    fn decode_origin(&self, origin: &Origin) -> Option<u64> {
-        if origin.uuid != self.layer.uuid && origin.uuid != [0; 16] {
-            return None;
-        }
-        let fd = handle::open(self.layer.root.as_fd(), &origin.handle).ok()?;
-        let stat = fs::fstat(fd.as_fd()).ok()?;
-        (stat.st_dev == self.layer.dev).then_some(stat.st_ino)
-    }
-
-    fn decodes_origins(&self) -> bool {
-        self.layer.decodes
-    }
-
-    fn statfs(&self) -> Result<StatFs> {
-        Ok(statfs_of(&fs::fstatvfs(self.layer.root.as_fd())?))
-    }
-}
+use crate::sys::{dirents, flags, handle, xattr};
 
 /// What is known of a directory beyond its attributes, found out when it is first needed.
 struct Directory {
@@ -170,7 +46,7 @@ struct Directory {
 }
 
 /// A file or directory of the layer.
-struct DirObject {
+pub(super) struct DirObject {
     layer: Arc<Layer>,
     /// `None` for the root.
     parent: Option<Arc<Self>>,
@@ -202,6 +78,20 @@ fn hash(name: &OsStr) -> u32 {
 }
 
 impl DirObject {
+    /// The top of a layer, with these attributes.
+    pub(super) fn root(layer: Arc<Layer>, attr: Attr) -> Self {
+        Self {
+            layer,
+            parent: None,
+            name: OsString::new().into_boxed_os_str(),
+            attr,
+            replaces: false,
+            directory: OnceLock::new(),
+            fd: Slot::default(),
+            bare: Flag::default(),
+        }
+    }
+
     /// Opens a name of this layer for reading without touching its access time.
     fn open_quietly(dir: BorrowedFd<'_>, name: &OsStr, flags: i32) -> Result<OwnedFd, Errno> {
         Object::Entry(dir, name).open_quietly(flags)
@@ -560,8 +450,8 @@ impl LowerObject for DirObject {
         }))
     }
 
-    fn is_protected(&self) -> Result<bool> {
-        self.with_object(flags::is_protected)
+    fn protection(&self) -> Result<&'static str> {
+        self.with_object(flags::protection)
     }
 
     fn origin(&self) -> Option<Origin> {
