@@ -34,7 +34,7 @@ pub fn supplementary_groups(pid: u32) -> io::Result<Vec<u32>> {
 pub fn is_running(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
     // proc(5): the state comes behind the name, which is in brackets and may have some of its own.
-    let state = stat.map(|stat| Some(stat.rsplit_once(") ")?.1.chars().next()?));
+    let state = stat.map(|stat| stat.rsplit_once(") ")?.1.chars().next());
     match state {
         Ok(state) => !matches!(state, Some('Z' | 'X')),
         Err(error) => !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)),
