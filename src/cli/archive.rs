@@ -48,7 +48,7 @@ impl Source {
         }
         let file = File::open(path).map_err(|error| {
             Error::Refused(format!(
-                "cannot open {}: {error}; name an image archive with -i, or the directory of an OCI layout, or leave -i out to read stdin",
+                "cannot open {}: {error}; name an image archive with -i, or the directory of an OCI layout, or - for stdin",
                 path.display()
             ))
         })?;

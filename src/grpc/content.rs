@@ -101,7 +101,7 @@ impl Content {
             .await
             .map_err(|error| {
                 Status::unavailable(format!(
-                    "cannot reach containerd at {}, whose content store has the layer: {}; name its socket with --containerd-address",
+                    "cannot reach containerd at {}, whose content store has the layer: {}; name its socket in plyd's configuration (`containerd_address`) and start plyd again",
                     self.socket.display(),
                     root_cause(&error),
                 ))

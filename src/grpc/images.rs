@@ -92,8 +92,8 @@ impl api::images_server::Images for Service {
         let store = Arc::clone(&self.images);
         let containers = self.containers.clone();
         let removed = blocking(move || {
-            let user_of = |image: &Image| containers.user_of_image(&image.id);
-            store.remove(&r#ref, force, &user_of).map_err(Status::from)
+            let users_of = |image: &Image| containers.users_of_image(&image.id);
+            store.remove(&r#ref, force, &users_of).map_err(Status::from)
         })
         .await?;
         Ok(Response::new(api::RemoveImageResponse {
@@ -222,6 +222,7 @@ pub(super) fn progress_message(progress: Progress) -> api::LoadProgress {
         Phase::Reading => "reading",
         Phase::Unpacking => "unpacking",
         Phase::Exists => "exists",
+        Phase::Restoring => "restoring",
     };
     api::LoadProgress {
         phase: phase.to_owned(),

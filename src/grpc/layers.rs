@@ -12,6 +12,7 @@ use super::pb::plywood as api;
 use super::pieces::Pieces;
 use super::status::blocking;
 use crate::image::{Image, ImageStore};
+use crate::runtime::containers::Containers;
 use crate::snapshotter::{Owner, ParentRef, Snapshotter};
 use crate::store::layer::index::{Action, LayerIndex};
 use crate::store::layers::LayerRecord;
@@ -28,13 +29,19 @@ const ENTRIES: u32 = 256;
 pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
     images: Arc<ImageStore>,
+    containers: Containers,
 }
 
 impl Service {
-    pub(super) fn new(snapshotter: Arc<Snapshotter>, images: Arc<ImageStore>) -> Self {
+    pub(super) fn new(
+        snapshotter: Arc<Snapshotter>,
+        images: Arc<ImageStore>,
+        containers: Containers,
+    ) -> Self {
         Self {
             snapshotter,
             images,
+            containers,
         }
     }
 
@@ -48,11 +55,12 @@ impl Service {
     ) -> Response<ReceiverStream<Result<T, Status>>> {
         let (answers, answered) = mpsc::channel(MESSAGES_WAITING);
         let (snapshotter, images) = (Arc::clone(&self.snapshotter), Arc::clone(&self.images));
+        let containers = self.containers.clone();
         tokio::task::spawn_blocking(move || {
             let answers = Answers(answers);
             let told = find(&snapshotter, &reference).and_then(|(name, record)| {
                 let _held = snapshotter.hold_layer(name)?;
-                let users = Users::read(&snapshotter, &images)?;
+                let users = Users::read(&snapshotter, &images, &containers)?;
                 work(&snapshotter, users.describe(name, record), name, &answers)
             });
             if let Err(status) = told {
@@ -84,8 +92,9 @@ impl api::layers_server::Layers for Service {
         _request: Request<api::ListLayersRequest>,
     ) -> Result<Response<api::ListLayersResponse>, Status> {
         let (snapshotter, images) = (Arc::clone(&self.snapshotter), Arc::clone(&self.images));
+        let containers = self.containers.clone();
         blocking(move || {
-            let users = Users::read(&snapshotter, &images)?;
+            let users = Users::read(&snapshotter, &images, &containers)?;
             let layers = snapshotter.packed_layers().list().into_iter();
             Ok::<_, Status>(Response::new(api::ListLayersResponse {
                 layers: layers
@@ -145,12 +154,8 @@ impl api::layers_server::Layers for Service {
 
 /// The layer that a reference means.
 fn find(snapshotter: &Snapshotter, reference: &str) -> Result<(LayerName, LayerRecord), Status> {
-    let fits = |(name, record): &(LayerName, LayerRecord)| {
-        let by_name = !reference.is_empty() && name.to_string().starts_with(reference);
-        by_name || record.diff_id.as_deref() == Some(reference)
-    };
     let mut found = snapshotter.packed_layers().list();
-    found.retain(fits);
+    found.retain(|(name, record)| fits(reference, &name.to_string(), record.diff_id.as_deref()));
     match found.len() {
         0 | 1 => found.pop().ok_or_else(|| {
             Status::not_found(format!(
@@ -158,9 +163,21 @@ fn find(snapshotter: &Snapshotter, reference: &str) -> Result<(LayerName, LayerR
             ))
         }),
         count => Err(Status::invalid_argument(format!(
-            "{reference:?} fits {count} layers; give more digits of the name"
+            "{reference:?} fits {count} layers; give more digits of the name or the diff id"
         ))),
     }
+}
+
+/// Whether a reference means the layer of this name and diff id, of which it may be the first digits.
+fn fits(reference: &str, name: &str, diff_id: Option<&str>) -> bool {
+    const ALGORITHM: &str = "sha256:";
+    let digits = diff_id.and_then(|id| id.strip_prefix(ALGORITHM));
+    let (of_name, of_diff_id) = match reference.strip_prefix(ALGORITHM) {
+        Some(digits) => ("", digits),
+        None => (reference, reference),
+    };
+    let begins = |whole: &str, with: &str| !with.is_empty() && whole.starts_with(with);
+    begins(name, of_name) || digits.is_some_and(|digits| begins(digits, of_diff_id))
 }
 
 /// Who has which layer.
@@ -168,10 +185,16 @@ struct Users {
     snapshots: HashMap<LayerName, Vec<ParentRef>>,
     /// Names of the images by the chain ids of their layers.
     images: HashMap<String, Vec<String>>,
+    /// Snapshots of others than images that stand on each layer.
+    standing: HashMap<LayerName, Vec<api::LayerUser>>,
 }
 
 impl Users {
-    fn read(snapshotter: &Snapshotter, images: &ImageStore) -> Result<Self, Status> {
+    fn read(
+        snapshotter: &Snapshotter,
+        images: &ImageStore,
+        containers: &Containers,
+    ) -> Result<Self, Status> {
         let mut by_chain: HashMap<String, Vec<String>> = HashMap::new();
         for (image, chain_ids) in images.chains() {
             let name = shown(&image);
@@ -179,9 +202,25 @@ impl Users {
                 by_chain.entry(chain_id).or_default().push(name.clone());
             }
         }
+        let mut standing: HashMap<LayerName, Vec<api::LayerUser>> = HashMap::new();
+        let all = snapshotter.list(None)?.into_iter();
+        for snapshot in all.filter(|snapshot| snapshot.owner != Owner::Image) {
+            let name = match snapshot.owner {
+                Owner::Container => containers.named(&snapshot.key).map(|(_, name)| name),
+                _ => None,
+            };
+            let user = api::LayerUser {
+                name: name.unwrap_or_default(),
+                ..user(snapshot.owner, &snapshot.key)
+            };
+            for layer in snapshot.packed_layers {
+                standing.entry(layer).or_default().push(user.clone());
+            }
+        }
         Ok(Self {
             snapshots: snapshotter.users_of_layers()?,
             images: by_chain,
+            standing,
         })
     }
 
@@ -194,6 +233,10 @@ impl Users {
             .filter_map(|snapshot| self.images.get(&snapshot.key))
             .flatten()
             .filter(|image| met.insert(*image));
+        let images: Vec<String> = images.cloned().collect();
+        let is_only_kept =
+            images.is_empty() && snapshots.iter().all(|user| user.owner == Owner::Image);
+        let standing = self.standing.get(&name).filter(|_| is_only_kept);
         api::PackedLayer {
             name: name.to_string(),
             diff_id: record.diff_id.unwrap_or_default(),
@@ -203,15 +246,21 @@ impl Users {
             objects: record.objects.into(),
             content_bytes: record.content_bytes,
             index_bytes: record.index_bytes,
-            images: images.cloned().collect(),
+            images,
             snapshots: snapshots
                 .iter()
-                .map(|ParentRef { owner, key }| api::LayerUser {
-                    owner: owner.to_string(),
-                    key: key.clone(),
-                })
+                .map(|ParentRef { owner, key }| user(*owner, key))
                 .collect(),
+            kept_by: standing.cloned().unwrap_or_default(),
         }
+    }
+}
+
+fn user(owner: Owner, key: &str) -> api::LayerUser {
+    api::LayerUser {
+        owner: owner.to_string(),
+        key: key.to_owned(),
+        name: String::new(),
     }
 }
 
@@ -253,4 +302,31 @@ fn entry(index: &LayerIndex, number: u32) -> Result<api::LayerEntry, store::Erro
         major,
         minor,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_is_meant_by_the_first_digits_of_its_name_or_diff_id() {
+        let (name, diff_id) = ("ab".repeat(32), format!("sha256:{}", "cd".repeat(32)));
+        for (reference, of_name, of_diff_id) in [
+            ("a", true, false),
+            (&*name, true, false),
+            ("abc", false, false),
+            ("cdc", false, true),
+            ("sha256:c", false, true),
+            (&*diff_id, false, true),
+            ("sha256:a", false, false),
+            ("sha256:", false, false),
+            ("sha256", false, false),
+            ("s", false, false),
+            ("", false, false),
+        ] {
+            let both = fits(reference, &name, Some(&diff_id));
+            assert_eq!(both, of_name || of_diff_id, "{reference}");
+            assert_eq!(fits(reference, &name, None), of_name, "{reference}");
+        }
+    }
 }

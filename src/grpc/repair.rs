@@ -121,6 +121,13 @@ impl Repair {
                 format!("the damaged view {view} was removed; it is built again when it is needed"),
             );
         }
+        for pack in mended.put_back {
+            let pack = pack.display();
+            self.mended(
+                None,
+                format!("the pack {pack} was not in its place; it was written anew from what plyd had open of it"),
+            );
+        }
         for pack in mended.packs {
             let pack = pack.display();
             self.mended(

@@ -167,6 +167,7 @@ pub async fn serve(
     let layers = LayersServer::new(layers::Service::new(
         Arc::clone(&snapshotter),
         Arc::clone(&image_store),
+        all_containers.clone(),
     ))
     .max_encoding_message_size(LARGEST_MESSAGE);
     let system = SystemServer::new(system::Service::new(

@@ -132,9 +132,13 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         request: Request<api::CommitRequest>,
     ) -> Result<Response<api::CommitResponse>, Status> {
         let request = request.into_inner();
-        self.with(move |snapshotter, _| {
+        self.with(move |snapshotter, named| {
             let labels = request.labels.into_iter().collect();
-            let committed = snapshotter.commit(OWNER, &request.name, &request.key, labels)?;
+            let key = &request.key;
+            let committed = match snapshotter.commit(OWNER, &request.name, key, labels) {
+                Err(Error::NotFound { .. }) => return Err(no_commit(snapshotter, named, key)),
+                committed => committed?,
+            };
             Ok(api::CommitResponse {
                 snapshot: Some(describe(committed)),
             })
@@ -316,6 +320,22 @@ fn find(
                 owners.join(", ")
             )))
         }
+    }
+}
+
+/// Why no snapshot of ours named `key` can be committed: somebody else may have one of that key, or of that name.
+fn no_commit(snapshotter: &Snapshotter, named: &Named, key: &str) -> Status {
+    let found = find(snapshotter, named, key, "");
+    let found = found.or_else(|status| match named.containers.named(key) {
+        Some((id, _)) => find(snapshotter, named, &id, Owner::Container.as_str()),
+        None => Err(status),
+    });
+    match found {
+        Ok(found) => Status::failed_precondition(format!(
+            "the snapshot {key:?} {}",
+            named.how_to_commit(&found)
+        )),
+        Err(status) => status,
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::image::{Image, ImageStore};
 use crate::runtime::containers::Containers;
-use crate::snapshotter::{Owner, SnapshotInfo};
+use crate::snapshotter::{Kind, Owner, SnapshotInfo};
 
 /// Whoever has names of their own for snapshots.
 #[derive(Clone)]
@@ -43,6 +43,27 @@ impl Named {
             Owner::Image => "an image".to_owned(),
             owner => owner.to_string(),
         }
+    }
+
+    /// Who commits a snapshot that `snapctl snapshot commit` leaves alone, and how, as words for a sentence.
+    pub(super) fn how_to_commit(&self, snapshot: &SnapshotInfo) -> String {
+        let (holder, key) = (self.holder(snapshot), &snapshot.key);
+        if snapshot.kind == Kind::Committed {
+            return format!(
+                "belongs to {holder} and is committed already; make one on it: `snapctl snapshot prepare NEW {key}`"
+            );
+        }
+        let how = match (snapshot.owner, containerd_name(key)) {
+            (Owner::Container, _) => format!(
+                "and cannot be committed; to keep what that has changed, make one of your own on its image, copy what `snapctl snapshot diff {key}` lists into it, and commit that: `snapctl snapshot prepare NEW IMAGE`"
+            ),
+            (_, Some((namespace, name))) => format!(
+                "and is committed there: `ctr -n {namespace} snapshots --snapshotter plywood commit NEW {name}`"
+            ),
+            _ => "and is committed there, with `ctr snapshots --snapshotter plywood commit`"
+                .to_owned(),
+        };
+        format!("belongs to {holder} {how}")
     }
 
     /// Who removes a snapshot that `snapctl snapshot rm` leaves alone, and how, as words for a sentence.

@@ -48,13 +48,13 @@ pub enum Error {
         /// Which rule it breaks.
         problem: &'static str,
     },
-    /// A container uses the image.
-    #[error("the image {reference:?} is used by {user}; remove that first, or force it")]
+    /// Containers use the image.
+    #[error("the image {reference:?} is used by {users}; remove what uses it first, or force it")]
     InUse {
         /// What was asked for.
         reference: String,
         /// Who uses it.
-        user: String,
+        users: String,
     },
     /// The archive, or something that a blob in it says, cannot be used.
     #[error("cannot load the archive: {subject}: {problem}")]

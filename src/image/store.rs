@@ -132,12 +132,12 @@ impl ImageStore {
     }
 
     /// Takes one name away, or all when `reference` is no name; the image goes with its last name.
-    /// `user_of` names what uses an image; it is asked before an image goes, unless `force`.
+    /// `users_of` names what uses an image; it is asked before an image goes, unless `force`.
     pub fn remove(
         &self,
         reference: &str,
         force: bool,
-        user_of: &dyn Fn(&Image) -> Option<String>,
+        users_of: &dyn Fn(&Image) -> Option<String>,
     ) -> Result<Removed> {
         let mut removed = Removed::default();
         {
@@ -150,11 +150,11 @@ impl ImageStore {
             let last = names.len() == image.names.len();
             if last
                 && !force
-                && let Some(user) = user_of(&image)
+                && let Some(users) = users_of(&image)
             {
                 return Err(Error::InUse {
                     reference: reference.to_owned(),
-                    user,
+                    users,
                 });
             }
             for name in names {

@@ -139,6 +139,8 @@ pub enum Phase {
     Unpacking,
     /// A layer is there already.
     Exists,
+    /// A layer that is there already was damaged, and is taken in once more.
+    Restoring,
 }
 
 /// How far a load has come.

@@ -114,13 +114,14 @@ impl Unpacker {
         for (layer, chain_id) in layers.iter().zip(chain_ids) {
             let turn = self.turn(chain_id, observer)?;
             if self.exists(chain_id)? {
-                self.heal(layer, chain_id, observer)?;
-                observer.progress(Progress {
-                    phase: Phase::Exists,
-                    digest: layer.digest.clone(),
-                    done: layer.file.size,
-                    total: layer.file.size,
-                });
+                if !self.heal(layer, chain_id, observer)? {
+                    observer.progress(Progress {
+                        phase: Phase::Exists,
+                        digest: layer.digest.clone(),
+                        done: layer.file.size,
+                        total: layer.file.size,
+                    });
+                }
             } else {
                 self.unpack(layer, chain_id, parent, observer)?;
             }
@@ -228,7 +229,11 @@ impl Unpacker {
             parent,
             BTreeMap::new(),
             (file, &expected),
-            &Told { layer, observer },
+            &Told {
+                layer,
+                phase: Phase::Unpacking,
+                observer,
+            },
         );
         match packed {
             Ok(_) => Ok(()),
@@ -237,8 +242,8 @@ impl Unpacker {
         }
     }
 
-    /// A layer that is there already may be damaged.
-    fn heal(&self, layer: &ArchivedLayer, chain_id: &str, observer: &dyn Observer) -> Result<()> {
+    /// A layer that is there already may be damaged. Says whether it was, and is not any more.
+    fn heal(&self, layer: &ArchivedLayer, chain_id: &str, observer: &dyn Observer) -> Result<bool> {
         let path = &layer.file.path;
         let file = File::open(path).map_err(io_error("open", path))?;
         let expected = Expected {
@@ -249,10 +254,14 @@ impl Unpacker {
             Owner::Image,
             chain_id,
             (file, &expected),
-            &Told { layer, observer },
+            &Told {
+                layer,
+                phase: Phase::Restoring,
+                observer,
+            },
         );
         match healed {
-            Ok(_) => Ok(()),
+            Ok(healed) => Ok(healed),
             Err(snapshotter::Error::Store(error)) => Err(worded(error, layer)),
             Err(error) => Err(error.into()),
         }
@@ -281,13 +290,14 @@ impl Unpacker {
 /// Who wants to know how far the layer is.
 struct Told<'a> {
     layer: &'a ArchivedLayer,
+    phase: Phase,
     observer: &'a dyn Observer,
 }
 
 impl ingest::Observer for Told<'_> {
     fn progress(&self, bytes: u64) {
         self.observer.progress(Progress {
-            phase: Phase::Unpacking,
+            phase: self.phase,
             digest: self.layer.digest.clone(),
             done: bytes,
             total: self.layer.file.size,

@@ -185,6 +185,8 @@ pub struct LogReader {
     offset: u64,
     /// The file's own position is not `offset`.
     moved: bool,
+    /// What is written from here on is not read.
+    end: Option<u64>,
 }
 
 impl LogReader {
@@ -209,7 +211,14 @@ impl LogReader {
             file,
             offset,
             moved: true,
+            end: None,
         })
+    }
+
+    /// Takes the present end for the last, whatever is written from now on.
+    pub fn end_here(&mut self) -> io::Result<()> {
+        self.end = Some(self.file.get_ref().metadata()?.len());
+        Ok(())
     }
 
     /// Where the next record is.
@@ -223,7 +232,7 @@ impl LogReader {
         self.moved = true;
     }
 
-    /// The next record; `None` at the present end, after which it may be called again.
+    /// The next record; `None` at the end, after which it may be called again.
     pub fn next_record(&mut self) -> io::Result<Option<Record>> {
         if std::mem::take(&mut self.moved) {
             self.file.seek(SeekFrom::Start(self.offset))?;
@@ -234,16 +243,19 @@ impl LogReader {
     }
 
     fn read_whole(&mut self) -> io::Result<Option<Record>> {
+        let is_over = |next| self.end.is_some_and(|end| next > end);
         let mut head = [0; HEADER];
-        if !read_or_end(&mut self.file, &mut head)? {
+        // What is at the end may be there in part only, and be no header yet.
+        if is_over(self.offset + HEADER as u64) || !read_or_end(&mut self.file, &mut head)? {
             return Ok(None);
         }
         let (time, stream, length) = parse_header(&head).ok_or_else(|| damaged(self.offset))?;
+        let next = self.offset + (HEADER + length) as u64;
         let mut data = vec![0; length];
-        if !read_or_end(&mut self.file, &mut data)? {
+        if is_over(next) || !read_or_end(&mut self.file, &mut data)? {
             return Ok(None);
         }
-        self.offset += (HEADER + length) as u64;
+        self.offset = next;
         Ok(Some(Record { time, stream, data }))
     }
 
@@ -416,6 +428,29 @@ mod tests {
             let bytes = all(&mut reader);
             assert_eq!(String::from_utf8_lossy(&bytes[skip..]), expected, "{lines}");
         }
+    }
+
+    /// What came while the lines were counted was shown beside them.
+    #[test]
+    fn what_is_written_later_is_behind_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut writer = LogWriter::open(&path).unwrap();
+        writer.append(Stream::Stdout, b"a\nb\n").unwrap();
+        let mut reader = LogReader::open(&path, None).unwrap();
+        reader.end_here().unwrap();
+        for late in [&b"c\n"[..], b"d\n"] {
+            writer.append(Stream::Stdout, late).unwrap();
+            let skip = reader.seek_tail(1).unwrap();
+            assert_eq!(&all(&mut reader)[skip..], b"b\n");
+            reader.seek_to(MAGIC.len() as u64);
+        }
+        assert_eq!(all(&mut reader), b"a\nb\n");
+        // In the middle of a record.
+        reader.end = Some(writer.end() - 1);
+        assert_eq!(all(&mut reader), b"c\n");
+        reader.end = Some(writer.end() - 10);
+        assert_eq!(all(&mut reader), b"");
     }
 
     #[test]

@@ -4,10 +4,17 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 
 use super::durable::create_dir;
+use crate::sys::process;
+
+/// How long the child of a plyd that was killed may take to run its program.
+const PATIENCE: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Keeps every other process off the root for as long as it lives.
 #[derive(Debug)]
@@ -40,13 +47,16 @@ pub enum LockError {
 }
 
 /// Locks `root`, or a state directory, making it (mode 0700) if it is missing.
+///
+/// A child that a plyd has just forked has the lock, too, until it runs its program. Where the plyd was killed meanwhile, that is
+/// waited for.
 pub fn lock_root(root: &Path) -> Result<RootLock, LockError> {
     let io_error = |source| LockError::Io {
         root: root.to_owned(),
         source,
     };
     create_dir(root, 0o700).map_err(io_error)?;
-    let file = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
@@ -54,30 +64,44 @@ pub fn lock_root(root: &Path) -> Result<RootLock, LockError> {
         .mode(0o600)
         .open(root.join("lock"))
         .map_err(io_error)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(mut file) => {
-            let pid = std::process::id().to_string();
-            file.set_len(0)
-                .and_then(|()| file.rewind())
-                .and_then(|()| file.write_all(pid.as_bytes()))
-                .map_err(io_error)?;
-            Ok(RootLock { _file: file })
-        }
-        Err((mut file, nix::Error::EWOULDBLOCK)) => {
-            let mut pid = String::new();
-            // It only adorns the message.
-            let _ = file.read_to_string(&mut pid);
-            Err(LockError::InUse {
+    let deadline = Instant::now() + PATIENCE;
+    let mut waits = false;
+    let mut file = loop {
+        let mut refused = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => break locked,
+            Err((refused, nix::Error::EWOULDBLOCK)) => refused,
+            Err((_, error)) => return Err(io_error(error.into())),
+        };
+        let mut pid = String::new();
+        // Who has just taken it has not written its number yet; otherwise it only adorns the message.
+        let _ = refused
+            .rewind()
+            .and_then(|()| refused.read_to_string(&mut pid));
+        if pid.parse().is_ok_and(process::is_running) || Instant::now() >= deadline {
+            return Err(LockError::InUse {
                 root: root.to_owned(),
                 pid,
-            })
+            });
         }
-        Err((_, error)) => Err(io_error(error.into())),
-    }
+        if !std::mem::replace(&mut waits, true) {
+            tracing::info!(root = %root.display(), process = pid, "waiting for a child of the last plyd to let go");
+        }
+        sleep(LOOK_AGAIN);
+        file = refused;
+    };
+    let pid = std::process::id().to_string();
+    file.set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| file.write_all(pid.as_bytes()))
+        .map_err(io_error)?;
+    Ok(RootLock { _file: file })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -89,5 +113,33 @@ mod tests {
         assert!(error.contains(&std::process::id().to_string()), "{error}");
         drop(lock);
         lock_root(&root).unwrap();
+    }
+
+    /// A plyd that was killed once kept the next from starting, by a child that it had just forked.
+    #[test]
+    fn what_a_dead_one_has_left_of_the_lock_is_waited_for() {
+        let tmp = tempfile::tempdir().unwrap();
+        let mut ended = Command::new("true").spawn().unwrap();
+        ended.wait().unwrap();
+        // Killed before or after it had written its number.
+        for dead in [ended.id().to_string(), String::new()] {
+            let path = tmp.path().join("lock");
+            std::fs::write(&path, dead).unwrap();
+            let child = File::open(&path).unwrap();
+            #[expect(
+                deprecated,
+                reason = "the other one unlocks, which an end by a kill does not"
+            )]
+            nix::fcntl::flock(child.as_raw_fd(), FlockArg::LockExclusive).unwrap();
+            let until = Instant::now() + Duration::from_millis(300);
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    sleep(until - Instant::now());
+                    drop(child);
+                });
+                lock_root(tmp.path()).unwrap();
+                assert!(Instant::now() >= until);
+            });
+        }
     }
 }

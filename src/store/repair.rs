@@ -1,9 +1,10 @@
 //! Repair: what verification finds damaged is made whole again.
 //!
 //! What follows from something else is made from that: a record of a layer from its index, a view, when it is needed next, from
-//! its layers. All else has to come from the layer's stream once more. Taking that in again gives the same index and recipe,
-//! which replace those that are there by renames, and brings the contents that are not what they were. Whoever
-//! has one of the old files open goes on with that, and finds the new one with the next file that it opens.
+//! its layers, a pack that is not in its place any more from what is open of it. All else has to come from the layer's stream
+//! once more. Taking that in again gives the same index and recipe, which replace those that are there by renames, and brings the
+//! contents that are not what they were. Whoever has one of the old files open goes on with that, and finds the new one with the
+//! next file that it opens.
 
 use std::fs;
 use std::io::{self, Read};
@@ -26,6 +27,8 @@ pub struct Mended {
     pub records: Vec<LayerName>,
     /// Views that were removed, to be built again.
     pub views: Vec<PathBuf>,
+    /// Packs that had gone from their places and were written there anew from what was open of them.
+    pub put_back: Vec<PathBuf>,
     /// Packs that were damaged; what was sound in them is in others.
     pub packs: Vec<PathBuf>,
     /// What could not be done.
@@ -48,6 +51,12 @@ impl Layers {
         let _no_collection = self.collecting.lock();
         let (tmp, level) = (self.tmp(), self.settings().level);
         let objects = self.objects();
+        for pack in objects.put_back(tmp) {
+            match pack {
+                Ok(pack) => mended.put_back.push(pack),
+                Err(error) => mended.errors.push(error),
+            }
+        }
         let _restoring = objects.restoring();
         let packs = objects.mend_packs(|| self.needed(), tmp, level);
         for pack in packs.unwrap_or_else(|error| vec![Err(error)]) {

@@ -30,6 +30,17 @@ pub fn supplementary_groups(pid: u32) -> io::Result<Vec<u32>> {
         .map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
+/// Whether a process of that number runs; one that has ended and was not waited for does not.
+pub fn is_running(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    // proc(5): the state comes behind the name, which is in brackets and may have some of its own.
+    let state = stat.map(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    match state {
+        Ok(state) => !matches!(state, Some('Z' | 'X')),
+        Err(error) => !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)),
+    }
+}
+
 /// Whether this process writes into blocks that a file system keeps for root.
 pub fn may_use_reserves() -> bool {
     nix::unistd::geteuid().is_root() && in_initial_user_namespace()
@@ -240,6 +251,23 @@ mod tests {
         let now = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         assert_eq!(now, (first.1, first.1));
         assert_eq!(first_open_files(), Some(first));
+    }
+
+    #[test]
+    fn a_process_runs_until_it_has_ended() {
+        assert!(is_running(std::process::id()));
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        assert!(is_running(child.id()));
+        child.kill().unwrap();
+        // Not waited for yet.
+        while is_running(child.id()) {
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+        assert!(!is_running(child.id()));
     }
 
     #[test]

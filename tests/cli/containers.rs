@@ -313,6 +313,23 @@ fn stop_asks_first_and_logs_follow() {
     plyd.ok(["rm", "-f", "job"]);
 }
 
+/// What was written while the lines were counted was printed, too.
+#[test]
+fn the_last_lines_are_those_of_the_moment_while_a_container_writes() {
+    let plyd = plyd();
+    let script = "i=0; while :; do i=$((i+1)); echo line $i; done";
+    plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sh", "-c", script]);
+    let written = || plyd.ok(["logs", "job"]).len();
+    until("there is much to count", || written() > 1 << 20);
+    for lines in [1, 3, 20] {
+        for _ in 0..5 {
+            let shown = plyd.ok(["logs", "--tail", &lines.to_string(), "job"]);
+            assert_eq!(shown.lines().count(), lines, "{shown}");
+        }
+    }
+    plyd.ok(["rm", "-f", "job"]);
+}
+
 #[test]
 fn writes_stay_in_their_own_container() {
     let plyd = plyd();

@@ -114,7 +114,19 @@ fn images_are_listed_inspected_and_removed() {
         "{}",
         used.stderr
     );
-    plyd.ok(["rm", "user"]);
+    let told = format!("the image \"{BUSYBOX}\" is used by the container user; remove");
+    assert!(used.stderr.contains(&told), "{}", used.stderr);
+    for name in ["another", "third"] {
+        plyd.ok(["create", "--name", name, BUSYBOX]);
+    }
+    let used = plyd.snapctl(["image", "rm", BUSYBOX]);
+    assert!(
+        used.stderr
+            .contains("is used by the containers another, third and user; remove"),
+        "{}",
+        used.stderr
+    );
+    plyd.ok(["rm", "user", "another", "third"]);
     let removed = plyd.ok(["image", "rm", BUSYBOX]);
     assert_eq!(removed, format!("untagged {BUSYBOX}\nremoved {id}\n"));
     assert_eq!(plyd.ok(["image", "ls", "-q"]), "");
@@ -183,6 +195,19 @@ fn what_follows_the_end_of_an_archive_is_passed_over() {
     archive.extend((0..1000_u32).map(|i| (i * 7 % 251) as u8));
     let done = plyd.piped(["image", "load", "-q"], &archive);
     assert_eq!(done.code, 0, "{}", done.stderr);
+}
+
+/// Who wants to repair from an archive was told how to load one from stdin, which is another thing there.
+#[test]
+fn an_archive_that_is_not_there_is_told_with_what_may_be_given() {
+    let plyd = Plyd::start();
+    for command in [["image", "load"], ["system", "repair"]] {
+        let done = plyd.snapctl(command.into_iter().chain(["-i", "/no/such/archive"]));
+        assert_eq!((done.code, &*done.stdout), (1, ""), "{command:?}");
+        let end =
+            "name an image archive with -i, or the directory of an OCI layout, or - for stdin\n";
+        assert!(done.stderr.ends_with(end), "{}", done.stderr);
+    }
 }
 
 #[test]

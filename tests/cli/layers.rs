@@ -39,6 +39,7 @@ fn layers_are_listed_with_their_users() {
         "entries",
         "images",
         "index_bytes",
+        "kept_by",
         "name",
         "objects",
         "snapshots",
@@ -103,6 +104,114 @@ fn a_layer_is_shown_by_a_prefix_or_its_diff_id_with_its_files() {
         "{}",
         none.stderr
     );
+}
+
+/// The column of diff ids showed digits that no command took.
+#[test]
+fn what_the_table_shows_of_a_layer_means_it() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let table = plyd.ok(["layer", "ls"]);
+    let names = names(&plyd);
+    for (line, name) in table.lines().skip(1).zip(&names) {
+        let mut words = line.split_whitespace();
+        let [short, digits] = [words.next().unwrap(), words.next().unwrap()];
+        for reference in [short, digits, &format!("sha256:{digits}")] {
+            let shown = plyd.json(["layer", "inspect", reference, "--json"]);
+            assert_eq!(shown["name"], **name, "{reference}");
+            plyd.ok(["layer", "export", reference, "-o", "/dev/null"]);
+        }
+    }
+}
+
+#[test]
+fn digits_that_several_layers_begin_with_are_refused() {
+    let plyd = Plyd::start();
+    // There are 16 digits.
+    let shared = (0..17).find_map(|number: u32| {
+        let key = format!("layer-{number}");
+        plyd.ok(["snapshot", "prepare", "work"]);
+        let mounts = plyd.json(["snapshot", "mounts", "work", "--json"]);
+        let root = PathBuf::from(mounts[0]["source"].as_str().unwrap());
+        fs::write(root.join("number"), &key).unwrap();
+        plyd.ok(["snapshot", "commit", "work", &key]);
+        let names = names(&plyd);
+        let twice = names.windows(2).find(|pair| pair[0][..1] == pair[1][..1]);
+        twice.map(|pair| pair[0][..1].to_owned())
+    });
+    let several = plyd.snapctl(["layer", "inspect", &shared.unwrap()]);
+    assert_eq!((several.code, &*several.stdout), (1, ""));
+    assert!(
+        several
+            .stderr
+            .contains("fits 2 layers; give more digits of the name or the diff id"),
+        "{}",
+        several.stderr
+    );
+}
+
+/// `-` stood there, as if nothing kept it.
+#[test]
+fn what_keeps_a_layer_whose_image_has_gone_is_named() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let id = plyd.ok(["create", "--name", "web", BUSYBOX, "true"]);
+    plyd.ok(["snapshot", "prepare", "work", BUSYBOX]);
+    plyd.ok(["snapshot", "view", "look", BUSYBOX]);
+    let used_by = || {
+        let table = plyd.ok(["layer", "ls"]);
+        let last = table.lines().skip(1).map(|line| {
+            let used_by = line.rsplit("  ").map(str::trim);
+            used_by
+                .into_iter()
+                .find(|word| !word.is_empty())
+                .unwrap()
+                .to_owned()
+        });
+        last.collect::<Vec<_>>()
+    };
+    assert_eq!(used_by(), ["1 image"; 2]);
+    plyd.ok(["image", "rm", "-f", BUSYBOX]);
+    assert_eq!(used_by(), ["1 container, 2 snapshots"; 2]);
+    for name in names(&plyd) {
+        let shown = plyd.ok(["layer", "inspect", &name]);
+        for line in [
+            "kept by      web (container)",
+            "kept by      work (snapctl)",
+            "kept by      look (snapctl)",
+        ] {
+            assert!(shown.lines().any(|shown| shown == line), "{shown}");
+        }
+        let shown = plyd.json(["layer", "inspect", &name, "--json"]);
+        let container =
+            serde_json::json!({"owner": "container", "key": id.trim_end(), "name": "web"});
+        assert_eq!(shown["kept_by"].as_array().unwrap().len(), 3);
+        assert!(
+            shown["kept_by"].as_array().unwrap().contains(&container),
+            "{shown:#}"
+        );
+    }
+}
+
+#[test]
+fn a_committed_layer_has_no_stream_before_it_is_exported() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    plyd.ok(["snapshot", "commit", "work", "base"]);
+    let [name] = &names(&plyd)[..] else {
+        panic!("one layer");
+    };
+    let shown = plyd.ok(["layer", "inspect", name]);
+    assert!(
+        shown.contains("\ntar stream   made when it is exported\n"),
+        "{shown}"
+    );
+    assert!(
+        !shown.contains("diff id") && !shown.contains("blob"),
+        "{shown}"
+    );
+    let shown = plyd.json(["layer", "inspect", name, "--json"]);
+    assert!(shown["diff_id"].is_null() && shown["blob"].is_null());
 }
 
 #[test]

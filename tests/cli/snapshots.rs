@@ -308,6 +308,21 @@ fn a_snapshot_that_is_called_by_another_name_is_told_its_own() {
     ] {
         refused(&["snapshot", "rm", key], &[words]);
     }
+    let prepare = format!("`snapctl snapshot prepare NEW {image}`");
+    let changed = format!("`snapctl snapshot diff {id}`");
+    let of_container = ["belongs to the container web", &*changed];
+    for (key, words) in [
+        (id, &of_container[..]),
+        ("web", &of_container),
+        (image, &["belongs to an image", &*prepare]),
+        (BUSYBOX, &["there is no snapshot", "--owner image"]),
+        (
+            "default/12/theirs",
+            &["`ctr -n default snapshots --snapshotter plywood commit NEW theirs`"],
+        ),
+    ] {
+        refused(&["snapshot", "commit", key, "new"], words);
+    }
 }
 
 #[test]

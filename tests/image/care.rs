@@ -180,7 +180,7 @@ fn repair(plyd: &Plyd, archive: &[u8]) -> Done {
 
 #[test]
 fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
-    let plyd = Plyd::start();
+    let mut plyd = Plyd::start();
     let image = image();
     load(&plyd, &image);
     let whole = plyd.snapctl(["system", "repair"]);
@@ -194,7 +194,7 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
     let mnt = plyd.dir().join("mnt");
     fs::create_dir(&mnt).unwrap();
     plyd.ok(["mount", "work", mnt.to_str().unwrap()]);
-    type Break = fn(&Plyd);
+    type Break = fn(&mut Plyd);
     let breaks: [(&str, Break); 6] = [
         ("a byte in a pack", |plyd| {
             flip(&stored(plyd, "packs")[0], 5000)
@@ -218,14 +218,17 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
             fs::remove_file(recipe.unwrap()).unwrap();
         }),
         ("no pack", |plyd| {
-            fs::remove_file(&stored(plyd, "packs")[0]).unwrap()
+            // It is not open then.
+            plyd.signal(nix::sys::signal::Signal::SIGTERM);
+            plyd.launch();
+            fs::remove_file(&stored(plyd, "packs")[0]).unwrap();
         }),
         ("a damaged view", |plyd| {
             flip(&stored(plyd, "views")[0], 1100)
         }),
     ];
     for (what, damage) in breaks {
-        damage(&plyd);
+        damage(&mut plyd);
         if what != "a damaged view" {
             // Nothing that could mend it.
             let left = plyd.snapctl(["system", "repair"]);
@@ -274,6 +277,49 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
     assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
     assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
     plyd.umount(&mnt);
+}
+
+/// Such a pack was served from what was open of it, and nobody missed it before plyd started again.
+#[test]
+fn a_pack_that_was_moved_away_is_missed_and_written_anew_from_what_is_open_of_it() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image());
+    plyd.ok(["system", "verify", "--deep"]);
+    plyd.ok(["snapshot", "view", "look", "whole"]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
+    let pack = stored(&plyd, "packs").remove(0);
+    fs::rename(&pack, plyd.dir().join("moved")).unwrap();
+    for how in [&["--deep"][..], &[]] {
+        let verified = plyd.snapctl([&["system", "verify"], how].concat());
+        assert_eq!(verified.code, 1, "{}", verified.stdout);
+        let named = verified.stdout.contains(pack.to_str().unwrap());
+        assert!(
+            named && verified.stdout.contains("/small"),
+            "{}",
+            verified.stdout
+        );
+    }
+    plyd.ok(["system", "gc"]);
+    // Who has it mounted reads on.
+    let read = Command::new("dd")
+        .arg(format!("if={}", mnt.join("small").display()))
+        .args(["iflag=direct", "bs=64k", "status=none"])
+        .output()
+        .unwrap();
+    assert!(read.stdout == noise(1, 40 << 10), "{read:?}");
+    let mended = plyd.ok(["system", "repair"]);
+    let told = format!("the pack {} was not in its place", pack.display());
+    assert!(
+        mended.starts_with(&told) && mended.contains(" 1 mended, 0 left"),
+        "{mended}"
+    );
+    plyd.umount(&mnt);
+    plyd.signal(nix::sys::signal::Signal::SIGTERM);
+    plyd.launch();
+    plyd.ok(["system", "verify", "--deep"]);
 }
 
 /// A repair once removed such a pack after a restart, with all that could still be read of it.
@@ -436,7 +482,13 @@ fn loading_an_image_again_heals_it() {
             plyd.launch();
         }
         assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
-        load(&plyd, &image);
+        let healed = plyd.piped(["image", "load"], &image);
+        assert_eq!(healed.code, 0, "{}", healed.stderr);
+        let told: Vec<_> = healed.stderr.lines().collect();
+        assert!(
+            matches!(told[..], [reading, restoring] if reading.starts_with("reading") && restoring.starts_with("restoring ")),
+            "{told:?}"
+        );
         assert_eq!(
             plyd.snapctl(["system", "verify", "--deep"]).code,
             0,

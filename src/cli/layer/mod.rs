@@ -16,7 +16,9 @@ use super::output::{self, Cut, ListFormat, count, lines_out, or_dash, printable,
 use super::time::rfc3339;
 use crate::grpc::pb::plywood::inspect_layer_response::Part;
 use crate::grpc::pb::plywood::layer_entry::Action;
-use crate::grpc::pb::plywood::{InspectLayerRequest, LayerEntry, ListLayersRequest, PackedLayer};
+use crate::grpc::pb::plywood::{
+    InspectLayerRequest, LayerEntry, LayerUser, ListLayersRequest, PackedLayer,
+};
 
 /// The commands of `snapctl layer`.
 #[derive(Debug, Subcommand)]
@@ -60,7 +62,7 @@ pub struct LsArgs {
 /// Arguments of `layer inspect`.
 #[derive(Args, Debug)]
 pub struct InspectArgs {
-    /// Name, first digits of one, or diff id
+    /// Name or diff id, or the first digits of one
     #[arg(value_name = "LAYER", value_parser = name())]
     layer: String,
     /// Show its entries, too, in the order of its stream
@@ -74,7 +76,7 @@ pub struct InspectArgs {
 /// Arguments of `layer export`.
 #[derive(Args, Debug)]
 pub struct ExportArgs {
-    /// Name, first digits of one, or diff id
+    /// Name or diff id, or the first digits of one
     #[arg(value_name = "LAYER", value_parser = name())]
     layer: String,
     /// The file to write, or - for stdout
@@ -97,12 +99,25 @@ struct LayerView {
     index_bytes: u64,
     snapshots: Vec<UserView>,
     images: Vec<String>,
+    kept_by: Vec<UserView>,
 }
 
 #[derive(Serialize)]
 struct UserView {
     owner: String,
     key: String,
+    /// What users call it, where that is not the key.
+    name: Option<String>,
+}
+
+impl From<LayerUser> for UserView {
+    fn from(user: LayerUser) -> Self {
+        Self {
+            owner: user.owner,
+            key: user.key,
+            name: Some(user.name).filter(|name| !name.is_empty()),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -142,14 +157,8 @@ impl From<PackedLayer> for LayerView {
             content_bytes: layer.content_bytes,
             index_bytes: layer.index_bytes,
             images: layer.images,
-            snapshots: layer
-                .snapshots
-                .into_iter()
-                .map(|user| UserView {
-                    owner: user.owner,
-                    key: user.key,
-                })
-                .collect(),
+            snapshots: layer.snapshots.into_iter().map(UserView::from).collect(),
+            kept_by: layer.kept_by.into_iter().map(UserView::from).collect(),
         }
     }
 }
@@ -277,17 +286,21 @@ async fn list(args: LsArgs, client: &Client) -> Result<()> {
 }
 
 fn used_by(layer: &LayerView) -> String {
-    let images = layer.images.len() as u64;
     // Those of images are counted as the images.
-    let others = layer.snapshots.iter().filter(|user| user.owner != "image");
-    let snapshots = others.count() as u64;
-    let mut words = Vec::new();
-    if images > 0 {
-        words.push(count(images, "image"));
-    }
-    if snapshots > 0 {
-        words.push(count(snapshots, "snapshot"));
-    }
+    let others = || {
+        let users = layer.snapshots.iter().chain(&layer.kept_by);
+        users.filter(|user| user.owner != "image")
+    };
+    let containers = others().filter(|user| user.owner == "container").count();
+    let counts = [
+        (layer.images.len(), "image"),
+        (containers, "container"),
+        (others().count() - containers, "snapshot"),
+    ];
+    let words = counts.iter().filter(|(number, _)| *number > 0);
+    let words: Vec<_> = words
+        .map(|(number, what)| count(*number as u64, what))
+        .collect();
     or_dash(&words.join(", "))
 }
 
@@ -333,9 +346,13 @@ fn lines(layer: &LayerView) -> Vec<String> {
         }
     };
     line("name", &layer.name);
-    line("diff id", layer.diff_id.as_deref().unwrap_or("none"));
-    line("blob", layer.blob.as_deref().unwrap_or("none"));
-    line("tar stream", &size(layer.tar_bytes));
+    if let Some(diff_id) = &layer.diff_id {
+        line("diff id", diff_id);
+        line("blob", layer.blob.as_deref().unwrap_or("none"));
+        line("tar stream", &size(layer.tar_bytes));
+    } else {
+        line("tar stream", "made when it is exported");
+    }
     line("entries", &layer.entries.to_string());
     let contents = count(layer.objects, "content");
     line(
@@ -346,8 +363,10 @@ fn lines(layer: &LayerView) -> Vec<String> {
     for image in &layer.images {
         line("image", image);
     }
-    for UserView { owner, key } in &layer.snapshots {
-        line("snapshot", &format!("{key} ({owner})"));
+    for (what, users) in [("snapshot", &layer.snapshots), ("kept by", &layer.kept_by)] {
+        for UserView { owner, key, name } in users {
+            line(what, &format!("{} ({owner})", name.as_ref().unwrap_or(key)));
+        }
     }
     lines
 }

@@ -186,11 +186,14 @@ impl Containers {
     }
 
     /// Who was created from the image `image_id`, or may have been, as words for a sentence.
-    pub fn user_of_image(&self, image_id: &str) -> Option<String> {
+    pub fn users_of_image(&self, image_id: &str) -> Option<String> {
         let table = self.0.table.lock();
-        let mut entries = table.entries.values();
-        if let Some(user) = entries.find(|entry| entry.record.image_id == image_id) {
-            return Some(format!("the container {}", user.record.name));
+        let users = table.entries.values();
+        let users = users.filter(|entry| entry.record.image_id == image_id);
+        let mut names: Vec<_> = users.map(|entry| &*entry.record.name).collect();
+        names.sort_unstable();
+        if let Some(users) = named_users(&names) {
+            return Some(users);
         }
         let (id, damaged) = table.damaged.first_key_value()?;
         let path = damaged.path.display();
@@ -273,6 +276,23 @@ impl Containers {
     }
 }
 
+/// Containers as words for a sentence: all, or the first few and how many more there are.
+fn named_users(names: &[&str]) -> Option<String> {
+    const MOST: usize = 5;
+    Some(match names {
+        [] => return None,
+        [name] => format!("the container {name}"),
+        [first @ .., last] if names.len() <= MOST => {
+            format!("the containers {} and {last}", first.join(", "))
+        }
+        _ => {
+            let (first, rest) = names.split_at(MOST - 1);
+            let first = first.join(", ");
+            format!("the containers {first} and {} more", rest.len())
+        }
+    })
+}
+
 /// Runs `work` on a thread that may block. It is finished even if the caller goes away.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -295,6 +315,27 @@ async fn detached<T: Send + 'static>(
         Err(error) => {
             tracing::error!(%error, "an operation on containers failed");
             Err(Error::Internal)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_few_users_are_named_and_the_others_counted() {
+        let names = ["a", "b", "c", "d", "e", "f", "g"];
+        for (count, words) in [
+            (0, None),
+            (1, Some("the container a")),
+            (2, Some("the containers a and b")),
+            (3, Some("the containers a, b and c")),
+            (5, Some("the containers a, b, c, d and e")),
+            (6, Some("the containers a, b, c, d and 2 more")),
+            (7, Some("the containers a, b, c, d and 3 more")),
+        ] {
+            assert_eq!(named_users(&names[..count]).as_deref(), words);
         }
     }
 }

@@ -260,7 +260,7 @@ impl Containers {
         }))
     }
 
-    /// What the container has written: all of it, or the last `tail` lines. With `follow` it goes on
+    /// What the container has written until now: all of it, or the last `tail` lines. With `follow` it goes on
     /// until the container ends.
     pub async fn logs(
         &self,
@@ -277,6 +277,9 @@ impl Containers {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(io_error("open the log", &path)(error)),
             };
+            if !follow {
+                reader.end_here().map_err(io_error("look at", &path))?;
+            }
             let skip = match tail {
                 Some(lines) => reader
                     .seek_tail(lines)

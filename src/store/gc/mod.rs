@@ -193,6 +193,9 @@ impl Layers {
             collected.note(swept);
             collected.orphans.append(&mut orphans);
         }
+        if !dry {
+            collected.note(objects.forget_missing(live));
+        }
     }
 
     /// Answers what has to stay without its layers; `None` if the views cannot be listed.

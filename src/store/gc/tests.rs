@@ -335,6 +335,24 @@ fn a_pack_with_unknown_features_is_not_written_anew() {
     assert_sound(&layers);
 }
 
+/// An import once relied on what was known of files that somebody had removed, and its layer could not be read.
+#[test]
+fn what_is_gone_without_a_collection_comes_with_the_next_import() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let names = ["a", "b", "large"];
+    let lost = import(&layers, &names);
+    for dir in ["packs", "objects"] {
+        for path in files(&tmp.path().join(dir)) {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    layers.remove(lost).unwrap();
+    assert_eq!(collect(&layers), []);
+    import(&layers, &names);
+    assert_sound(&layers);
+}
+
 #[test]
 fn without_an_index_no_object_is_removed() {
     let tmp = tempfile::tempdir().unwrap();

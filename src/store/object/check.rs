@@ -53,6 +53,11 @@ impl Check {
         frames: None,
     };
 
+    /// Whether all of it is compared before any of it is handed out, wherever it is.
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole)
+    }
+
     /// Whether a content that is not in frames is compared.
     pub(super) fn is_due(&self) -> bool {
         match self {

@@ -144,7 +144,7 @@ impl Framed {
             cache: Arc::clone(cache),
             has_failed: AtomicBool::new(false),
         };
-        if matches!(check, Check::Whole) {
+        if check.is_whole() {
             framed.verify()?;
         }
         Ok(framed)

@@ -4,17 +4,18 @@
 //! tables of the packs and the names of the files. Who has a view needs that only when an object is
 //! not where the view says.
 
+mod astray;
 mod check;
 mod file;
 mod framed;
 mod restore;
 mod sweep;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, OnceLock};
@@ -29,6 +30,7 @@ use super::format::tables::Object;
 use super::pack::{self, PackId, SealedPack, Slot, Wrong};
 use crate::sys::{self, private_mount};
 
+use astray::OpenPacks;
 pub(super) use check::Bits;
 pub use check::{Check, FrameChecks, Verify};
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
@@ -41,8 +43,6 @@ pub(super) use sweep::{Live, Swept};
 const BUFFER: usize = 128 << 10;
 /// How often an object is looked for again when it has moved.
 const MOST_MOVES: usize = 8;
-/// Packs that are kept open: far fewer than a process may have files open.
-const MOST_OPEN: usize = 64;
 
 /// Where an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,10 @@ pub enum Place {
 }
 
 impl Place {
+    fn is_in(self, id: PackId) -> bool {
+        matches!(self, Self::Packed { pack, .. } if pack == id)
+    }
+
     pub(super) fn packed(pack: PackId, slot: Slot) -> Self {
         Self::Packed {
             pack,
@@ -117,8 +121,7 @@ pub struct Objects {
     files: PathBuf,
     /// Read when it is first needed.
     places: RwLock<Option<HashMap<ObjectName, Place>>>,
-    /// Packs that were read from, the last one at the end.
-    open: Mutex<VecDeque<(PackId, Arc<File>)>>,
+    open: Mutex<OpenPacks>,
     frames: Arc<FrameCache>,
     /// Whether it is this process that collects, and so knows all places.
     collects: bool,
@@ -259,7 +262,7 @@ impl Objects {
             } => (pack, Slot { offset, stored }),
         };
         let path = self.packs.join(id.file_name());
-        let file = self.pack(id, &path)?;
+        let file = self.pack(id, check.is_whole())?;
         match pack::read(&file, object, slot, check.is_due()) {
             Ok(bytes) => Ok(Content::Bytes(Arc::new(bytes))),
             Err(Wrong::Io(error)) => Err(io_error("read", &path)(error)),
@@ -274,21 +277,21 @@ impl Objects {
         }
     }
 
-    fn pack(&self, id: PackId, path: &Path) -> Result<Arc<File>> {
+    /// The file of a pack; with `by_name`, what lies under its name now.
+    fn pack(&self, id: PackId, by_name: bool) -> Result<Arc<File>> {
+        let path = self.pack_path(id);
+        let is_in_place = |file: &File| match (self.collects, by_name) {
+            // Who mounts a view reads on what it has open.
+            (false, _) => true,
+            (true, true) => astray::lies_at(file, &path),
+            (true, false) => !astray::is_removed(file),
+        };
         let mut open = self.open.lock();
-        if let Some(at) = open.iter().position(|(known, _)| *known == id)
-            && let Some(found) = open.remove(at)
-            && !(self.collects && is_removed(&found.1))
-        {
-            let file = Arc::clone(&found.1);
-            open.push_back(found);
+        if let Some(file) = open.get(id, is_in_place) {
             return Ok(file);
         }
-        let file = Arc::new(pack::open(path, id)?);
-        if open.len() >= MOST_OPEN {
-            open.pop_front();
-        }
-        open.push_back((id, Arc::clone(&file)));
+        let file = Arc::new(pack::open(&path, id)?);
+        open.add(id, Arc::clone(&file));
         Ok(file)
     }
 
@@ -470,11 +473,6 @@ fn whole(verify: bool) -> Check {
         true => Check::Whole,
         false => Check::Nothing,
     }
-}
-
-/// Whether nobody else can open the file any more: whoever answers for the store must not take it for being there.
-fn is_removed(file: &File) -> bool {
-    file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>> {

@@ -11,7 +11,7 @@
 
 use std::cell::LazyCell;
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -146,26 +146,26 @@ impl Objects {
     pub(super) fn look_into(&self, id: PackId) -> Result<Found> {
         let mut found = pack::look_into(&self.pack_path(id), id)?;
         if !found.has_table {
+            let file = self.pack(id, true)?;
             let objects = &mut found.objects;
-            objects.extend(self.known_in(id)?);
+            objects.extend(self.known_in(id, &file)?);
             objects.sort_unstable_by_key(|(_, slot)| slot.offset);
             objects.dedup_by_key(|(_, slot)| slot.offset);
         }
         Ok(found)
     }
 
-    /// The objects that are known to be in a pack and have sound headers there.
-    fn known_in(&self, id: PackId) -> Result<Vec<(Object, Slot)>> {
+    /// The objects that are known to be in a pack and have sound headers in `file`.
+    pub(super) fn known_in(&self, id: PackId, file: &File) -> Result<Vec<(Object, Slot)>> {
         let path = self.pack_path(id);
         let mut known: Vec<Slot> = match &*self.places.read() {
             Some(places) => places.values().filter_map(slot_in(id)).collect(),
             None => Vec::new(),
         };
         known.sort_unstable_by_key(|slot| slot.offset);
-        let file = self.pack(id, &path)?;
         let mut objects = Vec::new();
         for slot in known {
-            let found = pack::object_at(&file, slot).map_err(io_error("read", &path))?;
+            let found = pack::object_at(file, slot).map_err(io_error("read", &path))?;
             objects.extend(found.map(|object| (object, slot)));
         }
         Ok(objects)

@@ -17,6 +17,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use super::restore::remove;
 use super::{Content, Objects, Place, names};
@@ -157,7 +158,7 @@ impl Objects {
 
     /// Removes a pack without anything alive, and writes one anew of which less than `least` percent are. With
     /// `dry`, only says so. A pack whose table is damaged may have more than can be found, and stays as long as something
-    /// that is alive is missing.
+    /// that is alive is missing. One of which something else is open is left to a repair.
     pub(in crate::store) fn sweep_pack(
         &self,
         id: PackId,
@@ -169,7 +170,7 @@ impl Objects {
     ) -> Result<Swept> {
         let path = self.pack_path(id);
         let found = self.look_into(id)?;
-        if !found.has_table && !self.has_all(live) {
+        if self.is_astray(id) || (!found.has_table && !self.has_all(live)) {
             return Ok(Swept::Kept);
         }
         let rewritable = found.features == Some(0);
@@ -181,7 +182,7 @@ impl Objects {
             if relied.coming.contains(&id) {
                 return Ok(Swept::Kept);
             }
-            let here = |place: &Place| matches!(place, Place::Packed { pack, .. } if *pack == id);
+            let here = |place: &Place| place.is_in(id);
             let (keep, drop): (Vec<_>, Vec<_>) =
                 found.objects.into_iter().partition(|(object, _)| {
                     let known = places.as_ref().and_then(|places| places.get(&object.name));
@@ -223,10 +224,35 @@ impl Objects {
         Ok(swept)
     }
 
+    /// Forgets of what is not in its place any more what nobody needs: the next import of it has to bring it.
+    pub(in crate::store) fn forget_missing(&self, live: &Live) -> Result<()> {
+        let mut places = self.places.write();
+        let relied = self.relied.lock();
+        let mut there: HashSet<PackId> = self.all_packs()?.into_iter().collect();
+        there.extend(&relied.coming);
+        let Some(places) = &mut *places else {
+            return Ok(());
+        };
+        places.retain(|name, place| {
+            live.contains(name)
+                || relied.names.contains(name)
+                || match place {
+                    Place::Packed { pack, .. } => there.contains(pack),
+                    Place::File => self.path_of(name).try_exists().unwrap_or(true),
+                }
+        });
+        // A restoration has taken away places that it may give back.
+        if self.restorations.load(Ordering::Acquire) == 0 {
+            let is_known = |id| places.values().any(|place| place.is_in(id));
+            self.open.lock().forget_astray(|id| !is_known(id));
+        }
+        Ok(())
+    }
+
     /// Removes a pack that nothing is in any more.
     pub(super) fn remove_pack(&self, id: PackId) -> Result<()> {
         remove(&self.pack_path(id))?;
-        self.open.lock().retain(|(known, _)| *known != id);
+        self.open.lock().forget(id);
         sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))
     }
 

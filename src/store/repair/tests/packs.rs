@@ -286,3 +286,90 @@ fn a_store_is_opened_though_a_pack_cannot_be_read() {
     fs::rename(&aside, &pack).unwrap();
     store.reopen().assert_whole();
 }
+
+fn move_away(pack: &Path) {
+    fs::rename(pack, pack.with_extension("moved")).unwrap();
+}
+
+/// Ways to take a pack from its place.
+const TAKEN: [Damage; 3] = [
+    ("it is moved away", move_away),
+    ("it is removed", |pack| fs::remove_file(pack).unwrap()),
+    ("another file is in its place", |pack| {
+        move_away(pack);
+        fs::write(pack, [0; 500]).unwrap();
+    }),
+];
+
+/// One that was moved away was read on from what was open of it. Nobody missed it before the next start, and nothing was left of it
+/// then.
+#[test]
+fn a_pack_that_is_not_in_its_place_is_missed_and_put_back_from_what_is_open_of_it() {
+    for (what, take) in TAKEN {
+        let store = Store::new();
+        // Which reads it.
+        assert_eq!(store.faults(), 0);
+        let pack = store.file("packs");
+        take(&pack);
+        for _ in 0..2 {
+            assert!(store.faults() > 0, "{what}");
+        }
+        assert_nothing_goes(&store);
+        let mended = store.layers.mend(&());
+        assert!(mended.errors.is_empty(), "{:?}", mended.errors);
+        assert_eq!(mended.put_back, std::slice::from_ref(&pack), "{what}");
+        assert_eq!(store.faults(), 0, "{what}");
+        assert_eq!(
+            store.layers.mend(&()).put_back,
+            [""; 0].map(PathBuf::from),
+            "{what}"
+        );
+        store.assert_whole();
+    }
+}
+
+#[test]
+fn a_pack_that_is_not_in_its_place_and_not_open_comes_from_the_stream() {
+    for (what, take) in TAKEN {
+        let store = Store::new().reopen();
+        take(&store.file("packs"));
+        assert!(store.faults() > 0, "{what}");
+        let mended = store.layers.mend(&());
+        assert!(mended.errors.is_empty(), "{:?}", mended.errors);
+        assert_eq!(mended.put_back, [""; 0].map(PathBuf::from), "{what}");
+        assert!(store.faults() > 0, "{what}");
+        store.restore();
+        assert_eq!(store.faults(), 0, "{what}");
+        store.layers.mend(&());
+        store.assert_whole();
+    }
+}
+
+#[test]
+fn what_is_open_of_a_pack_is_not_put_over_what_is_as_good() {
+    let store = Store::new();
+    assert_eq!(store.faults(), 0);
+    let pack = store.file("packs");
+    let bytes = fs::read(&pack).unwrap();
+    let unwanted = |what: &str| {
+        let there = fs::read(&pack).unwrap();
+        let mended = store.layers.mend(&());
+        assert!(mended.errors.is_empty(), "{:?}", mended.errors);
+        assert_eq!(mended.put_back, [""; 0].map(PathBuf::from), "{what}");
+        assert!(fs::read(&pack).unwrap() == there, "{what}");
+    };
+    move_away(&pack);
+    fs::write(&pack, &bytes).unwrap();
+    assert_eq!(store.faults(), 0);
+    unwanted("a copy");
+    // What is open now is damaged, and so is what takes its place.
+    flip(&pack, 500);
+    assert!(store.faults() > 0);
+    move_away(&pack);
+    fs::write(&pack, &bytes).unwrap();
+    flip(&pack, 501);
+    assert!(store.faults() > 0);
+    unwanted("a damaged one");
+    store.restore();
+    store.assert_whole();
+}
