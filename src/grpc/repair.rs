@@ -2,7 +2,7 @@
 //!
 //! Where a layer's stream comes from: an archive that the client sends, or containerd's content store.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,13 +14,16 @@ use tonic::Status;
 
 use super::care;
 use super::content::{self, Caller, Content};
+use super::damage::{self, Stores};
 use super::images::{Archive, progress_message};
 use super::layers::shown;
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
+use crate::runtime::containers::Containers;
 use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
 use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
+use crate::store::repair::ViewCure;
 use crate::store::verify::{Fault, Told};
 use crate::store::{self, LayerName};
 
@@ -30,6 +33,7 @@ use api::repair_response::Event;
 pub(super) struct Repair {
     pub(super) snapshotter: Arc<Snapshotter>,
     pub(super) images: Arc<ImageStore>,
+    pub(super) containers: Containers,
     pub(super) content: Content,
     /// For what does not block.
     pub(super) runtime: Handle,
@@ -69,28 +73,46 @@ impl Repair {
                 format!("the index had lost {lost} names, which lead to their records again"),
             ),
             Err(error) => self.tell(Event::Left(api::Fault {
+                kind: "index".to_owned(),
                 problem: error.to_string(),
                 advice: "end plyd, delete ROOT/index, and start plyd again".to_owned(),
                 ..api::Fault::default()
             })),
         }
-        self.mend_without_source();
+        self.mend_records()?;
+        self.mend_without_source()?;
+        self.restore_records()?;
         let mut patients = self.examine()?;
         if let Some((mut archive, total)) = archive
-            && !patients.is_empty()
+            && self.needs_archive(&patients)?
         {
             let restored = self
                 .images
                 .with_layers(&mut archive, total, self, |layers| {
                     self.restore_from_archive(&mut patients, layers);
+                    self.learn_blobs(layers);
                 });
-            restored.map_err(Status::from)?;
+            let ((), records) = restored.map_err(Status::from)?;
+            for of in records {
+                let what = format!("the record of {of} was made anew from the archive");
+                self.mended(None, what);
+            }
         }
         self.restore_from_containerd(&mut patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
-        self.mend_without_source();
+        self.mend_without_source()?;
         for (layer, patient) in patients {
             self.tell_what_is_left(layer, patient);
+        }
+        let stores = self.stores();
+        for view in stores.views(self)? {
+            self.tell(Event::Left(api::Fault {
+                advice: "it can be neither restored nor removed, as plyd's log says".to_owned(),
+                ..view
+            }));
+        }
+        for record in stores.records()? {
+            self.tell(Event::Left(record));
         }
         for fault in self.snapshotter.packed_layers().verify_packs() {
             let advice = match fault.error {
@@ -100,6 +122,7 @@ impl Repair {
                 }
             };
             self.tell(Event::Left(api::Fault {
+                kind: damage::kind_of(&fault).to_owned(),
                 problem: fault.error.problem(),
                 advice: advice.to_owned(),
                 ..api::Fault::default()
@@ -108,18 +131,37 @@ impl Repair {
         Ok(())
     }
 
-    fn mend_without_source(&self) {
-        let mended = self.snapshotter.packed_layers().mend(self);
-        for layer in mended.records {
-            let what = format!("the record of the layer {layer} was made anew from its index");
+    fn stores(&self) -> Stores<'_> {
+        Stores {
+            snapshotter: &self.snapshotter,
+            images: &self.images,
+            containers: &self.containers,
+        }
+    }
+
+    fn mend_without_source(&self) -> Result<(), Status> {
+        let stores = self.stores();
+        let views = stores.known_views()?;
+        let mended = self.snapshotter.packed_layers().mend(&views.chains(), self);
+        for layer in mended.rewritten {
+            let what = format!("the record of the layer {layer} was written again as it was");
             self.mended(Some(layer), what);
         }
+        self.claim_blobs(&mended.records);
         for view in mended.views {
-            let view = view.display();
-            self.mended(
-                None,
-                format!("the damaged view {view} was removed; it is built again when it is needed"),
-            );
+            let known = views.describe(view.key, None);
+            let (of, path) = (known.of, view.path.display());
+            let what = match view.cure {
+                ViewCure::Restored => format!("{of} was damaged, and {path} is what it was again"),
+                ViewCure::Removed => format!(
+                    "{of} was damaged, and {path} was removed; it is built again when it is needed"
+                ),
+                ViewCure::RemovedBelow => format!(
+                    "{of} was damaged, and {path} was removed; what has it mounted keeps the damaged one until it is mounted again: {}",
+                    or_unknown(&known.mounted)
+                ),
+            };
+            self.mended(None, what);
         }
         for pack in mended.packs {
             let pack = pack.display();
@@ -131,6 +173,143 @@ impl Repair {
         for error in mended.errors {
             tracing::warn!(%error, "something cannot be mended without a source");
         }
+        Ok(())
+    }
+
+    /// Notes which blobs layers have come as of which that is not known, as far as manifests of images say so; `made` are those
+    /// whose records were made anew, which is told here.
+    fn claim_blobs(&self, made: &[LayerName]) {
+        let layers = self.snapshotter.packed_layers();
+        let mut claims: HashMap<LayerName, String> = HashMap::new();
+        let mut unknown = HashSet::new();
+        for (layer, diff_id) in layers.without_blob() {
+            if layers
+                .get(layer)
+                .is_some_and(|record| record.blob.is_some())
+            {
+                continue;
+            }
+            let Some((blob, image)) = self.images.blob_of(&diff_id) else {
+                unknown.insert(layer);
+                continue;
+            };
+            match layers.claim_blob(layer, &blob) {
+                Ok(()) => {
+                    claims.insert(
+                        layer,
+                        format!(
+                            "the digest of its blob, {blob}, is the one that the image {} gives",
+                            shown(&image)
+                        ),
+                    );
+                }
+                Err(error) => {
+                    tracing::warn!(%layer, %error, "the digest of a layer's blob cannot be noted");
+                }
+            }
+        }
+        for layer in made {
+            let blob = match claims.remove(layer) {
+                Some(claim) => format!("; {claim}"),
+                None if unknown.contains(layer) => {
+                    "; the digest of the blob that it came as is not known any more, for no image here has the layer; `snapctl system repair -i` with an archive that has it finds the digest again".to_owned()
+                }
+                // It came as none.
+                None => String::new(),
+            };
+            let what =
+                format!("the record of the layer {layer} was made anew from its index{blob}");
+            self.mended(Some(*layer), what);
+        }
+        for (layer, claim) in claims {
+            let what = format!("the record of the layer {layer} is complete again: {claim}");
+            self.mended(Some(layer), what);
+        }
+    }
+
+    /// Reads those layers of the archive of which nobody is sure which blob they have come as.
+    fn learn_blobs(&self, archive: &HashMap<String, PathBuf>) {
+        let layers = self.snapshotter.packed_layers();
+        for (layer, diff_id) in layers.without_blob() {
+            let Some(path) = archive.get(&diff_id) else {
+                continue;
+            };
+            let blob_of = || layers.get(layer).and_then(|record| record.blob);
+            let was = blob_of();
+            let learnt = File::open(path)
+                .map_err(store::Error::Input)
+                .and_then(|file| layers.learn_blob(layer, file, self));
+            match learnt {
+                // The manifest of an image said the same.
+                Ok(true) if was == blob_of() => {}
+                Ok(true) => {
+                    let blob = blob_of().unwrap_or_default();
+                    let what = format!(
+                        "the record of the layer {layer} is complete again: the digest of its blob is {blob}, as the archive has it"
+                    );
+                    self.mended(Some(layer), what);
+                }
+                // It is not what the archive says, or it cannot be read, which harms nothing here.
+                Ok(false) => {
+                    tracing::warn!(%layer, "the archive has another layer under its diff id")
+                }
+                Err(error) => tracing::warn!(%layer, %error, "the archive's layer cannot be read"),
+            }
+        }
+    }
+
+    /// Writes records of snapshots, images and containers of which all is known.
+    fn mend_records(&self) -> Result<(), Status> {
+        let stores = self.stores();
+        let of_snapshots = self.snapshotter.mend_records()?.into_iter();
+        let of_snapshots = of_snapshots.map(|of| stores.words(of.owner, &of.key));
+        let of_images = self.images.mend_records().map_err(Status::from)?;
+        let of_containers = self.runtime.block_on(self.containers.mend_records());
+        for of in of_snapshots
+            .chain(of_images)
+            .chain(of_containers.map_err(Status::from)?)
+        {
+            let what = format!("the record of {of} was written again as it was");
+            self.mended(None, what);
+        }
+        Ok(())
+    }
+
+    /// Makes records of images' layers anew of which nothing is known but what the images say.
+    fn restore_records(&self) -> Result<(), Status> {
+        if self.snapshotter.damaged_records()?.is_empty() {
+            return Ok(());
+        }
+        let stores = self.stores();
+        for (image, chain_ids) in self.images.chains() {
+            // From below: one has to have what it lies on.
+            for (at, diff_id) in image.diff_ids.iter().enumerate() {
+                match self.snapshotter.restore_record(&chain_ids, at, diff_id) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        let of = stores.words(Owner::Image, &chain_ids[at]);
+                        let what =
+                            format!("the record of {of} was made anew from what the image says");
+                        self.mended(None, what);
+                    }
+                    Err(error) => {
+                        tracing::warn!(image = image.id, %error, "the record of a layer of an image cannot be made anew");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an archive might mend something.
+    fn needs_archive(&self, patients: &Patients) -> Result<bool, Status> {
+        Ok(!patients.is_empty()
+            || !self.snapshotter.packed_layers().without_blob().is_empty()
+            || !self
+                .images
+                .damaged_records()
+                .map_err(Status::from)?
+                .is_empty())
     }
 
     /// Reads everything and answers what is not sound, also layers that have no record any more.
@@ -149,6 +328,9 @@ impl Repair {
             }
         }
         for layer in care::unknown_layers(&self.snapshotter) {
+            if patients.contains_key(&layer) {
+                continue;
+            }
             let mut faults = layers.verify_layer(layer, true, self);
             if faults.is_empty() {
                 // All there but the record, which could not be made anew.
@@ -317,12 +499,14 @@ impl Repair {
             .collect();
         for fault in patient.faults {
             self.tell(Event::Left(api::Fault {
+                kind: damage::kind_of(&fault).to_owned(),
                 layer: layer.to_string(),
                 path: fault.path.unwrap_or_default(),
                 problem: fault.error.problem(),
                 snapshots: snapshots.clone(),
                 images: patient.images.clone(),
                 advice: advice.clone(),
+                ..api::Fault::default()
             }));
         }
     }
@@ -340,6 +524,13 @@ impl Repair {
         let _ = self
             .answers
             .blocking_send(Ok(api::RepairResponse { event: Some(event) }));
+    }
+}
+
+fn or_unknown(mounted: &str) -> &str {
+    match mounted {
+        "" => "a plyfs that plyd does not know",
+        mounted => mounted,
     }
 }
 

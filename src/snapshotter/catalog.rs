@@ -61,9 +61,9 @@ pub(super) struct Catalog {
 
 #[derive(Debug)]
 struct Changes {
-    /// Parent of every snapshot, taken from the records: whether one has children is never the
-    /// index's word.
-    parents: HashMap<String, Option<String>>,
+    /// What the records say, by their ids: whether one has children is never the index's word, and one that is damaged
+    /// can be written again.
+    known: HashMap<String, SnapshotRecord>,
     /// The last time given out: each is later than all before it, so that they give an order.
     last_time: u64,
 }
@@ -88,15 +88,15 @@ impl Catalog {
                 index.insert(&name(found.record.owner, &found.record.key), &found.id)?;
             }
         }
-        let parents = all
+        let known = all
             .iter()
-            .map(|found| (found.id.clone(), found.record.parent.clone()))
+            .map(|found| (found.id.clone(), found.record.clone()))
             .collect();
         let last_time = all.iter().map(|f| f.record.updated).max().unwrap_or(0);
         let catalog = Self {
             records,
             index,
-            changes: Mutex::new(Changes { parents, last_time }),
+            changes: Mutex::new(Changes { known, last_time }),
         };
         Ok((catalog, all, listing.damaged))
     }
@@ -122,6 +122,77 @@ impl Catalog {
         Ok(lost)
     }
 
+    /// Records that cannot be used, or are gone, each with whose it is if the index can tell.
+    pub(super) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
+        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
+        let damaged = self.records.examine(known)?;
+        let mut found = Vec::new();
+        for damaged in damaged {
+            let is_unsound = {
+                // Nobody removes it meanwhile.
+                let changes = self.changes.lock();
+                let is_known = changes.known.contains_key(&damaged.id);
+                self.records.is_unsound(&damaged.id, is_known)
+            };
+            if is_unsound {
+                let name = self.index.find(&damaged.id)?;
+                found.push((damaged, name.and_then(|name| parse_name(&name))));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
+    pub(super) fn rewrite(&self) -> Result<Vec<ParentRef>> {
+        let mut written = Vec::new();
+        for (damaged, _) in self.damaged()? {
+            let changes = self.changes.lock();
+            let Some(record) = changes.known.get(&damaged.id) else {
+                continue;
+            };
+            self.records.put(&damaged.id, record)?;
+            written.push(ParentRef {
+                owner: record.owner,
+                key: record.key.clone(),
+            });
+        }
+        Ok(written)
+    }
+
+    /// Records `record` in place of one that cannot be used and of which it is certain that it was of that snapshot: what builds on
+    /// it says so, as `child`, or the index. Answers whether there is such a one.
+    pub(super) fn replace_damaged(
+        &self,
+        mut record: SnapshotRecord,
+        child: Option<&str>,
+    ) -> Result<bool> {
+        let mut changes = self.changes.lock();
+        let name = name(record.owner, &record.key);
+        let of_child = changes.known.values().find_map(|other| {
+            let is_it = other.owner == record.owner && Some(&*other.key) == child;
+            is_it.then(|| other.parent.clone())?
+        });
+        let Some(id) = of_child.map_or_else(|| self.index.get(&name), |id| Ok(Some(id)))? else {
+            return Ok(false);
+        };
+        if changes.known.contains_key(&id) || self.records.problem_of(&id).is_none() {
+            return Ok(false);
+        }
+        // Older than all that builds on it.
+        let children = changes.known.values();
+        let children = children.filter(|other| other.parent.as_ref() == Some(&id));
+        let oldest = children.map(|child| child.created).min();
+        record.created = match oldest {
+            Some(oldest) => oldest.saturating_sub(1),
+            None => changes.now(),
+        };
+        record.updated = record.created;
+        self.index.insert(&name, &id)?;
+        self.records.put(&id, &record)?;
+        changes.known.insert(id, record);
+        Ok(true)
+    }
+
     /// The snapshot `key` of `owner`.
     pub(super) fn find(&self, owner: Owner, key: &str) -> Result<Option<Found>> {
         let Some(id) = self.index.get(&name(owner, key))? else {
@@ -142,8 +213,8 @@ impl Catalog {
     /// Ids of what builds on `parent`, or on nothing; no record is read.
     pub(super) fn children(&self, parent: Option<&str>) -> Vec<String> {
         let changes = self.changes.lock();
-        let parents = changes.parents.iter();
-        let children = parents.filter(|(_, of)| of.as_deref() == parent);
+        let all = changes.known.iter();
+        let children = all.filter(|(_, record)| record.parent.as_deref() == parent);
         children.map(|(id, _)| id.clone()).collect()
     }
 
@@ -165,6 +236,7 @@ impl Catalog {
                 id: id.clone(),
                 path: PathBuf::from(format!("{id}.record")),
                 problem: problem.to_owned(),
+                remedy: SnapshotRecord::REMEDY,
             };
             if chain.iter().any(|found| found.id == id) {
                 return Err(record::Error::from(missing("it is its own ancestor")).into());
@@ -198,7 +270,7 @@ impl Catalog {
         let mut changes = self.changes.lock();
         self.check_free(record.owner, &record.key)?;
         if let Some(parent) = &record.parent
-            && !changes.parents.contains_key(parent)
+            && !changes.known.contains_key(parent)
         {
             // Removed since the caller looked it up.
             return Err(Error::NoParent {
@@ -210,7 +282,7 @@ impl Catalog {
         record.updated = record.created;
         self.index.insert(&name(record.owner, &record.key), id)?;
         self.records.put(id, &record)?;
-        changes.parents.insert(id.to_owned(), record.parent.clone());
+        changes.known.insert(id.to_owned(), record.clone());
         Ok(Found {
             id: id.to_owned(),
             record,
@@ -238,6 +310,7 @@ impl Catalog {
             self.index.insert(&new_name, &new.id)?;
         }
         self.records.put(&new.id, &new.record)?;
+        changes.known.insert(new.id.clone(), new.record.clone());
         if renamed {
             self.forget_name(&old_name);
         }
@@ -254,7 +327,7 @@ impl Catalog {
         let mut changes = self.changes.lock();
         changes.check_childless(found)?;
         self.records.remove(&found.id)?;
-        changes.parents.remove(&found.id);
+        changes.known.remove(&found.id);
         self.forget_name(&name(found.record.owner, &found.record.key));
         Ok(())
     }
@@ -280,8 +353,8 @@ impl Catalog {
 
 impl Changes {
     fn check_childless(&self, found: &Found) -> Result<()> {
-        let is_child = |parent: &&Option<String>| parent.as_ref() == Some(&found.id);
-        match self.parents.values().filter(is_child).count() {
+        let is_child = |record: &&SnapshotRecord| record.parent.as_ref() == Some(&found.id);
+        match self.known.values().filter(is_child).count() {
             0 => Ok(()),
             children => Err(Error::HasChildren {
                 key: found.record.key.clone(),
@@ -312,4 +385,17 @@ pub(super) fn new_id() -> String {
 
 fn name(owner: Owner, key: &str) -> Vec<u8> {
     format!("{owner}\0{key}").into_bytes()
+}
+
+fn parse_name(name: &[u8]) -> Option<ParentRef> {
+    let (owner, key) = std::str::from_utf8(name).ok()?.split_once('\0')?;
+    let owners = [
+        Owner::Containerd,
+        Owner::Snapctl,
+        Owner::Image,
+        Owner::Container,
+    ];
+    let owner = owners.into_iter().find(|of| of.as_str() == owner)?;
+    let key = key.to_owned();
+    Some(ParentRef { owner, key })
 }
