@@ -114,13 +114,12 @@ impl ImageStore {
             let of = records.words(&damaged.id);
             (damaged, of)
         });
-        let names = names.into_iter().map(|damaged| {
-            let of = match records.name_of(&damaged.id) {
-                Some(name) => format!("the name {name} of an image"),
-                None => "a name of an image".to_owned(),
-            };
-            (damaged, of)
-        });
+        let names = names
+            .into_iter()
+            .map(|damaged| match records.name_of(&damaged.id) {
+                Some(name) => (damaged.known(), format!("the name {name} of an image")),
+                None => (damaged, "a name of an image".to_owned()),
+            });
         Ok(images.chain(names).collect())
     }
 

@@ -42,6 +42,7 @@ impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
     /// 2 has packed layers.
     const VERSION: u32 = 2;
+    const REMEDY: &'static str = "`snapctl system repair` makes that of an image's layer anew; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
 }
 
 /// A snapshot with its id.
@@ -122,21 +123,30 @@ impl Catalog {
         Ok(lost)
     }
 
-    /// Records that cannot be used, or are gone, each with whose it is if the index can tell.
+    /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
     pub(super) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
         let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
         let damaged = self.records.examine(known)?;
         let mut found = Vec::new();
         for damaged in damaged {
-            let is_unsound = {
+            let of = {
                 // Nobody removes it meanwhile.
                 let changes = self.changes.lock();
-                let is_known = changes.known.contains_key(&damaged.id);
-                self.records.is_unsound(&damaged.id, is_known)
+                let known = changes.known.get(&damaged.id);
+                if !self.records.is_unsound(&damaged.id, known.is_some()) {
+                    continue;
+                }
+                known.map(|record| ParentRef {
+                    owner: record.owner,
+                    key: record.key.clone(),
+                })
             };
-            if is_unsound {
-                let name = self.index.find(&damaged.id)?;
-                found.push((damaged, name.and_then(|name| parse_name(&name))));
+            match of {
+                Some(of) => found.push((damaged.known(), Some(of))),
+                None => {
+                    let name = self.index.find(&damaged.id)?;
+                    found.push((damaged, name.and_then(|name| parse_name(&name))));
+                }
             }
         }
         Ok(found)
@@ -159,33 +169,30 @@ impl Catalog {
         Ok(written)
     }
 
-    /// Records `record` in place of one that cannot be used and of which it is certain that it was of that snapshot: what builds on
-    /// it says so, as `child`, or the index. Answers whether there is such a one.
+    /// Records `record`, of the layer `at` of an image with the keys `chain`, in place of one that cannot be used and of which it is
+    /// certain that it was this one's: the layer above says so, or the index. Answers whether there is such a one.
     pub(super) fn replace_damaged(
         &self,
         mut record: SnapshotRecord,
-        child: Option<&str>,
+        chain: &[String],
+        at: usize,
     ) -> Result<bool> {
         let mut changes = self.changes.lock();
         let name = name(record.owner, &record.key);
-        let of_child = changes.known.values().find_map(|other| {
-            let is_it = other.owner == record.owner && Some(&*other.key) == child;
-            is_it.then(|| other.parent.clone())?
-        });
-        let Some(id) = of_child.map_or_else(|| self.index.get(&name), |id| Ok(Some(id)))? else {
+        let above = chain
+            .get(at + 1)
+            .and_then(|key| changes.of(record.owner, key));
+        let id = match above {
+            Some(above) => above.parent.clone(),
+            None => self.index.get(&name)?,
+        };
+        let Some(id) = id else {
             return Ok(false);
         };
         if changes.known.contains_key(&id) || self.records.problem_of(&id).is_none() {
             return Ok(false);
         }
-        // Older than all that builds on it.
-        let children = changes.known.values();
-        let children = children.filter(|other| other.parent.as_ref() == Some(&id));
-        let oldest = children.map(|child| child.created).min();
-        record.created = match oldest {
-            Some(oldest) => oldest.saturating_sub(1),
-            None => changes.now(),
-        };
+        record.created = changes.time_between(&record, &id, chain, at);
         record.updated = record.created;
         self.index.insert(&name, &id)?;
         self.records.put(&id, &record)?;
@@ -361,6 +368,40 @@ impl Changes {
                 children,
             }),
         }
+    }
+
+    fn of(&self, owner: Owner, key: &str) -> Option<&SnapshotRecord> {
+        let mut all = self.known.values();
+        all.find(|record| record.owner == owner && record.key == key)
+    }
+
+    /// A time for the layer `at` of a chain, whose id is `id`: later than that of what it lies on, and earlier than those of all
+    /// that builds on it. Between the two there is a nanosecond for each layer, for each took longer to be made.
+    fn time_between(
+        &mut self,
+        record: &SnapshotRecord,
+        id: &str,
+        chain: &[String],
+        at: usize,
+    ) -> u64 {
+        let below = record.parent.as_ref().and_then(|id| self.known.get(id));
+        let below = below.map_or(0, |below| below.created);
+        let children = self.known.values();
+        let children = children
+            .filter(|other| other.parent.as_deref() == Some(id))
+            .map(|child| child.created.saturating_sub(1));
+        let above = (at + 1..).zip(chain.iter().skip(at + 1));
+        let above = above.filter_map(|(place, key)| {
+            let layer = self.of(record.owner, key)?;
+            Some(layer.created.saturating_sub((place - at) as u64))
+        });
+        let limit = children.chain(above).min().or_else(|| {
+            // What builds on layers above of which nothing is known may be any of these.
+            let later = self.known.values().map(|other| other.created);
+            let oldest = later.filter(|created| *created > below).min();
+            oldest.map(|oldest| oldest.saturating_sub((chain.len() - at) as u64))
+        });
+        limit.unwrap_or_else(|| self.now())
     }
 
     fn now(&mut self) -> u64 {

@@ -115,8 +115,7 @@ impl Snapshotter {
             packed: Some(packed),
             usage: Some(self.packed.usage(packed)),
         };
-        let child = chain.get(at + 1).map(String::as_str);
-        let is_made = self.catalog.replace_damaged(record, child)?;
+        let is_made = self.catalog.replace_damaged(record, chain, at)?;
         if is_made {
             // It is the record's now.
             std::mem::forget(held);

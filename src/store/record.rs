@@ -100,6 +100,14 @@ pub struct Damaged {
 }
 
 impl Damaged {
+    /// The same of a record of which plyd knows all that it said.
+    pub fn known(self) -> Self {
+        Self {
+            remedy: "`snapctl system repair` writes it again as it was, as long as this plyd runs",
+            ..self
+        }
+    }
+
     /// What is wrong, without what to do about it.
     pub fn fact(&self) -> String {
         let path = self.path.display();

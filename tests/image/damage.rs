@@ -262,6 +262,11 @@ fn each_damaged_record_is_named_while_plyd_runs() {
             let problem = format!("the record {} cannot be used: {why}; ", path.display());
             let line = told.stdout.lines().next().unwrap();
             assert!(line.starts_with(of.as_str()), "{line}");
+            // Whoever restarted plyd instead would lose what it said.
+            let again =
+                "; `snapctl system repair` writes it again as it was, as long as this plyd runs";
+            let is_told = line.ends_with(again);
+            assert_eq!(is_told, *is_known && !of.starts_with("layer"), "{line}");
             assert!(line.contains(&problem), "{line}");
 
             let repaired = plyd.snapctl(["system", "repair"]);
@@ -411,6 +416,66 @@ fn a_record_that_is_damaged_when_plyd_starts_is_told_once_and_made_anew_with_its
     );
     assert_eq!(blobs(&plyd.json(["layer", "ls", "--json"])), good);
     assert_sound(&plyd);
+}
+
+/// Such a record could not be mended, and whoever deleted it, as he was told to, could not load the image again: what built on the
+/// snapshot was in the way.
+#[test]
+fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    // In order of creation.
+    let listed = plyd.ok(["snapshot", "ls", "-q"]);
+    let tree = plyd.ok(["snapshot", "tree"]);
+    let mut records = files(&plyd, "snapshots/records", ".record");
+    let text = |path: &Path| fs::read_to_string(path).unwrap();
+    records.retain(|path| text(path).contains("\"image\""));
+    records.sort_by_key(|path| !text(path).contains("\"parent\":null"));
+    assert_eq!(records.len(), 2);
+    let good = fs::read(&records[1]).unwrap();
+    let (lower, upper) = records.split_at(1);
+    for (broken, lose_index) in [
+        (lower, false),
+        (upper, false),
+        (&records[..], false),
+        (lower, true),
+        (upper, true),
+    ] {
+        plyd.signal(Signal::SIGTERM);
+        broken.iter().for_each(|record| drop(break_record(record)));
+        if lose_index {
+            fs::remove_dir_all(plyd.root().join("index")).unwrap();
+        }
+        plyd.launch();
+        let told = "`snapctl system repair` makes that of an image's layer anew; else ";
+        assert!(plyd.log().contains(told), "{}", plyd.log());
+        // What is of a layer stays while nobody can say that it has a snapshot.
+        let other = Layer::new().file("x", 0o644, b"x");
+        load(&plyd, &archive("other", &[Blob::gzip(other)]));
+        plyd.ok(["image", "rm", "other"]);
+        assert_eq!(faults(&plyd).len(), broken.len());
+        let repaired = plyd.snapctl(["system", "repair"]);
+        let made = repaired
+            .stdout
+            .matches("was made anew from what the image says\n");
+        // Which record that of the upper layer was only the index can tell.
+        let is_known = !(lose_index && broken == upper);
+        assert_eq!(made.count(), if is_known { broken.len() } else { 0 });
+        assert_eq!(repaired.code, i32::from(!is_known), "{}", repaired.stdout);
+        if is_known {
+            assert_sound(&plyd);
+            assert_eq!(plyd.ok(["snapshot", "tree"]), tree);
+            assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), listed);
+        }
+    }
+    plyd.signal(Signal::SIGTERM);
+    fs::write(&upper[0], &good).unwrap();
+    plyd.launch();
+    assert_sound(&plyd);
+    let mnt = mount(&plyd, "work");
+    assert_eq!(fs::read(mnt.join("file 7")).unwrap(), b"file 7");
+    plyd.umount(&mnt);
 }
 
 /// Its figures were guesses, and nothing said so.

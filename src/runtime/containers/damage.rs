@@ -17,7 +17,8 @@ impl Containers {
             match entries.iter().find(|entry| entry.id == damaged.id) {
                 Some(entry) if !self.is_unsound(entry) => {}
                 Some(entry) => {
-                    found.push((damaged, format!("the container {}", entry.record.name)))
+                    let of = format!("the container {}", entry.record.name);
+                    found.push((damaged.known(), of));
                 }
                 None => {
                     let of = format!("the container {}", damaged.id);
