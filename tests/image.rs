@@ -2,6 +2,7 @@
 //! busybox-static and containerd.
 //!
 //! - `care`: what the store takes, and its repair;
+//! - `damage`: views and records that are not what they were;
 //! - `good`: what is accepted, and what comes of it;
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
@@ -20,6 +21,8 @@ mod archive;
 mod care;
 #[path = "cli/common.rs"]
 mod common;
+#[path = "image/damage.rs"]
+mod damage;
 #[path = "image/good.rs"]
 mod good;
 #[path = "image/hostile.rs"]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::error::Result;
 use super::origin::Origin;
-use super::types::{Attr, FileKind};
+use super::types::{Attr, Damage, FileKind};
 use crate::store::view::StoredPart;
 
 /// A read-only layer.
@@ -25,9 +25,9 @@ pub trait Lower: Send + Sync {
     fn decodes_origins(&self) -> bool;
     /// Free space and sizes, for a union without an upper.
     fn statfs(&self) -> Result<super::types::StatFs>;
-    /// Contents that could not be used when they were last read, as far as the layer can tell.
-    fn damaged_contents(&self) -> u64 {
-        0
+    /// What could not be used when it was last read, as far as the layer can tell.
+    fn damage(&self) -> Damage {
+        Damage::default()
     }
 }
 

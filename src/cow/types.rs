@@ -263,6 +263,15 @@ pub struct UnionConfig {
     pub chunking: Chunking,
 }
 
+/// What of packed layers could not be used when it was last read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Damage {
+    /// Contents.
+    pub contents: u64,
+    /// Something of the merged view itself.
+    pub view: bool,
+}
+
 /// The writable layer.
 #[derive(Clone, Debug)]
 pub struct UpperConfig {

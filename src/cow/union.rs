@@ -15,7 +15,7 @@ use super::node::Table;
 use super::number::Numbers;
 use super::owner::Owners;
 use super::stat_override::StatOverride;
-use super::types::{Chunking, NodeId, Quiet, XattrFamily};
+use super::types::{Chunking, Damage, NodeId, Quiet, XattrFamily};
 use super::upper::Upper;
 
 /// The union itself; every method may be called from any thread. Each operation is in the file that is
@@ -59,12 +59,13 @@ impl Union {
         self.upper.is_none()
     }
 
-    /// Contents of packed layers that could not be used when they were last read.
-    pub fn damaged_contents(&self) -> u64 {
-        self.lowers
-            .iter()
-            .map(|lower| lower.damaged_contents())
-            .sum()
+    /// What of packed layers could not be used when it was last read.
+    pub fn damage(&self) -> Damage {
+        let each = self.lowers.iter().map(|lower| lower.damage());
+        each.fold(Damage::default(), |all, one| Damage {
+            contents: all.contents + one.contents,
+            view: all.view || one.view,
+        })
     }
 
     /// Says that attributes of a node have changed without a request for it.

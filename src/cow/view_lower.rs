@@ -15,7 +15,7 @@ use super::attr::statfs_of;
 use super::error::{Error, Result};
 use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject, Stored};
 use super::origin::Origin;
-use super::types::{Attr, FileKind, StatFs, Timestamp, XattrFamily};
+use super::types::{Attr, Damage, FileKind, StatFs, Timestamp, XattrFamily};
 use crate::store::view::{View, ViewFile};
 use crate::store::{self, Inode, Time};
 use crate::sys::fs;
@@ -77,8 +77,12 @@ impl Lower for ViewLower {
         true
     }
 
-    fn damaged_contents(&self) -> u64 {
-        self.shared.view.damaged() as u64
+    fn damage(&self) -> Damage {
+        let view = &self.shared.view;
+        Damage {
+            contents: view.damaged() as u64,
+            view: view.is_damaged(),
+        }
     }
 
     fn statfs(&self) -> Result<StatFs> {

@@ -23,7 +23,7 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use parking_lot::Mutex;
 
 use super::server::Flusher;
-use crate::cow::Error as UnionError;
+use crate::cow::{Damage, Error as UnionError};
 use crate::sys::fd_passing::{accept, recv_with_fds, send_with_fds};
 
 /// The version of the protocol that this build speaks.
@@ -49,6 +49,9 @@ pub struct Hello {
     /// Contents of packed layers that could not be used when they were last read.
     #[serde(default)]
     pub damaged: u64,
+    /// Something of the merged view could not.
+    #[serde(default)]
+    pub damaged_view: bool,
 }
 
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
@@ -119,8 +122,8 @@ pub struct Controlled {
     pub device: OwnedFd,
     /// There once the kernel's INIT has been answered.
     pub flusher: OnceLock<Flusher>,
-    /// Contents that could not be used when they were last read.
-    pub damaged: Box<dyn Fn() -> u64 + Send + Sync>,
+    /// What could not be used when it was last read.
+    pub damaged: Box<dyn Fn() -> Damage + Send + Sync>,
     /// Called by `stop`.
     pub stop: Box<dyn Fn() + Send + Sync>,
 }
@@ -225,13 +228,17 @@ fn serve_connection(connection: &OwnedFd, controlled: &Controlled) -> io::Result
 
 fn perform(operation: Operation, controlled: &Controlled) -> Outcome {
     match operation {
-        Operation::Hello { version: VERSION } => Outcome::Hello(Hello {
-            version: VERSION,
-            pid: std::process::id(),
-            release: env!("CARGO_PKG_VERSION").to_owned(),
-            serving: controlled.flusher.get().is_some(),
-            damaged: (controlled.damaged)(),
-        }),
+        Operation::Hello { version: VERSION } => {
+            let damage = (controlled.damaged)();
+            Outcome::Hello(Hello {
+                version: VERSION,
+                pid: std::process::id(),
+                release: env!("CARGO_PKG_VERSION").to_owned(),
+                serving: controlled.flusher.get().is_some(),
+                damaged: damage.contents,
+                damaged_view: damage.view,
+            })
+        }
         Operation::Hello { version } => Outcome::Failed {
             errno: Some(libc::EPROTONOSUPPORT),
             message: format!(
@@ -434,7 +441,10 @@ mod tests {
         let controlled = Controlled {
             device: File::open("/proc/self/comm").unwrap().into(),
             flusher: OnceLock::new(),
-            damaged: Box::new(|| 7),
+            damaged: Box::new(|| Damage {
+                contents: 7,
+                view: true,
+            }),
             stop: Box::new(move || flag.store(true, Ordering::SeqCst)),
         };
         server.serve(Arc::new(controlled)).unwrap();
@@ -517,7 +527,7 @@ mod tests {
         let controlled = Controlled {
             device: File::open("/dev/null").unwrap().into(),
             flusher: OnceLock::new(),
-            damaged: Box::new(|| 0),
+            damaged: Box::new(Damage::default),
             stop: Box::new(|| {}),
         };
         let outcome = perform(

@@ -311,7 +311,7 @@ fn serve_mount(
             let controlled = Arc::new(Controlled {
                 device: device.try_clone().map_err(DaemonError::FuseFd)?,
                 flusher: OnceLock::new(),
-                damaged: Box::new(move || damaged_in.damaged_contents()),
+                damaged: Box::new(move || damaged_in.damage()),
                 stop: Box::new(|| tracing::info!("asked to end with the mount")),
             });
             server

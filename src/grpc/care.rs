@@ -1,4 +1,4 @@
-//! The part of `plywood.v1.System` that looks after the packed layers.
+//! The part of `plywood.v1.System` that collects what no layer needs, and looks for damage.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,11 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use super::damage::{self, Stores};
 use super::pb::plywood as api;
+use crate::image::ImageStore;
+use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
 use crate::store::ingest::Observer;
 use crate::store::verify::{Fault, Told};
-use crate::store::{self, LayerName};
+use crate::store::{self, LayerName, record};
 
 /// Answers that wait for the client.
 pub(super) const ANSWERS_WAITING: usize = 32;
@@ -32,26 +35,45 @@ pub(super) fn collect(snapshotter: &Snapshotter, dry_run: bool) -> api::CollectR
     }
 }
 
-pub(super) fn verify(
-    snapshotter: &Snapshotter,
+fn verify(
+    stores: Stores<'_>,
     deep: bool,
     answers: mpsc::Sender<Result<api::VerifyResponse, Status>>,
 ) {
     let client = Client {
-        snapshotter,
+        snapshotter: stores.snapshotter,
         answers,
         gone: AtomicBool::new(false),
     };
-    for layer in unknown_layers(snapshotter) {
-        client.fault(Fault {
-            layer: Some(layer),
-            path: None,
-            error: store::Error::NoLayer {
-                layer: layer.to_string(),
-            },
-        });
+    if let Err(status) = client.verify(stores, deep) {
+        // A client that has gone does not hear it.
+        let _ = client.answers.blocking_send(Err(status));
     }
-    snapshotter.packed_layers().verify(deep, &client);
+}
+
+impl Client<'_> {
+    fn verify(&self, stores: Stores<'_>, deep: bool) -> Result<(), Status> {
+        let layers = stores.snapshotter.packed_layers();
+        let with_damaged_record = layers.damaged();
+        for layer in unknown_layers(stores.snapshotter) {
+            // Of these the record is told.
+            if with_damaged_record.contains(&layer) {
+                continue;
+            }
+            self.fault(Fault {
+                layer: Some(layer),
+                path: None,
+                error: store::Error::NoLayer {
+                    layer: layer.to_string(),
+                },
+            });
+        }
+        for fault in stores.records()?.into_iter().chain(stores.views(self)?) {
+            self.answer(api::verify_response::Event::Fault(fault));
+        }
+        layers.verify(deep, self);
+        Ok(())
+    }
 }
 
 /// Layers that have no record that can be used, though something needs them or a record is there.
@@ -100,7 +122,14 @@ impl Told for Client<'_> {
                 Vec::new()
             }
         };
+        let of_record = match &fault.error {
+            store::Error::Record(record::Error::Damaged(damaged)) => {
+                damage::record_fault(damaged, String::new())
+            }
+            _ => api::Fault::default(),
+        };
         self.answer(api::verify_response::Event::Fault(api::Fault {
+            kind: damage::kind_of(&fault).to_owned(),
             layer: fault
                 .layer
                 .map(|layer| layer.to_string())
@@ -108,7 +137,7 @@ impl Told for Client<'_> {
             path: fault.path.unwrap_or_default(),
             problem: fault.error.problem(),
             snapshots,
-            ..api::Fault::default()
+            ..of_record
         }));
     }
 
@@ -124,9 +153,16 @@ impl Told for Client<'_> {
 
 /// Starts `verify` on a thread that may block.
 pub(super) fn start_verify(
-    snapshotter: Arc<Snapshotter>,
+    (snapshotter, images, containers): (Arc<Snapshotter>, Arc<ImageStore>, Containers),
     deep: bool,
     answers: mpsc::Sender<Result<api::VerifyResponse, Status>>,
 ) {
-    tokio::task::spawn_blocking(move || verify(&snapshotter, deep, answers));
+    tokio::task::spawn_blocking(move || {
+        let stores = Stores {
+            snapshotter: &snapshotter,
+            images: &images,
+            containers: &containers,
+        };
+        verify(stores, deep, answers);
+    });
 }

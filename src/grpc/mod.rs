@@ -7,6 +7,7 @@
 mod care;
 mod container;
 mod content;
+mod damage;
 mod diff;
 mod filter;
 mod images;

@@ -2,6 +2,8 @@
 //!
 //! Where a layer's stream comes from: an archive that the client sends, or containerd's content store.
 
+mod records;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::PathBuf;
@@ -14,13 +16,16 @@ use tonic::Status;
 
 use super::care;
 use super::content::{self, Caller, Content};
+use super::damage::{self, Stores};
 use super::images::{Archive, progress_message};
 use super::layers::shown;
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
+use crate::runtime::containers::Containers;
 use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
 use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
+use crate::store::repair::ViewCure;
 use crate::store::verify::{Fault, Told};
 use crate::store::{self, LayerName};
 
@@ -30,6 +35,7 @@ use api::repair_response::Event;
 pub(super) struct Repair {
     pub(super) snapshotter: Arc<Snapshotter>,
     pub(super) images: Arc<ImageStore>,
+    pub(super) containers: Containers,
     pub(super) content: Content,
     /// For what does not block.
     pub(super) runtime: Handle,
@@ -69,28 +75,46 @@ impl Repair {
                 format!("the index had lost {lost} names, which lead to their records again"),
             ),
             Err(error) => self.tell(Event::Left(api::Fault {
+                kind: "index".to_owned(),
                 problem: error.to_string(),
                 advice: "end plyd, delete ROOT/index, and start plyd again".to_owned(),
                 ..api::Fault::default()
             })),
         }
-        self.mend_without_source();
+        self.mend_records()?;
+        self.mend_without_source()?;
+        self.restore_records()?;
         let mut patients = self.examine()?;
         if let Some((mut archive, total)) = archive
-            && !patients.is_empty()
+            && self.needs_archive(&patients)?
         {
             let restored = self
                 .images
                 .with_layers(&mut archive, total, self, |layers| {
                     self.restore_from_archive(&mut patients, layers);
+                    self.learn_blobs(layers);
                 });
-            restored.map_err(Status::from)?;
+            let ((), records) = restored.map_err(Status::from)?;
+            for of in records {
+                let what = format!("the record of {of} was made anew from the archive");
+                self.mended(None, what);
+            }
         }
         self.restore_from_containerd(&mut patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
-        self.mend_without_source();
+        self.mend_without_source()?;
         for (layer, patient) in patients {
             self.tell_what_is_left(layer, patient);
+        }
+        let stores = self.stores();
+        for view in stores.views(self)? {
+            self.tell(Event::Left(api::Fault {
+                advice: "it can be neither restored nor removed, as plyd's log says".to_owned(),
+                ..view
+            }));
+        }
+        for record in stores.records()? {
+            self.tell(Event::Left(record));
         }
         for fault in self.snapshotter.packed_layers().verify_packs() {
             let advice = match fault.error {
@@ -100,6 +124,7 @@ impl Repair {
                 }
             };
             self.tell(Event::Left(api::Fault {
+                kind: damage::kind_of(&fault).to_owned(),
                 problem: fault.error.problem(),
                 advice: advice.to_owned(),
                 ..api::Fault::default()
@@ -108,18 +133,37 @@ impl Repair {
         Ok(())
     }
 
-    fn mend_without_source(&self) {
-        let mended = self.snapshotter.packed_layers().mend(self);
-        for layer in mended.records {
-            let what = format!("the record of the layer {layer} was made anew from its index");
+    fn stores(&self) -> Stores<'_> {
+        Stores {
+            snapshotter: &self.snapshotter,
+            images: &self.images,
+            containers: &self.containers,
+        }
+    }
+
+    fn mend_without_source(&self) -> Result<(), Status> {
+        let stores = self.stores();
+        let views = stores.known_views()?;
+        let mended = self.snapshotter.packed_layers().mend(&views.chains(), self);
+        for layer in mended.rewritten {
+            let what = format!("the record of the layer {layer} was written again as it was");
             self.mended(Some(layer), what);
         }
+        self.claim_blobs(&mended.records);
         for view in mended.views {
-            let view = view.display();
-            self.mended(
-                None,
-                format!("the damaged view {view} was removed; it is built again when it is needed"),
-            );
+            let known = views.describe(view.key, None);
+            let (of, path) = (known.of, view.path.display());
+            let what = match view.cure {
+                ViewCure::Restored => format!("{of} was damaged, and {path} is what it was again"),
+                ViewCure::Removed => format!(
+                    "{of} was damaged, and {path} was removed; it is built again when it is needed"
+                ),
+                ViewCure::RemovedBelow => format!(
+                    "{of} was damaged, and {path} was removed; what has it mounted keeps the damaged one until it is mounted again: {}",
+                    or_unknown(&known.mounted)
+                ),
+            };
+            self.mended(None, what);
         }
         for pack in mended.put_back {
             let pack = pack.display();
@@ -138,6 +182,18 @@ impl Repair {
         for error in mended.errors {
             tracing::warn!(%error, "something cannot be mended without a source");
         }
+        Ok(())
+    }
+
+    /// Whether an archive might mend something.
+    fn needs_archive(&self, patients: &Patients) -> Result<bool, Status> {
+        Ok(!patients.is_empty()
+            || !self.snapshotter.packed_layers().without_blob().is_empty()
+            || !self
+                .images
+                .damaged_records()
+                .map_err(Status::from)?
+                .is_empty())
     }
 
     /// Reads everything and answers what is not sound, also layers that have no record any more.
@@ -156,6 +212,9 @@ impl Repair {
             }
         }
         for layer in care::unknown_layers(&self.snapshotter) {
+            if patients.contains_key(&layer) {
+                continue;
+            }
             let mut faults = layers.verify_layer(layer, true, self);
             if faults.is_empty() {
                 // All there but the record, which could not be made anew.
@@ -324,12 +383,14 @@ impl Repair {
             .collect();
         for fault in patient.faults {
             self.tell(Event::Left(api::Fault {
+                kind: damage::kind_of(&fault).to_owned(),
                 layer: layer.to_string(),
                 path: fault.path.unwrap_or_default(),
                 problem: fault.error.problem(),
                 snapshots: snapshots.clone(),
                 images: patient.images.clone(),
                 advice: advice.clone(),
+                ..api::Fault::default()
             }));
         }
     }
@@ -347,6 +408,13 @@ impl Repair {
         let _ = self
             .answers
             .blocking_send(Ok(api::RepairResponse { event: Some(event) }));
+    }
+}
+
+fn or_unknown(mounted: &str) -> &str {
+    match mounted {
+        "" => "a plyfs that plyd does not know",
+        mounted => mounted,
     }
 }
 

@@ -102,10 +102,11 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         let request = request.into_inner();
         self.with(move |snapshotter, named| {
             let found = find(snapshotter, named, &request.key, &request.owner)?;
-            let damaged = snapshotter.damaged_contents([&found]);
+            let damage = snapshotter.damage([&found]).remove(&found.id);
             Ok(api::InfoResponse {
                 snapshot: Some(api::Snapshot {
-                    damaged_contents: damaged.get(&found.id).copied(),
+                    damaged_contents: damage.map(|damage| damage.contents),
+                    damaged_view: damage.map(|damage| damage.view),
                     ..describe(found)
                 }),
             })
@@ -423,6 +424,7 @@ fn describe(info: SnapshotInfo) -> api::Snapshot {
         layer_dirs: info.layer_dirs.into_iter().map(text).collect(),
         packed_layers: info.packed_layers.into_iter().map(String::from).collect(),
         damaged_contents: None,
+        damaged_view: None,
     }
 }
 

@@ -18,11 +18,18 @@ use crate::store;
 pub(super) fn disk_usage(
     root: &Path,
     snapshotter: &Snapshotter,
-    images: &ImageStore,
+    store: &ImageStore,
     containers: &Containers,
 ) -> Result<api::DiskUsageResponse, Status> {
-    let (images, chains): (Vec<_>, Vec<_>) = images.chains().into_iter().unzip();
+    let (images, chains): (Vec<_>, Vec<_>) = store.chains().into_iter().unzip();
     let space = snapshotter.space(&chains)?;
+    let mut problems = space.problems;
+    for (damaged, of) in store.unknown_images() {
+        let why = damaged.fact();
+        problems.push(format!(
+            "{of} is not shown, and its layers are shown as snapshots: {why}"
+        ));
+    }
     let beside = Beside::look(root)?;
     let mut users: Vec<api::DiskUser> = images
         .iter()
@@ -33,25 +40,40 @@ pub(super) fn disk_usage(
     for (snapshot, taken) in &space.snapshots {
         users.push(of_snapshot(snapshot, *taken, containers));
     }
+    let undivided = match space.unclaimed {
+        Some(_) => None,
+        None => Some(space.undivided + beside.unclaimed),
+    };
     for (kind, on_disk) in [
-        ("views", space.store.views),
-        ("packs", space.store.packs),
+        ("views", Some(space.store.views)),
+        ("packs", Some(space.store.packs)),
         (
             "records",
-            space.records + space.store.records + beside.records,
+            Some(space.records + space.store.records + beside.records),
         ),
-        ("containers", beside.containers),
-        ("uncollected", space.unclaimed + beside.unclaimed),
-        ("other", beside.other),
+        ("containers", Some(beside.containers)),
+        (
+            "uncollected",
+            space.unclaimed.map(|bytes| bytes + beside.unclaimed),
+        ),
+        ("undivided", undivided),
+        ("other", Some(beside.other)),
     ] {
+        if kind == "undivided" && on_disk.is_none() {
+            continue;
+        }
         let taken = Taken {
             on_disk,
             ..Taken::default()
         };
         users.push(user(kind, String::new(), "", taken));
     }
-    let total = users.iter().map(|user| user.on_disk).sum();
-    Ok(api::DiskUsageResponse { users, total })
+    let total = users.iter().filter_map(|user| user.on_disk).sum();
+    Ok(api::DiskUsageResponse {
+        users,
+        total,
+        problems,
+    })
 }
 
 fn of_snapshot(snapshot: &SnapshotInfo, taken: Taken, containers: &Containers) -> api::DiskUser {

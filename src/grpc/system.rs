@@ -9,11 +9,13 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::care;
 use super::content::Content;
+use super::damage::Stores;
 use super::images::Archive;
 use super::pb::plywood as api;
 use super::repair::Repair;
 use super::space;
 use super::status::blocking;
+use crate::cow::Damage;
 use crate::fuse::probe;
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
@@ -74,8 +76,9 @@ impl api::system_server::System for Service {
         request: Request<api::VerifyRequest>,
     ) -> Result<Response<Self::VerifyStream>, Status> {
         let (answers, answered) = mpsc::channel(care::ANSWERS_WAITING);
-        let snapshotter = Arc::clone(&self.snapshotter);
-        care::start_verify(snapshotter, request.into_inner().deep, answers);
+        let (snapshotter, images) = (Arc::clone(&self.snapshotter), Arc::clone(&self.images));
+        let stores = (snapshotter, images, self.containers.clone());
+        care::start_verify(stores, request.into_inner().deep, answers);
         Ok(Response::new(ReceiverStream::new(answered)))
     }
 
@@ -102,6 +105,7 @@ impl api::system_server::System for Service {
         let repair = Repair {
             snapshotter: Arc::clone(&self.snapshotter),
             images: Arc::clone(&self.images),
+            containers: self.containers.clone(),
             content: self.content.clone(),
             runtime: tokio::runtime::Handle::current(),
             answers,
@@ -130,6 +134,7 @@ impl api::system_server::System for Service {
         let place = self.place.clone();
         let snapshotter = Arc::clone(&self.snapshotter);
         let images = Arc::clone(&self.images);
+        let all_containers = self.containers.clone();
         let oci_runtime = match self.containers.oci_runtime().await {
             Ok(found) => api::OciRuntime {
                 path: found.path.to_string_lossy().into_owned(),
@@ -155,7 +160,13 @@ impl api::system_server::System for Service {
             let kernel = nix::sys::utsname::uname()
                 .map(|name| name.release().to_string_lossy().into_owned())
                 .map_err(|errno| Status::internal(format!("uname fails: {errno}")))?;
-            let damaged = snapshotter.damaged_contents(&snapshots);
+            let damage = snapshotter.damage(&snapshots);
+            let stores = Stores {
+                snapshotter: &snapshotter,
+                images: &images,
+                containers: &all_containers,
+            };
+            let is_damaged = |damage: &&Damage| damage.contents > 0 || damage.view;
             Ok::<_, Status>(Response::new(api::InfoSystemResponse {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 kernel,
@@ -171,8 +182,10 @@ impl api::system_server::System for Service {
                 containers: containers as u64,
                 containers_running: running as u64,
                 cgroups,
-                damaged_contents: damaged.values().sum(),
-                damaged_mounts: damaged.values().filter(|contents| **contents > 0).count() as u64,
+                damaged_contents: damage.values().map(|damage| damage.contents).sum(),
+                damaged_mounts: damage.values().filter(is_damaged).count() as u64,
+                damaged_views: damage.values().filter(|damage| damage.view).count() as u64,
+                damaged_records: stores.damaged_records()?,
             }))
         })
         .await

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::SystemTime;
 
+use oci_spec::image::ImageManifest;
 use serde::{Deserialize, Serialize};
 
 use super::{Image, Result};
@@ -41,6 +42,7 @@ pub(super) struct ImageRecord {
 impl Record for ImageRecord {
     const KIND: &'static str = "image";
     const VERSION: u32 = 1;
+    const REMEDY: &'static str = "`snapctl image load` of the image's archive writes it anew; or restore it from a backup, or delete the file to give the image up, and start plyd again";
 }
 
 /// A name, as it is kept.
@@ -54,6 +56,7 @@ pub(super) struct NameRecord {
 impl Record for NameRecord {
     const KIND: &'static str = "image-name";
     const VERSION: u32 = 1;
+    const REMEDY: &'static str = "`snapctl image load` of an archive with that name writes it anew; or restore it from a backup, or delete the file to give the name up, and start plyd again";
 }
 
 /// All records, and what of them is looked at often.
@@ -68,6 +71,12 @@ pub(super) struct Records {
     damaged: BTreeMap<String, Damaged>,
     /// The same of names, by the hashes that are their records' ids.
     damaged_names: BTreeMap<String, Damaged>,
+}
+
+/// Records that cannot be used.
+pub(super) struct Unsound {
+    pub(super) images: Vec<Damaged>,
+    pub(super) names: Vec<Damaged>,
 }
 
 #[derive(Debug)]
@@ -172,6 +181,45 @@ impl Records {
         self.damaged().chain(self.damaged_names.values()).next()
     }
 
+    /// Records that cannot be used now, or are gone though what they are of is not.
+    pub(super) fn examine(&self) -> Result<Unsound> {
+        let names = self.by_name.keys().map(|name| key(name));
+        Ok(Unsound {
+            images: self.images.examine(self.known.keys().cloned())?,
+            names: self.names.examine(names)?,
+        })
+    }
+
+    /// The name whose record has the id, if that is known.
+    pub(super) fn name_of(&self, record: &str) -> Option<&str> {
+        let mut names = self.by_name.keys();
+        names.find(|name| key(name) == record).map(String::as_str)
+    }
+
+    /// An image, whose record need not be sound, in words.
+    pub(super) fn words(&self, id: &str) -> String {
+        format!("the image {}", self.names_of(id).first().unwrap_or(&id))
+    }
+
+    /// Names of an image whose record need not be sound.
+    fn names_of(&self, id: &str) -> Vec<&str> {
+        let names = self.by_name.iter().filter(|(_, of)| *of == id);
+        names.map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The blob that the manifest of an image says to have the content `diff_id`, and an image that says so.
+    pub(super) fn blob_of(&self, diff_id: &str) -> Option<(String, Image)> {
+        self.known.iter().find_map(|(id, known)| {
+            let mut diff_ids = known.image.diff_ids.iter();
+            let place = diff_ids.position(|of| of == diff_id)?;
+            // Without its record another image may know.
+            let record = self.images.get(id).ok()??;
+            let manifest: ImageManifest = serde_json::from_str(&record.manifest).ok()?;
+            let blob = manifest.layers().get(place)?.digest().to_string();
+            Some((blob, self.with_names(id, known)))
+        })
+    }
+
     /// One image.
     pub(super) fn image(&self, id: &str) -> Option<Image> {
         self.known.get(id).map(|known| self.with_names(id, known))
@@ -217,14 +265,15 @@ impl Records {
     }
 
     fn with_names(&self, id: &str, known: &Known) -> Image {
-        let names = self.by_name.iter().filter(|(_, of)| *of == id);
+        let names = self.names_of(id).into_iter();
         Image {
-            names: names.map(|(name, _)| name.clone()).collect(),
+            names: names.map(str::to_owned).collect(),
             ..known.image.clone()
         }
     }
 }
 
-fn key(name: &str) -> String {
+/// The id of a name's record.
+pub(super) fn key(name: &str) -> String {
     blake3::hash(name.as_bytes()).to_hex().to_string()
 }

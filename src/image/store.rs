@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use oci_spec::image::ImageConfiguration;
 use parking_lot::Mutex;
 
-use super::records::{ImageRecord, Records};
+use super::records::{self, ImageRecord, Records, Unsound};
 use super::unpack::Unpacker;
 use super::{
     Error, Image, ImageConfig, ImageDetails, Loaded, Observer, Removed, ResolvedImage, Result,
@@ -72,20 +72,22 @@ impl ImageStore {
         loaded
     }
 
-    /// Takes in an archive as [`load`](Self::load) does and hands its layers to `work`, each as the file with its blob by
-    /// its diff id. Nothing of it stays.
+    /// Takes in an archive as [`load`](Self::load) does, hands its layers to `work`, each as the file with its blob by its diff
+    /// id, and writes records that cannot be used anew if it has what they said. Answers also what records these were, in
+    /// words. Nothing else of it stays.
     pub fn with_layers<T>(
         &self,
         archive: &mut dyn Read,
         total: u64,
         observer: &dyn Observer,
         work: impl FnOnce(&HashMap<String, PathBuf>) -> T,
-    ) -> Result<T> {
+    ) -> Result<(T, Vec<String>)> {
         let spool = self.spool(archive, total, observer)?;
         let archived = archive::images(&spool, None)?;
         let layers = archived.iter().flat_map(|image| &image.layers);
         let by_diff_id = layers.map(|layer| (layer.diff_id.clone(), layer.file.path.clone()));
-        Ok(work(&by_diff_id.collect()))
+        let done = work(&by_diff_id.collect());
+        Ok((done, self.restore_records(&archived)?))
     }
 
     /// All images, ordered by name; those without one last.
@@ -102,6 +104,83 @@ impl ImageStore {
     /// [`Owner::Image`](crate::snapshotter::Owner).
     pub fn chains(&self) -> Vec<(Image, Vec<String>)> {
         self.records.lock().chains().collect()
+    }
+
+    /// Records that cannot be used now, or are gone though what they are of is not, each with what that is, in words.
+    pub fn damaged_records(&self) -> Result<Vec<(Damaged, String)>> {
+        let records = self.records.lock();
+        let Unsound { images, names } = records.examine()?;
+        let images = images.into_iter().map(|damaged| {
+            let of = records.words(&damaged.id);
+            (damaged, of)
+        });
+        let names = names
+            .into_iter()
+            .map(|damaged| match records.name_of(&damaged.id) {
+                Some(name) => (damaged.known(), format!("the name {name} of an image")),
+                None => (damaged, "a name of an image".to_owned()),
+            });
+        Ok(images.chain(names).collect())
+    }
+
+    /// Records of images that could not be used when plyd started, each with what it is of, in words: of these nothing is known.
+    pub fn unknown_images(&self) -> Vec<(Damaged, String)> {
+        let records = self.records.lock();
+        let damaged = records.damaged().cloned();
+        damaged
+            .map(|damaged| {
+                let of = records.words(&damaged.id);
+                (damaged, of)
+            })
+            .collect()
+    }
+
+    /// Writes records anew of which all is known and that cannot be used, or are gone; says what they are of, in words.
+    pub fn mend_records(&self) -> Result<Vec<String>> {
+        let mut records = self.records.lock();
+        let mut mended = Vec::new();
+        for damaged in records.examine()?.names {
+            let name = records.name_of(&damaged.id).map(str::to_owned);
+            let image = name.as_deref().and_then(|name| records.named(name));
+            if let Some((name, image)) = name.zip(image.map(str::to_owned)) {
+                records.put_name(&name, &image)?;
+                mended.push(format!("the name {name} of an image"));
+            }
+        }
+        Ok(mended)
+    }
+
+    /// The blob that the manifest of an image says to have the content `diff_id`, and an image that says so.
+    pub fn blob_of(&self, diff_id: &str) -> Option<(String, Image)> {
+        self.records.lock().blob_of(diff_id)
+    }
+
+    /// Writes those records anew that cannot be used and of which the archive has what they said.
+    fn restore_records(&self, archived: &[archive::ArchivedImage]) -> Result<Vec<String>> {
+        let mut mended = Vec::new();
+        for image in archived {
+            let id = id_of(image);
+            let chain_ids = unpack::chain_ids(image.layers.iter().map(|l| l.diff_id.as_str()));
+            let _pin = self.unpacker.pin(&chain_ids);
+            let Some(size) = self.unpacker.size(&chain_ids)? else {
+                continue;
+            };
+            let mut records = self.records.lock();
+            let Unsound { images, names } = records.examine()?;
+            if images.iter().any(|damaged| damaged.id == id) {
+                records.put(id, &record_of(image, chain_ids, size))?;
+                let name = image.names.first().map_or(id, String::as_str);
+                mended.push(format!("the image {name}"));
+            }
+            for name in &image.names {
+                let is_damaged = names.iter().any(|damaged| damaged.id == records::key(name));
+                if is_damaged && records.image(id).is_some() {
+                    records.put_name(name, id)?;
+                    mended.push(format!("the name {name} of an image"));
+                }
+            }
+        }
+        Ok(mended)
     }
 
     /// One image by name, digest or unique prefix of its id.
@@ -203,19 +282,7 @@ impl ImageStore {
             let chain_ids = unpack::chain_ids(image.layers.iter().map(|l| l.diff_id.as_str()));
             pins.push(self.unpacker.pin(&chain_ids));
             let size = self.unpacker.ensure(&image.layers, &chain_ids, observer)?;
-            let configuration = &image.configuration;
-            let record = ImageRecord {
-                manifest_digest: image.manifest.digest.clone(),
-                manifest: image.manifest.json.clone(),
-                config: image.config.json.clone(),
-                diff_ids: image.layers.iter().map(|l| l.diff_id.clone()).collect(),
-                chain_ids,
-                architecture: configuration.architecture().to_string(),
-                os: configuration.os().to_string(),
-                created: configuration.created().as_deref().and_then(parse_time),
-                size,
-            };
-            prepared.push((image, record));
+            prepared.push((image, record_of(image, chain_ids, size)));
         }
         if observer.cancelled() {
             return Err(Error::Cancelled);
@@ -246,6 +313,21 @@ impl ImageStore {
             Some(Loaded { image, given })
         });
         Ok(loaded.collect())
+    }
+}
+
+fn record_of(image: &archive::ArchivedImage, chain_ids: Vec<String>, size: u64) -> ImageRecord {
+    let configuration = &image.configuration;
+    ImageRecord {
+        manifest_digest: image.manifest.digest.clone(),
+        manifest: image.manifest.json.clone(),
+        config: image.config.json.clone(),
+        diff_ids: image.layers.iter().map(|l| l.diff_id.clone()).collect(),
+        chain_ids,
+        architecture: configuration.architecture().to_string(),
+        os: configuration.os().to_string(),
+        created: configuration.created().as_deref().and_then(parse_time),
+        size,
     }
 }
 

@@ -168,6 +168,21 @@ impl Unpacker {
         })
     }
 
+    /// Bytes of the layers of these chain ids; `None` if one is not there, or its record cannot be used.
+    pub(super) fn size(&self, chain_ids: &[String]) -> Result<Option<u64>> {
+        let mut size = 0;
+        for chain_id in chain_ids {
+            match self.snapshotter.usage(Owner::Image, chain_id) {
+                Ok(usage) => size += usage.size,
+                Err(snapshotter::Error::NotFound { .. } | snapshotter::Error::Record(_)) => {
+                    return Ok(None);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Some(size))
+    }
+
     fn exists(&self, chain_id: &str) -> Result<bool> {
         match self.snapshotter.stat(Owner::Image, chain_id) {
             Ok(_) => Ok(true),

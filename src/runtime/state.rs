@@ -41,6 +41,7 @@ pub struct RunState {
 impl Record for RunState {
     const KIND: &'static str = "container state";
     const VERSION: u32 = 1;
+    const REMEDY: &'static str = "if the container runs, it is written anew when that ends; if not, restore it from a backup, or delete the file, which forgets how the container ended, and start plyd again";
 }
 
 /// The name of a [`RunState`] in its directory.

@@ -42,6 +42,7 @@ impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
     /// 2 has packed layers.
     const VERSION: u32 = 2;
+    const REMEDY: &'static str = "`snapctl system repair` makes that of an image's layer anew; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
 }
 
 /// A snapshot with its id.
@@ -61,9 +62,9 @@ pub(super) struct Catalog {
 
 #[derive(Debug)]
 struct Changes {
-    /// Parent of every snapshot, taken from the records: whether one has children is never the
-    /// index's word.
-    parents: HashMap<String, Option<String>>,
+    /// What the records say, by their ids: whether one has children is never the index's word, and one that is damaged
+    /// can be written again.
+    known: HashMap<String, SnapshotRecord>,
     /// The last time given out: each is later than all before it, so that they give an order.
     last_time: u64,
 }
@@ -88,15 +89,15 @@ impl Catalog {
                 index.insert(&name(found.record.owner, &found.record.key), &found.id)?;
             }
         }
-        let parents = all
+        let known = all
             .iter()
-            .map(|found| (found.id.clone(), found.record.parent.clone()))
+            .map(|found| (found.id.clone(), found.record.clone()))
             .collect();
         let last_time = all.iter().map(|f| f.record.updated).max().unwrap_or(0);
         let catalog = Self {
             records,
             index,
-            changes: Mutex::new(Changes { parents, last_time }),
+            changes: Mutex::new(Changes { known, last_time }),
         };
         Ok((catalog, all, listing.damaged))
     }
@@ -122,6 +123,83 @@ impl Catalog {
         Ok(lost)
     }
 
+    /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
+    pub(super) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
+        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
+        let damaged = self.records.examine(known)?;
+        let mut found = Vec::new();
+        for damaged in damaged {
+            let of = {
+                // Nobody removes it meanwhile.
+                let changes = self.changes.lock();
+                let known = changes.known.get(&damaged.id);
+                if !self.records.is_unsound(&damaged.id, known.is_some()) {
+                    continue;
+                }
+                known.map(|record| ParentRef {
+                    owner: record.owner,
+                    key: record.key.clone(),
+                })
+            };
+            match of {
+                Some(of) => found.push((damaged.known(), Some(of))),
+                None => {
+                    let name = self.index.find(&damaged.id)?;
+                    found.push((damaged, name.and_then(|name| parse_name(&name))));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
+    pub(super) fn rewrite(&self) -> Result<Vec<ParentRef>> {
+        let mut written = Vec::new();
+        for (damaged, _) in self.damaged()? {
+            let changes = self.changes.lock();
+            let Some(record) = changes.known.get(&damaged.id) else {
+                continue;
+            };
+            self.records.put(&damaged.id, record)?;
+            written.push(ParentRef {
+                owner: record.owner,
+                key: record.key.clone(),
+            });
+        }
+        Ok(written)
+    }
+
+    /// Records `record`, of the layer `at` of an image with the keys `chain`, in place of one that cannot be used and of which it is
+    /// certain that it was this one's: the layer above says so, or the index. Answers whether there is such a one.
+    pub(super) fn replace_damaged(
+        &self,
+        mut record: SnapshotRecord,
+        chain: &[String],
+        at: usize,
+    ) -> Result<bool> {
+        let mut changes = self.changes.lock();
+        let name = name(record.owner, &record.key);
+        let above = chain
+            .get(at + 1)
+            .and_then(|key| changes.of(record.owner, key));
+        let id = match above {
+            Some(above) => above.parent.clone(),
+            None => self.index.get(&name)?,
+        };
+        let Some(id) = id else {
+            return Ok(false);
+        };
+        if changes.known.contains_key(&id) || self.records.problem_of(&id).is_none() {
+            return Ok(false);
+        }
+        record.created = changes.time_between(&record, &id, chain, at);
+        record.updated = record.created;
+        self.index.insert(&name, &id)?;
+        self.records.put(&id, &record)?;
+        changes.known.insert(id, record);
+        Ok(true)
+    }
+
     /// The snapshot `key` of `owner`.
     pub(super) fn find(&self, owner: Owner, key: &str) -> Result<Option<Found>> {
         let Some(id) = self.index.get(&name(owner, key))? else {
@@ -142,8 +220,8 @@ impl Catalog {
     /// Ids of what builds on `parent`, or on nothing; no record is read.
     pub(super) fn children(&self, parent: Option<&str>) -> Vec<String> {
         let changes = self.changes.lock();
-        let parents = changes.parents.iter();
-        let children = parents.filter(|(_, of)| of.as_deref() == parent);
+        let all = changes.known.iter();
+        let children = all.filter(|(_, record)| record.parent.as_deref() == parent);
         children.map(|(id, _)| id.clone()).collect()
     }
 
@@ -165,6 +243,7 @@ impl Catalog {
                 id: id.clone(),
                 path: PathBuf::from(format!("{id}.record")),
                 problem: problem.to_owned(),
+                remedy: SnapshotRecord::REMEDY,
             };
             if chain.iter().any(|found| found.id == id) {
                 return Err(record::Error::from(missing("it is its own ancestor")).into());
@@ -198,7 +277,7 @@ impl Catalog {
         let mut changes = self.changes.lock();
         self.check_free(record.owner, &record.key)?;
         if let Some(parent) = &record.parent
-            && !changes.parents.contains_key(parent)
+            && !changes.known.contains_key(parent)
         {
             // Removed since the caller looked it up.
             return Err(Error::NoParent {
@@ -210,7 +289,7 @@ impl Catalog {
         record.updated = record.created;
         self.index.insert(&name(record.owner, &record.key), id)?;
         self.records.put(id, &record)?;
-        changes.parents.insert(id.to_owned(), record.parent.clone());
+        changes.known.insert(id.to_owned(), record.clone());
         Ok(Found {
             id: id.to_owned(),
             record,
@@ -238,6 +317,7 @@ impl Catalog {
             self.index.insert(&new_name, &new.id)?;
         }
         self.records.put(&new.id, &new.record)?;
+        changes.known.insert(new.id.clone(), new.record.clone());
         if renamed {
             self.forget_name(&old_name);
         }
@@ -254,7 +334,7 @@ impl Catalog {
         let mut changes = self.changes.lock();
         changes.check_childless(found)?;
         self.records.remove(&found.id)?;
-        changes.parents.remove(&found.id);
+        changes.known.remove(&found.id);
         self.forget_name(&name(found.record.owner, &found.record.key));
         Ok(())
     }
@@ -280,14 +360,48 @@ impl Catalog {
 
 impl Changes {
     fn check_childless(&self, found: &Found) -> Result<()> {
-        let is_child = |parent: &&Option<String>| parent.as_ref() == Some(&found.id);
-        match self.parents.values().filter(is_child).count() {
+        let is_child = |record: &&SnapshotRecord| record.parent.as_ref() == Some(&found.id);
+        match self.known.values().filter(is_child).count() {
             0 => Ok(()),
             children => Err(Error::HasChildren {
                 key: found.record.key.clone(),
                 children,
             }),
         }
+    }
+
+    fn of(&self, owner: Owner, key: &str) -> Option<&SnapshotRecord> {
+        let mut all = self.known.values();
+        all.find(|record| record.owner == owner && record.key == key)
+    }
+
+    /// A time for the layer `at` of a chain, whose id is `id`: later than that of what it lies on, and earlier than those of all
+    /// that builds on it. Between the two there is a nanosecond for each layer, for each took longer to be made.
+    fn time_between(
+        &mut self,
+        record: &SnapshotRecord,
+        id: &str,
+        chain: &[String],
+        at: usize,
+    ) -> u64 {
+        let below = record.parent.as_ref().and_then(|id| self.known.get(id));
+        let below = below.map_or(0, |below| below.created);
+        let children = self.known.values();
+        let children = children
+            .filter(|other| other.parent.as_deref() == Some(id))
+            .map(|child| child.created.saturating_sub(1));
+        let above = (at + 1..).zip(chain.iter().skip(at + 1));
+        let above = above.filter_map(|(place, key)| {
+            let layer = self.of(record.owner, key)?;
+            Some(layer.created.saturating_sub((place - at) as u64))
+        });
+        let limit = children.chain(above).min().or_else(|| {
+            // What builds on layers above of which nothing is known may be any of these.
+            let later = self.known.values().map(|other| other.created);
+            let oldest = later.filter(|created| *created > below).min();
+            oldest.map(|oldest| oldest.saturating_sub((chain.len() - at) as u64))
+        });
+        limit.unwrap_or_else(|| self.now())
     }
 
     fn now(&mut self) -> u64 {
@@ -312,4 +426,17 @@ pub(super) fn new_id() -> String {
 
 fn name(owner: Owner, key: &str) -> Vec<u8> {
     format!("{owner}\0{key}").into_bytes()
+}
+
+fn parse_name(name: &[u8]) -> Option<ParentRef> {
+    let (owner, key) = std::str::from_utf8(name).ok()?.split_once('\0')?;
+    let owners = [
+        Owner::Containerd,
+        Owner::Snapctl,
+        Owner::Image,
+        Owner::Container,
+    ];
+    let owner = owners.into_iter().find(|of| of.as_str() == owner)?;
+    let key = key.to_owned();
+    Some(ParentRef { owner, key })
 }

@@ -80,6 +80,49 @@ impl Snapshotter {
         }
     }
 
+    /// Makes the record of a layer of an image anew, if it cannot be used and the packed layer is there: `chain` are the chain ids
+    /// of the image, `at` the place of the layer in it. Answers whether it did.
+    pub fn restore_record(&self, chain: &[String], at: usize, diff_id: &str) -> Result<bool> {
+        let owner = Owner::Image;
+        let Some(key) = chain.get(at) else {
+            return Ok(false);
+        };
+        let parent = match at.checked_sub(1).and_then(|below| chain.get(below)) {
+            None => None,
+            Some(below) => match self.catalog.find(owner, below)? {
+                Some(found) => Some(found.id),
+                None => return Ok(false),
+            },
+        };
+        let expected = Expected {
+            blob: None,
+            diff_id: Some(diff_id),
+        };
+        let Some(packed) = self.packed.layers().known(&expected) else {
+            return Ok(false);
+        };
+        // Kept until the record says the same.
+        let held = self.packed.hold(packed)?;
+        let record = SnapshotRecord {
+            owner,
+            key: key.clone(),
+            kind: Kind::Committed,
+            parent,
+            labels: BTreeMap::new(),
+            created: 0,
+            updated: 0,
+            layer: None,
+            packed: Some(packed),
+            usage: Some(self.packed.usage(packed)),
+        };
+        let is_made = self.catalog.replace_damaged(record, chain, at)?;
+        if is_made {
+            // It is the record's now.
+            std::mem::forget(held);
+        }
+        Ok(is_made)
+    }
+
     /// Takes a packed layer in once more, in place of what is damaged of it.
     pub fn restore_layer(
         &self,

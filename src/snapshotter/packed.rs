@@ -66,18 +66,26 @@ impl Packed {
         for damaged in &damaged {
             tracing::error!("{damaged}");
         }
+        let is_damaged = |layer: &LayerName| layers.damaged().contains(layer);
         let mut state = State::default();
         for found in all {
             let Some(layer) = found.record.packed else {
                 continue;
             };
             *state.uses.entry(layer).or_default() += 1;
-            if layers.get(layer).is_none() {
+            // Of those the content is there.
+            if layers.get(layer).is_none() && !is_damaged(&layer) {
                 tracing::error!(
                     snapshot = found.record.key,
                     %layer,
                     "the content of a committed snapshot is missing; `snapctl system repair` brings it back, or says what would"
                 );
+            }
+        }
+        if incomplete {
+            // Each may be one of theirs, until all records can be read.
+            for (layer, _) in layers.list() {
+                *state.uses.entry(layer).or_default() += 1;
             }
         }
         let layers = Arc::new(layers);
@@ -90,9 +98,7 @@ impl Packed {
             verify,
             logical: Mutex::default(),
         };
-        if !incomplete {
-            packed.remove_unused(&packed.state.lock());
-        }
+        packed.remove_unused(&packed.state.lock());
         Ok(packed)
     }
 
@@ -298,8 +304,42 @@ impl Drop for Import<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use crate::snapshotter::Owner;
     use crate::snapshotter::tests::{Place, layer};
+
+    /// The next import or removal took the layer away, and a record that was put back had lost its content.
+    #[test]
+    fn the_layer_of_a_damaged_record_stays() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let id = layer(&snapshots, "one", None).id;
+        layer(&snapshots, "two", None);
+        snapshots.close().unwrap();
+        drop(snapshots);
+        let record = place.root().join(format!("snapshots/records/{id}.record"));
+        let good = fs::read(&record).unwrap();
+        fs::write(&record, &good[..good.len() / 2]).unwrap();
+        let snapshots = place.open();
+        layer(&snapshots, "three", None);
+        for key in ["three", "two"] {
+            snapshots.remove(Owner::Containerd, key).unwrap();
+        }
+        snapshots.close().unwrap();
+        drop(snapshots);
+        fs::write(&record, good).unwrap();
+        let snapshots = place.open();
+        let layers = snapshots.packed_layers();
+        let of_one = snapshots
+            .stat(Owner::Containerd, "one")
+            .unwrap()
+            .packed_layers;
+        assert!(layers.get(of_one[0]).is_some());
+        assert!(layers.verify_layer(of_one[0], true, &()).is_empty());
+        // The others go as soon as it is known whose they are.
+        assert_eq!(layers.list().len(), 1);
+    }
 
     #[test]
     fn of_removed_layers_nothing_is_kept_in_memory() {

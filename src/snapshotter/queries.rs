@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use super::Snapshotter;
 use super::catalog::Found;
 use super::types::*;
+use crate::cow::Damage;
 use crate::store::LayerName;
+use crate::store::record::Damaged;
 
 /// How long all mounts together may take to tell of damage.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -39,22 +41,32 @@ impl Snapshotter {
         Ok(of_layer.map(|found| found.record.key).collect())
     }
 
-    /// How many contents of packed layers each mount could not use when it last read them, by the ids of the snapshots. One that
-    /// does not answer soon is left out.
-    pub fn damaged_contents<'a>(
+    /// What of packed layers each mount could not use when it last read it, by the ids of the snapshots. One that does not
+    /// answer soon is left out.
+    pub fn damage<'a>(
         &self,
         snapshots: impl IntoIterator<Item = &'a SnapshotInfo>,
-    ) -> HashMap<String, u64> {
+    ) -> HashMap<String, Damage> {
         let deadline = Instant::now() + PATIENCE;
         let mounted = snapshots
             .into_iter()
             .filter(|snapshot| snapshot.mount.is_some());
         mounted
             .filter_map(|snapshot| {
-                let damaged = self.mounts.damaged(&snapshot.id, deadline)?;
-                Some((snapshot.id.clone(), damaged))
+                let damage = self.mounts.damage(&snapshot.id, deadline)?;
+                Some((snapshot.id.clone(), damage))
             })
             .collect()
+    }
+
+    /// Records that cannot be used now, or are gone though their snapshots are not, each with whose it is if that can be told.
+    pub fn damaged_records(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
+        self.catalog.damaged()
+    }
+
+    /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
+    pub fn mend_records(&self) -> Result<Vec<ParentRef>> {
+        self.catalog.rewrite()
     }
 
     /// Owners and keys of the snapshots whose content each packed layer is.

@@ -15,18 +15,18 @@ use super::diff::{OwnDirectory, OwnLayer, Sides, lookup, names_in};
 use super::types::*;
 use super::upper;
 use crate::cow::{FileKind, NodeId, Union};
-use crate::store::space::{Holder, Overhead, Shares};
+use crate::store::space::{Hidden, Holder, Overhead, Shares};
 use crate::store::{self, layer::LayerId};
 
-/// What an image or a snapshot takes.
+/// What an image or a snapshot takes. What damage hides is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
     /// Bytes of the files that its tree has, each file once.
-    pub logical: u64,
+    pub logical: Option<u64>,
     /// Bytes on disk that nothing else needs.
-    pub unique: u64,
+    pub unique: Option<u64>,
     /// Its part of the bytes on disk.
-    pub on_disk: u64,
+    pub on_disk: Option<u64>,
 }
 
 /// What lies below a root, as far as it belongs to snapshots.
@@ -40,8 +40,12 @@ pub struct Space {
     pub store: Overhead,
     /// Records and directories.
     pub records: u64,
-    /// What nobody has: it awaits collection, or is on its way in.
-    pub unclaimed: u64,
+    /// What nobody has: it awaits collection, or is on its way in. `None` if damage hides what that is.
+    pub unclaimed: Option<u64>,
+    /// What would be divided if damage did not hide whose it is.
+    pub undivided: u64,
+    /// What hides something, a sentence each.
+    pub problems: Vec<String>,
 }
 
 impl Snapshotter {
@@ -82,39 +86,93 @@ impl Snapshotter {
         }
         let mut shares = Shares::new(held.holders.len());
         let packed = self.packed.layers();
-        let store = packed.space(&held.holders, &mut shares)?;
+        let (store, hidden) = packed.space(&held.holders, &mut shares)?;
         let records = self.add_trees(&all, &held, &mut shares)?;
+        let mut problems = self.problems(&hidden)?;
+        let is_hidden = !problems.is_empty();
 
-        let taken = |number: usize, logical: u64| {
+        let mut undivided = 0;
+        // Of a snapshot that has no packed layer all that it has is its own.
+        let mut taken = |number: usize, logical: Option<u64>, is_whole: bool| {
             let share = shares.of().get(number).copied().unwrap_or_default();
+            let has_packed = held
+                .holders
+                .get(number)
+                .is_some_and(|holder| !holder.has.is_empty());
+            if is_hidden && (has_packed || !is_whole) {
+                undivided += share.on_disk;
+                return Taken {
+                    logical,
+                    ..Taken::default()
+                };
+            }
             Taken {
                 logical,
-                unique: share.unique,
-                on_disk: share.on_disk,
+                unique: Some(share.unique),
+                on_disk: Some(share.on_disk),
             }
         };
         let mut of = Vec::with_capacity(images.len());
-        for (number, has) in of_images.iter().enumerate() {
+        for (number, (has, keys)) in of_images.iter().zip(images).enumerate() {
+            let is_whole = has.len() == keys.len();
             let logical = match has.last() {
-                Some(top) => self.logical(top, &by_id, all.len()),
-                None => 0,
+                Some(top) if is_whole => self.logical(top, &by_id, all.len(), &mut problems),
+                _ => is_whole.then_some(0),
             };
-            of.push(taken(number, logical));
+            of.push(taken(number, logical, is_whole));
         }
         let mut snapshots = Vec::with_capacity(others.len());
         for (number, found) in (images.len()..).zip(&others) {
-            let logical = self.logical(found, &by_id, all.len());
+            let logical = self.logical(found, &by_id, all.len(), &mut problems);
             let ancestors = ancestors(found, &by_id, all.len());
             let info = self.info((*found).clone(), &ancestors);
-            snapshots.push((info, taken(number, logical)));
+            snapshots.push((info, taken(number, logical, true)));
         }
+        let unclaimed = shares.unclaimed();
+        undivided += if is_hidden { unclaimed } else { 0 };
         Ok(Space {
             images: of,
             snapshots,
             store,
             records,
-            unclaimed: shares.unclaimed(),
+            unclaimed: (!is_hidden).then_some(unclaimed),
+            undivided,
+            problems,
         })
+    }
+
+    /// What keeps shares from being known, a sentence each.
+    fn problems(&self, hidden: &[Hidden]) -> Result<Vec<String>> {
+        let mut problems = Vec::new();
+        for (damaged, of) in self.damaged_records()? {
+            let of = of.map_or_else(
+                || "a snapshot".to_owned(),
+                |of| format!("the snapshot {}", of.key),
+            );
+            problems.push(format!(
+                "which layers {of} has cannot be told: {}",
+                damaged.fact()
+            ));
+        }
+        let users = match hidden.is_empty() {
+            true => HashMap::new(),
+            false => self.users_of_layers()?,
+        };
+        for Hidden { layer, error } in hidden {
+            match layer {
+                // Removed meanwhile.
+                Some(layer) if !users.contains_key(layer) => {}
+                Some(layer) => problems.push(format!(
+                    "which contents the layer {layer} has cannot be told: {}",
+                    error.problem()
+                )),
+                None => problems.push(format!(
+                    "what is in a pack cannot be told: {}",
+                    error.problem()
+                )),
+            }
+        }
+        Ok(problems)
     }
 
     /// Names in the root of what [`space`](Self::space) divides.
@@ -157,15 +215,42 @@ impl Snapshotter {
         Ok(records)
     }
 
-    /// Bytes of the files of a snapshot's tree. One that cannot be read has none, which the log says.
-    fn logical(&self, found: &Found, by_id: &HashMap<&str, &Found>, most: usize) -> u64 {
+    /// Bytes of the files of a snapshot's tree, if it can be read. Why it cannot is one of the `problems`.
+    fn logical(
+        &self,
+        found: &Found,
+        by_id: &HashMap<&str, &Found>,
+        most: usize,
+        problems: &mut Vec<String>,
+    ) -> Option<u64> {
         let ancestors = ancestors(found, by_id, most);
-        let counted = self.logical_of(found, &ancestors);
-        counted.unwrap_or_else(|error| {
-            // Most likely it is gone.
-            tracing::warn!(snapshot = found.record.key, %error, "what is in a snapshot cannot be counted");
-            0
-        })
+        let root = ancestors.last().copied().unwrap_or(found);
+        if root.record.parent.is_some() {
+            // That of which the record cannot be used is told.
+            return None;
+        }
+        match self.logical_of(found, &ancestors) {
+            Ok(bytes) => Some(bytes),
+            // Removed meanwhile.
+            Err(_) if matches!(self.catalog.get(&found.id), Ok(None)) => None,
+            Err(error) => {
+                let (why, path) = match &error {
+                    Error::Store(
+                        source @ (store::Error::Damaged { path, .. }
+                        | store::Error::Io { path, .. }),
+                    ) => (source.problem(), path.display().to_string()),
+                    error => (error.to_string(), error.to_string()),
+                };
+                // One cause is told once.
+                if !problems.iter().any(|problem| problem.contains(&path)) {
+                    let key = &found.record.key;
+                    problems.push(format!(
+                        "the tree of the snapshot {key} cannot be counted: {why}"
+                    ));
+                }
+                None
+            }
+        }
     }
 
     fn logical_of(&self, found: &Found, ancestors: &[&Found]) -> Result<u64> {
@@ -464,7 +549,7 @@ mod tests {
                 }
                 let space = snapshots.space(&[]).unwrap().snapshots;
                 let work = space.iter().find(|(info, _)| info.key == "work").unwrap();
-                assert_eq!(work.1.logical, whole);
+                assert_eq!(work.1.logical, Some(whole));
                 whole
             };
             check(true);

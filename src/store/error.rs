@@ -99,6 +99,7 @@ impl Error {
             Self::Damaged { path, problem } => format!("{} is damaged: {problem}", path.display()),
             Self::NoLayer { .. } => "it is not in the store".to_owned(),
             Self::NoObject { object } => format!("the object {object} is not in the store"),
+            Self::Record(record::Error::Damaged(damaged)) => damaged.fact(),
             other => other.to_string(),
         }
     }

@@ -115,6 +115,17 @@ impl Index {
         Ok(value.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
+    /// A name that leads to `id`, for messages: it looks at all of them.
+    pub fn find(&self, id: &str) -> Result<Option<Vec<u8>>> {
+        for entry in self.db.iter() {
+            let (name, of) = entry.map_err(|e| self.failed(e))?;
+            if *of == *id.as_bytes() {
+                return Ok(Some(name.to_vec()));
+            }
+        }
+        Ok(None)
+    }
+
     /// Makes `name` lead to `id`.
     pub fn insert(&self, name: &[u8], id: &str) -> Result<()> {
         let old = self.db.insert(name, id.as_bytes());
@@ -248,8 +259,10 @@ mod tests {
         let (index, empty) = open(tmp.path(), Some(TRUSTING));
         assert!(!empty);
         assert_eq!(index.get(b"name").unwrap().as_deref(), Some("id"));
+        assert_eq!(index.find("id").unwrap().as_deref(), Some(&b"name"[..]));
         index.remove(b"name").unwrap();
         assert_eq!(index.get(b"name").unwrap(), None);
+        assert_eq!(index.find("id").unwrap(), None);
     }
 
     #[test]

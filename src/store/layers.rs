@@ -31,6 +31,9 @@ pub struct LayerRecord {
     pub diff_id: Option<String>,
     /// `sha256:` and the hash of the blob that it came as.
     pub blob: Option<String>,
+    /// That is what somebody says; the blob was not read to see that it has this layer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub blob_is_claim: bool,
     /// Bytes of the tar stream.
     pub tar_bytes: u64,
     /// Entries of the index.
@@ -46,6 +49,8 @@ pub struct LayerRecord {
 impl Record for LayerRecord {
     const KIND: &'static str = "layer";
     const VERSION: u32 = 1;
+    /// All of it follows from the layer's index, which goes with a record that is deleted.
+    const REMEDY: &'static str = "`snapctl system repair` makes it anew, or says what would";
 }
 
 /// Digests that a stream should turn out to have, each `sha256:` and 64 digits.
@@ -81,6 +86,8 @@ pub struct Layers {
     known: Mutex<BTreeMap<LayerName, LayerRecord>>,
     /// Layers whose records cannot be used. What they name is needed still.
     damaged: Mutex<Vec<LayerName>>,
+    /// Held while the record of a layer that is known goes, and while one is taken for damaged.
+    pub(super) removing: Mutex<()>,
     /// Layers that were found to be damaged since the store was opened.
     pub(super) doubted: Mutex<HashSet<LayerName>>,
     /// Held by a collection.
@@ -125,6 +132,7 @@ impl Layers {
             records,
             known: Mutex::new(known),
             damaged: Mutex::new(damaged_names),
+            removing: Mutex::new(()),
             doubted: Mutex::default(),
             collecting: Mutex::new(()),
         };
@@ -150,7 +158,8 @@ impl Layers {
         self.known.lock().get(&name).cloned()
     }
 
-    /// The layer that came as a stream of a digest that is expected, by that of the content if both are.
+    /// The layer that came as a stream of a digest that is expected, by that of the content if both are. What somebody only says
+    /// to be its blob leads to no layer.
     pub fn known(&self, expected: &Expected<'_>) -> Option<LayerName> {
         let known = self.known.lock();
         let found = known.iter().find(|(_, record)| match expected {
@@ -160,7 +169,7 @@ impl Layers {
             } => record.diff_id.as_deref() == Some(diff_id),
             Expected {
                 blob: Some(blob), ..
-            } => record.blob.as_deref() == Some(blob),
+            } => record.blob.as_deref() == Some(blob) && !record.blob_is_claim,
             _ => false,
         });
         found.map(|(name, _)| *name)
@@ -248,10 +257,9 @@ impl Layers {
             opened => return opened,
         }
         let built = view::build(&self.indexes(chain)?, &self.objects)?;
-        let mut temporary = Temporary(Some(self.temporary("view")));
         // Durable before it has its name: a file of the right length with pages that a power cut has kept from the disk would
         // pass for a view.
-        temporary.write(|file| built.write(file))?;
+        let mut temporary = self.write_temporary("view", |file| built.write(file))?;
         let _unused = self.set_aside(&path)?;
         temporary.rename(&path)?;
         View::open(&path, key, Arc::clone(&self.objects), verify)
@@ -285,8 +293,12 @@ impl Layers {
 
     /// Removes a layer; durable on return. Its objects stay until they are collected.
     pub fn remove(&self, name: LayerName) -> Result<bool> {
-        let was = self.records.remove(&name.to_string())?;
-        self.known.lock().remove(&name);
+        let was = {
+            let _removing = self.removing.lock();
+            let was = self.records.remove(&name.to_string())?;
+            self.known.lock().remove(&name);
+            was
+        };
         for path in [self.index_path(name), self.recipe_path(name)] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -336,6 +348,7 @@ impl Layers {
         let record = LayerRecord {
             diff_id: diff_id.as_ref().map(sha256),
             blob: digests.map(|digests| sha256(&digests.blob)),
+            blob_is_claim: false,
             tar_bytes,
             entries: index.len(),
             index_bytes: index.bytes(),
@@ -355,7 +368,23 @@ impl Layers {
         })
     }
 
-    /// Layers whose records cannot be used.
+    /// Records that cannot be used now, or are gone though their layers are not.
+    pub fn damaged_records(&self) -> Result<Vec<Damaged>> {
+        let known: Vec<_> = self.known.lock().keys().map(ToString::to_string).collect();
+        let mut damaged = self.records.examine(known)?;
+        let _none_goes = self.removing.lock();
+        damaged.retain(|damaged| !self.has_sound_record(&damaged.id));
+        Ok(damaged)
+    }
+
+    /// Whether there is nothing wrong with the record of that id. Nobody may be [`removing`](Self::removing) it.
+    pub(super) fn has_sound_record(&self, id: &str) -> bool {
+        let name: Option<LayerName> = id.parse().ok();
+        let is_known = name.is_some_and(|name| self.get(name).is_some());
+        !self.records.is_unsound(id, is_known)
+    }
+
+    /// Layers whose records could not be used when the store was opened, and have not been made anew since.
     pub fn damaged(&self) -> Vec<LayerName> {
         self.damaged.lock().clone()
     }
@@ -395,6 +424,16 @@ impl Layers {
         self.dir.join("layers").join(format!("{name}.tar"))
     }
 
+    pub(super) fn write_temporary<T>(
+        &self,
+        what: &str,
+        write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
+    ) -> Result<Temporary> {
+        let temporary = Temporary(Some(self.temporary(what)));
+        temporary.write(write)?;
+        Ok(temporary)
+    }
+
     fn temporary(&self, what: &str) -> PathBuf {
         let number = rand::random::<u128>();
         self.tmp.join(format!("{what}-{number:032x}"))
@@ -415,7 +454,7 @@ fn remove_unrecorded(layers: &Path, taken: &HashSet<&str>) -> Result<()> {
 }
 
 /// A file on its way to its place. Dropped before, it is removed.
-struct Temporary(Option<PathBuf>);
+pub(super) struct Temporary(Option<PathBuf>);
 
 impl Temporary {
     /// Makes the file with what `write` writes, and makes it durable.
@@ -442,7 +481,7 @@ impl Temporary {
         Ok(())
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.0.as_deref().unwrap_or(Path::new(""))
     }
 }

@@ -18,6 +18,7 @@
 //! reported by name and stays where it is, so that its id stays taken and nothing that belongs to it
 //! is cleared away as an orphan; it takes no other record with it.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::marker::PhantomData;
@@ -44,6 +45,8 @@ pub trait Record: Serialize + DeserializeOwned {
     const KIND: &'static str;
     /// Version of the payload's meaning; a higher one is refused on reading.
     const VERSION: u32;
+    /// What to do about a file that cannot be used.
+    const REMEDY: &'static str = "restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
 }
 
 #[derive(Serialize, Deserialize)]
@@ -84,9 +87,7 @@ pub enum Error {
 
 /// A record file that cannot be used.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error(
-    "the record {path} cannot be used: {problem}; restore it from a backup, or delete the file to give up what it stands for, and start plyd again"
-)]
+#[error("{}; {remedy}", self.fact())]
 pub struct Damaged {
     /// The id that its name gives.
     pub id: String,
@@ -94,6 +95,24 @@ pub struct Damaged {
     pub path: PathBuf,
     /// What is wrong with it.
     pub problem: String,
+    /// What to do about it.
+    pub remedy: &'static str,
+}
+
+impl Damaged {
+    /// The same of a record of which plyd knows all that it said.
+    pub fn known(self) -> Self {
+        Self {
+            remedy: "`snapctl system repair` writes it again as it was, as long as this plyd runs",
+            ..self
+        }
+    }
+
+    /// What is wrong, without what to do about it.
+    pub fn fact(&self) -> String {
+        let path = self.path.display();
+        format!("the record {path} cannot be used: {}", self.problem)
+    }
 }
 
 /// Result of an operation on records.
@@ -122,11 +141,7 @@ impl<T: Record> RecordDir<T> {
     /// crash left. Only one process may have it open.
     pub fn open(dir: &Path) -> Result<Self> {
         create_dir(dir, 0o700).map_err(io_error("make the directory", dir))?;
-        let this = Self {
-            dir: dir.to_owned(),
-            temporaries: AtomicU64::new(0),
-            records: PhantomData,
-        };
+        let this = Self::of_another(dir);
         for name in this.names()? {
             if name.starts_with(TEMPORARY) {
                 let path = dir.join(&name);
@@ -134,6 +149,15 @@ impl<T: Record> RecordDir<T> {
             }
         }
         Ok(this)
+    }
+
+    /// A directory that another process has open, to read what is in it.
+    pub fn of_another(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            temporaries: AtomicU64::new(0),
+            records: PhantomData,
+        }
     }
 
     /// Reads all records. Fails only if the directory itself cannot be read.
@@ -151,15 +175,55 @@ impl<T: Record> RecordDir<T> {
             match self.get(id) {
                 Ok(Some(record)) => listing.records.push((id.to_owned(), record)),
                 Ok(None) => {}
-                Err(Error::Damaged(damaged)) => listing.damaged.push(damaged),
-                Err(error) => listing.damaged.push(Damaged {
-                    id: id.to_owned(),
-                    path: self.dir.join(&name),
-                    problem: error.to_string(),
-                }),
+                Err(error) => listing.damaged.push(self.because(id, error)),
             }
         }
         Ok(listing)
+    }
+
+    /// Reads all records and answers those that cannot be used, and those of `known` that have no file. Whoever may remove
+    /// records meanwhile asks of each [`is_unsound`](Self::is_unsound) once more.
+    pub fn examine(&self, known: impl IntoIterator<Item = String>) -> Result<Vec<Damaged>> {
+        let listing = self.list()?;
+        let mut damaged = listing.damaged;
+        let found: HashSet<&str> = listing.records.iter().map(|(id, _)| &**id).collect();
+        let unusable: HashSet<String> = damaged.iter().map(|damaged| damaged.id.clone()).collect();
+        let gone = known
+            .into_iter()
+            .filter(|id| !found.contains(&**id) && !unusable.contains(id));
+        damaged.extend(gone.map(|id| self.damaged(&id, "it is gone".to_owned())));
+        Ok(damaged)
+    }
+
+    /// What is wrong with the record `id`, if it is there.
+    pub fn problem_of(&self, id: &str) -> Option<Damaged> {
+        self.get(id).err().map(|error| self.because(id, error))
+    }
+
+    /// Whether the record `id`, which should be there if it is `known`, cannot be used. The answer holds as long as nobody
+    /// removes it.
+    pub fn is_unsound(&self, id: &str, known: bool) -> bool {
+        match self.get(id) {
+            Ok(Some(_)) => false,
+            Ok(None) => known,
+            Err(_) => true,
+        }
+    }
+
+    fn because(&self, id: &str, error: Error) -> Damaged {
+        match error {
+            Error::Damaged(damaged) => damaged,
+            error => self.damaged(id, error.to_string()),
+        }
+    }
+
+    fn damaged(&self, id: &str, problem: String) -> Damaged {
+        Damaged {
+            id: id.to_owned(),
+            path: self.dir.join(format!("{id}{SUFFIX}")),
+            problem,
+            remedy: T::REMEDY,
+        }
     }
 
     /// The record `id`, or `None` if there is none.
@@ -170,11 +234,7 @@ impl<T: Record> RecordDir<T> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(io_error("look at", &path)(error)),
         };
-        let damaged = |problem: String| Damaged {
-            id: id.to_owned(),
-            path: path.clone(),
-            problem,
-        };
+        let damaged = |problem| self.damaged(id, problem);
         if length > LARGEST_FILE {
             return Err(damaged(format!("it has {length} bytes, too many for a record")).into());
         }
@@ -406,6 +466,58 @@ mod tests {
         assert!(listing.damaged[0].to_string().contains("delete the file"));
         assert!(tmp.path().join("bad.record").exists());
         assert!(!tmp.path().join(".tmp-3").exists());
+    }
+
+    #[test]
+    fn what_is_damaged_or_gone_is_found_and_what_is_replaced_or_removed_is_not() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = RecordDir::open(tmp.path()).unwrap();
+        let known = || ["bad", "gone", "good"].map(str::to_owned);
+        for id in known() {
+            dir.put(&id, &fruit(&id)).unwrap();
+        }
+        assert!(dir.examine(known()).unwrap().is_empty());
+        fs::remove_file(tmp.path().join("gone.record")).unwrap();
+        fs::write(tmp.path().join("bad.record"), b"").unwrap();
+        let damaged = dir.examine(known()).unwrap();
+        let told: Vec<_> = damaged.iter().map(|damaged| damaged.fact()).collect();
+        let path = |name: &str| tmp.path().join(name).display().to_string();
+        let bad = path("bad.record");
+        let gone = path("gone.record");
+        assert_eq!(
+            told,
+            [
+                format!("the record {bad} cannot be used: it is empty or cut off"),
+                format!("the record {gone} cannot be used: it is gone"),
+            ]
+        );
+        assert!(dir.is_unsound("bad", false) && dir.is_unsound("gone", true));
+        // Removed in order.
+        assert!(!dir.is_unsound("gone", false));
+        dir.put("bad", &fruit("apple")).unwrap();
+        assert!(!dir.is_unsound("bad", true));
+
+        // At any moment there is the old one or the new one, and none that is half written.
+        let writing = std::sync::atomic::AtomicBool::new(true);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..100 {
+                    dir.put("good", &fruit(&"x".repeat(round * 100))).unwrap();
+                    dir.put("other", &fruit("pear")).unwrap();
+                    dir.remove("other").unwrap();
+                }
+                writing.store(false, Ordering::Release);
+            });
+            while writing.load(Ordering::Acquire) {
+                let damaged = dir.examine(["good".to_owned()]).unwrap();
+                assert!(damaged.is_empty(), "{damaged:?}");
+            }
+        });
+        // To look into what another process writes clears nothing away.
+        fs::write(tmp.path().join(".tmp-3"), b"half").unwrap();
+        let other = RecordDir::<Fruit>::of_another(tmp.path());
+        assert_eq!(other.get("good").unwrap().unwrap().name.len(), 9900);
+        assert!(tmp.path().join(".tmp-3").exists());
     }
 
     #[test]

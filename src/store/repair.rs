@@ -1,32 +1,35 @@
 //! Repair: what verification finds damaged is made whole again.
 //!
-//! What follows from something else is made from that: a record of a layer from its index, a view, when it is needed next, from
-//! its layers, a pack that is not in its place any more from what is open of it. All else has to come from the layer's stream
-//! once more. Taking that in again gives the same index and recipe, which replace those that are there by renames, and brings the
-//! contents that are not what they were. Whoever has one of the old files open goes on with that, and finds the new one with the
-//! next file that it opens.
+//! What follows from something else is made from that: a record of a layer from what is known of it or from its index, a view from
+//! its layers, in its place or when it is needed next, a pack that is not in its place any more from what is open of it. All else has
+//! to come from the layer's stream once more. Taking that in again gives the same index and recipe, which replace those that are
+//! there by renames, and brings the contents that are not what they were. Whoever has one of the old files open goes on with that,
+//! and finds the new one with the next file that it opens.
 
-use std::fs;
+use std::collections::HashMap;
+use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
 use super::error::{Error, Result, io_error};
 use super::export::sha256;
-use super::format::LayerName;
-use super::ingest::Observer;
+use super::format::index_file::{IndexFile, Kind};
+use super::format::{LayerName, ViewKey};
+use super::ingest::{self, Observer};
 use super::layer::index::LayerIndex;
 use super::layers::{Expected, LayerRecord, Layers};
-use super::verify::Examination;
-use super::view::{Verify, View};
+use super::verify::{BadView, Examination};
+use super::view;
 
 /// What was mended without a source.
 #[derive(Debug, Default)]
 pub struct Mended {
-    /// Layers whose records were made anew.
+    /// Layers whose records were made anew from their indexes.
     pub records: Vec<LayerName>,
-    /// Views that were removed, to be built again.
-    pub views: Vec<PathBuf>,
+    /// Layers whose records were damaged or gone, and were written again as they were.
+    pub rewritten: Vec<LayerName>,
+    /// Views.
+    pub views: Vec<MendedView>,
     /// Packs that had gone from their places and were written there anew from what was open of them.
     pub put_back: Vec<PathBuf>,
     /// Packs that were damaged; what was sound in them is in others.
@@ -35,9 +38,36 @@ pub struct Mended {
     pub errors: Vec<Error>,
 }
 
+/// What became of a damaged view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ViewCure {
+    /// It is what it was, also for those who have it mounted.
+    Restored,
+    /// It was removed.
+    Removed,
+    /// It was removed, and a process that has it mounted keeps it until it is mounted again.
+    RemovedBelow,
+}
+
+/// A view that was damaged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MendedView {
+    /// Where it lies, or lay.
+    pub path: PathBuf,
+    /// The chain that it is of.
+    pub key: ViewKey,
+    /// What became of it.
+    pub cure: ViewCure,
+}
+
 impl Layers {
-    /// Mends what needs no source. Ends early when `observer` wants that.
-    pub fn mend(&self, observer: &dyn Observer) -> Mended {
+    /// Mends what needs no source. `chains` are those that are known to have views, each the lowest layer first. Ends early when
+    /// `observer` wants that.
+    pub fn mend(
+        &self,
+        chains: &HashMap<ViewKey, Vec<LayerName>>,
+        observer: &dyn Observer,
+    ) -> Mended {
         let mut mended = Mended::default();
         for layer in self.damaged() {
             match self.mend_record(layer) {
@@ -45,9 +75,8 @@ impl Layers {
                 Err(error) => mended.errors.push(error),
             }
         }
-        if let Err(error) = self.mend_views(observer, &mut mended.views) {
-            mended.errors.push(error);
-        }
+        self.rewrite_records(&mut mended);
+        self.mend_views(chains, observer, &mut mended);
         let _no_collection = self.collecting.lock();
         let (tmp, level) = (self.tmp(), self.settings().level);
         let objects = self.objects();
@@ -70,11 +99,12 @@ impl Layers {
         mended
     }
 
-    /// Whether a layer can be relied on: its index and recipe are sound and its contents are there. They are read only if the
+    /// Whether a layer can be relied on: its record, index and recipe are sound and its contents are there. These are read only if the
     /// layer was found to be damaged before.
     pub fn is_whole(&self, layer: LayerName) -> bool {
         let deep = self.doubted.lock().contains(&layer);
-        self.get(layer).is_some() && Examination::new(deep, &()).layer(self, layer).is_empty()
+        let is_recorded = self.get(layer).is_some() && self.has_sound_record(&layer.to_string());
+        is_recorded && Examination::new(deep, &()).layer(self, layer).is_empty()
     }
 
     /// Takes in the stream of a layer once more, in place of what is damaged of it; nothing of it is believed that is not read.
@@ -93,6 +123,7 @@ impl Layers {
             && name == layer
             && was.blob.is_some()
             && was.blob != now.blob
+            && !was.blob_is_claim
         {
             // The same stream, compressed in another way. The blob that is known is the one that others ask for.
             self.put_record(
@@ -130,6 +161,7 @@ impl Layers {
             diff_id: index.diff_id().as_ref().map(sha256),
             // Only the record knew.
             blob: None,
+            blob_is_claim: false,
             tar_bytes: index.tar_bytes(),
             entries: index.len(),
             index_bytes: index.bytes(),
@@ -139,33 +171,122 @@ impl Layers {
         self.put_record(layer, record)
     }
 
-    fn mend_views(&self, observer: &dyn Observer, removed: &mut Vec<PathBuf>) -> Result<()> {
-        let dir = self.views();
-        let entries = fs::read_dir(&dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-        for entry in entries.map_err(io_error("list", &dir))? {
-            if observer.cancelled() {
-                return Ok(());
-            }
-            let path = entry.path();
-            let key = path
-                .file_stem()
-                .and_then(|stem| stem.to_str()?.parse().ok());
-            let sound = match key {
-                Some(key) => View::open(&path, key, Arc::clone(self.objects()), Verify::Never)
-                    .and_then(|view| view.verify()),
-                None => continue,
+    /// Writes records of which all is known and that cannot be used, or are gone.
+    fn rewrite_records(&self, mended: &mut Mended) {
+        let damaged = match self.damaged_records() {
+            Ok(damaged) => damaged,
+            Err(error) => return mended.errors.push(error),
+        };
+        for layer in damaged.iter().filter_map(|damaged| damaged.id.parse().ok()) {
+            let _none_goes = self.removing.lock();
+            let Some(record) = self.get(layer) else {
+                continue;
             };
-            if let Err(Error::Damaged { .. }) = sound {
-                let _unused = self.set_aside(&path)?;
-                match fs::remove_file(&path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(io_error("remove", &path)(error));
-                    }
-                    _ => removed.push(path),
-                }
+            match self.put_record(layer, record) {
+                Ok(()) => mended.rewritten.push(layer),
+                Err(error) => mended.errors.push(error),
             }
         }
-        Ok(())
+    }
+
+    /// Layers that came as streams and of which it is not known which blob that was, with their diff ids.
+    pub fn without_blob(&self) -> Vec<(LayerName, String)> {
+        let without = |record: &LayerRecord| record.blob.is_none() || record.blob_is_claim;
+        let all = self.list().into_iter();
+        all.filter(|(_, record)| without(record))
+            .filter_map(|(name, record)| Some((name, record.diff_id?)))
+            .collect()
+    }
+
+    /// Notes which blob a layer is said to have come as, if nothing is known of that.
+    pub fn claim_blob(&self, layer: LayerName, blob: &str) -> Result<()> {
+        self.note_blob(layer, blob, true)
+    }
+
+    /// Reads the stream of a layer of which the blob is not known, and notes that if it is indeed the layer's; says whether
+    /// it is.
+    pub fn learn_blob(
+        &self,
+        layer: LayerName,
+        stream: impl Read + Send,
+        observer: &dyn Observer,
+    ) -> Result<bool> {
+        let digests = ingest::digests(stream, &self.settings().limits, observer)?;
+        let record = self.get(layer);
+        let is_it = record.is_some_and(|record| record.diff_id == Some(sha256(&digests.content)));
+        if is_it {
+            self.note_blob(layer, &sha256(&digests.blob), false)?;
+        }
+        Ok(is_it)
+    }
+
+    fn note_blob(&self, layer: LayerName, blob: &str, is_claim: bool) -> Result<()> {
+        let _none_goes = self.removing.lock();
+        match self.get(layer) {
+            // What is known is no worse.
+            Some(record) if record.blob.is_none() || record.blob_is_claim && !is_claim => {
+                let record = LayerRecord {
+                    blob: Some(blob.to_owned()),
+                    blob_is_claim: is_claim,
+                    ..record
+                };
+                self.put_record(layer, record)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn mend_views(
+        &self,
+        chains: &HashMap<ViewKey, Vec<LayerName>>,
+        observer: &dyn Observer,
+        mended: &mut Mended,
+    ) {
+        let bad = match self.verify_views(observer) {
+            Ok(bad) => bad,
+            Err(error) => return mended.errors.push(error),
+        };
+        for BadView {
+            path, key, layers, ..
+        } in bad
+        {
+            let chain = chains.get(&key).or(layers.as_ref());
+            // Most often a layer is damaged, too, or packs were written anew since it was built.
+            let is_restored = chain.is_some_and(|chain| {
+                self.restore_view(&path, chain).unwrap_or_else(|error| {
+                    tracing::debug!(%error, "a view cannot be restored in its place");
+                    false
+                })
+            });
+            let cure = match is_restored {
+                true => Ok(ViewCure::Restored),
+                false => self.drop_view(&path),
+            };
+            match cure {
+                Ok(cure) => mended.views.push(MendedView { path, key, cure }),
+                Err(error) => mended.errors.push(error),
+            }
+        }
+    }
+
+    /// Builds a view again and writes what is damaged of the one at `path` into its place; says whether that is whole then.
+    fn restore_view(&self, path: &Path, chain: &[LayerName]) -> Result<bool> {
+        let view = IndexFile::open(path, Kind::View)?;
+        let built = view::build(&self.indexes(chain)?, self.objects())?;
+        let temporary = self.write_temporary("view", |file| built.write(file))?;
+        let other = File::open(temporary.path()).map_err(io_error("open", temporary.path()))?;
+        view.restore_pages(&other)
+    }
+
+    fn drop_view(&self, path: &Path) -> Result<ViewCure> {
+        let unused = self.set_aside(path)?;
+        match fs::remove_file(path) {
+            Ok(()) if unused.is_none() => Ok(ViewCure::RemovedBelow),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", path)(error))
+            }
+            _ => Ok(ViewCure::Removed),
+        }
     }
 }
 

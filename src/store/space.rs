@@ -5,13 +5,13 @@
 //! add up to what lies on the disk. Blocks are counted, as du(1) counts them; an object in a pack has the part of the pack's
 //! blocks that it has of its bytes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::error::{Result, io_error};
+use super::error::{Error, Result, io_error};
 use super::format::{LayerName, ObjectName};
 use super::layer::index::LayerIndex;
 use super::layers::Layers;
@@ -83,6 +83,15 @@ impl Shares {
     pub fn unclaimed(&self) -> u64 {
         self.unclaimed
     }
+}
+
+/// What keeps shares from being known.
+#[derive(Debug)]
+pub struct Hidden {
+    /// The layer whose index cannot be read; `None`: it is a pack.
+    pub layer: Option<LayerName>,
+    /// Why nobody can tell what it has.
+    pub error: Error,
 }
 
 /// What belongs to the store itself.
@@ -200,30 +209,42 @@ impl Claims {
 
 impl Layers {
     /// Divides what the store takes on disk among `holders`, whose numbers are those of `shares`. Imports and collections go
-    /// on meanwhile; what they change may be counted or not.
-    pub fn space(&self, holders: &[Holder], shares: &mut Shares) -> Result<Overhead> {
+    /// on meanwhile; what they change may be counted or not. Answers also what cannot be read: as soon as that is something, no
+    /// share of who has layers can be relied on, nor what nobody has, for each content may be that layer's, too.
+    pub fn space(
+        &self,
+        holders: &[Holder],
+        shares: &mut Shares,
+    ) -> Result<(Overhead, Vec<Hidden>)> {
         let mut claims = Claims::new(holders);
-        for (layer, _) in self.list() {
+        let mut hidden = Vec::new();
+        let layers: BTreeSet<LayerName> = claims.layers.keys().copied().collect();
+        for layer in layers {
             let added = LayerIndex::open(&self.index_path(layer), layer)
                 .and_then(|index| claims.add_objects(layer, &index));
-            if let Err(error) = added {
-                tracing::warn!(%error, "what a layer has cannot be told and is counted as nobody's");
-            }
+            hidden.extend(added.err().map(|error| Hidden {
+                layer: Some(layer),
+                error,
+            }));
         }
         let mut overhead = Overhead::default();
-        self.add_packs(&claims, shares, &mut overhead)?;
+        self.add_packs(&claims, shares, &mut overhead, &mut hidden)?;
         self.add_files(&claims, shares, &mut overhead)?;
         self.add_layers(&claims, shares, &mut overhead)?;
         overhead.views += tree(&self.views())?;
         shares.add_unclaimed(contents(self.tmp())?);
         let records = self.dir().join("records");
         overhead.records += tree(&records)? + own(self.dir())? + own(self.tmp())?;
-        Ok(overhead)
+        Ok((overhead, hidden))
     }
 
     /// Bytes of all regular files of a chain of layers, the lowest first, each file once.
     pub fn logical(&self, chain: &[LayerName]) -> Result<u64> {
-        view::logical(&self.indexes(chain)?)
+        // Also of layers whose records cannot be used.
+        let indexes = chain
+            .iter()
+            .map(|name| LayerIndex::open(&self.index_path(*name), *name));
+        view::logical(&indexes.collect::<Result<Vec<_>>>()?)
     }
 
     fn add_packs(
@@ -231,6 +252,7 @@ impl Layers {
         claims: &Claims,
         shares: &mut Shares,
         overhead: &mut Overhead,
+        hidden: &mut Vec<Hidden>,
     ) -> Result<()> {
         let objects = self.objects();
         let (dir, files) = list(objects.packs())?;
@@ -238,12 +260,19 @@ impl Layers {
         for (name, metadata) in files {
             let blocks = allocated(&metadata);
             let path = objects.packs().join(&name);
-            let id = pack::PackId::of_file(&name);
-            let Some((id, found)) =
-                id.and_then(|id| Some((id, pack::look_into(&path, id).ok()?.objects)))
-            else {
+            let Some(id) = pack::PackId::of_file(&name) else {
                 shares.add_unclaimed(blocks);
                 continue;
+            };
+            let found = match pack::look_into(&path, id) {
+                Ok(found) => found.objects,
+                // Collected meanwhile.
+                Err(error) if error.is_not_found() => continue,
+                Err(error) => {
+                    shares.add_unclaimed(blocks);
+                    hidden.push(Hidden { layer: None, error });
+                    continue;
+                }
             };
             let mut rest = blocks;
             for (object, slot) in found {
@@ -368,7 +397,8 @@ mod tests {
 
     fn space(layers: &Layers, holders: &[Holder]) -> (Shares, Overhead) {
         let mut shares = Shares::new(holders.len());
-        let overhead = layers.space(holders, &mut shares).unwrap();
+        let (overhead, hidden) = layers.space(holders, &mut shares).unwrap();
+        assert!(hidden.is_empty(), "{hidden:?}");
         (shares, overhead)
     }
 

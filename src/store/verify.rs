@@ -1,15 +1,19 @@
 //! Verification: whether everything that was stored is what it was.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::error::{Error, Result};
+use super::error::{Error, Result, io_error};
 use super::format::tables::Object;
-use super::format::{LayerName, ObjectName};
+use super::format::{LayerName, ObjectName, ViewKey};
 use super::ingest::Observer;
 use super::ingest::recipe;
 use super::layer::index::{Action, LayerIndex};
 use super::layers::Layers;
+use super::view::{self, Verify, View};
 
 /// Something that is not what it was.
 #[derive(Debug)]
@@ -18,6 +22,19 @@ pub struct Fault {
     pub layer: Option<LayerName>,
     /// The path in the layer, if it is a content; escaped.
     pub path: Option<String>,
+    /// What is wrong.
+    pub error: Error,
+}
+
+/// A merged view that is not what was written.
+#[derive(Debug)]
+pub struct BadView {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What its name says that it is the view of.
+    pub key: ViewKey,
+    /// The layers of that chain, the lowest first, if the view can still tell.
+    pub layers: Option<Vec<LayerName>>,
     /// What is wrong.
     pub error: Error,
 }
@@ -41,24 +58,25 @@ pub(super) struct Examination<'a> {
 }
 
 impl Layers {
-    /// Reads the index and the recipe of every layer and looks for all contents; with `deep`, reads each of these and
-    /// compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed over.
-    /// Ends early when `told` wants that.
+    /// Reads the record, the index and the recipe of every layer and looks for all contents; with `deep`, reads each of these
+    /// and compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed
+    /// over. Ends early when `told` wants that.
     pub fn verify(&self, deep: bool, told: &dyn Told) {
-        for fault in self.verify_packs() {
+        for fault in self.verify_packs().into_iter().chain(self.verify_records()) {
             told.fault(fault);
         }
-        let layers = self.list();
+        let recorded = self.list().into_iter().map(|(layer, _)| layer);
+        let layers: Vec<_> = recorded.chain(self.damaged()).collect();
         let total = layers.len() as u64;
         let mut examination = Examination::new(deep, told);
         told.sum(0, total, 0, 0);
-        for (done, (layer, _)) in (1..).zip(layers) {
+        for (done, layer) in (1..).zip(layers) {
             let faults = examination.layer(self, layer);
             if told.cancelled() {
                 return;
             }
             // Removed meanwhile, it has nothing to be sound.
-            if self.get(layer).is_some() {
+            if self.get(layer).is_some() || self.damaged().contains(&layer) {
                 for fault in faults {
                     self.doubt(layer);
                     told.fault(fault);
@@ -78,6 +96,68 @@ impl Layers {
             error,
         };
         problems.into_iter().map(fault).collect()
+    }
+
+    /// Reads the records of layers, and looks for those that should be there.
+    fn verify_records(&self) -> Vec<Fault> {
+        let damaged = match self.damaged_records() {
+            Ok(damaged) => damaged,
+            Err(error) => {
+                return vec![Fault {
+                    layer: None,
+                    path: None,
+                    error,
+                }];
+            }
+        };
+        let faults = damaged.into_iter().filter_map(|damaged| {
+            // Another name is no layer's.
+            let layer = damaged.id.parse().ok()?;
+            Some(Fault {
+                layer: Some(layer),
+                path: None,
+                error: Error::Record(damaged.into()),
+            })
+        });
+        faults.collect()
+    }
+
+    /// Reads all of the merged views in which whoever mounts a chain looks for it. One that is replaced or removed meanwhile is
+    /// passed over. Ends early when `observer` wants that.
+    pub fn verify_views(&self, observer: &dyn Observer) -> Result<Vec<BadView>> {
+        let dir = self.views();
+        let mut bad = Vec::new();
+        let entries = fs::read_dir(&dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        for entry in entries.map_err(io_error("list", &dir))? {
+            if observer.cancelled() {
+                break;
+            }
+            let path = entry.path();
+            let stem = path.file_stem().and_then(|stem| stem.to_str());
+            // Another name is that of a view whose place another has taken.
+            let Some(key) = stem.and_then(|stem| stem.parse().ok()) else {
+                continue;
+            };
+            let examine = || {
+                View::open(&path, key, Arc::clone(self.objects()), Verify::Never)
+                    .and_then(|view| view.verify())
+            };
+            // Twice: what was read first may have been replaced since.
+            let error = match examine().or_else(|_| examine()) {
+                // One of another release is not used, and built again.
+                Ok(()) | Err(Error::Unsupported { .. }) => continue,
+                Err(error) if error.is_not_found() => continue,
+                Err(error) => error,
+            };
+            let layers = view::chain_of(&path).ok();
+            bad.push(BadView {
+                layers: layers.filter(|layers| ViewKey::of(layers) == key),
+                path,
+                key,
+                error,
+            });
+        }
+        Ok(bad)
     }
 
     /// As [`verify`](Self::verify), of one layer, whether it is known or not.

@@ -192,6 +192,7 @@ fn lists_are_tables_names_or_json() {
     let documented = [
         "created",
         "damaged_contents",
+        "damaged_view",
         "id",
         "key",
         "kind",

@@ -206,6 +206,12 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
             &format!("{contents}; `snapctl system repair` mends them, or says what would"),
         );
     }
+    if view.damaged_view == Some(true) {
+        line(
+            "damaged",
+            "the merged view of its layers; `snapctl system repair` builds it again",
+        );
+    }
     for (key, value) in &view.labels {
         line("label", &format!("{key}={value}"));
     }

@@ -27,6 +27,8 @@ pub struct SnapshotView {
     pub packed_layers: Vec<String>,
     /// Of a mounted one, where it was asked for.
     pub damaged_contents: Option<u64>,
+    /// As above.
+    pub damaged_view: Option<bool>,
     #[serde(skip)]
     pub age: String,
 }
@@ -55,6 +57,7 @@ impl From<Snapshot> for SnapshotView {
             layer_dirs: snapshot.layer_dirs,
             packed_layers: snapshot.packed_layers,
             damaged_contents: snapshot.damaged_contents,
+            damaged_view: snapshot.damaged_view,
         }
     }
 }

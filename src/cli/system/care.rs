@@ -91,23 +91,40 @@ pub(super) struct FaultView {
     path: Option<String>,
     problem: String,
     snapshots: Vec<String>,
+    kind: String,
+    of: Option<String>,
+    file: Option<String>,
+    layers: Vec<String>,
+    images: Vec<String>,
+    pub(super) advice: Option<String>,
 }
 
 impl From<Fault> for FaultView {
     fn from(fault: Fault) -> Self {
+        let known = |text: String| Some(text).filter(|text| !text.is_empty());
         Self {
             layer: fault.layer,
-            path: Some(fault.path).filter(|path| !path.is_empty()),
+            path: known(fault.path),
             problem: fault.problem,
             snapshots: fault.snapshots,
+            kind: fault.kind,
+            of: known(fault.of),
+            file: known(fault.file),
+            layers: fault.layers,
+            images: fault.images,
+            advice: known(fault.advice),
         }
     }
 }
 
 impl FaultView {
+    /// What is wrong with what; without what to do about it.
     pub(super) fn line(&self) -> String {
         if self.layer.is_empty() {
-            return self.problem.clone();
+            return match &self.of {
+                Some(of) => format!("{of}: {}", self.problem),
+                None => self.problem.clone(),
+            };
         }
         let layer = output::short(&self.layer);
         let path = self.path.as_deref().unwrap_or("the layer itself");
@@ -115,7 +132,11 @@ impl FaultView {
             [] => String::new(),
             snapshots => format!(" (of {})", snapshots.join(", ")),
         };
-        format!("layer {layer}{of}: {path}: {}", self.problem)
+        match self.kind.as_str() {
+            // It names itself.
+            "record" => format!("layer {layer}{of}: {}", self.problem),
+            _ => format!("layer {layer}{of}: {path}: {}", self.problem),
+        }
     }
 }
 
@@ -139,7 +160,10 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             Some(Event::Fault(fault)) => {
                 let fault = FaultView::from(fault);
                 if !args.json && !args.quiet {
-                    bar.suspend(|| output::lines_out(&[output::printable(&fault.line())]))?;
+                    let advice = fault.advice.iter();
+                    let advice: String = advice.map(|advice| format!("; {advice}")).collect();
+                    let line = output::printable(&format!("{}{advice}", fault.line()));
+                    bar.suspend(|| output::lines_out(&[line]))?;
                 }
                 faults.push(fault);
             }

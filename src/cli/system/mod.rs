@@ -34,6 +34,10 @@ packs         headers and tables of the files that small contents are in
 records       what is known of all of these, with indexes and directories
 containers    bundles and logs
 uncollected   what nothing has: it awaits `snapctl system gc`, or is being loaded
+undivided     what damage keeps from being told apart; it is there only then
+
+Where damage hides whose something is, the figures that hang on that are `?`, stderr says what is damaged, and the
+exit code is 1. The total is right all the same.
 
 Examples:
   snapctl system df
@@ -47,16 +51,18 @@ Examples:
   snapctl system gc --dry-run --explain
   snapctl system gc")]
     Gc(GcArgs),
-    /// Read what is stored of the layers and compare it with its checksums
+    /// Read what is stored of layers, and all records, and compare it with its checksums
     #[command(
-        after_help = "Exits with 1 if something is damaged. Nothing is changed: `snapctl system repair` mends it.
+        after_help = "Of layers that is the record, the index and the recipe of each, packs, and the merged views of their chains; the
+contents are looked for, and read with --deep. Records of snapshots, images and containers are read, too.
+Exits with 1 if something is damaged. Nothing is changed: `snapctl system repair` mends it.
 
 Examples:
   snapctl system verify
   snapctl system verify --deep --json"
     )]
     Verify(VerifyArgs),
-    /// Make whole what is damaged of the layers
+    /// Make whole what is damaged of layers and records
     #[command(
         after_help = "Reads everything first. What can be made from something else is made anew; layers are taken in again
 from the archive, or else from containerd's content store. Mounts go on, and read what was mended.
@@ -154,6 +160,8 @@ struct InfoView {
     containers_running: u64,
     damaged_contents: u64,
     damaged_mounts: u64,
+    damaged_views: u64,
+    damaged_records: u64,
 }
 
 #[derive(Serialize)]
@@ -196,6 +204,8 @@ impl From<InfoSystemResponse> for InfoView {
             containers_running: info.containers_running,
             damaged_contents: info.damaged_contents,
             damaged_mounts: info.damaged_mounts,
+            damaged_views: info.damaged_views,
+            damaged_records: info.damaged_records,
         }
     }
 }
@@ -274,14 +284,25 @@ fn lines(info: &InfoView) -> Vec<String> {
     .collect()
 }
 
-/// What mounts could not read.
+/// What mounts could not read, and records.
 fn damaged(info: &InfoView) -> String {
-    match info.damaged_contents {
-        0 => "nothing that was read".to_owned(),
-        contents => format!(
-            "{} in {}; `snapctl system repair` mends them, or says what would",
-            output::count(contents, "content"),
-            output::count(info.damaged_mounts, "mount")
+    let some = |number: u64, what| (number > 0).then(|| output::count(number, what));
+    let read = [
+        some(info.damaged_contents, "content"),
+        some(info.damaged_views, "merged view"),
+    ];
+    let read: Vec<String> = read.into_iter().flatten().collect();
+    let read = (!read.is_empty()).then(|| {
+        let mounts = output::count(info.damaged_mounts, "mount");
+        format!("{} in {mounts}", read.join(" and "))
+    });
+    let all = [read, some(info.damaged_records, "record")];
+    let all: Vec<String> = all.into_iter().flatten().collect();
+    match all.is_empty() {
+        true => "nothing that was read".to_owned(),
+        false => format!(
+            "{}; `snapctl system repair` mends them, or says what would",
+            all.join(", ")
         ),
     }
 }

@@ -24,21 +24,13 @@ struct RepairedView {
     objects: u64,
     bytes: u64,
     mended: Vec<MendedView>,
-    left: Vec<LeftView>,
+    left: Vec<FaultView>,
 }
 
 #[derive(Serialize)]
 struct MendedView {
     what: String,
     layer: Option<String>,
-}
-
-#[derive(Serialize)]
-struct LeftView {
-    #[serde(flatten)]
-    fault: FaultView,
-    images: Vec<String>,
-    advice: String,
 }
 
 pub(super) async fn repair(args: RepairArgs, client: &Client) -> Result<()> {
@@ -84,7 +76,7 @@ pub(super) async fn repair(args: RepairArgs, client: &Client) -> Result<()> {
     if args.json {
         output::json(&view)?;
     } else if args.quiet {
-        let mut layers: Vec<_> = view.left.iter().map(|left| &*left.fault.layer).collect();
+        let mut layers: Vec<_> = view.left.iter().map(|left| &*left.layer).collect();
         layers.retain(|layer| !layer.is_empty());
         layers.dedup();
         output::lines_out(&layers)?;
@@ -137,14 +129,11 @@ async fn receive(
                     layer: Some(mended.layer).filter(|layer| !layer.is_empty()),
                 });
             }
-            Some(Event::Left(mut fault)) => {
-                let left = LeftView {
-                    images: std::mem::take(&mut fault.images),
-                    advice: std::mem::take(&mut fault.advice),
-                    fault: fault.into(),
-                };
+            Some(Event::Left(fault)) => {
+                let left = FaultView::from(fault);
                 if !quiet {
-                    let line = format!("left: {}: {}", left.fault.line(), left.advice);
+                    let advice = left.advice.as_deref().unwrap_or_default();
+                    let line = format!("left: {}: {advice}", left.line());
                     output::lines_out(&[output::printable(&line)])?;
                 }
                 view.left.push(left);

@@ -31,6 +31,7 @@
 //! removal. Stop and kill take none; they act on the shim, and the end is everybody's to see.
 
 mod create;
+mod damage;
 mod entry;
 mod error;
 mod life;

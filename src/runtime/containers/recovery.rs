@@ -31,7 +31,7 @@ impl Containers {
         .await?;
         let mut known: BTreeSet<String> = BTreeSet::new();
         for damaged in listing.damaged {
-            tracing::error!(error = %damaged, "a container cannot be used");
+            tracing::error!("{damaged}");
             known.insert(damaged.id.clone());
             let mut table = self.0.table.lock();
             table.damaged.insert(damaged.id.clone(), damaged);

@@ -44,7 +44,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use parking_lot::{Condvar, Mutex};
 
 use super::types::*;
-use crate::cow::UnionConfig;
+use crate::cow::{Damage, UnionConfig};
 use crate::fuse::control::{ControlClient, Hello};
 use crate::store::create_dir;
 use crate::store::trash::Trash;
@@ -368,9 +368,9 @@ impl Mounts {
         control.complete(COMPLETE).map(|()| true)
     }
 
-    /// How many contents the plyfs of a snapshot could not use when it last read them; `None` if there is none, or it does not
-    /// answer by `deadline`.
-    pub(super) fn damaged(&self, id: &str, deadline: Instant) -> Option<u64> {
+    /// What the plyfs of a snapshot could not use when it last read it; `None` if there is none, or it does not answer by
+    /// `deadline`.
+    pub(super) fn damage(&self, id: &str, deadline: Instant) -> Option<Damage> {
         self.point(id)?;
         let timeout = deadline.checked_duration_since(Instant::now())?;
         // A connection of its own: calls on one take turns, and a flush may take long.
@@ -378,7 +378,10 @@ impl Mounts {
         let (_, hello) = connected
             .inspect_err(|error| tracing::debug!(id, %error, "a plyfs does not tell of damage"))
             .ok()?;
-        Some(hello.damaged)
+        Some(Damage {
+            contents: hello.damaged,
+            view: hello.damaged_view,
+        })
     }
 
     /// Ends the mount, if there is one, and its process, and with them every copy of the mount that

@@ -6,11 +6,14 @@
 //! error and not a signal; from then on the mapping is used. All access goes through
 //! [`IndexFile::slice`], which checks bounds, so no damage leads beyond the file.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
 
 use super::{Record, check_features};
 use crate::store::error::{Result, damaged, io_error};
@@ -109,6 +112,8 @@ pub(in crate::store) struct IndexFile {
     sums: Vec<u8>,
     /// A bit for each page that was verified.
     verified: Box<[AtomicU64]>,
+    /// Pages that were not sound when they were last read.
+    bad: Mutex<BTreeSet<u64>>,
 }
 
 impl IndexFile {
@@ -153,6 +158,7 @@ impl IndexFile {
             end,
             sums,
             verified: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            bad: Mutex::default(),
         })
     }
 
@@ -226,6 +232,33 @@ impl IndexFile {
         (0..(self.sums.len() / 32) as u64).try_for_each(|page| self.verify(page))
     }
 
+    /// Writes the pages that are not sound as they are in `other`, where that has what the sums say, and says whether all are
+    /// sound then. Who has the file open reads them from then on.
+    pub(in crate::store) fn restore_pages(&self, other: &File) -> Result<bool> {
+        let own = File::options().write(true).open(&self.path);
+        let own = own.map_err(io_error("open", &self.path))?;
+        for page in 0..(self.sums.len() / 32) as u64 {
+            if self.read_page(page).is_ok() {
+                continue;
+            }
+            let mut buffer = [0; PAGE as usize];
+            let (at, bytes) = self.page_in(page, &mut buffer);
+            let is_it = other.read_exact_at(bytes, at).is_ok() && self.is_page(page, bytes);
+            if !is_it {
+                return Ok(false);
+            }
+            own.write_all_at(bytes, at)
+                .map_err(io_error("write", &self.path))?;
+        }
+        own.sync_all().map_err(io_error("write", &self.path))?;
+        Ok(true)
+    }
+
+    /// Whether something that was read of it was not sound when it was last read.
+    pub(in crate::store) fn is_damaged(&self) -> bool {
+        !self.bad.lock().is_empty()
+    }
+
     /// An error that names this file.
     pub(in crate::store) fn damaged(&self, problem: impl Into<String>) -> crate::store::Error {
         damaged(&self.path, problem)
@@ -241,17 +274,40 @@ impl IndexFile {
         if word.load(Ordering::Relaxed) & bit != 0 {
             return Ok(());
         }
-        let start = HEADER as u64 + page * PAGE;
-        let mut buffer = [0; PAGE as usize];
-        let length = (self.end.saturating_sub(start)).min(PAGE) as usize;
-        let bytes = &mut buffer[..length];
-        read_exact(&self.file, &self.path, bytes, start)?;
-        let sum = self.sums.get(number * 32..number * 32 + 32);
-        if sum != Some(blake3::hash(bytes).as_bytes()) {
-            return Err(self.damaged(format!("the sum of its page {page} is wrong")));
+        let sound = self.read_page(page);
+        match &sound {
+            Ok(()) => {
+                self.bad.lock().remove(&page);
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+            Err(_) => {
+                self.bad.lock().insert(page);
+            }
         }
-        word.fetch_or(bit, Ordering::Relaxed);
-        Ok(())
+        sound
+    }
+
+    /// Reads a page and compares it with its sum.
+    fn read_page(&self, page: u64) -> Result<()> {
+        let mut buffer = [0; PAGE as usize];
+        let (at, bytes) = self.page_in(page, &mut buffer);
+        read_exact(&self.file, &self.path, bytes, at)?;
+        match self.is_page(page, bytes) {
+            true => Ok(()),
+            false => Err(self.damaged(format!("the sum of its page {page} is wrong"))),
+        }
+    }
+
+    /// Where a page starts, and the part of `buffer` that it takes.
+    fn page_in<'a>(&self, page: u64, buffer: &'a mut [u8; PAGE as usize]) -> (u64, &'a mut [u8]) {
+        let start = HEADER as u64 + page * PAGE;
+        let length = (self.end.saturating_sub(start)).min(PAGE) as usize;
+        (start, &mut buffer[..length])
+    }
+
+    fn is_page(&self, page: u64, bytes: &[u8]) -> bool {
+        let at = page as usize * 32;
+        self.sums.get(at..at + 32) == Some(blake3::hash(bytes).as_bytes())
     }
 }
 
@@ -477,6 +533,27 @@ mod tests {
         for length in (0..good.len()).step_by(97) {
             assert!(opened(&good[..length]).is_err(), "cut at {length}");
         }
+    }
+
+    #[test]
+    fn damage_is_known_from_when_it_is_read_until_what_is_read_is_sound() {
+        let tmp = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(tmp.path(), sample()).unwrap();
+        let index = IndexFile::open(tmp.path(), Kind::View).unwrap();
+        let flip = |at: u64| {
+            let file = File::options().read(true).write(true).open(tmp.path());
+            let (file, mut byte) = (file.unwrap(), [0]);
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        };
+        flip(HEADER as u64 + PAGE + 7);
+        index.slice(Section::Names, 0, 5).unwrap();
+        assert!(!index.is_damaged());
+        assert!(contents(&index).is_err());
+        assert!(index.is_damaged());
+        flip(HEADER as u64 + PAGE + 7);
+        contents(&index).unwrap();
+        assert!(!index.is_damaged());
     }
 
     #[test]

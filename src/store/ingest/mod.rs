@@ -15,7 +15,7 @@ pub(super) mod recipe;
 mod sink;
 mod source;
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 
 use super::error::{Error, Result, refused};
@@ -136,6 +136,18 @@ pub(super) fn take(
         stored,
         digests,
     })
+}
+
+/// Reads the stream of a layer for its digests alone.
+pub(super) fn digests(
+    stream: impl Read + Send,
+    limits: &Limits,
+    observer: &dyn Observer,
+) -> Result<Digests> {
+    let read = source::with_content(stream, limits.bytes, observer, |mut content| {
+        io::copy(&mut content, &mut io::sink()).map_err(Error::Input)
+    });
+    read.map(|(_, digests)| digests)
 }
 
 struct Layer<'a, R> {

@@ -1,13 +1,17 @@
 mod packs;
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
 
 use super::*;
 use crate::store::format::ObjectName;
 use crate::store::ingest::Settings;
 use crate::store::object::{Objects, Place};
+use crate::store::record::Record;
+use crate::store::view::{Verify, View};
 
 fn open(dir: &Path) -> Layers {
     let settings = Settings {
@@ -284,7 +288,7 @@ fn an_open_view_reads_what_was_restored() {
         .to_owned();
     // As a plyfs opens it.
     let objects = Arc::new(Objects::new(store.dir.path()));
-    let key = crate::store::ViewKey::of(&chain);
+    let key = ViewKey::of(&chain);
     let view = View::open(&path, key, objects, Verify::First).unwrap();
     let read = |name: &str| {
         let root = view.inode(View::ROOT).unwrap();
@@ -314,11 +318,18 @@ fn a_damaged_view_is_dropped_and_a_damaged_record_made_anew() {
     let chain = [store.layer, store.other];
     let view = store.layers.view(&chain, Verify::First).unwrap();
     let path = view.path().to_owned();
-    let sound = store.layers.mend(&());
+    let mend = |layers: &Layers| layers.mend(&HashMap::new(), &());
+    let sound = mend(&store.layers);
     assert!(sound.views.is_empty() && sound.records.is_empty());
+    // All of it is in one page, also of which layers it is.
     flip(&path, 1024 + 60);
-    let mended = store.layers.mend(&());
-    assert_eq!(mended.views, std::slice::from_ref(&path));
+    let mended = mend(&store.layers);
+    let removed = MendedView {
+        path: path.clone(),
+        key: ViewKey::of(&chain),
+        cure: ViewCure::Removed,
+    };
+    assert_eq!(mended.views, [removed]);
     assert!(!path.exists());
     let again = store.layers.view(&chain, Verify::First).unwrap();
     again.verify().unwrap();
@@ -333,11 +344,159 @@ fn a_damaged_view_is_dropped_and_a_damaged_record_made_anew() {
     let store = store.reopen();
     assert_eq!(store.layers.get(store.layer), None);
     assert!(!store.layers.is_whole(store.layer));
-    let mended = store.layers.mend(&());
+    let mended = mend(&store.layers);
     assert_eq!(mended.records, [store.layer]);
     let expected = LayerRecord { blob: None, ..was };
     assert_eq!(store.layers.get(store.layer), Some(expected));
     assert!(store.layers.is_whole(store.layer));
+    store.assert_whole();
+}
+
+/// Whoever had it mounted had to mount it again.
+#[test]
+fn a_view_is_restored_below_those_who_have_it_open() {
+    let store = Store::new();
+    let names: Vec<String> = (0..300).map(|number| format!("file {number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let stream = stream(&names);
+    let many = store
+        .layers
+        .import(&*stream, &Expected::default(), &())
+        .unwrap();
+    let chain = [store.layer, many];
+    let path = store.layers.view(&chain, Verify::First).unwrap();
+    let path = path.path().to_owned();
+    let good = fs::read(&path).unwrap();
+    let key = ViewKey::of(&chain);
+    let chains = HashMap::from([(key, chain.to_vec())]);
+    let open = || View::open_stored(&path, Verify::First).unwrap();
+    let entries = |view: &View| {
+        let root = view.inode(View::ROOT)?;
+        let mut found = 0;
+        while let Some(entry) = view.nth(&root, found)? {
+            view.inode(entry.inode)?;
+            found += 1;
+        }
+        Ok::<_, Error>(found)
+    };
+    // A page that neither opening nor the first look needs, two, and one that the view is found by.
+    for damage in [&[9000][..], &[9000, 14_000], &[1030]] {
+        let view = match damage {
+            [1030] => None,
+            _ => Some(open()),
+        };
+        damage.iter().for_each(|at| flip(&path, *at));
+        if let Some(view) = &view {
+            assert!(entries(view).is_err() && view.is_damaged());
+        }
+        let bad = store.layers.verify_views(&()).unwrap();
+        assert_eq!(bad.len(), 1);
+        assert_eq!((&bad[0].path, bad[0].key), (&path, key));
+        assert!(
+            bad[0]
+                .error
+                .problem()
+                .contains("is damaged: the sum of its page")
+        );
+        let mended = store.layers.mend(&chains, &());
+        assert_eq!(mended.views[0].cure, ViewCure::Restored);
+        assert!(fs::read(&path).unwrap() == good);
+        if let Some(view) = &view {
+            assert_eq!(entries(view).unwrap(), 304);
+            assert!(!view.is_damaged());
+        }
+    }
+    // Without its header nobody knows what it was.
+    let view = open();
+    flip(&path, 100);
+    let mended = store.layers.mend(&chains, &());
+    assert_eq!(mended.views[0].cure, ViewCure::RemovedBelow);
+    assert!(store.layers.verify_views(&()).unwrap().is_empty());
+    drop(view);
+    let again = store.layers.view(&chain, Verify::First).unwrap();
+    assert!(fs::read(again.path()).unwrap() == good);
+}
+
+/// A repair once made such a record from the index, which does not know the blob.
+#[test]
+fn a_record_of_which_all_is_known_is_written_as_it_was() {
+    let store = Store::new();
+    let record = |layer| store.dir.path().join(format!("records/{layer}.record"));
+    let [of_layer, of_other] = [record(store.layer), record(store.other)];
+    let good = [&of_layer, &of_other].map(|path| fs::read(path).unwrap());
+    flip(&of_layer, 70);
+    fs::remove_file(&of_other).unwrap();
+    let damaged = store.layers.damaged_records().unwrap();
+    let mut paths: Vec<_> = damaged.iter().map(|damaged| &damaged.path).collect();
+    paths.sort();
+    let mut expected = [&of_layer, &of_other];
+    expected.sort();
+    assert_eq!(paths, expected);
+    assert!(damaged[0].to_string().ends_with(LayerRecord::REMEDY));
+    assert!(!store.layers.is_whole(store.layer));
+    let mended = store.layers.mend(&HashMap::new(), &());
+    assert_eq!((mended.rewritten.len(), mended.records.len()), (2, 0));
+    assert!(store.layers.damaged_records().unwrap().is_empty());
+    for (path, good) in [&of_layer, &of_other].into_iter().zip(&good) {
+        assert!(fs::read(path).unwrap() == *good);
+    }
+    // A layer that is removed takes its record with it, and a repair does not bring it back.
+    store.layers.remove(store.other).unwrap();
+    assert!(store.layers.damaged_records().unwrap().is_empty());
+    store.layers.mend(&HashMap::new(), &());
+    assert!(!of_other.exists());
+}
+
+#[test]
+fn which_blob_a_layer_came_as_is_believed_once_it_was_read() {
+    let mut store = Store::new();
+    let blob = zstd::encode_all(&*stream(&FILES), 1).unwrap();
+    let digest = format!("sha256:{:x}", Sha256::digest(&blob));
+    let record = store
+        .dir
+        .path()
+        .join(format!("records/{}.record", store.layer));
+    flip(&record, 70);
+    store = store.reopen();
+    store.layers.mend(&HashMap::new(), &());
+    let diff_id = store.layers.get(store.layer).unwrap().diff_id.unwrap();
+    let without = [(store.layer, diff_id.clone())];
+    assert_eq!(store.layers.without_blob(), without);
+    let by_blob = |store: &Store| {
+        store.layers.known(&Expected {
+            blob: Some(&digest),
+            diff_id: None,
+        })
+    };
+    store.layers.claim_blob(store.layer, &digest).unwrap();
+    // Also after a restart. Whoever asks for a blob must not get another's content on somebody's word.
+    store = store.reopen();
+    let claimed = store.layers.get(store.layer).unwrap();
+    assert_eq!(claimed.blob.as_deref(), Some(&*digest));
+    assert_eq!(
+        (by_blob(&store), store.layers.without_blob()),
+        (None, without.to_vec())
+    );
+    store
+        .layers
+        .claim_blob(store.layer, "sha256:other")
+        .unwrap();
+    assert_eq!(store.layers.get(store.layer), Some(claimed));
+
+    let other = stream(&["x"]);
+    assert!(!store.layers.learn_blob(store.layer, &*other, &()).unwrap());
+    assert!(
+        store
+            .layers
+            .learn_blob(store.layer, &blob[..900], &())
+            .is_err()
+    );
+    assert_eq!(by_blob(&store), None);
+    assert!(store.layers.learn_blob(store.layer, &*blob, &()).unwrap());
+    assert_eq!(by_blob(&store), Some(store.layer));
+    assert_eq!(store.layers.without_blob(), []);
+    store = store.reopen();
+    assert_eq!(by_blob(&store), Some(store.layer));
     store.assert_whole();
 }
 

@@ -331,6 +331,11 @@ impl View {
         self.file.verify_all()
     }
 
+    /// Whether something that was read of its index was not sound when it was last read.
+    pub fn is_damaged(&self) -> bool {
+        self.file.is_damaged()
+    }
+
     /// When contents are compared with their names.
     pub fn when_verified(&self) -> Verify {
         self.verify

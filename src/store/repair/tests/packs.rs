@@ -62,7 +62,7 @@ fn a_spoilt_pack_is_written_anew_without_a_source() {
             let problem = told[0].error.problem();
             assert!(problem.starts_with(pack.to_str().unwrap()), "{problem}");
             assert_nothing_goes(&store);
-            let mended = store.layers.mend(&());
+            let mended = store.layers.mend(&HashMap::new(), &());
             assert!(mended.errors.is_empty(), "{:?}", mended.errors);
             assert_eq!(mended.packs, [&*pack], "{what}");
             assert!(!pack.exists());
@@ -132,13 +132,17 @@ fn a_pack_that_may_have_what_is_missing_stays_until_nothing_is() {
         let store = store.reopen();
         assert!(store.faults() > 0, "{what}");
         assert_nothing_goes(&store);
-        let mended = store.layers.mend(&());
+        let mended = store.layers.mend(&HashMap::new(), &());
         assert!(mended.errors.is_empty(), "{:?}", mended.errors);
         assert_eq!(mended.packs, [""; 0].map(PathBuf::from), "{what}");
         // By where the view has it.
         assert_eq!(readable(), 1, "{what}");
         store.restore();
-        assert_eq!(store.layers.mend(&()).packs, [pack], "{what}");
+        assert_eq!(
+            store.layers.mend(&HashMap::new(), &()).packs,
+            [pack],
+            "{what}"
+        );
         store.assert_whole();
     }
 }
@@ -153,7 +157,7 @@ fn what_is_known_of_a_spoilt_pack_is_kept_though_nobody_could_find_it_again() {
     let faults = store.faults();
     assert!((1..3).contains(&faults));
     assert_nothing_goes(&store);
-    assert_eq!(store.layers.mend(&()).packs, [pack]);
+    assert_eq!(store.layers.mend(&HashMap::new(), &()).packs, [pack]);
     assert_eq!(store.faults(), faults);
     let store = store.reopen();
     assert_eq!(store.faults(), faults);
@@ -175,7 +179,7 @@ fn a_bad_copy_in_a_sound_pack_is_not_taken_for_a_good_one_in_a_spoilt_pack() {
     flip(&pack, 3);
     let store = store.reopen();
     assert!(store.faults() > 0);
-    assert_eq!(store.layers.mend(&()).packs, [pack]);
+    assert_eq!(store.layers.mend(&HashMap::new(), &()).packs, [pack]);
     store.assert_whole();
 }
 
@@ -220,7 +224,7 @@ fn a_damaged_pack_that_a_feature_forbids_to_write_anew_needs_a_newer_release() {
     assert!(store.layers.verify_packs().is_empty());
     flip(&pack, TABLE + 60);
     assert_needs_newer(&store, &pack);
-    let mended = store.layers.mend(&());
+    let mended = store.layers.mend(&HashMap::new(), &());
     assert_eq!(mended.packs, [""; 0].map(PathBuf::from));
     assert!(
         matches!(mended.errors[..], [Error::Unsupported { .. }]),
@@ -255,7 +259,7 @@ fn a_pack_with_an_unknown_incompatible_feature_is_refused_and_stays() {
         let refused = objects.read(&object, Some(place), false).unwrap_err();
         assert!(matches!(refused, Error::Unsupported { .. }), "{refused}");
         assert!(store.faults() > 0);
-        assert!(store.layers.mend(&()).errors.is_empty());
+        assert!(store.layers.mend(&HashMap::new(), &()).errors.is_empty());
         assert_eq!(store.layers.collect(false, &()).orphans, []);
         store.restore();
         assert_eq!(store.faults(), 0);

@@ -1,0 +1,583 @@
+//! Damage to what is nobody's contents: merged views and records are looked at, told of and mended.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::archive::*;
+use super::common::{Done, Plyd};
+
+const NAME: &str = "docker.io/library/whole:latest";
+
+fn load(plyd: &Plyd, image: &[u8]) {
+    let loaded = plyd.piped(["image", "load", "-q"], image);
+    assert_eq!(loaded.code, 0, "{}", loaded.stderr);
+}
+
+/// An image of two layers, whose view has many pages.
+fn image(name: &str) -> Vec<u8> {
+    let mut top = Layer::new();
+    for number in 0..300 {
+        let path = format!("file {number}");
+        top = top.file(&path, 0o644, path.as_bytes());
+    }
+    let base = Layer::new().file("base", 0o644, &noise(1, 40 << 10));
+    archive(name, &[Blob::gzip(base), Blob::gzip(top)])
+}
+
+/// The files in a directory below plyd's root that end so.
+fn files(plyd: &Plyd, dir: &str, end: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(plyd.root().join(dir)).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let mut paths: Vec<_> = paths
+        .filter(|path| path.to_str().unwrap().ends_with(end))
+        .collect();
+    paths.sort();
+    paths
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = fs::File::options().read(true).write(true).open(path);
+    let file = file.unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+/// Damages a record in its middle.
+fn break_record(path: &Path) -> Vec<u8> {
+    let good = fs::read(path).unwrap();
+    flip(path, good.len() as u64 / 2);
+    good
+}
+
+fn parse(done: &Done) -> Value {
+    serde_json::from_str(&done.stdout).unwrap_or_else(|_| panic!("{done:?}"))
+}
+
+/// What verification finds, which has to be something.
+fn faults(plyd: &Plyd) -> Vec<Value> {
+    let verified = plyd.snapctl(["system", "verify", "--json"]);
+    assert_eq!(verified.code, 1, "{}", verified.stdout);
+    let faults = parse(&verified)["faults"].as_array().unwrap().clone();
+    let deep = plyd.snapctl(["system", "verify", "--deep", "--json"]);
+    assert_eq!(parse(&deep)["faults"].as_array(), Some(&faults));
+    faults
+}
+
+fn assert_sound(plyd: &Plyd) {
+    let verified = plyd.snapctl(["system", "verify", "--deep"]);
+    assert_eq!(verified.code, 0, "{}{}", verified.stdout, verified.stderr);
+}
+
+fn mount(plyd: &Plyd, key: &str) -> PathBuf {
+    let mnt = plyd.dir().join(format!("mnt-{key}"));
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", key, mnt.to_str().unwrap()]);
+    mnt
+}
+
+/// Nobody but a repair looked at them, and who had one mounted had to find out by himself.
+#[test]
+fn a_damaged_view_is_named_and_restored_below_its_mount() {
+    let plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    let mnt = mount(&plyd, "work");
+    assert_sound(&plyd);
+    let views = files(&plyd, "store/views", ".view");
+    let [view] = &views[..] else {
+        panic!("{views:?}");
+    };
+    let layers = plyd.json(["snapshot", "info", "work", "--json"])["packed_layers"].clone();
+    let lowest_first: Vec<_> = layers.as_array().unwrap().iter().rev().cloned().collect();
+    let good = fs::read(view).unwrap();
+    let places = [3, 100, 1100, good.len() / 2, good.len() - 10];
+    for at in places {
+        flip(view, at as u64);
+        let found = faults(&plyd);
+        assert_eq!(found.len(), 1, "{at}: {found:?}");
+        let fault = &found[0];
+        assert_eq!(
+            (&fault["kind"], &fault["layer"]),
+            (&"view".into(), &"".into())
+        );
+        assert_eq!(fault["file"], view.to_str().unwrap());
+        assert_eq!(fault["images"], serde_json::json!([NAME]), "{at}");
+        assert_eq!(fault["layers"].as_array(), Some(&lowest_first), "{at}");
+        let snapshots = fault["snapshots"].as_array().unwrap();
+        assert!(snapshots.contains(&"work".into()), "{fault}");
+        let told = plyd.snapctl(["system", "verify"]);
+        let line = format!(
+            "the merged view of the image {NAME} (layers {}, {}): {} is damaged: ",
+            &lowest_first[0].as_str().unwrap()[..12],
+            &lowest_first[1].as_str().unwrap()[..12],
+            view.display()
+        );
+        assert!(told.stdout.starts_with(&line), "{}", told.stdout);
+        let advice =
+            "; `snapctl system repair` builds it again; it is mounted by the snapshot work\n";
+        assert!(told.stdout.contains(advice), "{}", told.stdout);
+        flip(view, at as u64);
+    }
+
+    // Known is what was read.
+    let system = || plyd.json(["system", "info", "--json"]);
+    let snapshot = || plyd.json(["snapshot", "info", "work", "--json"])["damaged_view"].clone();
+    flip(view, good.len() as u64 / 2);
+    assert_eq!(
+        (&system()["damaged_views"], snapshot()),
+        (&0.into(), false.into())
+    );
+    let list = || {
+        let entries = fs::read_dir(&mnt)?;
+        entries
+            .map(|entry| entry.and_then(|entry| entry.metadata()).map(drop))
+            .collect::<std::io::Result<Vec<_>>>()
+    };
+    assert_eq!(list().unwrap_err().raw_os_error(), Some(libc::EIO));
+    let info = system();
+    assert_eq!(
+        (&info["damaged_views"], snapshot()),
+        (&1.into(), true.into())
+    );
+    assert_eq!(
+        (&info["damaged_mounts"], &info["damaged_contents"]),
+        (&1.into(), &0.into())
+    );
+    let info = plyd.ok(["system", "info"]);
+    let line = "damaged        1 merged view in 1 mount; `snapctl system repair`";
+    assert!(info.contains(line), "{info}");
+    let info = plyd.ok(["snapshot", "info", "work"]);
+    assert!(
+        info.contains("the merged view of its layers; `snapctl"),
+        "{info}"
+    );
+
+    let mended = plyd.ok(["system", "repair"]);
+    let line = format!("was damaged, and {} is what it was again\n", view.display());
+    assert!(
+        mended.contains(&line) && mended.contains(" 1 mended, 0 left"),
+        "{mended}"
+    );
+    assert!(fs::read(view).unwrap() == good);
+    // It was not mounted again.
+    assert_eq!(list().unwrap().len(), 301);
+    assert_eq!(
+        (&system()["damaged_views"], snapshot()),
+        (&0.into(), false.into())
+    );
+    assert_sound(&plyd);
+
+    // What cannot be restored below the mount is built for the next one, and it is told who has to do something.
+    flip(view, 100);
+    let mended = plyd.ok(["system", "repair"]);
+    assert!(
+        mended.contains("keeps the damaged one until it is mounted again: the snapshot work\n"),
+        "{mended}"
+    );
+    assert_sound(&plyd);
+    plyd.umount(&mnt);
+    plyd.ok(["snapshot", "rm", "work"]);
+    // Without a header and without anybody who has it, it is nobody's.
+    plyd.ok(["snapshot", "view", "look", "whole"]);
+    let mnt = mount(&plyd, "look");
+    assert!(fs::read(view).unwrap() == good);
+    plyd.umount(&mnt);
+}
+
+/// plyd looked at its records when it started, and never again.
+#[test]
+fn each_damaged_record_is_named_while_plyd_runs() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let image = image("whole");
+    load(&plyd, &image);
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    let container = plyd.ok(["create", "--name", "box", "localhost/busybox", "sh"]);
+    assert_sound(&plyd);
+    let id = |reference: &str| {
+        let image = plyd.json(["image", "inspect", reference]);
+        image[0]["id"].as_str().unwrap().to_owned()
+    };
+    let name = blake3::hash(NAME.as_bytes()).to_hex();
+    let snapshot = plyd.json(["snapshot", "info", "work", "--json"])["id"].clone();
+    let layer = plyd.json(["snapshot", "info", "work", "--json"])["packed_layers"][0].clone();
+    let layer = layer.as_str().unwrap();
+    let whole = id("whole");
+    // Where it lies, what it is of, and whether plyd still knows all of what it said.
+    let kinds = [
+        (
+            format!("store/records/{layer}"),
+            format!("layer {}", &layer[..12]),
+            true,
+        ),
+        (
+            format!("images/names/{name}"),
+            format!("the name {NAME} of an image"),
+            true,
+        ),
+        (
+            format!("containers/{}", container.trim()),
+            "the container box".to_owned(),
+            true,
+        ),
+        (
+            format!("images/records/{whole}"),
+            format!("the image {NAME}"),
+            false,
+        ),
+        (
+            format!("snapshots/records/{}", snapshot.as_str().unwrap()),
+            "the snapshot work".to_owned(),
+            true,
+        ),
+    ];
+    let records = || plyd.json(["system", "info", "--json"])["damaged_records"].clone();
+    for gone in [false, true] {
+        for (path, of, is_known) in &kinds {
+            assert_eq!(records(), 0);
+            let path = plyd.root().join(format!("{path}.record"));
+            let good = fs::read(&path).unwrap();
+            match gone {
+                true => fs::remove_file(&path).unwrap(),
+                false => drop(break_record(&path)),
+            }
+            let found = faults(&plyd);
+            assert_eq!(found.len(), 1, "{of}: {found:#?}");
+            assert_eq!(found[0]["kind"], "record", "{of}");
+            assert_eq!(found[0]["file"], path.to_str().unwrap());
+            assert_eq!(records(), 1);
+            let info = plyd.ok(["system", "info"]);
+            assert!(info.contains("damaged        1 record; `snapctl"), "{info}");
+            let told = plyd.snapctl(["system", "verify"]);
+            let why = match gone {
+                true => "it is gone",
+                false => "its checksum does not match its content",
+            };
+            let problem = format!("the record {} cannot be used: {why}; ", path.display());
+            let line = told.stdout.lines().next().unwrap();
+            assert!(line.starts_with(of.as_str()), "{line}");
+            // Whoever restarted plyd instead would lose what it said.
+            let again =
+                "; `snapctl system repair` writes it again as it was, as long as this plyd runs";
+            let is_told = line.ends_with(again);
+            assert_eq!(is_told, *is_known && !of.starts_with("layer"), "{line}");
+            assert!(line.contains(&problem), "{line}");
+
+            let repaired = plyd.snapctl(["system", "repair"]);
+            if *is_known {
+                assert_eq!(repaired.code, 0, "{of}: {}", repaired.stdout);
+                assert!(
+                    repaired.stdout.contains("was written again as it was\n"),
+                    "{}",
+                    repaired.stdout
+                );
+                assert!(fs::read(&path).unwrap() == good, "{of}");
+            } else {
+                assert_eq!(repaired.code, 1, "{of}: {}", repaired.stdout);
+                let left = format!("left: {of}: {}", problem.trim_end_matches("; "));
+                assert!(repaired.stdout.contains(&left), "{}", repaired.stdout);
+                let repaired = plyd.piped(["system", "repair", "-i", "-"], &image);
+                assert_eq!(repaired.code, 0, "{}", repaired.stdout);
+                let told = format!("the record of {of} was made anew from the archive\n");
+                assert!(repaired.stdout.contains(&told), "{}", repaired.stdout);
+                assert!(fs::read(&path).unwrap() == good, "{of}");
+            }
+            assert_sound(&plyd);
+        }
+    }
+}
+
+/// The state is its shim's, who may be writing it.
+#[test]
+fn the_damaged_state_of_a_container_is_named() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    plyd.ok(["run", "--name", "box", "localhost/busybox", "true"]);
+    let id = plyd.ok(["ps", "-aq"]);
+    let state = plyd.root().join("containers").join(id.trim()).join("state");
+    let half = state.join(".tmp-7");
+    fs::write(&half, "half").unwrap();
+    let path = state.join("state.record");
+    let good = break_record(&path);
+    let found = faults(&plyd);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!(found[0]["of"], "the state of the container box");
+    assert!(
+        found[0]["advice"]
+            .as_str()
+            .unwrap()
+            .contains("forgets how the container ended")
+    );
+    assert!(half.exists());
+    fs::write(&path, good).unwrap();
+    assert_sound(&plyd);
+}
+
+#[test]
+fn what_changes_while_it_is_looked_at_is_not_damage() {
+    let plyd = Plyd::start();
+    let archive = image("whole");
+    load(&plyd, &archive);
+    let changing = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..12 {
+                let key = format!("work {round}");
+                plyd.ok(["snapshot", "prepare", &*key, "whole"]);
+                plyd.ok(["snapshot", "mounts", &*key]);
+                plyd.ok(["snapshot", "rm", &*key]);
+                let other = Layer::new().file("other", 0o644, &noise(round, 2000));
+                load(
+                    &plyd,
+                    &super::archive::archive("other", &[Blob::gzip(other)]),
+                );
+                plyd.ok(["image", "rm", "other"]);
+            }
+            changing.store(false, Ordering::Release);
+        });
+        while changing.load(Ordering::Acquire) {
+            assert_sound(&plyd);
+        }
+    });
+}
+
+/// It was told by two lines of which one was wrong, and a repair lost the blob's digest.
+#[test]
+fn a_record_that_is_damaged_when_plyd_starts_is_told_once_and_made_anew_with_its_blob() {
+    let mut plyd = Plyd::start();
+    let archive = image("whole");
+    load(&plyd, &archive);
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    let layers = plyd.json(["layer", "ls", "--json"]);
+    let blobs = |layers: &Value| -> Vec<Value> {
+        let layers = layers.as_array().unwrap().iter();
+        layers.map(|layer| layer["blob"].clone()).collect()
+    };
+    let good = blobs(&layers);
+    assert!(good.iter().all(Value::is_string), "{layers:#}");
+    let records = files(&plyd, "store/records", ".record");
+    let restart = |plyd: &mut Plyd| {
+        plyd.signal(Signal::SIGTERM);
+        for record in &records {
+            break_record(record);
+        }
+        let before = plyd.log().len();
+        plyd.launch();
+        plyd.log()[before..].to_owned()
+    };
+    let log = restart(&mut plyd);
+    for record in &records {
+        let told: Vec<_> = log
+            .lines()
+            .filter(|line| line.contains(record.file_stem().unwrap().to_str().unwrap()))
+            .collect();
+        assert_eq!(told.len(), 1, "{log}");
+        let sentence = format!(
+            "the record {} cannot be used: its checksum does not match its content; `snapctl system repair` makes it anew, or says what would",
+            record.display()
+        );
+        assert!(told[0].contains(&sentence), "{}", told[0]);
+    }
+    assert!(!log.contains("is missing"), "{log}");
+    assert_eq!(faults(&plyd).len(), 2);
+    let mended = plyd.ok(["system", "repair"]);
+    assert!(mended.contains(" 2 mended, 0 left"), "{mended}");
+    for (blob, record) in good.iter().zip(&records) {
+        let line = format!(
+            "the record of the layer {} was made anew from its index; the digest of its blob, {}, is the one that the image {NAME} gives",
+            record.file_stem().unwrap().to_str().unwrap(),
+            blob.as_str().unwrap()
+        );
+        assert!(mended.contains(&line), "{mended}");
+    }
+    assert_eq!(blobs(&plyd.json(["layer", "ls", "--json"])), good);
+    assert_sound(&plyd);
+
+    // Nobody who knows: that is told, with what would help, and it does.
+    plyd.ok(["image", "rm", "-f", "whole"]);
+    restart(&mut plyd);
+    let mended = plyd.ok(["system", "repair"]);
+    let line = "is not known any more, for no image here has the layer; `snapctl system repair -i`";
+    assert_eq!(mended.matches(line).count(), 2, "{mended}");
+    let lost = plyd.json(["layer", "ls", "--json"]);
+    assert!(blobs(&lost).iter().all(Value::is_null), "{lost:#}");
+    let mended = plyd.piped(["system", "repair", "-i", "-"], &archive);
+    assert_eq!(mended.code, 0, "{}", mended.stderr);
+    assert!(
+        mended.stdout.contains(" 2 mended, 0 left"),
+        "{}",
+        mended.stdout
+    );
+    assert_eq!(blobs(&plyd.json(["layer", "ls", "--json"])), good);
+    assert_sound(&plyd);
+}
+
+/// Such a record could not be mended, and whoever deleted it, as he was told to, could not load the image again: what built on the
+/// snapshot was in the way.
+#[test]
+fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    // In order of creation.
+    let listed = plyd.ok(["snapshot", "ls", "-q"]);
+    let tree = plyd.ok(["snapshot", "tree"]);
+    let mut records = files(&plyd, "snapshots/records", ".record");
+    let text = |path: &Path| fs::read_to_string(path).unwrap();
+    records.retain(|path| text(path).contains("\"image\""));
+    records.sort_by_key(|path| !text(path).contains("\"parent\":null"));
+    assert_eq!(records.len(), 2);
+    let good = fs::read(&records[1]).unwrap();
+    let (lower, upper) = records.split_at(1);
+    for (broken, lose_index) in [
+        (lower, false),
+        (upper, false),
+        (&records[..], false),
+        (lower, true),
+        (upper, true),
+    ] {
+        plyd.signal(Signal::SIGTERM);
+        broken.iter().for_each(|record| drop(break_record(record)));
+        if lose_index {
+            fs::remove_dir_all(plyd.root().join("index")).unwrap();
+        }
+        plyd.launch();
+        let told = "`snapctl system repair` makes that of an image's layer anew; else ";
+        assert!(plyd.log().contains(told), "{}", plyd.log());
+        // What is of a layer stays while nobody can say that it has a snapshot.
+        let other = Layer::new().file("x", 0o644, b"x");
+        load(&plyd, &archive("other", &[Blob::gzip(other)]));
+        plyd.ok(["image", "rm", "other"]);
+        assert_eq!(faults(&plyd).len(), broken.len());
+        let repaired = plyd.snapctl(["system", "repair"]);
+        let made = repaired
+            .stdout
+            .matches("was made anew from what the image says\n");
+        // Which record that of the upper layer was only the index can tell.
+        let is_known = !(lose_index && broken == upper);
+        assert_eq!(made.count(), if is_known { broken.len() } else { 0 });
+        assert_eq!(repaired.code, i32::from(!is_known), "{}", repaired.stdout);
+        if is_known {
+            assert_sound(&plyd);
+            assert_eq!(plyd.ok(["snapshot", "tree"]), tree);
+            assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), listed);
+        }
+    }
+    plyd.signal(Signal::SIGTERM);
+    fs::write(&upper[0], &good).unwrap();
+    plyd.launch();
+    assert_sound(&plyd);
+    let mnt = mount(&plyd, "work");
+    assert_eq!(fs::read(mnt.join("file 7")).unwrap(), b"file 7");
+    plyd.umount(&mnt);
+}
+
+/// Its figures were guesses, and nothing said so.
+#[test]
+fn what_damage_hides_of_the_space_is_not_guessed() {
+    let plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    let other = Layer::new().file("other", 0o644, &noise(5, 30 << 10));
+    load(&plyd, &archive("other", &[Blob::gzip(other)]));
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    let mnt = mount(&plyd, "work");
+    fs::write(mnt.join("data"), noise(6, 100 << 10)).unwrap();
+    plyd.umount(&mnt);
+    let sound = plyd.json(["system", "df", "--json"]);
+    assert_eq!(sound["problems"], serde_json::json!([]));
+    let row = |df: &Value, kind: &str, name: &str| {
+        let users = df["users"].as_array().unwrap().iter();
+        let mut found = users.filter(|user| {
+            user["kind"] == kind && user["name"].as_str().unwrap_or_default().contains(name)
+        });
+        found.next().cloned().unwrap_or_default()
+    };
+    assert!(row(&sound, "undivided", "").is_null(), "{sound:#}");
+    let index = files(&plyd, "store/layers", ".index");
+    let layers = plyd.json(["snapshot", "info", "work", "--json"])["packed_layers"].clone();
+    let top = layers[0].as_str().unwrap();
+    let index = index
+        .iter()
+        .find(|path| path.to_str().unwrap().contains(top));
+    let index = index.unwrap();
+    flip(index, 100);
+    let df = plyd.snapctl(["system", "df", "--json"]);
+    assert_eq!(df.code, 1);
+    let why = format!(
+        "snapctl: which contents the layer {top} has cannot be told: {} is damaged: ",
+        index.display()
+    );
+    assert!(df.stderr.contains(&why), "{}", df.stderr);
+    assert!(
+        df.stderr
+            .ends_with("; `snapctl system repair` mends it, or says what would\n")
+    );
+    let hidden = parse(&df);
+    assert_eq!(
+        hidden["problems"].as_array().unwrap().len(),
+        1,
+        "{hidden:#}"
+    );
+    // Which of these has what the layer has, too, nobody can say.
+    for name in ["whole", "other"] {
+        let image = row(&hidden, "image", name);
+        assert!(
+            image["unique"].is_null() && image["on_disk"].is_null(),
+            "{image}"
+        );
+    }
+    let logical = |df: &Value, kind: &str, name: &str| row(df, kind, name)["logical"].clone();
+    assert_eq!(
+        logical(&hidden, "image", "other"),
+        logical(&sound, "image", "other")
+    );
+    assert!(
+        row(&hidden, "uncollected", "")["on_disk"].is_null(),
+        "{hidden:#}"
+    );
+    // What was written is its own.
+    let work = row(&hidden, "snapshot", "work");
+    assert_eq!(work["unique"], row(&sound, "snapshot", "work")["unique"]);
+    let users = hidden["users"].as_array().unwrap();
+    let known = users.iter().filter_map(|user| user["on_disk"].as_u64());
+    assert_eq!(known.sum::<u64>(), hidden["total"].as_u64().unwrap());
+    assert_eq!(hidden["total"], sound["total"]);
+    let table = plyd.snapctl(["system", "df"]);
+    assert_eq!(table.code, 1);
+    let line = table
+        .stdout
+        .lines()
+        .find(|line| line.contains("library/other"));
+    let words: Vec<_> = line.unwrap().split_whitespace().collect();
+    assert_eq!(words[words.len() - 2..], ["?", "?"]);
+    let total = plyd.snapctl(["system", "df", "-q"]);
+    assert_eq!(
+        (total.code, total.stdout.trim()),
+        (1, &*sound["total"].to_string())
+    );
+    flip(index, 100);
+
+    // A record says which layers there are; without it the same holds.
+    let id = plyd.json(["snapshot", "info", "work", "--json"])["id"].clone();
+    let record = format!("snapshots/records/{}.record", id.as_str().unwrap());
+    let record = plyd.root().join(record);
+    let good = break_record(&record);
+    let df = plyd.snapctl(["system", "df", "--json"]);
+    assert_eq!(df.code, 1);
+    let why = "which layers the snapshot work has cannot be told: the record ";
+    assert!(df.stderr.contains(why), "{}", df.stderr);
+    assert!(row(&parse(&df), "image", "other")["unique"].is_null());
+    fs::write(&record, good).unwrap();
+    // The record of a layer says nothing that the index does not.
+    for record in files(&plyd, "store/records", ".record") {
+        break_record(&record);
+    }
+    assert_eq!(plyd.json(["system", "df", "--json"]), sound);
+    plyd.ok(["system", "repair"]);
+}
