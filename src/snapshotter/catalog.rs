@@ -42,7 +42,7 @@ impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
     /// 2 has packed layers.
     const VERSION: u32 = 2;
-    const REMEDY: &'static str = "`snapctl system repair` makes that of an image's layer anew; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
 }
 
 /// A snapshot with its id.

@@ -448,7 +448,7 @@ fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
             fs::remove_dir_all(plyd.root().join("index")).unwrap();
         }
         plyd.launch();
-        let told = "`snapctl system repair` makes that of an image's layer anew; else ";
+        let told = "or if it is of an image's layer; else restore ";
         assert!(plyd.log().contains(told), "{}", plyd.log());
         // What is of a layer stays while nobody can say that it has a snapshot.
         let other = Layer::new().file("x", 0o644, b"x");
