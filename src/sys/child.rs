@@ -69,14 +69,15 @@ extern "C" fn wake(_signal: libc::c_int) {
     }
 }
 
-/// pidfd_open(2), Linux 5.3: readable when the process has ended. `Unsupported` on older kernels.
+/// pidfd_open(2), Linux 5.3: readable when the process has ended. `Unsupported` on older kernels, and where it is not allowed:
+/// EPERM is what older seccomp profiles of container engines have for calls that they do not know.
 pub fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     // SAFETY: the call takes no pointers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     if fd < 0 {
         let error = io::Error::last_os_error();
         return Err(match error.raw_os_error() {
-            Some(libc::ENOSYS) => io::ErrorKind::Unsupported.into(),
+            Some(libc::ENOSYS | libc::EPERM) => io::ErrorKind::Unsupported.into(),
             _ => error,
         });
     }

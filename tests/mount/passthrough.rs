@@ -1,7 +1,7 @@
 //! `-o passthrough`: lower files that the kernel reads by itself.
 
 use std::fs::{self, File, Permissions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -16,6 +16,7 @@ use rustix::fs::copy_file_range;
 
 use crate::common::mapping;
 use crate::common::mode::kernel_passes;
+use crate::common::mount::wait_until;
 use crate::common::{Layers, Mount, errno};
 
 /// A mount that passes files through, in every mode of the run; `None` on a kernel that cannot.
@@ -147,8 +148,7 @@ fn a_listing_that_does_not_end_keeps_nobody_from_writing_elsewhere() {
     let mut memory = mapping::shared_mut(&memory);
     let held = File::open(mount.join("held")).unwrap();
     let readers = ["held/f", "free/f"].map(|name| File::open(mount.join(name)).unwrap());
-    stuck.signal(Signal::SIGSTOP);
-    let stopped = Stopped(&stuck);
+    let stopped = Stopped::all_of(&stuck);
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -183,6 +183,21 @@ fn a_listing_that_does_not_end_keeps_nobody_from_writing_elsewhere() {
 
 /// A mount whose server stands still until this goes.
 struct Stopped<'a>(&'a Mount);
+
+impl<'a> Stopped<'a> {
+    /// Waits until each thread stands: one that has not heard of it yet would answer.
+    fn all_of(mount: &'a Mount) -> Self {
+        mount.signal(Signal::SIGSTOP);
+        let stopped = Self(mount);
+        let stands = |task: io::Result<fs::DirEntry>| {
+            let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+            stat.rsplit(") ").next().unwrap().starts_with('T')
+        };
+        let tasks = format!("/proc/{}/task", mount.pid());
+        assert!(wait_until(|| fs::read_dir(&tasks).unwrap().all(stands)));
+        stopped
+    }
+}
 
 impl Drop for Stopped<'_> {
     fn drop(&mut self) {

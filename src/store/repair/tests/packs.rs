@@ -319,12 +319,12 @@ fn a_pack_that_is_not_in_its_place_is_missed_and_put_back_from_what_is_open_of_i
             assert!(store.faults() > 0, "{what}");
         }
         assert_nothing_goes(&store);
-        let mended = store.layers.mend(&());
+        let mended = store.layers.mend(&HashMap::new(), &());
         assert!(mended.errors.is_empty(), "{:?}", mended.errors);
         assert_eq!(mended.put_back, std::slice::from_ref(&pack), "{what}");
         assert_eq!(store.faults(), 0, "{what}");
         assert_eq!(
-            store.layers.mend(&()).put_back,
+            store.layers.mend(&HashMap::new(), &()).put_back,
             [""; 0].map(PathBuf::from),
             "{what}"
         );
@@ -338,13 +338,13 @@ fn a_pack_that_is_not_in_its_place_and_not_open_comes_from_the_stream() {
         let store = Store::new().reopen();
         take(&store.file("packs"));
         assert!(store.faults() > 0, "{what}");
-        let mended = store.layers.mend(&());
+        let mended = store.layers.mend(&HashMap::new(), &());
         assert!(mended.errors.is_empty(), "{:?}", mended.errors);
         assert_eq!(mended.put_back, [""; 0].map(PathBuf::from), "{what}");
         assert!(store.faults() > 0, "{what}");
         store.restore();
         assert_eq!(store.faults(), 0, "{what}");
-        store.layers.mend(&());
+        store.layers.mend(&HashMap::new(), &());
         store.assert_whole();
     }
 }
@@ -357,7 +357,7 @@ fn what_is_open_of_a_pack_is_not_put_over_what_is_as_good() {
     let bytes = fs::read(&pack).unwrap();
     let unwanted = |what: &str| {
         let there = fs::read(&pack).unwrap();
-        let mended = store.layers.mend(&());
+        let mended = store.layers.mend(&HashMap::new(), &());
         assert!(mended.errors.is_empty(), "{:?}", mended.errors);
         assert_eq!(mended.put_back, [""; 0].map(PathBuf::from), "{what}");
         assert!(fs::read(&pack).unwrap() == there, "{what}");
