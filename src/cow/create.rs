@@ -256,7 +256,8 @@ impl Union {
         let object = fd
             .as_ref()
             .map_or(temp.object(), |fd| Object::Open(fd.as_fd()));
-        if default_acl {
+        // A symbolic link has none.
+        if default_acl && wanted.perm.is_some() {
             acl::inherit(dir, object, wanted.is_directory, wanted.create_perm)?;
         }
         let mut attr = wanted.apply(object, default_acl)?;
