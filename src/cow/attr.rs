@@ -412,11 +412,22 @@ impl Union {
     }
 
     /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does
-    /// not mean execution and the caller is in the group.
-    pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
+    /// not mean execution and the caller is in the group. Answers whether anything went.
+    pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
+        let mut cleared = false;
         self.change(node, |object| {
-            self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))
-        })
+            cleared = self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))?;
+            Ok(())
+        })?;
+        Ok(cleared)
+    }
+
+    /// The same for a request whose answer has no attributes. The kernel executes a file with the mode that it knows.
+    pub(super) fn kill_suidgid_told(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
+        if self.kill_suidgid(node, caller)? {
+            self.tell(node.id);
+        }
+        Ok(())
     }
 
     /// What Linux does when `caller` without CAP_FSETID has set an access ACL: setgid goes unless the caller is in the
@@ -424,6 +435,7 @@ impl Union {
     pub fn access_acl_set_by(&self, node: NodeId, caller: &Caller) -> Result<()> {
         self.change(&self.node(node)?, |object| {
             self.clear_bits(object, |attr| self.without_setgid(attr, caller))
+                .map(drop)
         })
     }
 
@@ -442,14 +454,15 @@ impl Union {
         }
     }
 
-    /// Takes away what `kept` leaves out of the permission bits of an object of the upper.
-    fn clear_bits(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
+    /// Takes away what `kept` leaves out of the permission bits of an object of the upper; answers whether there was any.
+    fn clear_bits(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<bool> {
         let attr = self.upper_attr(object)?;
         let kept = kept(&attr);
-        if kept != attr.perm {
+        let clears = kept != attr.perm;
+        if clears {
             self.set_perm(object, kept)?;
         }
-        Ok(())
+        Ok(clears)
     }
 
     /// The id to store for the owner that a caller names. A squashed one is shown whatever the host has, so

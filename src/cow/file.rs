@@ -119,7 +119,7 @@ impl Union {
             self.copy_up(&node, Content::UpTo(0))?;
             self.truncate(&node, 0)?;
             if caller.uid != 0 {
-                self.kill_suidgid(&node, caller)?;
+                self.kill_suidgid_told(&node, caller)?;
             }
         } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.copy_up(&node, Content::Writable)?;
@@ -296,12 +296,15 @@ impl Union {
         data: &[u8],
         kills: Option<&Caller>,
     ) -> Result<usize> {
-        let (_, backing) = self.to_write(node, kills)?;
+        let (node, backing) = self.to_write(node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid_told(&node, caller)?;
+        }
         self.with_room(|| backing.write_at(data, offset))
     }
 
     /// As `write`, of what the kernel has gathered: it keeps the time of change by itself then, and does not tell of one
-    /// that was the same before the write.
+    /// that was the same before the write. Whoever keeps attributes is to be told after the answer.
     pub fn write_gathered(
         &self,
         node: NodeId,
@@ -309,7 +312,10 @@ impl Union {
         data: &[u8],
         kills: Option<&Caller>,
     ) -> Result<usize> {
-        let (node, backing) = self.to_write(node, kills)?;
+        let (node, backing) = self.to_write(node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid(&node, caller)?;
+        }
         let fd = backing.upper_fd().ok_or(Errno::EIO)?;
         let _under_way = UnderWay::begin(&node, fd)?;
         // Not under the lock: the turn of an incomplete file comes before it.
@@ -324,13 +330,10 @@ impl Union {
         Ok(written)
     }
 
-    /// What a write by `kills`, if that clears setuid and setgid, goes to.
-    fn to_write(&self, node: NodeId, kills: Option<&Caller>) -> Result<(Arc<Node>, Arc<Backing>)> {
+    /// What a write goes to.
+    fn to_write(&self, node: NodeId) -> Result<(Arc<Node>, Arc<Backing>)> {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
-        if let Some(caller) = kills {
-            self.kill_suidgid(&node, caller)?;
-        }
         Ok((node, backing))
     }
 
@@ -385,7 +388,7 @@ impl Union {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
         if caller.uid != 0 {
-            self.kill_suidgid(&node, caller)?;
+            self.kill_suidgid_told(&node, caller)?;
         }
         self.with_room(|| match &*backing {
             Backing::Upper { fd, .. } => Ok(fs::fallocate(fd.as_fd(), mode, offset, len)?),
@@ -439,7 +442,7 @@ impl Union {
             return Err(Errno::EINVAL.into());
         }
         if caller.uid != 0 {
-            self.kill_suidgid(&to, caller)?;
+            self.kill_suidgid_told(&to, caller)?;
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         if let (Some(input), Some(out)) = (backing_in.host_fd(), backing_out.host_fd()) {
