@@ -404,11 +404,11 @@ impl Union {
 
     /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
     /// time of change and clears set-id bits. So does what the kernel takes from a file before a write, and then the
-    /// write clears them. Whoever could not have called chown(2) for bits that mean something is left to that.
+    /// write clears them. Whoever could not have called chown(2), because it would clear bits, is left to that.
     fn may_take_set_ids(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
         let attr = self.attr_of_node(node)?;
-        let without_meaning = without_set_ids(attr.perm, || true) == attr.perm;
-        Ok(caller.uid == 0 || caller.uid == attr.uid || without_meaning)
+        let clears = || without_set_ids(attr.perm, || caller.is_in_group(attr.gid)) != attr.perm;
+        Ok(caller.uid == 0 || caller.uid == attr.uid || !clears())
     }
 
     /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does

@@ -598,6 +598,28 @@ fn attributes() -> Vec<Row> {
             },
         ),
         row(
+            "acl_not_of_links",
+            "A symbolic link made there inherits nothing, and what it points to keeps its mode.",
+            |fill| {
+                one_file(fill);
+                fill.file("g", "");
+                run("setfacl", &["-m", "d:u:1234:rwx"], &fill.path(0, "d")).unwrap();
+            },
+            |at| {
+                let inside = at.path("g");
+                let outside = at.host().join("outside");
+                fs::write(&outside, "")?;
+                for target in [&inside, &outside] {
+                    set_mode(target, 0o600);
+                    fs::remove_file(at.path("d/f"))?;
+                    symlink(target, at.path("d/f"))?;
+                    expect(mode(target)? == 0o600, "mode of the target")?;
+                    expect(fs::read_link(at.path("d/f"))? == *target, "wrong target")?;
+                }
+                Ok(())
+            },
+        ),
+        row(
             "flags",
             "The flags that lsattr(1) shows can be read.",
             nothing,
