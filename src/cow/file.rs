@@ -18,6 +18,7 @@ use super::lower::LowerFile;
 use super::node::Node;
 use super::types::{Caller, FileKind, NodeId, Quiet};
 use super::union::Union;
+use super::upper::Draft;
 use crate::sys::fs::{self, Object};
 
 /// What serves the content of a node.
@@ -387,7 +388,8 @@ impl Union {
     ) -> Result<()> {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
-        if caller.uid != 0 {
+        if caller.uid != 0 && self.has_set_ids(&node)? {
+            self.check_allocates(mode)?;
             self.kill_suidgid_told(&node, caller)?;
         }
         self.with_room(|| match &*backing {
@@ -395,6 +397,19 @@ impl Union {
             Backing::Partial(partial) => partial.fallocate(mode, offset, len),
             Backing::Lower(_) => Err(Errno::EIO.into()),
         })
+    }
+
+    /// EOPNOTSUPP of fallocate(2)'s bits that the host's file system does not know, before anything has changed.
+    fn check_allocates(&self, mode: i32) -> Result<()> {
+        let scratch = Draft::file(self.upper()?, 0o600)?;
+        match scratch.object() {
+            Object::Open(fd) => match fs::fallocate(fd, mode, 0, 1) {
+                Err(Errno::EOPNOTSUPP) => Err(Errno::EOPNOTSUPP.into()),
+                // Whether there is room for it is no question here.
+                _ => Ok(()),
+            },
+            Object::Path(_) | Object::Entry(..) => Ok(()),
+        }
     }
 
     /// `SEEK_DATA` and `SEEK_HOLE`; the kernel does the rest itself.
