@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::copyup::Content;
 use super::error::{Context, Result};
 use super::lookup::{InUpper, check_name};
-use super::node::{DirState, Node, Orphan};
+use super::node::{DirState, Node, Orphan, QuietCtime};
 use super::redirect::Wanted;
 use super::types::NodeId;
 use super::union::Union;
@@ -335,6 +335,8 @@ impl Union {
         drop(place);
         if let Some(directory) = &node.directory {
             directory.fd.clear();
+            // That moved its own change time, too.
+            directory.state.write().quiet_ctime = QuietCtime::default();
         }
         Ok(())
     }
