@@ -175,7 +175,11 @@ impl Union {
 
     /// Attributes of an upper object, with the owner and mode that it is to have for the union.
     pub(super) fn upper_attr(&self, object: Object<'_>) -> Result<Attr, Errno> {
-        let mut attr = attr_of(&object.stat()?);
+        let stat = match &self.upper {
+            Some(upper) => upper.stat_settled(object)?,
+            None => object.stat()?,
+        };
+        let mut attr = attr_of(&stat);
         if let Some(form) = self.stat_override {
             form.read(object, &mut attr)?;
         }
