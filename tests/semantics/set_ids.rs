@@ -6,7 +6,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, fchown};
 use std::path::Path;
 use std::process::Command;
 
-use nix::fcntl::{FallocateFlags, copy_file_range, fallocate};
+use nix::fcntl::{FallocateFlags, fallocate};
+use rustix::fs::copy_file_range;
 
 use crate::fill::Fill;
 use crate::outcome::{Outcome, expect};
