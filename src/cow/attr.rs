@@ -22,6 +22,7 @@ const S_ISUID: u16 = 0o4000;
 pub(super) const DAY: i64 = 24 * 60 * 60;
 const S_ISGID: u16 = 0o2000;
 const S_IXGRP: u16 = 0o0010;
+const S_IWOTH: u16 = 0o0002;
 
 /// The link count that find(1) and others take as "look into every entry".
 const NOT_COUNTED: u32 = 1;
@@ -408,11 +409,15 @@ impl Union {
 
     /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
     /// time of change and clears set-id bits. So does what the kernel takes from a file before a write, and then the
-    /// write clears them. Whoever could not have called chown(2), because it would clear bits, is left to that.
+    /// write clears them, but on old kernels not setgid without a meaning. Whoever could not have called chown(2), because
+    /// bits would go, is left to that; what has no meaning goes for those who may write.
     fn may_take_set_ids(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
         let attr = self.attr_of_node(node)?;
-        let clears = || without_set_ids(attr.perm, || caller.is_in_group(attr.gid)) != attr.perm;
-        Ok(caller.uid == 0 || caller.uid == attr.uid || !clears())
+        if caller.uid == 0 || caller.uid == attr.uid || attr.perm & (S_ISUID | S_ISGID) == 0 {
+            return Ok(true);
+        }
+        let without_meaning = without_set_ids(attr.perm, || true) == attr.perm;
+        Ok(without_meaning && (attr.perm & S_IWOTH != 0 || caller.is_in_group(attr.gid)))
     }
 
     /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does
