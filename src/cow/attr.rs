@@ -22,6 +22,7 @@ const S_ISUID: u16 = 0o4000;
 pub(super) const DAY: i64 = 24 * 60 * 60;
 const S_ISGID: u16 = 0o2000;
 const S_IXGRP: u16 = 0o0010;
+const S_IWOTH: u16 = 0o0002;
 
 /// The link count that find(1) and others take as "look into every entry".
 const NOT_COUNTED: u32 = 1;
@@ -175,7 +176,11 @@ impl Union {
 
     /// Attributes of an upper object, with the owner and mode that it is to have for the union.
     pub(super) fn upper_attr(&self, object: Object<'_>) -> Result<Attr, Errno> {
-        let mut attr = attr_of(&object.stat()?);
+        let stat = match &self.upper {
+            Some(upper) => upper.stat_settled(object)?,
+            None => object.stat()?,
+        };
+        let mut attr = attr_of(&stat);
         if let Some(form) = self.stat_override {
             form.read(object, &mut attr)?;
         }
@@ -404,19 +409,40 @@ impl Union {
 
     /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
     /// time of change and clears set-id bits. So does what the kernel takes from a file before a write, and then the
-    /// write clears them. Whoever could not have called chown(2) for bits that mean something is left to that.
+    /// write clears them, but on old kernels not setgid without a meaning. Whoever could not have called chown(2), because
+    /// bits would go, is left to that; what has no meaning goes for those who may write.
     fn may_take_set_ids(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
         let attr = self.attr_of_node(node)?;
+        if caller.uid == 0 || caller.uid == attr.uid || attr.perm & (S_ISUID | S_ISGID) == 0 {
+            return Ok(true);
+        }
         let without_meaning = without_set_ids(attr.perm, || true) == attr.perm;
-        Ok(caller.uid == 0 || caller.uid == attr.uid || without_meaning)
+        Ok(without_meaning && (attr.perm & S_IWOTH != 0 || caller.is_in_group(attr.gid)))
     }
 
     /// What Linux does when a file is written by `caller` without CAP_FSETID: setuid goes, and setgid unless it does
-    /// not mean execution and the caller is in the group.
-    pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
+    /// not mean execution and the caller is in the group. Answers whether anything went.
+    pub(super) fn kill_suidgid(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
+        let mut cleared = false;
         self.change(node, |object| {
-            self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))
-        })
+            cleared = self.clear_bits(object, |attr| self.without_set_ids_of(attr, caller))?;
+            Ok(())
+        })?;
+        Ok(cleared)
+    }
+
+    /// Whether there are any, with or without a meaning.
+    pub(super) fn has_set_ids(&self, node: &Arc<Node>) -> Result<bool> {
+        let attr = self.with_upper(node, |object| self.upper_attr(object))?;
+        Ok(attr.perm & (S_ISUID | S_ISGID) != 0)
+    }
+
+    /// The same for a request whose answer has no attributes. The kernel executes a file with the mode that it knows.
+    pub(super) fn kill_suidgid_told(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
+        if self.kill_suidgid(node, caller)? {
+            self.tell(node.id);
+        }
+        Ok(())
     }
 
     /// What Linux does when `caller` without CAP_FSETID has set an access ACL: setgid goes unless the caller is in the
@@ -424,6 +450,7 @@ impl Union {
     pub fn access_acl_set_by(&self, node: NodeId, caller: &Caller) -> Result<()> {
         self.change(&self.node(node)?, |object| {
             self.clear_bits(object, |attr| self.without_setgid(attr, caller))
+                .map(drop)
         })
     }
 
@@ -442,14 +469,15 @@ impl Union {
         }
     }
 
-    /// Takes away what `kept` leaves out of the permission bits of an object of the upper.
-    fn clear_bits(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<()> {
+    /// Takes away what `kept` leaves out of the permission bits of an object of the upper; answers whether there was any.
+    fn clear_bits(&self, object: Object<'_>, kept: impl FnOnce(&Attr) -> u16) -> Result<bool> {
         let attr = self.upper_attr(object)?;
         let kept = kept(&attr);
-        if kept != attr.perm {
+        let clears = kept != attr.perm;
+        if clears {
             self.set_perm(object, kept)?;
         }
-        Ok(())
+        Ok(clears)
     }
 
     /// The id to store for the owner that a caller names. A squashed one is shown whatever the host has, so

@@ -214,7 +214,7 @@ impl Union {
         {
             fs::fsync(fd, false)?;
         }
-        self.install_copy(node, draft, made.ino, source, metacopy)?;
+        self.install_copy(node, draft, made.ino, source, metacopy, change.is_some())?;
         if metacopy && in_chunks {
             self.begin_chunks(node, &*bottom.object)?;
         }
@@ -252,6 +252,7 @@ impl Union {
         Ok(Draft::Named(temp, fd))
     }
 
+    /// `changed`: it is not only a copy.
     fn install_copy(
         &self,
         node: &Arc<Node>,
@@ -259,6 +260,7 @@ impl Union {
         ino: u64,
         source: &dyn LowerObject,
         metacopy: bool,
+        changed: bool,
     ) -> Result<()> {
         let upper = self.upper()?;
         if node.id == NodeId::ROOT {
@@ -301,6 +303,15 @@ impl Union {
                 None
             };
             draft.install(dir.as_fd(), &name.name)?;
+            // A copy of a directory is no change of it either.
+            let mut copied = match &node.directory {
+                Some(directory) if !changed => Some(directory.state.write()),
+                _ => None,
+            };
+            if let Some(copied) = &mut copied {
+                let now = attr_of(&fs::fstatat(dir.as_fd(), &name.name)?).ctime;
+                copied.quiet_ctime.moved(source.attr()?.ctime, now);
+            }
             let mut place = node.place.write();
             if index.is_some() {
                 place.rare.index = index;
@@ -313,6 +324,7 @@ impl Union {
             }
             Self::arrived(node, &mut place, ino, metacopy);
             drop(place);
+            drop(copied);
             drop(lent);
             // A copy of a child is no change of its directory. That is not told to whoever keeps attributes of the
             // directory, so its change time is to be the same, too.

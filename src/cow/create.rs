@@ -17,7 +17,6 @@ use super::error::{Context, Result};
 use super::file::{Backing, FileHandle};
 use super::lookup::{Found, InUpper, check_name};
 use super::node::{DirState, Node};
-use super::redirect::Wanted;
 use super::stat_override::{HOST_PERM, StatOverride};
 use super::types::{Attr, Caller, Entry, NodeId};
 use super::union::Union;
@@ -229,16 +228,10 @@ impl Union {
         match self.in_upper(parent, name)? {
             InUpper::Object(_) => Err(Errno::EEXIST.into()),
             InUpper::Whiteout => Ok(Free::Whiteout),
-            InUpper::Nothing => {
-                if self
-                    .find_lowers(&lowers, name, None, Wanted::Anything)?
-                    .is_empty()
-                {
-                    Ok(Free::Nothing)
-                } else {
-                    Err(Errno::EEXIST.into())
-                }
-            }
+            InUpper::Nothing => match self.lower_has(parent, name)? {
+                false => Ok(Free::Nothing),
+                true => Err(Errno::EEXIST.into()),
+            },
         }
     }
 
@@ -256,7 +249,8 @@ impl Union {
         let object = fd
             .as_ref()
             .map_or(temp.object(), |fd| Object::Open(fd.as_fd()));
-        if default_acl {
+        // A symbolic link has none.
+        if default_acl && wanted.perm.is_some() {
             acl::inherit(dir, object, wanted.is_directory, wanted.create_perm)?;
         }
         let mut attr = wanted.apply(object, default_acl)?;

@@ -18,6 +18,7 @@ use super::lower::LowerFile;
 use super::node::Node;
 use super::types::{Caller, FileKind, NodeId, Quiet};
 use super::union::Union;
+use super::upper::Draft;
 use crate::sys::fs::{self, Object};
 
 /// What serves the content of a node.
@@ -119,7 +120,7 @@ impl Union {
             self.copy_up(&node, Content::UpTo(0))?;
             self.truncate(&node, 0)?;
             if caller.uid != 0 {
-                self.kill_suidgid(&node, caller)?;
+                self.kill_suidgid_told(&node, caller)?;
             }
         } else if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.copy_up(&node, Content::Writable)?;
@@ -296,12 +297,15 @@ impl Union {
         data: &[u8],
         kills: Option<&Caller>,
     ) -> Result<usize> {
-        let (_, backing) = self.to_write(node, kills)?;
+        let (node, backing) = self.to_write(node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid_told(&node, caller)?;
+        }
         self.with_room(|| backing.write_at(data, offset))
     }
 
     /// As `write`, of what the kernel has gathered: it keeps the time of change by itself then, and does not tell of one
-    /// that was the same before the write.
+    /// that was the same before the write. Whoever keeps attributes is to be told after the answer.
     pub fn write_gathered(
         &self,
         node: NodeId,
@@ -309,7 +313,10 @@ impl Union {
         data: &[u8],
         kills: Option<&Caller>,
     ) -> Result<usize> {
-        let (node, backing) = self.to_write(node, kills)?;
+        let (node, backing) = self.to_write(node)?;
+        if let Some(caller) = kills {
+            self.kill_suidgid(&node, caller)?;
+        }
         let fd = backing.upper_fd().ok_or(Errno::EIO)?;
         let _under_way = UnderWay::begin(&node, fd)?;
         // Not under the lock: the turn of an incomplete file comes before it.
@@ -324,13 +331,10 @@ impl Union {
         Ok(written)
     }
 
-    /// What a write by `kills`, if that clears setuid and setgid, goes to.
-    fn to_write(&self, node: NodeId, kills: Option<&Caller>) -> Result<(Arc<Node>, Arc<Backing>)> {
+    /// What a write goes to.
+    fn to_write(&self, node: NodeId) -> Result<(Arc<Node>, Arc<Backing>)> {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
-        if let Some(caller) = kills {
-            self.kill_suidgid(&node, caller)?;
-        }
         Ok((node, backing))
     }
 
@@ -384,14 +388,28 @@ impl Union {
     ) -> Result<()> {
         let node = self.node(node)?;
         let backing = self.writable(&node)?;
-        if caller.uid != 0 {
-            self.kill_suidgid(&node, caller)?;
+        if caller.uid != 0 && self.has_set_ids(&node)? {
+            self.check_allocates(mode)?;
+            self.kill_suidgid_told(&node, caller)?;
         }
         self.with_room(|| match &*backing {
             Backing::Upper { fd, .. } => Ok(fs::fallocate(fd.as_fd(), mode, offset, len)?),
             Backing::Partial(partial) => partial.fallocate(mode, offset, len),
             Backing::Lower(_) => Err(Errno::EIO.into()),
         })
+    }
+
+    /// EOPNOTSUPP of fallocate(2)'s bits that the host's file system does not know, before anything has changed.
+    fn check_allocates(&self, mode: i32) -> Result<()> {
+        let scratch = Draft::file(self.upper()?, 0o600)?;
+        match scratch.object() {
+            Object::Open(fd) => match fs::fallocate(fd, mode, 0, 1) {
+                Err(Errno::EOPNOTSUPP) => Err(Errno::EOPNOTSUPP.into()),
+                // Whether there is room for it is no question here.
+                _ => Ok(()),
+            },
+            Object::Path(_) | Object::Entry(..) => Ok(()),
+        }
     }
 
     /// `SEEK_DATA` and `SEEK_HOLE`; the kernel does the rest itself.
@@ -439,7 +457,7 @@ impl Union {
             return Err(Errno::EINVAL.into());
         }
         if caller.uid != 0 {
-            self.kill_suidgid(&to, caller)?;
+            self.kill_suidgid_told(&to, caller)?;
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         if let (Some(input), Some(out)) = (backing_in.host_fd(), backing_out.host_fd()) {

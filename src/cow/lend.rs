@@ -8,6 +8,7 @@
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
@@ -69,6 +70,8 @@ impl Drop for Lent<'_> {
 
 impl Upper {
     /// Runs `body`, for which the mode of an object may lack these bits.
+    ///
+    /// The mode that is lent is told to nobody: the kernel would keep it.
     pub(super) fn permitted<T>(
         &self,
         object: Object<'_>,
@@ -77,6 +80,8 @@ impl Upper {
     ) -> Result<T, Errno> {
         match body() {
             Err(Errno::EACCES) => {
+                // Also of a root without the right to pass over modes.
+                self.lends.store(true, Ordering::Release);
                 // Of two at once, the later one would take the lent mode for the object's own.
                 let _turn = self.modes.write();
                 let _lent = Lent::new(object, bits)?;
@@ -84,6 +89,15 @@ impl Upper {
             }
             result => result,
         }
+    }
+
+    /// Attributes of an object with its own mode, and not a lent one.
+    pub(super) fn stat_settled(&self, object: Object<'_>) -> Result<fs::Stat, Errno> {
+        let _turn = self
+            .lends
+            .load(Ordering::Acquire)
+            .then(|| self.modes.read());
+        object.stat()
     }
 
     /// As `renameat2`, to or from the work directory: that changes the `..` of a directory, which is to be writable.

@@ -18,7 +18,7 @@ use super::types::{Attr, Entry, FileKind, NodeId};
 use super::union::Union;
 use super::upper::Upper;
 use super::whiteout::is_whiteout;
-use crate::sys::fs::{self, Object};
+use crate::sys::fs::Object;
 use crate::sys::handle;
 
 /// What the layers have under a name.
@@ -315,7 +315,7 @@ impl Union {
     pub(super) fn in_upper(&self, parent: &Arc<Node>, name: &OsStr) -> Result<InUpper> {
         let upper = self.upper()?;
         let dir = self.dir_fd(parent)?;
-        let stat = match fs::fstatat(dir.as_fd(), name) {
+        let stat = match upper.stat_settled(Object::Entry(dir.as_fd(), name)) {
             Ok(stat) => stat,
             Err(Errno::ENOENT) => return Ok(InUpper::Nothing),
             Err(errno) => return Err(errno).context("looking up a name in the upper layer"),

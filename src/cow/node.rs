@@ -268,7 +268,7 @@ pub(super) struct DirState {
     pub(super) children: HashMap<Arc<OsStr>, NodeId>,
     /// Counts changes of entries.
     pub(super) version: u64,
-    /// After copies of children. Forgotten with every change that somebody asked for, because the host's clock may not
+    /// After its own copy and those of children. Forgotten with every change that somebody asked for, because the host's clock may not
     /// have moved since.
     pub(super) quiet_ctime: QuietCtime,
     /// Removed: nothing can be made in it.

@@ -286,6 +286,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         device_whiteouts: AtomicBool::new(true),
         stat_override: form,
         modes: RwLock::default(),
+        lends: AtomicBool::new(!nix::unistd::geteuid().is_root()),
     })
 }
 

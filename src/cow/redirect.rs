@@ -9,7 +9,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::error::Result;
+use nix::errno::Errno;
+
+use super::error::{Context, Result};
 use super::lower::{LowerEntry, LowerObject};
 use super::node::LowerAt;
 use super::types::FileKind;
@@ -32,10 +34,12 @@ enum Step {
     Nothing,
     /// Nothing, and nothing below counts.
     Stop,
-    /// This; `goes_on` tells under which path in the layers below, or that it does not.
+    /// This; `goes_on` tells under which path in the layers below, or that it does not. Of a file that has no data here,
+    /// the search for it has to go on.
     Found {
         object: Arc<dyn LowerObject>,
         goes_on: Option<Where>,
+        has_data: bool,
     },
     /// Nothing here, but a directory on the way is redirected.
     Elsewhere(Where),
@@ -65,7 +69,7 @@ impl Where {
 
 impl Union {
     /// Finds the lower objects that `name` in a directory with these `parents` stands for, topmost
-    /// first. `redirect` is what a layer above says instead of the name.
+    /// first. `redirect` is what a layer above says instead of the name. EIO if they are a file whose data no layer has.
     pub(super) fn find_lowers(
         &self,
         parents: &[LowerAt],
@@ -73,7 +77,23 @@ impl Union {
         redirect: Option<&Path>,
         wanted: Wanted,
     ) -> Result<Vec<LowerAt>> {
+        match self.search_lowers(parents, name, redirect, wanted)? {
+            (found, true) => Ok(found),
+            (_, false) => Err(Errno::EIO)
+                .context("the data of a file in a lower layer is missing from the layers below"),
+        }
+    }
+
+    /// As `find_lowers`, also of a file whose data is missing, which is then told.
+    pub(super) fn search_lowers(
+        &self,
+        parents: &[LowerAt],
+        name: &OsStr,
+        redirect: Option<&Path>,
+        wanted: Wanted,
+    ) -> Result<(Vec<LowerAt>, bool)> {
         let mut found = Vec::new();
+        let mut is_whole = true;
         let mut wanted = wanted;
         let mut at = redirect
             .and_then(Where::from_redirect)
@@ -94,7 +114,12 @@ impl Union {
                 Step::Nothing => {}
                 Step::Stop => break,
                 Step::Elsewhere(to) => at = to,
-                Step::Found { object, goes_on } => {
+                Step::Found {
+                    object,
+                    goes_on,
+                    has_data,
+                } => {
+                    is_whole = has_data;
                     if object.attr()?.kind != FileKind::Directory {
                         wanted = Wanted::Data;
                     } else if wanted == Wanted::Anything {
@@ -109,7 +134,7 @@ impl Union {
             }
             layer += 1;
         }
-        Ok(found)
+        Ok((found, is_whole))
     }
 
     /// One name in a directory of one layer.
@@ -137,7 +162,7 @@ impl Union {
         let same = || Where::Name(name.to_owned());
         let bottom = layer + 1 == self.lowers.len();
         let goes_on = match kind {
-            _ if bottom => None,
+            FileKind::Directory if bottom => None,
             FileKind::Directory => {
                 let marks = object.marks()?;
                 if marks.opaque {
@@ -153,7 +178,12 @@ impl Union {
             }),
             _ => None,
         };
-        Ok(Step::Found { object, goes_on })
+        let has_data = kind == FileKind::Directory || goes_on.is_none();
+        Ok(Step::Found {
+            object,
+            goes_on,
+            has_data,
+        })
     }
 
     /// A path from the top of one layer. Directories on the way count as they do in a lookup: what is
@@ -192,6 +222,7 @@ impl Union {
                 Step::Found {
                     object: found,
                     goes_on,
+                    ..
                 } => {
                     object = found;
                     match goes_on {
@@ -220,8 +251,13 @@ impl Union {
         };
         Ok(
             match self.step(object, OsStr::from_bytes(last), layer, wanted)? {
-                Step::Found { object, goes_on } => Step::Found {
+                Step::Found {
                     object,
+                    goes_on,
+                    has_data,
+                } => Step::Found {
+                    object,
+                    has_data,
                     goes_on: match goes_on {
                         Some(Where::Name(_)) if ends => None,
                         Some(Where::Name(name)) => Some(in_parent(&name)),

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::copyup::Content;
 use super::error::{Context, Result};
 use super::lookup::{InUpper, check_name};
-use super::node::{DirState, Node, Orphan};
+use super::node::{DirState, Node, Orphan, QuietCtime};
 use super::redirect::Wanted;
 use super::types::NodeId;
 use super::union::Union;
@@ -178,7 +178,7 @@ impl Union {
         if lowers.is_empty() {
             return Ok(false);
         }
-        let found = self.find_lowers(&lowers, name, None, Wanted::Anything)?;
+        let (found, _) = self.search_lowers(&lowers, name, None, Wanted::Anything)?;
         Ok(!found.is_empty())
     }
 
@@ -335,6 +335,8 @@ impl Union {
         drop(place);
         if let Some(directory) = &node.directory {
             directory.fd.clear();
+            // That moved its own change time, too.
+            directory.state.write().quiet_ctime = QuietCtime::default();
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use parking_lot::RwLockWriteGuard;
 use super::copyup::Content;
 use super::error::{Context, Error, Result};
 use super::lookup::{InUpper, check_name};
-use super::node::{DirState, Name, Node, Orphan};
+use super::node::{DirState, Name, Node, Orphan, QuietCtime};
 use super::types::{FileKind, NodeId, RenameMode};
 use super::union::Union;
 use super::upper::Temp;
@@ -451,6 +451,10 @@ fn is_above(above: &Arc<Node>, node: &Arc<Node>) -> bool {
 
 /// `key` is what the directory had the name under that goes, `name` the one that comes.
 fn moved(node: &Node, from: &End<'_>, key: Option<Arc<OsStr>>, to: &End<'_>, name: Arc<OsStr>) {
+    if let Some(directory) = &node.directory {
+        // It has moved the directory's own change time.
+        directory.state.write().quiet_ctime = QuietCtime::default();
+    }
     let mut place = node.place.write();
     place.drop_name(from.parent, from.name, key);
     place.names.push(Name {

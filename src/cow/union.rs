@@ -50,7 +50,7 @@ pub struct Union {
     pub(super) on_side_effect: OnceLock<SideEffect>,
 }
 
-/// Told of a directory whose attributes changed without a request for them.
+/// Told of a node whose attributes changed without a request for them.
 pub(super) type SideEffect = Box<dyn Fn(NodeId) + Send + Sync>;
 
 impl Union {
@@ -75,9 +75,9 @@ impl Union {
         }
     }
 
-    /// Has `tell` called with every directory whose change time moved because something in it was
-    /// copied up: nobody asked for that, so whoever keeps attributes has to be told. It is called
-    /// with no lock held, before the operation at hand answers. Only the first call counts.
+    /// Has `tell` called with every directory that was copied up because something in it was, and every file that lost
+    /// setuid or setgid because it was written: nobody asked for that, so whoever keeps attributes has to be told. It is
+    /// called with no lock held, before the operation at hand answers. Only the first call counts.
     pub fn on_side_effect(&self, tell: impl Fn(NodeId) + Send + Sync + 'static) {
         // As documented, a second one is not taken.
         let _ = self.on_side_effect.set(Box::new(tell));

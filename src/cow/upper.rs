@@ -56,8 +56,10 @@ pub(super) struct Upper {
     pub(super) device_whiteouts: AtomicBool,
     /// Owner and mode of objects lie in this attribute.
     pub(super) stat_override: Option<StatOverride>,
-    /// Held alone while a mode is lent, and shared while one is changed.
+    /// Held alone while a mode is lent, and shared while one is changed or, with `lends`, told.
     pub(super) modes: RwLock<()>,
+    /// Modes may be lent: this process is held to them.
+    pub(super) lends: AtomicBool,
 }
 
 impl Upper {

@@ -15,6 +15,10 @@ use super::whiteout::is_fuse_overlayfs;
 use crate::sys::fs::Object;
 use crate::sys::xattr;
 
+fn is_acl(name: &OsStr) -> bool {
+    name == acl::ACCESS || name == acl::DEFAULT
+}
+
 impl Union {
     /// From now on POSIX ACLs are refused and not inherited: for a kernel that would not enforce them.
     pub fn refuse_acls(&self) {
@@ -28,8 +32,7 @@ impl Union {
 
     /// Refuses what this mount does not keep.
     fn check_name(&self, name: &OsStr) -> Result<()> {
-        let acl = name == acl::ACCESS || name == acl::DEFAULT;
-        if self.no_xattrs || (acl && !self.keeps_acls()) {
+        if self.no_xattrs || (is_acl(name) && !self.keeps_acls()) {
             Err(Errno::EOPNOTSUPP.into())
         } else {
             Ok(())
@@ -101,11 +104,14 @@ impl Union {
         Ok(())
     }
 
-    /// Removes a value; ENODATA if there is none.
+    /// Removes a value; ENODATA if there is none. An ACL that is not there is removed already, as on the host.
     pub fn removexattr(&self, node: NodeId, name: &OsStr) -> Result<()> {
         self.upper()?;
         // Asked first, so that a failure copies nothing up.
-        self.getxattr(node, name)?;
+        match self.getxattr(node, name) {
+            Err(error) if error.is(Errno::ENODATA) && is_acl(name) => return Ok(()),
+            result => result?,
+        };
         let node = self.node(node)?;
         let stored = self.family.stored_name(name);
         let remove = |object: Object<'_>| Ok(xattr::remove(object, &stored)?);

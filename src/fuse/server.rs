@@ -77,10 +77,10 @@ impl Server {
         seeker.start(union.clone(), notifier.clone())?;
         claimed.serve(union.clone(), passing.clone(), notifier.clone())?;
         let teller = notifier.clone();
-        union.on_side_effect(move |directory| {
+        union.on_side_effect(move |node| {
             // Attributes alone: that never waits for a request, so a worker may say it.
-            if let Err(error) = teller.inval_inode(INodeNo(directory.0), -1, 0) {
-                tracing::debug!(%error, node = directory.0, "old attributes could not be dropped");
+            if let Err(error) = teller.inval_inode(INodeNo(node.0), -1, 0) {
+                tracing::debug!(%error, node = node.0, "old attributes could not be dropped");
             }
         });
         Ok(Self {

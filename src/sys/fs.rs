@@ -7,6 +7,8 @@ use std::path::Path;
 
 pub use nix::errno::Errno;
 
+use super::mode;
+
 /// `stat(2)`'s answer as the host gave it.
 pub type Stat = libc::stat;
 
@@ -495,7 +497,7 @@ impl Object<'_> {
         }
     }
 
-    /// Changes the permission bits. The caller has made sure that it is no symbolic link.
+    /// Changes the permission bits; EOPNOTSUPP of a symbolic link by its name.
     pub fn chmod(self, perm: u32) -> Result<(), Errno> {
         match self {
             // SAFETY: plain values.
@@ -504,10 +506,7 @@ impl Object<'_> {
                 // SAFETY: `path` is a C string that lives through the call.
                 check(unsafe { libc::chmod(path.as_ptr(), perm) })
             }),
-            Self::Entry(dir, name) => with_c_str(name.as_bytes(), |name| {
-                // SAFETY: `name` is a C string that lives through the call.
-                check(unsafe { libc::fchmodat(dir.as_raw_fd(), name.as_ptr(), perm, 0) })
-            }),
+            Self::Entry(dir, name) => mode::chmod_entry(dir, name, perm),
         }
     }
 

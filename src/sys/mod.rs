@@ -13,6 +13,7 @@ pub mod fuse_mount;
 pub mod handle;
 pub mod inroot;
 pub mod map;
+mod mode;
 pub mod mountinfo;
 pub mod private_mount;
 pub mod process;

@@ -598,6 +598,44 @@ fn attributes() -> Vec<Row> {
             },
         ),
         row(
+            "acl_not_of_links",
+            "A symbolic link made there inherits nothing, and what it points to keeps its mode.",
+            |fill| {
+                one_file(fill);
+                fill.file("g", "");
+                run("setfacl", &["-m", "d:u:1234:rwx"], &fill.path(0, "d")).unwrap();
+            },
+            |at| {
+                let inside = at.path("g");
+                let outside = at.host().join("outside");
+                fs::write(&outside, "")?;
+                for target in [&inside, &outside] {
+                    set_mode(target, 0o600);
+                    fs::remove_file(at.path("d/f"))?;
+                    symlink(target, at.path("d/f"))?;
+                    expect(mode(target)? == 0o600, "mode of the target")?;
+                    expect(fs::read_link(at.path("d/f"))? == *target, "wrong target")?;
+                }
+                Ok(())
+            },
+        ),
+        row(
+            "acl_removed_twice",
+            "Removing an ACL that is not there succeeds, and so does setting one without entries.",
+            one_file,
+            |at| {
+                for (name, path) in [
+                    ("system.posix_acl_access", "d/f"),
+                    ("system.posix_acl_access", "d"),
+                    ("system.posix_acl_default", "d"),
+                ] {
+                    xattr::remove(at.path(path), name)?;
+                    xattr::set(at.path(path), name, &2u32.to_le_bytes())?;
+                }
+                Ok(())
+            },
+        ),
+        row(
             "flags",
             "The flags that lsattr(1) shows can be read.",
             nothing,

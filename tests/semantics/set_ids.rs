@@ -2,10 +2,12 @@
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, fchown};
 use std::path::Path;
+use std::process::Command;
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use rustix::fs::copy_file_range;
 
 use crate::fill::Fill;
 use crate::outcome::{Outcome, expect};
@@ -86,6 +88,48 @@ pub fn rows() -> Vec<Row> {
             |at| changes(at, &[5, GROUP, 78], 0o2766, 0o2766),
         ),
         row(
+            "cleared_before_execution",
+            "A program of which a write, fallocate, copy_file_range or O_TRUNC has cleared them runs without them at once.",
+            |fill| {
+                fs::copy("/usr/bin/id", fill.path(0, "f")).unwrap();
+                fs::copy("/usr/bin/id", fill.path(0, "same")).unwrap();
+            },
+            |at| {
+                let same = File::open(at.path("same"))?;
+                let whole = fs::read(at.path("same"))?;
+                let changes: [&dyn Fn(&Path) -> io::Result<()>; 5] = [
+                    &|path| open_rw(path)?.write_all_at(&whole[..1], 0),
+                    &|path| {
+                        let file = File::options().append(true).open(path)?;
+                        Ok(nix::unistd::write(&file, b"x").map(drop)?)
+                    },
+                    &|path| {
+                        let room = 100 + whole.len() as i64;
+                        Ok(fallocate(open_rw(path)?, FallocateFlags::empty(), 0, room)?)
+                    },
+                    &|path| {
+                        let file = open_rw(path)?;
+                        let (mut from, mut to) = (0, 0);
+                        let copied =
+                            copy_file_range(&same, Some(&mut from), &file, Some(&mut to), 1);
+                        Ok(copied.map(drop)?)
+                    },
+                    &|path| fs::write(path, &whole),
+                ];
+                for change in changes {
+                    fs::set_permissions(at.path("f"), Permissions::from_mode(0o6777))?;
+                    let (user, group) = as_user(USER, || {
+                        change(&at.path("f"))?;
+                        let ask = |word| Command::new(at.path("f")).arg(word).output();
+                        io::Result::Ok((ask("-u")?, ask("-g")?))
+                    })?;
+                    let own = format!("{USER}\n").into_bytes();
+                    expect(user.stdout == own && group.stdout == own, "kept")?;
+                }
+                Ok(())
+            },
+        ),
+        row(
             "cleared_by_acl",
             "An ACL set by an owner outside the group clears setgid, one set by an owner in the group does not.",
             |fill| file(fill, USER, 0o2755),
@@ -127,9 +171,15 @@ pub fn rows() -> Vec<Row> {
             "Such a chown by somebody else clears neither.",
             |fill| file(fill, 0, 0o6755),
             |at| {
-                // Whether it is an error differs; that it takes nothing away must not.
-                let _ = as_user(USER, || chown(at.path("f"), None, None));
-                expect(mode(at.path("f"))? == 0o6755, "cleared")
+                for before in [0o6755, 0o2745] {
+                    fs::set_permissions(at.path("f"), Permissions::from_mode(before))?;
+                    // Whether it is an error differs; that it takes nothing away must not.
+                    let _ = as_user(USER, || chown(at.path("f"), None, None));
+                    expect(mode(at.path("f"))? == before, "cleared")?;
+                    let _ = as_user(USER, || fchown(File::open(at.path("f"))?, None, None));
+                    expect(mode(at.path("f"))? == before, "cleared")?;
+                }
+                Ok(())
             },
         ),
     ]

@@ -438,3 +438,42 @@ fn directories_that_do_not_fit_get_an_error_of_their_own() {
         Some(OpenError::DifferentFileSystems { .. })
     ));
 }
+
+/// The caller was told that nothing happened, and setuid and setgid were gone.
+#[test]
+fn a_request_for_room_that_the_host_does_not_know_changes_nothing() {
+    let mut fixture = Fixture::new(1, |_| {});
+    let tmpfs = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (dir, work) = (tmpfs.path().join("upper"), tmpfs.path().join("work"));
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::create_dir(&work).unwrap();
+    let upper = Some(UpperConfig { dir, work });
+    fixture.union = None;
+    let config = UnionConfig {
+        upper,
+        ..fixture.config()
+    };
+    fixture.union = Some(Union::open(config).unwrap());
+    fixture.write("f", "text").unwrap();
+    let (union, f) = (fixture.union(), fixture.node("f"));
+    let set = SetAttr {
+        perm: Some(0o6777),
+        ..SetAttr::default()
+    };
+    let before = union.setattr(f, None, &set, &Caller::ROOT).unwrap();
+    let somebody = Caller {
+        uid: 1000,
+        gid: 1000,
+        ..Caller::ROOT
+    };
+    let allocate = |mode| union.fallocate(f, None, mode, 0, 2, &somebody);
+    // tmpfs has no such thing.
+    let unknown = allocate(libc::FALLOC_FL_ZERO_RANGE);
+    assert_eq!(errno(unknown), libc::EOPNOTSUPP);
+    let after = union.getattr(f, None).unwrap();
+    assert_eq!((after.perm, after.mtime), (0o6777, before.mtime));
+    assert_eq!(after.ctime, before.ctime);
+    allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).unwrap();
+    assert_eq!(union.getattr(f, None).unwrap().perm, 0o777);
+    drop(fixture);
+}

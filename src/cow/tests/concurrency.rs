@@ -1,8 +1,13 @@
 //! Many threads at once: nothing deadlocks, nothing is lost, and what is seen is what is stored.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use super::lend::{self, Lent};
 use super::*;
+use crate::sys::fs::Object;
 
 /// A small generator of numbers, so that a failure can be repeated.
 struct Dice(u64);
@@ -172,4 +177,39 @@ fn readers_see_the_old_content_or_the_new_while_a_file_is_copied_up() {
         scope.spawn(|| fixture.union().write(node, None, 0, b"y", None).unwrap());
     });
     assert!(fixture.upper().join("f").exists());
+}
+
+/// The kernel was told of it, and kept it for good.
+#[test]
+fn a_lent_mode_is_told_to_nobody() {
+    let mut fixture = Fixture::new(1, |_| {});
+    let set = SetAttr {
+        perm: Some(0o444),
+        ..SetAttr::default()
+    };
+    for name in ["known", "new"] {
+        fixture.write(name, "text").unwrap();
+        let node = fixture.node(name);
+        let done = fixture.union().setattr(node, None, &set, &Caller::ROOT);
+        done.unwrap();
+    }
+    fixture.reopen();
+    let (union, known) = (fixture.union(), fixture.node("known"));
+    let upper = union.upper.as_ref().unwrap();
+    // As a plyfs of an ordinary user has it.
+    upper.lends.store(true, Ordering::Release);
+    let files = ["known", "new"].map(|name| File::open(fixture.upper().join(name)).unwrap());
+    std::thread::scope(|scope| {
+        let turn = upper.modes.write();
+        let lent = files
+            .each_ref()
+            .map(|file| Lent::new(Object::Open(file.as_fd()), lend::WRITE).unwrap());
+        let by_number = scope.spawn(|| union.getattr(known, None).unwrap());
+        let by_name = scope.spawn(|| union.lookup(NodeId::ROOT, OsStr::new("new")).unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+        drop(lent);
+        drop(turn);
+        assert_eq!(by_number.join().unwrap().perm, 0o444);
+        assert_eq!(by_name.join().unwrap().attr.perm, 0o444);
+    });
 }

@@ -323,3 +323,43 @@ fn without_metacopies_everything_is_copied() {
     assert!(!may_hold_metacopies(&fixture.upper(), XattrFamily::Trusted).unwrap());
     assert_eq!(fixture.read("f"), "text");
 }
+
+/// They were read as zeros, and a write copied these up.
+#[test]
+fn a_lower_file_of_which_no_layer_has_the_data_is_an_error() {
+    let mut fixture = Fixture::new(1, |lowers| {
+        put(lowers[0].join("d/f"), "text");
+        put(lowers[0].join("d/g"), "text");
+        put(lowers[0].join("d/whole"), "text");
+    });
+    chmod(&fixture, "d/f", 0o640);
+    chmod(&fixture, "d/g", 0o640);
+    fixture.mv("d/g", "d/moved");
+    fixture.union = None;
+    let (layer, data) = (fixture.upper(), fixture.lowers[0].clone());
+    let empty = fixture.base.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let of_layers = |lowers: Vec<PathBuf>| {
+        Union::open(UnionConfig {
+            lowers,
+            upper: None,
+            ..fixture.config()
+        })
+        .unwrap()
+    };
+    for lowers in [vec![layer.clone()], vec![layer.clone(), empty]] {
+        let union = of_layers(lowers);
+        let dir = union.lookup(NodeId::ROOT, OsStr::new("d")).unwrap().node;
+        for name in ["f", "moved"] {
+            assert_eq!(errno(union.lookup(dir, OsStr::new(name))), libc::EIO);
+        }
+    }
+    let union = of_layers(vec![layer.clone(), data]);
+    let dir = union.lookup(NodeId::ROOT, OsStr::new("d")).unwrap().node;
+    for name in ["f", "moved", "whole"] {
+        let node = union.lookup(dir, OsStr::new(name)).unwrap().node;
+        let mut buf = [0; 8];
+        assert_eq!(union.read(node, None, 0, &mut buf).unwrap(), 4);
+        assert_eq!(&buf[..4], b"text");
+    }
+}

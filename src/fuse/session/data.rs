@@ -64,7 +64,8 @@ impl UnionFs {
         let kills = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let kills = kills.then_some(caller);
         let writeback = self.policy().writeback;
-        let result = match writeback && flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+        let gathered = writeback && flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let result = match gathered {
             true => self.union.write_gathered(node, offset, data, kills),
             false => {
                 let handle = self.files.get(fh);
@@ -72,10 +73,15 @@ impl UnionFs {
                     .write(node, handle.as_deref(), offset, data, kills)
             }
         };
+        // The kernel keeps size and times by itself with `writeback`, but not the room that the data has taken.
+        if writeback && !gathered {
+            // The writer has the file open. Told later, the answer to what he asks next would count as an older one, and
+            // a mode without setuid go unseen.
+            self.union.tell(node);
+        }
         answer::written(reply, result);
-        if writeback {
-            // The kernel keeps size and times by itself then, but not the room that the data has taken. Told
-            // after the answer: dropping the last reference to the file may wait for it.
+        if gathered {
+            // Not before: dropping the last reference to the file may wait for the answer.
             self.union.tell(node);
         }
     }
