@@ -5,6 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use parking_lot::RwLockWriteGuard;
@@ -451,6 +452,11 @@ fn is_above(above: &Arc<Node>, node: &Arc<Node>) -> bool {
 
 /// `key` is what the directory had the name under that goes, `name` the one that comes.
 fn moved(node: &Node, from: &End<'_>, key: Option<Arc<OsStr>>, to: &End<'_>, name: Arc<OsStr>) {
+    if let Some(directory) = &node.directory
+        && !Arc::ptr_eq(from.parent, to.parent)
+    {
+        directory.moved.store(true, Ordering::Release);
+    }
     let mut place = node.place.write();
     place.drop_name(from.parent, from.name, key);
     place.names.push(Name {
