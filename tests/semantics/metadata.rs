@@ -1,7 +1,7 @@
 //! Owners, modes, times, extended attributes, access control lists.
 
 use std::fs::{self, File, Permissions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +12,7 @@ use nix::sys::time::TimeSpec;
 use rustix::fs::{AtFlags, StatxFlags, XattrFlags};
 
 use crate::fill::Fill;
-use crate::outcome::{Outcome, expect, fails};
+use crate::outcome::{Outcome, Said, expect, fails};
 use crate::row::{Row, nothing, row};
 use crate::tools::{USER, as_user, mode, open_rw};
 
@@ -417,6 +417,29 @@ fn times() -> Vec<Row> {
                     fs::metadata(at.path("d/f"))?.atime() > 1_500_000_000,
                     "unmoved",
                 )
+            },
+        ),
+        row(
+            "times_of_quiet_reading",
+            "Reading with O_NOATIME moves no access time, of a lower file and of one that was written.",
+            |fill| {
+                one_file(fill);
+                fill.file("d/written", "old");
+            },
+            |at| {
+                open_rw(at.path("d/written"))?.write_all_at(b"new", 0)?;
+                set_times(&at.path("d/written"), 1_000_000_000, 0)?;
+                // The kernel asks for what it has not.
+                at.remount()?;
+                for name in ["d/f", "d/written"] {
+                    let time = || Ok::<_, Said>(fs::metadata(at.path(name))?.atime());
+                    let before = time()?;
+                    let mut options = File::options();
+                    let options = options.read(true).custom_flags(libc::O_NOATIME);
+                    options.open(at.path(name))?.read_exact(&mut [0; 3])?;
+                    expect(time()? == before, "moved")?;
+                }
+                Ok(())
             },
         ),
         row(
