@@ -438,3 +438,18 @@ fn directories_that_do_not_fit_get_an_error_of_their_own() {
         Some(OpenError::DifferentFileSystems { .. })
     ));
 }
+
+#[test]
+fn directories_are_waited_for_as_long_as_their_last_user_takes_to_end() {
+    let mut fixture = Fixture::new(1, |_| {});
+    let union = fixture.union.take().unwrap();
+    let open = || Union::open(fixture.config()).map(drop);
+    union.ends();
+    std::thread::scope(|scope| {
+        let opened = scope.spawn(open);
+        std::thread::sleep(open::PATIENCE + std::time::Duration::from_secs(1));
+        assert!(!opened.is_finished());
+        drop(union);
+        opened.join().unwrap().unwrap();
+    });
+}
