@@ -489,6 +489,9 @@ fn attributes() -> Vec<Row> {
                 let set = |name: &str, flags| rustix::fs::setxattr(&path, name, b"value", flags);
                 fails(set("user.kept", XattrFlags::CREATE), nix::Error::EEXIST)?;
                 fails(set("user.new", XattrFlags::REPLACE), nix::Error::ENODATA)?;
+                let both = XattrFlags::CREATE | XattrFlags::REPLACE;
+                fails(set("user.kept", both), nix::Error::EEXIST)?;
+                fails(set("user.new", both), nix::Error::ENODATA)?;
                 set("user.new", XattrFlags::CREATE)?;
                 set("user.kept", XattrFlags::REPLACE)?;
                 xattr::remove(&path, "user.kept")?;
