@@ -404,8 +404,12 @@ impl Union {
 
     /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
     /// time of change and clears set-id bits. So does what the kernel takes from a file before a write, and then the
-    /// write clears them. Whoever could not have called chown(2) for bits that mean something is left to that.
+    /// write clears them. Whoever could not have called chown(2) for bits that mean something is left to that. A
+    /// directory keeps its bits, and only the time moves.
     fn may_take_set_ids(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
+        if node.kind == FileKind::Directory {
+            return Ok(true);
+        }
         let attr = self.attr_of_node(node)?;
         let without_meaning = without_set_ids(attr.perm, || true) == attr.perm;
         Ok(caller.uid == 0 || caller.uid == attr.uid || without_meaning)
