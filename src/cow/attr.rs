@@ -410,8 +410,12 @@ impl Union {
     /// Whether an empty change is to be made: chown(2) with neither owner nor group comes as one, which moves the
     /// time of change and clears set-id bits. So does what the kernel takes from a file before a write, and then the
     /// write clears them, but on old kernels not setgid without a meaning. Whoever could not have called chown(2), because
-    /// bits would go, is left to that; what has no meaning goes for those who may write.
+    /// bits would go, is left to that; what has no meaning goes for those who may write. A directory keeps its bits, and
+    /// only the time moves.
     fn may_take_set_ids(&self, node: &Arc<Node>, caller: &Caller) -> Result<bool> {
+        if node.kind == FileKind::Directory {
+            return Ok(true);
+        }
         let attr = self.attr_of_node(node)?;
         if caller.uid == 0 || caller.uid == attr.uid || attr.perm & (S_ISUID | S_ISGID) == 0 {
             return Ok(true);

@@ -101,6 +101,14 @@ impl Union {
         Ok(Arc::new(DirHandle { stream }))
     }
 
+    /// Whether a directory has come to another parent since this was last asked: what somebody keeps of a listing has
+    /// another `..`.
+    pub fn has_moved(&self, node: NodeId) -> bool {
+        let node = self.table.get(node);
+        let directory = node.as_ref().and_then(|node| node.directory.as_ref());
+        directory.is_some_and(|directory| directory.moved.swap(false, Ordering::AcqRel))
+    }
+
     fn listing(&self, node: &Arc<Node>, stream: &Stream, rewind: bool) -> Result<Arc<Listing>> {
         let known = stream.listing.lock().clone();
         let state = Self::directory(node)?.state.read();

@@ -203,6 +203,8 @@ pub(super) struct Directory {
     pub(super) xattr_whiteouts: Flag,
     /// The upper directory is the copy of one that is immutable or append-only.
     pub(super) protected: Flag,
+    /// It has another parent than when somebody last asked.
+    pub(super) moved: AtomicBool,
 }
 
 /// Yes, no, or not asked yet.

@@ -32,6 +32,8 @@ use crate::sys::{dirents, mountinfo, xattr};
 
 /// In the work directory: somebody waits for it.
 pub(super) const WANTED: &str = "plywood.wanted";
+/// How long a directory is waited for that is in use.
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Kernel overlayfs's mark of an upper that it has never synced, in `work/incompat`.
 const VOLATILE: &str = "volatile";
@@ -232,7 +234,7 @@ fn open_upper(given: &UpperConfig, config: &UnionConfig, limit: u64) -> Result<U
         errno => work_failed(errno),
     })?;
     // The work directory alone would not tell two unions with one each: what one writes the other's caches never see.
-    wait_for_lock(root.as_fd(), || {}).map_err(|errno| match errno {
+    wait_for_lock(root.as_fd(), || false).map_err(|errno| match errno {
         Errno::EWOULDBLOCK => OpenError::UpperInUse { path: dir.clone() },
         errno => upper_failed(errno),
     })?;
@@ -298,6 +300,7 @@ fn lock(work: BorrowedFd<'_>) -> Result<(), Errno> {
         if let Err(errno) = fs::openat(work, name, flags, 0o600) {
             tracing::debug!(%errno, "the user of a work directory cannot be asked for it");
         }
+        is_ending(work)
     });
     match fs::unlinkat(work, name) {
         Ok(()) | Err(Errno::ENOENT) => {}
@@ -307,17 +310,38 @@ fn lock(work: BorrowedFd<'_>) -> Result<(), Errno> {
 }
 
 /// Locks a directory, and calls `ask` whenever it is not to be had. The server of a mount that has just been unmounted
-/// may need a moment to end.
-fn wait_for_lock(dir: BorrowedFd<'_>, ask: impl Fn()) -> Result<(), Errno> {
-    const PATIENCE: Duration = Duration::from_secs(3);
-    let deadline = Instant::now() + PATIENCE;
+/// may need a moment to end; one of which `ask` says that it has begun to is waited for however long it takes.
+fn wait_for_lock(dir: BorrowedFd<'_>, ask: impl Fn() -> bool) -> Result<(), Errno> {
+    let mut deadline = Instant::now() + PATIENCE;
     loop {
         match fs::try_lock(dir) {
             Err(Errno::EWOULDBLOCK) if Instant::now() < deadline => {
-                ask();
+                if ask() {
+                    deadline = Instant::now() + PATIENCE;
+                }
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => return result,
+        }
+    }
+}
+
+/// Whether a lock tells that the user of a work directory only ends.
+fn is_ending(base: BorrowedFd<'_>) -> bool {
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+    fs::openat(base, OsStr::new("work"), flags, 0)
+        .is_ok_and(|work| fs::try_lock(work.as_fd()) == Err(Errno::EWOULDBLOCK))
+}
+
+impl Union {
+    /// Says that the mount is gone and only the upper is seen to: whoever opens these directories waits until this union is
+    /// gone, too.
+    pub fn ends(&self) {
+        if let Some(upper) = &self.upper
+            // Whoever looks at it has it for an instant.
+            && let Err(errno) = fs::lock_shared(upper.work())
+        {
+            tracing::debug!(%errno, "who waits for the work directory cannot be told to go on");
         }
     }
 }

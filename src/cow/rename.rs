@@ -5,6 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use parking_lot::RwLockWriteGuard;
@@ -454,6 +455,9 @@ fn moved(node: &Node, from: &End<'_>, key: Option<Arc<OsStr>>, to: &End<'_>, nam
     if let Some(directory) = &node.directory {
         // It has moved the directory's own change time.
         directory.state.write().quiet_ctime = QuietCtime::default();
+        if !Arc::ptr_eq(from.parent, to.parent) {
+            directory.moved.store(true, Ordering::Release);
+        }
     }
     let mut place = node.place.write();
     place.drop_name(from.parent, from.name, key);

@@ -217,6 +217,8 @@ pub enum SetXattrMode {
     Create,
     /// ENODATA if it is not.
     Replace,
+    /// Never sets anything: EEXIST if it is there, and ENODATA if it is not.
+    CreateAndReplace,
 }
 
 /// Whose access times stay as they are when something is read.

@@ -95,6 +95,7 @@ impl Union {
             SetXattrMode::Any => 0,
             SetXattrMode::Create => libc::XATTR_CREATE,
             SetXattrMode::Replace => libc::XATTR_REPLACE,
+            SetXattrMode::CreateAndReplace => libc::XATTR_CREATE | libc::XATTR_REPLACE,
         };
         let set = |object: Object<'_>| Ok(xattr::set(object, &stored, value, flags)?);
         if !self.copy_up_changed(&node, Content::Metadata, Some(&set))? {

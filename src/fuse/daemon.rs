@@ -261,6 +261,7 @@ fn serve(
     if own_mount {
         mount.remove();
     }
+    union.ends();
     // Below plyd nobody else mounts the directories, and a commit completes what it makes a layer of. Nor is anything
     // completed beside programs that go on writing to a mount which a signal has only detached.
     let alone = own_mount && matches!(outcome, Ok(Ended::WithMount));

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -15,7 +15,7 @@ use crate::fill::Fill;
 use crate::outcome::{Outcome, Said, expect};
 use crate::place::Place;
 use crate::row::{Row, row};
-use crate::tools::{lists, names};
+use crate::tools::{ino, lists, names};
 
 /// 600 names, half of each layer.
 fn many(fill: &Fill) {
@@ -51,6 +51,22 @@ fn entries(dir: &File, limit: usize) -> Result<Vec<(OsString, u64)>, Said> {
         }
     }
     Ok(entries)
+}
+
+/// The number of `..` in the listing of a directory.
+fn dot_dot(dir: &Path) -> Result<u64, Said> {
+    let dir = File::open(dir)?;
+    let mut buffer = [MaybeUninit::uninit(); 512];
+    let mut raw = RawDir::new(&dir, &mut buffer);
+    let mut number = None;
+    // To the end, or the kernel keeps nothing.
+    while let Some(entry) = raw.next() {
+        let entry = entry?;
+        if entry.file_name().to_bytes() == b".." {
+            number = Some(entry.ino());
+        }
+    }
+    number.ok_or_else(|| Said("missing".to_owned()))
 }
 
 /// Reads while others make and remove names: what was there all along is seen exactly once.
@@ -121,6 +137,29 @@ pub fn rows() -> Vec<Row> {
                 let parent = fs::metadata(at.path("d"))?;
                 let number = std::os::unix::fs::MetadataExt::ino;
                 expect(number(&up) == number(&parent), "wrong parent")
+            },
+        ),
+        row(
+            "dots_after_rename",
+            "After a directory has moved to another one `..` has the number of that, also where it was listed before.",
+            |fill| {
+                fill.dir("a/x");
+                fill.dir("b");
+            },
+            |at| {
+                fs::create_dir(at.path("a/made"))?;
+                for name in ["x", "made"] {
+                    let (from, to) = (at.path("a").join(name), at.path("b").join(name));
+                    // The kernel keeps what is listed more than once.
+                    for _ in 0..3 {
+                        expect(dot_dot(&from)? == ino(at.path("a"))?, "wrong parent")?;
+                    }
+                    fs::rename(from, &to)?;
+                    for _ in 0..3 {
+                        expect(dot_dot(&to)? == ino(at.path("b"))?, "old parent")?;
+                    }
+                }
+                Ok(())
             },
         ),
         row(

@@ -1,7 +1,7 @@
 //! Owners, modes, times, extended attributes, access control lists.
 
 use std::fs::{self, File, Permissions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +12,7 @@ use nix::sys::time::TimeSpec;
 use rustix::fs::{AtFlags, StatxFlags, XattrFlags};
 
 use crate::fill::Fill;
-use crate::outcome::{Outcome, expect, fails};
+use crate::outcome::{Outcome, Said, expect, fails};
 use crate::row::{Row, nothing, row};
 use crate::tools::{USER, as_user, mode, open_rw};
 
@@ -420,6 +420,29 @@ fn times() -> Vec<Row> {
             },
         ),
         row(
+            "times_of_quiet_reading",
+            "Reading with O_NOATIME moves no access time, of a lower file and of one that was written.",
+            |fill| {
+                one_file(fill);
+                fill.file("d/written", "old");
+            },
+            |at| {
+                open_rw(at.path("d/written"))?.write_all_at(b"new", 0)?;
+                set_times(&at.path("d/written"), 1_000_000_000, 0)?;
+                // The kernel asks for what it has not.
+                at.remount()?;
+                for name in ["d/f", "d/written"] {
+                    let time = || Ok::<_, Said>(fs::metadata(at.path(name))?.atime());
+                    let before = time()?;
+                    let mut options = File::options();
+                    let options = options.read(true).custom_flags(libc::O_NOATIME);
+                    options.open(at.path(name))?.read_exact(&mut [0; 3])?;
+                    expect(time()? == before, "moved")?;
+                }
+                Ok(())
+            },
+        ),
+        row(
             "time_of_birth",
             "statx shows a time of birth.",
             one_file,
@@ -466,6 +489,9 @@ fn attributes() -> Vec<Row> {
                 let set = |name: &str, flags| rustix::fs::setxattr(&path, name, b"value", flags);
                 fails(set("user.kept", XattrFlags::CREATE), nix::Error::EEXIST)?;
                 fails(set("user.new", XattrFlags::REPLACE), nix::Error::ENODATA)?;
+                let both = XattrFlags::CREATE | XattrFlags::REPLACE;
+                fails(set("user.kept", both), nix::Error::EEXIST)?;
+                fails(set("user.new", both), nix::Error::ENODATA)?;
                 set("user.new", XattrFlags::CREATE)?;
                 set("user.kept", XattrFlags::REPLACE)?;
                 xattr::remove(&path, "user.kept")?;

@@ -34,6 +34,11 @@ fn file(fill: &Fill, owner: u32, mode: u32) {
     fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
 }
 
+/// Waits until the clock that files get their times from has moved.
+fn a_tick() {
+    std::thread::sleep(std::time::Duration::from_millis(20));
+}
+
 /// Changes the content in every way, each time from the same mode, as somebody who is in the given groups.
 fn changes(at: &Place, groups: &[u32], before: u32, after: u32) -> Outcome {
     type Change = fn(&Path) -> io::Result<()>;
@@ -164,6 +169,25 @@ pub fn rows() -> Vec<Row> {
                 fs::set_permissions(at.path("f"), Permissions::from_mode(0o6644))?;
                 chown(at.path("f"), None, None)?;
                 expect(mode(at.path("f"))? == 0o2644, "kept")
+            },
+        ),
+        row(
+            "empty_chown_of_directory",
+            "Such a chown of a directory keeps its bits and moves its time of change, whoever calls it.",
+            |fill| {
+                fill.dir("d");
+                fs::set_permissions(fill.path(0, "d"), Permissions::from_mode(0o2755)).unwrap();
+            },
+            |at| {
+                let changed = || fs::metadata(at.path("d")).map(|m| (m.ctime(), m.ctime_nsec()));
+                for caller in [0, USER] {
+                    let before = changed()?;
+                    a_tick();
+                    as_user(caller, || chown(at.path("d"), None, None))?;
+                    expect(mode(at.path("d"))? == 0o2755, "cleared")?;
+                    expect(changed()? > before, "ctime unmoved")?;
+                }
+                Ok(())
             },
         ),
         row(

@@ -2,13 +2,17 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::process::Command;
 
+use nix::fcntl::AT_FDCWD;
+use nix::sys::stat::{UtimensatFlags, utimensat};
+use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, lseek};
 
 use crate::fill::Fill;
-use crate::outcome::{expect, fails};
+use crate::outcome::{Said, expect, fails};
 use crate::row::{Row, row};
 use crate::tools::open_rw;
 
@@ -17,6 +21,13 @@ const TOO_FAR: u64 = 17 << 40;
 
 fn one_file(fill: &Fill) {
     fill.file("f", [b'x'; 8192]);
+}
+
+/// In seconds.
+fn set_times(path: &Path, accessed: i64, changed: i64) -> nix::Result<()> {
+    let (accessed, changed) = (TimeSpec::new(accessed, 0), TimeSpec::new(changed, 0));
+    let follow = UtimensatFlags::FollowSymlink;
+    utimensat(AT_FDCWD, path, &accessed, &changed, follow)
 }
 
 /// All rows of the chapter.
@@ -42,6 +53,41 @@ pub fn rows() -> Vec<Row> {
                 let file = File::open(at.path("f"))?;
                 let far = i64::try_from(TOO_FAR).unwrap();
                 fails(lseek(&file, far, Whence::SeekSet), nix::Error::EINVAL)
+            },
+        ),
+        row(
+            "time_beyond_limit",
+            "A time that the host cannot store is shown as the nearest that it can, also after a remount.",
+            one_file,
+            |at| {
+                let time = || Ok::<_, Said>(std::fs::metadata(at.path("f"))?.mtime());
+                set_times(&at.path("f"), 1 << 34, 1 << 34)?;
+                let shown = time()?;
+                at.remount()?;
+                expect(time()? == shown, "changes")
+            },
+        ),
+        row(
+            "truncation_to_same_length",
+            "truncate(2) to the length that a file has moves its times of change.",
+            one_file,
+            |at| {
+                set_times(&at.path("f"), 1_000_000_000, 1_100_000_000)?;
+                nix::unistd::truncate(&at.path("f"), 8192)?;
+                let time = std::fs::metadata(at.path("f"))?.mtime();
+                expect(time > 1_100_000_000, "unmoved")
+            },
+        ),
+        row(
+            "access_time_of_cached",
+            "Reading moves an access time that is older than the last change also if the data was read before.",
+            one_file,
+            |at| {
+                std::fs::read(at.path("f"))?;
+                set_times(&at.path("f"), 1_000_000_000, 1_100_000_000)?;
+                std::fs::read(at.path("f"))?;
+                let time = std::fs::metadata(at.path("f"))?.atime();
+                expect(time > 1_100_000_000, "unmoved")
             },
         ),
         row(

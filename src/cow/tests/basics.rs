@@ -477,3 +477,18 @@ fn a_request_for_room_that_the_host_does_not_know_changes_nothing() {
     assert_eq!(union.getattr(f, None).unwrap().perm, 0o777);
     drop(fixture);
 }
+
+#[test]
+fn directories_are_waited_for_as_long_as_their_last_user_takes_to_end() {
+    let mut fixture = Fixture::new(1, |_| {});
+    let union = fixture.union.take().unwrap();
+    let open = || Union::open(fixture.config()).map(drop);
+    union.ends();
+    std::thread::scope(|scope| {
+        let opened = scope.spawn(open);
+        std::thread::sleep(open::PATIENCE + std::time::Duration::from_secs(1));
+        assert!(!opened.is_finished());
+        drop(union);
+        opened.join().unwrap().unwrap();
+    });
+}

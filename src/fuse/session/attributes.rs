@@ -67,10 +67,12 @@ impl UnionFs {
         flags: i32,
         reply: ReplyEmpty,
     ) {
+        const BOTH: i32 = libc::XATTR_CREATE | libc::XATTR_REPLACE;
         let mode = match flags {
             0 => SetXattrMode::Any,
             libc::XATTR_CREATE => SetXattrMode::Create,
             libc::XATTR_REPLACE => SetXattrMode::Replace,
+            BOTH => SetXattrMode::CreateAndReplace,
             _ => return reply.error(Errno::EINVAL),
         };
         let set = self.union.setxattr(node, name, value, mode);

@@ -32,7 +32,8 @@ pub(super) struct Place {
 }
 
 impl UnionFs {
-    pub(super) fn read_at(&self, place: &Place, size: u32, reply: ReplyData) {
+    /// `flags` are open(2)'s.
+    pub(super) fn read_at(&self, place: &Place, size: u32, flags: i32, reply: ReplyData) {
         let handle = self.files.get(place.fh);
         READ_BUFFER.with_borrow_mut(|buffer| {
             let size = size as usize;
@@ -40,10 +41,13 @@ impl UnionFs {
                 buffer.resize(size, 0);
             }
             let into = &mut buffer[..size];
-            match self
-                .union
-                .read(place.node, handle.as_deref(), place.offset, into)
-            {
+            let read = match flags & libc::O_NOATIME {
+                0 => self
+                    .union
+                    .read(place.node, handle.as_deref(), place.offset, into),
+                _ => self.union.read_quietly(place.node, place.offset, into),
+            };
+            match read {
                 Ok(length) => reply.data(&buffer[..length]),
                 Err(error) => reply.error(answer::errno(&error)),
             }

@@ -23,9 +23,11 @@ pub(super) struct OpenDir {
 }
 
 impl UnionFs {
-    /// The kernel may cache a listing and keep it.
-    fn directory_flags(&self) -> FopenFlags {
-        let mut flags = FopenFlags::FOPEN_KEEP_CACHE;
+    /// The kernel may cache a listing, and keep it as long as it is right. It is not told of a move, for that could wait for a
+    /// program that is just reading the cache.
+    fn directory_flags(&self, node: NodeId) -> FopenFlags {
+        let mut flags = FopenFlags::empty();
+        flags.set(FopenFlags::FOPEN_KEEP_CACHE, !self.union.has_moved(node));
         flags.set(
             FopenFlags::FOPEN_CACHE_DIR,
             self.policy().uses(Feature::CacheDir),
@@ -40,7 +42,7 @@ impl UnionFs {
                     listing: Mutex::new(listing),
                     read: AtomicBool::new(false),
                 }));
-                reply.opened(Fh(fh), self.directory_flags());
+                reply.opened(Fh(fh), self.directory_flags(node));
             }
             Err(error) => reply.error(answer::errno(&error)),
         }

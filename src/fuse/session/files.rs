@@ -112,8 +112,10 @@ impl Files {
                 let fh = Fh(self.handles.insert(handle));
                 match backing {
                     Some(backing) => {
-                        // Nobody tells of the reading itself.
-                        self.union.is_read(node);
+                        if flags & libc::O_NOATIME == 0 {
+                            // Nobody tells of the reading itself.
+                            self.union.is_read(node);
+                        }
                         reply.opened_passthrough(fh, self.flags(), backing);
                     }
                     None => reply.opened(fh, self.served_flags(node)),

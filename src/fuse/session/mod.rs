@@ -308,7 +308,7 @@ impl Filesystem for UnionFs {
         fh: Fh,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
@@ -317,7 +317,7 @@ impl Filesystem for UnionFs {
             fh,
             offset,
         };
-        guarded("read", || self.read_at(&place, size, reply));
+        guarded("read", || self.read_at(&place, size, flags.0, reply));
     }
 
     fn write(
