@@ -222,7 +222,7 @@ impl Layers {
     }
 
     /// Bytes of all regular files of a chain of layers, the lowest first, each file once.
-    pub fn logical(&self, chain: &[LayerName]) -> Result<u64> {
+    pub fn logical(&self, chain: &[LayerName]) -> Result<u128> {
         view::logical(&self.indexes(chain)?)
     }
 

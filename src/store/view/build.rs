@@ -41,13 +41,14 @@ pub(in crate::store) fn check(layers: &[LayerIndex]) -> Result<()> {
     tree_of(layers).map(drop)
 }
 
-/// Bytes of all regular files of the tree of `layers`, the lowest first.
-pub(in crate::store) fn logical(layers: &[LayerIndex]) -> Result<u64> {
+/// Bytes of all regular files of the tree of `layers`, the lowest first. A file may have 63 bits of them, so the sum has more
+/// than 64.
+pub(in crate::store) fn logical(layers: &[LayerIndex]) -> Result<u128> {
     let tree = tree_of(layers)?;
     let nodes = Builder::number(&tree).order;
     let nodes = nodes.into_iter().filter_map(|id| tree.node(id));
     let files = nodes.filter(|node| matches!(node.body, Body::Whole(_) | Body::Sparse(..)));
-    Ok(files.map(|node| node.size).sum())
+    Ok(files.map(|node| u128::from(node.size)).sum())
 }
 
 fn tree_of(layers: &[LayerIndex]) -> Result<Tree> {
