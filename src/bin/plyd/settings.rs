@@ -64,7 +64,7 @@ pub struct Settings {
     /// When contents of packed layers are compared with their names [default: first]
     #[arg(long, value_enum, value_name = "WHEN")]
     pub verify: Option<WhenVerified>,
-    /// Memory for the contents of a layer that is being taken in [default: 256M]
+    /// Memory for a layer that is being taken in: its contents, and the window of zstd [default: 256M]
     #[arg(long, value_name = "BYTES")]
     pub import_memory: Option<Size>,
     /// Threads that hash and compress the contents of a layer [default: one for each CPU]

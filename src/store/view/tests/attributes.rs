@@ -1,6 +1,8 @@
 //! Extended attributes that an object cannot have.
 
 use super::*;
+use crate::store::layer::index::LayerIndex;
+use crate::store::view::tree::Tree;
 
 const ACL: &str = "system.posix_acl_access";
 const DEFAULT_ACL: &str = "system.posix_acl_default";
@@ -60,6 +62,33 @@ fn what_an_object_cannot_have_is_not_shown_and_costs_no_image() {
     let name = fixture.import(stream());
     fixture.layers.export(name, &mut exported).unwrap();
     assert!(exported == bytes);
+}
+
+#[test]
+fn the_first_that_is_left_out_is_told_with_their_number_once_for_its_layer() {
+    let fixture = Fixture::new();
+    let link = |name: &str| {
+        Stream::new()
+            .xattrs(&[("user.a", b"1"), ("foo.bar", b"1")])
+            .link(name, "target")
+    };
+    let mut tree = Tree::new();
+    let mut told = |stream: Stream, number: u16| {
+        let name = fixture.import(stream);
+        let path = fixture
+            .dir
+            .path()
+            .join("layers")
+            .join(format!("{name}.index"));
+        let index = LayerIndex::open(&path, name).unwrap();
+        tree.apply(&index, number).unwrap();
+        let left_out = tree.left_out();
+        left_out.map(|first| (first.path.clone(), first.attribute.clone(), first.count))
+    };
+    let first = |path: &str| Some((path.to_owned(), "foo.bar".to_owned(), 2));
+    assert_eq!(told(link("one"), 0), first("one"));
+    assert_eq!(told(Stream::new().file("f", ""), 1), None);
+    assert_eq!(told(link("two"), 2), first("two"));
 }
 
 #[test]
