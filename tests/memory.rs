@@ -1,5 +1,5 @@
-//! What an import takes of memory, however large the layer is: half of what its setting allows for contents on their way, and the
-//! index of the layer on top.
+//! What an import takes of memory, however large the layer is: half of what its setting allows for contents on their way, the other
+//! half for the window of a stream of zstd, and the index of the layer on top.
 //!
 //! `make test` imports about a gigabyte with little memory allowed, `make test-full` also 10 GiB with the default, of which
 //! the index is a part, too.
@@ -151,10 +151,57 @@ fn stays_within(memory: u64, small: u64, large: u64, large_bytes: u64) {
     assert!(taken <= most, "{taken} bytes, and {most} were allowed");
 }
 
+/// The same for a stream that is compressed: with gzip, or with a window of zstd of two to the power of `window`.
+fn compressed_stays_within(memory: u64, window: Option<u32>) {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings {
+        memory,
+        ..Settings::default()
+    };
+    let (layers, _) = Layers::open(&dir.path().join("store"), settings).unwrap();
+    let (small, mut stream) = (5000, Stream::new(5000, 1, 128 * MIB));
+    // What compresses it takes memory, too, which is given back before anything is measured.
+    let path = dir.path().join("blob");
+    let file = fs::File::create(&path).unwrap();
+    match window {
+        Some(window) => {
+            let mut encoder = zstd::Encoder::new(file, 1).unwrap();
+            encoder.window_log(window).unwrap();
+            io::copy(&mut stream, &mut encoder).unwrap();
+            encoder.finish().unwrap();
+        }
+        None => {
+            let fast = flate2::Compression::fast();
+            let mut encoder = flate2::write::GzEncoder::new(file, fast);
+            io::copy(&mut stream, &mut encoder).unwrap();
+            encoder.finish().unwrap();
+        }
+    }
+    let blob = fs::File::open(&path).unwrap();
+    let mut imported = None;
+    let taken = peak(|| imported = Some(layers.import(blob, &Expected::default(), &())));
+    let imported = imported.unwrap();
+    match window {
+        Some(window) if 1 << window > memory / 2 => {
+            let refused = imported.unwrap_err().to_string();
+            assert!(refused.contains("raise import_memory"), "{refused}");
+        }
+        _ => drop(imported.unwrap()),
+    }
+    let may = if window.is_some() { memory } else { memory / 2 };
+    let most = BASE + may + ENTRY * (small + 1);
+    eprintln!("{} MiB of {} MiB", taken / MIB, most / MIB);
+    assert!(taken <= most, "{taken} bytes, and {most} were allowed");
+}
+
 // One test, for it is this program that is measured.
 #[test]
 fn an_import_takes_no_more_memory_than_it_may() {
     stays_within(32 * MIB, 40_000, 5, 128 * MIB);
+    compressed_stays_within(32 * MIB, None);
+    // With the largest window that half of the memory has room for, and with one that has none.
+    compressed_stays_within(32 * MIB, Some(24));
+    compressed_stays_within(32 * MIB, Some(27));
     if std::env::var_os("PLYWOOD_TEST_FULL").is_some() {
         // 10 GiB.
         stays_within(Settings::default().memory, 200_000, 32, 256 * MIB);

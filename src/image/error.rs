@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::store::before_problem;
+
 /// Why an operation on an image failed. Mapped once to gRPC codes in [`grpc`](crate::grpc).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -73,11 +75,11 @@ pub enum Error {
         problem: &'static str,
     },
     /// A layer cannot be unpacked because of what it contains.
-    #[error("cannot unpack the layer {layer}: {entry}: {problem}")]
+    #[error("cannot unpack the layer {layer}: {}{problem}", before_problem(entry))]
     Layer {
         /// Digest of the layer's blob.
         layer: String,
-        /// The tar entry.
+        /// The tar entry; empty, if it is none.
         entry: String,
         /// What is wrong with it.
         problem: String,

@@ -334,7 +334,10 @@ fn worded(error: store::Error, layer: &ArchivedLayer) -> Error {
         store::Error::Cancelled => Error::Cancelled,
         store::Error::Refused { entry, problem } => Error::Layer {
             layer: layer.digest.clone(),
-            entry: format!("\"{entry}\""),
+            entry: match &*entry {
+                "" => entry,
+                _ => format!("\"{entry}\""),
+            },
             problem,
         },
         store::Error::Digest {

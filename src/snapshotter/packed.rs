@@ -25,7 +25,7 @@ pub(super) struct Packed {
     state: Mutex<State>,
     verify: Verify,
     /// What the trees of chains have, the lowest layer first, which never changes. Only of layers that there are.
-    logical: Mutex<HashMap<Vec<LayerName>, u64>>,
+    logical: Mutex<HashMap<Vec<LayerName>, u128>>,
 }
 
 #[derive(Debug, Default)]
@@ -113,7 +113,7 @@ impl Packed {
     }
 
     /// Bytes of the files of the tree that the layers make, the lowest first.
-    pub(super) fn logical(&self, layers: &[LayerName]) -> Result<u64> {
+    pub(super) fn logical(&self, layers: &[LayerName]) -> Result<u128> {
         if let Some(bytes) = self.logical.lock().get(layers) {
             return Ok(*bytes);
         }

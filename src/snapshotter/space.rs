@@ -21,7 +21,7 @@ use crate::store::{self, layer::LayerId};
 /// What an image or a snapshot takes. What damage hides is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
-    /// Bytes of the files that its tree has, each file once.
+    /// Bytes of the files that its tree has, each file once; `u64::MAX` also for more.
     pub logical: Option<u64>,
     /// Bytes on disk that nothing else needs.
     pub unique: Option<u64>,
@@ -230,7 +230,7 @@ impl Snapshotter {
             return None;
         }
         match self.logical_of(found, &ancestors) {
-            Ok(bytes) => Some(bytes),
+            Ok(bytes) => Some(u64::try_from(bytes).unwrap_or(u64::MAX)),
             // Removed meanwhile.
             Err(_) if matches!(self.catalog.get(&found.id), Ok(None)) => None,
             Err(error) => {
@@ -253,7 +253,7 @@ impl Snapshotter {
         }
     }
 
-    fn logical_of(&self, found: &Found, ancestors: &[&Found]) -> Result<u64> {
+    fn logical_of(&self, found: &Found, ancestors: &[&Found]) -> Result<u128> {
         let mut lowers = self.lowers_in(found, ancestors);
         let upper = self.data.join(&found.id).join("upper");
         if found.record.kind == Kind::Active && !upper::is_empty(&upper)? {
@@ -338,7 +338,7 @@ struct Change<'a> {
     own: OwnLayer,
     sides: Sides<'a>,
     waiting: Vec<Pair>,
-    bytes: i64,
+    bytes: i128,
 }
 
 /// A directory as it is and as it was; a lookup of its nodes is held.
@@ -352,7 +352,7 @@ struct Pair {
 
 impl Change<'_> {
     /// Of `own` on what lies `below`. `None` if a file with several names is involved, which this cannot count.
-    fn of(own: &Path, below: Below) -> Result<Option<i64>> {
+    fn of(own: &Path, below: Below) -> Result<Option<i128>> {
         let old = match below.is_empty() {
             true => None,
             false => Some(Union::open(below.clone().union())?),
@@ -405,7 +405,7 @@ impl Change<'_> {
                 if attr.nlink > 1 {
                     return Ok(false);
                 }
-                self.bytes += sign * i64::try_from(attr.size).unwrap_or(i64::MAX);
+                self.bytes += sign * i128::from(attr.size);
             }
             let (mut files, mut dirs) = ([None; 2], [None; 2]);
             for (side, (entry, _)) in sides.iter().enumerate() {
@@ -439,7 +439,7 @@ impl Change<'_> {
 }
 
 /// Bytes of all regular files of a union, each file once.
-fn count(union: &Union) -> Result<u64> {
+fn count(union: &Union) -> Result<u128> {
     let mut bytes = 0;
     let mut met = HashSet::new();
     let mut waiting = vec![NodeId::ROOT];
@@ -455,7 +455,7 @@ fn count(union: &Union) -> Result<u64> {
             if entry.attr.kind == FileKind::Regular
                 && (entry.attr.nlink < 2 || met.insert(entry.attr.ino))
             {
-                bytes += entry.attr.size;
+                bytes += u128::from(entry.attr.size);
             }
             union.forget(entry.node, 1);
         }
@@ -549,7 +549,7 @@ mod tests {
                 }
                 let space = snapshots.space(&[]).unwrap().snapshots;
                 let work = space.iter().find(|(info, _)| info.key == "work").unwrap();
-                assert_eq!(work.1.logical, Some(whole));
+                assert_eq!(work.1.logical.map(u128::from), Some(whole));
                 whole
             };
             check(true);
@@ -590,5 +590,75 @@ mod tests {
             let expected = (127 << 10) - (2 << 10) - (16 << 10) + 3000;
             assert_eq!(left, expected - if linked { 0 } else { 1 << 10 });
         }
+    }
+
+    /// Holes cost nobody anything, so an image or a program can have files of any size: their sum fits in no 64 bits.
+    #[test]
+    fn files_as_large_as_can_be_are_counted() {
+        use crate::store::tar::Kind;
+        use crate::store::tar::write::{NewEntry, Writer};
+
+        const LARGEST: u64 = i64::MAX as u64;
+        let place = Place::new();
+        let snapshots = place.open();
+        let mut tar = Writer::new(Vec::new());
+        for name in ["a", "b", "c", "k"] {
+            let entry = NewEntry {
+                perm: 0o644,
+                size: if name == "k" { 0 } else { LARGEST },
+                parts: (name != "k").then_some(&[]),
+                ..NewEntry::new(name.as_bytes(), Kind::Regular)
+            };
+            tar.entry(&entry).unwrap();
+        }
+        let link = NewEntry {
+            link: b"k",
+            ..NewEntry::new(b"l", Kind::HardLink)
+        };
+        tar.entry(&link).unwrap();
+        let stream = tar.finish().unwrap();
+        let owner = Owner::Snapctl;
+        snapshots
+            .prepare(owner, "base", None, BTreeMap::new())
+            .unwrap();
+        let layer = (&*stream, &Expected::default());
+        snapshots.apply_layer(owner, "base", layer, &()).unwrap();
+        snapshots
+            .commit(owner, "done", "base", BTreeMap::new())
+            .unwrap();
+        let parent = ParentRef {
+            owner,
+            key: "done".to_owned(),
+        };
+        snapshots
+            .prepare(owner, "work", Some(&parent), BTreeMap::new())
+            .unwrap();
+        let logical = |key: &str| {
+            let space = snapshots.space(&[]).unwrap().snapshots;
+            let found = space.iter().find(|(info, _)| info.key == key);
+            found.unwrap().1.logical
+        };
+        let unlink = |name: &str| {
+            let config = snapshots.union_config(owner, "work").unwrap();
+            let union = Union::open(config).unwrap();
+            union.unlink(NodeId::ROOT, name.as_ref()).unwrap();
+        };
+        // Three of them are more than can be said.
+        assert_eq!((logical("done"), logical("work")), (u64::MAX, u64::MAX));
+        unlink("a");
+        assert_eq!(logical("work"), 2 * LARGEST);
+        unlink("b");
+        unlink("c");
+        assert_eq!(logical("work"), 0);
+
+        // All is counted where one of several names was removed.
+        snapshots
+            .prepare(owner, "linked", Some(&parent), BTreeMap::new())
+            .unwrap();
+        let config = snapshots.union_config(owner, "linked").unwrap();
+        let union = Union::open(config).unwrap();
+        union.unlink(NodeId::ROOT, "l".as_ref()).unwrap();
+        drop(union);
+        assert_eq!(logical("linked"), u64::MAX);
     }
 }

@@ -36,9 +36,9 @@ pub enum Error {
         problem: String,
     },
     /// A layer cannot be taken because of what is in it.
-    #[error("the layer cannot be used: {entry}: {problem}")]
+    #[error("the layer cannot be used: {}{problem}", before_problem(entry))]
     Refused {
-        /// The entry of its stream.
+        /// The entry of its stream; empty, if it is none.
         entry: String,
         /// What is wrong with it.
         problem: String,
@@ -105,6 +105,14 @@ impl Error {
     }
 }
 
+/// What comes before a problem, if there is something.
+pub(crate) fn before_problem(entry: &str) -> String {
+    match entry {
+        "" => String::new(),
+        entry => format!("{entry}: "),
+    }
+}
+
 /// Result of an operation on packed layers.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -144,6 +152,18 @@ pub(super) fn printable(name: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_wrong_with_no_entry_has_no_empty_name() {
+        assert_eq!(
+            refused(b"", "it ends early").to_string(),
+            "the layer cannot be used: it ends early"
+        );
+        assert_eq!(
+            refused(b"a", "it ends early").to_string(),
+            "the layer cannot be used: a: it ends early"
+        );
+    }
 
     #[test]
     fn an_error_has_no_more_of_a_name_than_a_client_can_be_told() {

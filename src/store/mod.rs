@@ -40,6 +40,7 @@ pub mod view;
 
 pub use collector::Collector;
 pub use durable::{create_dir, sync_dir};
+pub(crate) use error::before_problem;
 pub use error::{Error, Result};
 pub use format::tables::{Extent, Inode, Object, Xattrs};
 pub use format::{LayerName, NotAName, ObjectName, Time, ViewKey};

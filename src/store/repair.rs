@@ -211,7 +211,7 @@ impl Layers {
         stream: impl Read + Send,
         observer: &dyn Observer,
     ) -> Result<bool> {
-        let digests = ingest::digests(stream, &self.settings().limits, observer)?;
+        let digests = ingest::digests(stream, self.settings(), observer)?;
         let record = self.get(layer);
         let is_it = record.is_some_and(|record| record.diff_id == Some(sha256(&digests.content)));
         if is_it {

@@ -239,7 +239,7 @@ impl Layers {
     }
 
     /// Bytes of all regular files of a chain of layers, the lowest first, each file once.
-    pub fn logical(&self, chain: &[LayerName]) -> Result<u64> {
+    pub fn logical(&self, chain: &[LayerName]) -> Result<u128> {
         // Also of layers whose records cannot be used.
         let indexes = chain
             .iter()

@@ -36,6 +36,7 @@ pub fn settings() -> Settings {
             bytes: 1 << 20,
             entries: 2000,
             names: 64 << 10,
+            ..Limits::default()
         },
         ..Settings::default()
     }
@@ -91,7 +92,10 @@ impl Store {
 fn xattr(layer: Layer, value: &[u8]) -> Layer {
     layer.pax(&[
         (b"SCHILY.xattr.user.name", value),
-        (b"SCHILY.xattr.security.capability", b"\x01\0\0\x02"),
+        (
+            b"SCHILY.xattr.security.capability",
+            b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        ),
         (b"atime", b"1600000001.5"),
     ])
 }

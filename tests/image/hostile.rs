@@ -152,7 +152,14 @@ fn headers_that_lie() {
             &["odd", word],
         );
     }
-    refuses_layer(&store, Layer::new().raw(&[b'A'; 512]), &["checksum"]);
+    let nameless = ": the checksum of a header is wrong";
+    refuses_layer(&store, Layer::new().raw(&[b'A'; 512]), &[nameless]);
+    let message = store.load(&archive(
+        "bad",
+        &[Blob::plain(Layer::new().raw(&[b'A'; 512]))],
+    ));
+    let message = message.unwrap_err().to_string();
+    assert!(!message.contains("\"\""), "{message}");
     let hole = Layer::new().raw(&[0; 512]).file("after", 0o644, b"");
     refuses_layer(&store, hole, &["zeros"]);
     still_works(&store);
@@ -182,6 +189,7 @@ fn bombs() {
         bytes: 1 << 20,
         entries: 100,
         names: 1000,
+        ..Limits::default()
     });
     let zeros = vec![0; 10 << 20];
     let trailer = Layer::new()
@@ -203,6 +211,55 @@ fn bombs() {
     });
     refuses_layer(&store, named, &["the names in the layer"]);
     still_works(&store);
+}
+
+#[test]
+fn what_one_entry_claims() {
+    let store = Store::with(Limits {
+        file: 1 << 20,
+        path: 40,
+        xattr: 100,
+        ..Limits::default()
+    });
+    let sparse = |size: &[u8]| {
+        let records = [
+            (&b"GNU.sparse.size"[..], size),
+            (b"GNU.sparse.numblocks", b"0"),
+        ];
+        Layer::new().pax(&records).file("hole", 0o644, b"")
+    };
+    refuses_layer(
+        &store,
+        sparse(b"1048577"),
+        &["hole", "1048577 bytes", "a file of a layer"],
+    );
+    let path = "d/".repeat(20) + "f";
+    refuses_layer(
+        &store,
+        Layer::new().file(&path, 0o644, b""),
+        &["longer than 40 bytes"],
+    );
+    let removed = "d/".repeat(20) + ".wh.f";
+    refuses_layer(
+        &store,
+        Layer::new().file(&removed, 0o644, b""),
+        &["what it removes is longer"],
+    );
+    let link = Layer::new().hardlink("l", &path, 0o644);
+    refuses_layer(&store, link, &["l", "its hard link's target is longer"]);
+    let xattr = Layer::new().pax(&[(b"SCHILY.xattr.user.x", &[b'v'; 101])]);
+    refuses_layer(
+        &store,
+        xattr.file("f", 0o644, b""),
+        &["user.x", "more than 100 bytes"],
+    );
+    let fits = sparse(b"1048576")
+        .file(&path[2..], 0o644, b"")
+        .file(&removed[2..], 0o644, b"")
+        .hardlink("l", "hole", 0o644)
+        .pax(&[(b"SCHILY.xattr.user.x", &[b'v'; 100])])
+        .file("f", 0o644, b"");
+    store.load_one(&archive("fits", &[Blob::plain(fits)]));
 }
 
 #[test]

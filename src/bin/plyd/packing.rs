@@ -17,9 +17,11 @@ const LARGEST_PACKED: u64 = 16 << 20;
 const CONTENTS_ON_THEIR_WAY: u64 = 8;
 const LEAST_MEMORY: u64 = 8 << 20;
 const MOST_WORKERS: u64 = 256;
-/// Records that a section of an index has room for, and bytes of its names.
+/// What the format has room for: entries and bytes of names in an index, bytes of a path, and of an extended attribute.
 const MOST_ENTRIES: u64 = u32::MAX as u64 - 1;
 const MOST_NAMES: u64 = u32::MAX as u64;
+const LONGEST_PATH: u64 = 4095;
+const LARGEST_XATTR: u64 = 64 << 10;
 
 /// When contents of packed layers are compared with their names.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
@@ -109,6 +111,9 @@ pub fn packing(settings: &Settings) -> Result<Packing, String> {
         bytes: bytes(settings.layer_max_bytes, default.limits.bytes),
         entries: settings.layer_max_entries.unwrap_or(default.limits.entries),
         names: bytes(settings.layer_max_names, default.limits.names),
+        file: bytes(settings.layer_max_file, default.limits.file),
+        path: bytes(settings.layer_max_path, default.limits.path),
+        xattr: bytes(settings.layer_max_xattr, default.limits.xattr),
     };
     within("small_object_limit", small, 1, LARGEST_PACKED)?;
     within("import_memory", memory, LEAST_MEMORY, u64::MAX)?;
@@ -116,6 +121,9 @@ pub fn packing(settings: &Settings) -> Result<Packing, String> {
     within("layer_max_bytes", limits.bytes, 1, i64::MAX as u64)?;
     within("layer_max_entries", limits.entries, 1, MOST_ENTRIES)?;
     within("layer_max_names", limits.names, 1, MOST_NAMES)?;
+    within("layer_max_file", limits.file, 1, i64::MAX as u64)?;
+    within("layer_max_path", limits.path, 1, LONGEST_PATH)?;
+    within("layer_max_xattr", limits.xattr, 1, LARGEST_XATTR)?;
     if !(1..=22).contains(&level) {
         return Err(format!(
             "zstd_level is {level}; it has to be a level of zstd, from 1 (fast) to 22 (small)"
@@ -179,13 +187,17 @@ mod tests {
         let read = |text: &str| packing(&toml::from_str(text).unwrap());
         assert_eq!(read("").unwrap(), Packing::default());
         let chosen = read(
-            "small_object_limit = \"64K\"\nimport_memory = 67108864\nzstd_level = 3\nimport_workers = 2\nlarge_objects = \"plain\"\nlayer_max_entries = 7",
+            "small_object_limit = \"64K\"\nimport_memory = 67108864\nzstd_level = 3\nimport_workers = 2\nlarge_objects = \"plain\"\nlayer_max_entries = 7\nlayer_max_file = \"1G\"\nlayer_max_path = 255\nlayer_max_xattr = \"4K\"",
         );
         let chosen = chosen.unwrap();
         assert_eq!((chosen.small, chosen.memory), (64 << 10, 64 << 20));
         assert_eq!((chosen.level, chosen.workers), (3, 2));
         assert!(chosen.plain);
         assert_eq!(chosen.limits.entries, 7);
+        let Limits {
+            file, path, xattr, ..
+        } = chosen.limits;
+        assert_eq!((file, path, xattr), (1 << 30, 255, 4096));
         for text in [
             "small_object_limit = 0",
             "small_object_limit = \"17M\"",
@@ -198,6 +210,10 @@ mod tests {
             "layer_max_entries = 0",
             "layer_max_entries = 5000000000",
             "layer_max_names = \"8G\"",
+            "layer_max_file = 0",
+            "layer_max_file = \"8388608T\"",
+            "layer_max_path = 4096",
+            "layer_max_xattr = \"65K\"",
         ] {
             let key = text.split(' ').next().unwrap();
             let problem = read(text).unwrap_err();

@@ -64,7 +64,7 @@ pub struct Settings {
     /// When contents of packed layers are compared with their names [default: first]
     #[arg(long, value_enum, value_name = "WHEN")]
     pub verify: Option<WhenVerified>,
-    /// Memory for the contents of a layer that is being taken in [default: 256M]
+    /// Memory for a layer that is being taken in: its contents, and the window of zstd [default: 256M]
     #[arg(long, value_name = "BYTES")]
     pub import_memory: Option<Size>,
     /// Threads that hash and compress the contents of a layer [default: one for each CPU]
@@ -88,6 +88,15 @@ pub struct Settings {
     /// Most bytes of names, link targets, extended attributes and maps of a layer [default: 512M]
     #[arg(long, value_name = "BYTES")]
     pub layer_max_names: Option<Size>,
+    /// Most bytes of a file of a layer, its holes included [default: as many as Linux knows, 8 EiB less one]
+    #[arg(long, value_name = "BYTES")]
+    pub layer_max_file: Option<Size>,
+    /// Most bytes of a path in a layer [default: 4095]
+    #[arg(long, value_name = "BYTES")]
+    pub layer_max_path: Option<Size>,
+    /// Most bytes of an extended attribute of a layer [default: 64K]
+    #[arg(long, value_name = "BYTES")]
+    pub layer_max_xattr: Option<Size>,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, ValueEnum)]
@@ -142,6 +151,9 @@ impl Settings {
             layer_max_bytes: self.layer_max_bytes.or(other.layer_max_bytes),
             layer_max_entries: self.layer_max_entries.or(other.layer_max_entries),
             layer_max_names: self.layer_max_names.or(other.layer_max_names),
+            layer_max_file: self.layer_max_file.or(other.layer_max_file),
+            layer_max_path: self.layer_max_path.or(other.layer_max_path),
+            layer_max_xattr: self.layer_max_xattr.or(other.layer_max_xattr),
         }
     }
 }

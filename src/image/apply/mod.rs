@@ -102,7 +102,10 @@ impl Context<'_> {
             _ if observer.cancelled() => Error::Cancelled,
             Fault::Refused { entry, problem } => Error::Layer {
                 layer,
-                entry: printable(&entry),
+                entry: match entry.is_empty() {
+                    true => String::new(),
+                    false => printable(&entry),
+                },
                 problem,
             },
             Fault::Union { entry, source } => Error::Union {

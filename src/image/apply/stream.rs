@@ -61,7 +61,7 @@ fn produce(blob: Counted, largest: u64, sender: &Sender<Chunk>) -> Option<String
     let mut hash = Sha256::new();
     let mut sum = 0;
     let blob = BufReader::with_capacity(CHUNK, blob);
-    let mut content = match compression::decompress(blob) {
+    let mut content = match compression::decompress(blob, compression::WINDOW) {
         Ok(content) => content,
         Err(error) => {
             // Nobody listens any more: then nobody wants to know.

@@ -72,8 +72,11 @@ impl Spool {
             total,
             observer,
         };
-        let plain = compression::decompress(BufReader::with_capacity(BUFFER, counted))
-            .map_err(|error| input(observer, error))?;
+        let plain = compression::decompress(
+            BufReader::with_capacity(BUFFER, counted),
+            compression::WINDOW,
+        )
+        .map_err(|error| input(observer, error))?;
         let mut archive = tar::Reader::new(plain);
         let mut buffer = vec![0; BUFFER];
         let mut members = 0;

@@ -17,6 +17,7 @@ use crate::store::layers::Expected;
 use crate::store::{LayerName, Time};
 
 mod failures;
+mod longest;
 mod random;
 
 const OWNER: Owner = Owner::Containerd;

@@ -18,10 +18,10 @@ mod source;
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::error::{Error, Result, refused};
+use super::error::{Error, Result, printable, refused};
 use super::format::Time;
 use super::format::tables::Extent;
-use super::layer::index::{Attributes, Body, LayerBuilder};
+use super::layer::index::{Attributes, Body, LARGEST_XATTR, LONGEST_PATH, LayerBuilder};
 use super::object::Objects;
 use super::tar::names::{Meaning, clean, meaning};
 use super::tar::{Entry, Kind, Reader};
@@ -32,6 +32,7 @@ pub(super) use sink::Stored;
 pub(super) use source::Digests;
 
 const BUFFER: usize = 128 << 10;
+const CAPABILITY: &[u8] = b"security.capability";
 /// The last second that fits in 64 bits of nanoseconds; containerd takes later ones for damage.
 const LATEST_SECOND: i64 = i64::MAX / 1_000_000_000;
 
@@ -44,6 +45,12 @@ pub struct Limits {
     pub entries: u64,
     /// Bytes of names, link targets, extended attributes, and maps of sparse files.
     pub names: u64,
+    /// Bytes of a file, its holes included.
+    pub file: u64,
+    /// Bytes of a path, also of that which a hard link goes to.
+    pub path: u64,
+    /// Bytes of the value of an extended attribute.
+    pub xattr: u64,
 }
 
 impl Default for Limits {
@@ -52,6 +59,9 @@ impl Default for Limits {
             bytes: 1 << 40,
             entries: 10_000_000,
             names: 512 << 20,
+            file: i64::MAX as u64,
+            path: LONGEST_PATH as u64,
+            xattr: LARGEST_XATTR as u64,
         }
     }
 }
@@ -68,7 +78,8 @@ pub struct Settings {
     pub level: i32,
     /// Threads that hash and compress.
     pub workers: usize,
-    /// Bytes for contents on their way. The index of the layer comes on top.
+    /// Bytes for contents on their way and for the window of a stream of zstd, half of it for each. The index of the layer
+    /// comes on top.
     pub memory: u64,
     /// What a layer may claim.
     pub limits: Limits,
@@ -117,7 +128,7 @@ pub(super) fn take(
     settings: &Settings,
     observer: &dyn Observer,
 ) -> Result<Taken> {
-    let taken = source::with_content(stream, settings.limits.bytes, observer, |content| {
+    let taken = source::with_content(stream, settings, observer, |content| {
         sink::with_sink(objects, tmp, settings, |sink| {
             let mut layer = Layer {
                 reader: Reader::new(content, recipe),
@@ -141,10 +152,10 @@ pub(super) fn take(
 /// Reads the stream of a layer for its digests alone.
 pub(super) fn digests(
     stream: impl Read + Send,
-    limits: &Limits,
+    settings: &Settings,
     observer: &dyn Observer,
 ) -> Result<Digests> {
-    let read = source::with_content(stream, limits.bytes, observer, |mut content| {
+    let read = source::with_content(stream, settings, observer, |mut content| {
         io::copy(&mut content, &mut io::sink()).map_err(Error::Input)
     });
     read.map(|(_, digests)| digests)
@@ -162,6 +173,23 @@ impl<R: Read> Layer<'_, R> {
         let mut entries = 0;
         while let Some(entry) = self.reader.next_entry()? {
             entries += 1;
+            self.check(&entry)?;
+            match meaning(&entry.path).map_err(|problem| refused(&entry.path, problem))? {
+                Meaning::Nothing => {}
+                Meaning::Make(path) => {
+                    self.check_path(&entry, "it", &path)?;
+                    self.make(&entry, &path, sink)?;
+                }
+                Meaning::Remove(path) => {
+                    self.check_path(&entry, "what it removes", &path)?;
+                    self.index.remove(&path)?;
+                }
+                Meaning::Clear(path) => {
+                    self.check_path(&entry, "what it empties", &path)?;
+                    self.index.clear(&path)?;
+                }
+            }
+            // What the last entry has brought counts, too.
             if entries.max(self.index.paths()) > self.limits.entries {
                 let problem = format!("the layer has more than {} entries", self.limits.entries);
                 return Err(refused(&entry.path, problem));
@@ -170,12 +198,43 @@ impl<R: Read> Layer<'_, R> {
                 let problem = "the names in the layer have, with its link targets, extended attributes and maps of sparse files, more bytes than a layer may have";
                 return Err(refused(&entry.path, problem));
             }
-            match meaning(&entry.path).map_err(|problem| refused(&entry.path, problem))? {
-                Meaning::Nothing => {}
-                Meaning::Make(path) => self.make(&entry, &path, sink)?,
-                Meaning::Remove(path) => self.index.remove(&path)?,
-                Meaning::Clear(path) => self.index.clear(&path)?,
+        }
+        Ok(())
+    }
+
+    /// Fails if an entry claims more than it may.
+    fn check(&self, entry: &Entry) -> Result<()> {
+        let claims = [
+            (entry.stored, self.limits.bytes, "a layer"),
+            (entry.size, self.limits.file, "a file of a layer"),
+        ];
+        for (bytes, most, whose) in claims {
+            if bytes > most {
+                let problem = format!("it claims to have {bytes} bytes, more than {whose} may");
+                return Err(refused(&entry.path, problem));
             }
+        }
+        let too_large = |value: &Vec<u8>| value.len() as u64 > self.limits.xattr;
+        if let Some((name, _)) = entry.xattrs.iter().find(|(_, value)| too_large(value)) {
+            let (name, most) = (printable(name), bytes(self.limits.xattr));
+            let problem = format!("its extended attribute {name} has more than {most}");
+            return Err(refused(&entry.path, problem));
+        }
+        let bad = |(name, value): &&(Vec<u8>, Vec<u8>)| name == CAPABILITY && !is_capability(value);
+        if entry.xattrs.iter().any(|xattr| bad(&xattr)) {
+            let problem =
+                "its extended attribute security.capability is none that the kernel knows";
+            return Err(refused(&entry.path, problem));
+        }
+        Ok(())
+    }
+
+    fn check_path(&self, entry: &Entry, what: &str, path: &[&[u8]]) -> Result<()> {
+        let length = path.iter().map(|name| name.len() + 1).sum::<usize>();
+        let most = self.limits.path;
+        if length as u64 > most + 1 {
+            let problem = format!("{what} is longer than {most} bytes");
+            return Err(refused(&entry.path, problem));
         }
         Ok(())
     }
@@ -204,6 +263,7 @@ impl<R: Read> Layer<'_, R> {
                 if target.is_empty() {
                     return Err(refused(&entry.path, "it is a hard link to the root"));
                 }
+                self.check_path(entry, "its hard link's target", &target)?;
                 let attributes = attributes(entry, 0);
                 return self.index.link(path, &attributes, &target.join(&b'/'));
             }
@@ -219,13 +279,6 @@ impl<R: Read> Layer<'_, R> {
     /// Hands over the content of a regular file.
     fn content(&mut self, entry: &Entry, sink: &mut sink::Sink<'_>) -> Result<Body> {
         let mut number = 0;
-        if entry.stored > self.limits.bytes {
-            let problem = format!(
-                "it claims to have {} bytes, more than a layer may",
-                entry.stored
-            );
-            return Err(refused(&entry.path, problem));
-        }
         if entry.stored != 0 {
             let mut content = sink.begin(entry.stored)?;
             self.reader.tape().content()?;
@@ -262,6 +315,14 @@ impl<R: Read> Layer<'_, R> {
     }
 }
 
+/// A number of bytes as people say it.
+fn bytes(number: u64) -> String {
+    match number % 1024 {
+        0 => format!("{} KiB", number / 1024),
+        _ => format!("{number} bytes"),
+    }
+}
+
 fn attributes(entry: &Entry, kind: u32) -> Attributes {
     let xattrs = entry.xattrs.iter().filter(|(name, _)| !is_private(name));
     Attributes {
@@ -278,6 +339,19 @@ fn attributes(entry: &Entry, kind: u32) -> Attributes {
 /// containerd has it.
 pub fn is_private(xattr: &[u8]) -> bool {
     xattr.starts_with(b"trusted.")
+}
+
+/// Whether the kernel takes a value of `security.capability`: of the second revision, or of the third, which has an owner; the
+/// lowest bit of the first number is a flag. See `cap_convert_nscap` in security/commoncap.c.
+fn is_capability(value: &[u8]) -> bool {
+    const FLAGS: u32 = 1;
+    let revision = value
+        .first_chunk()
+        .map(|first| u32::from_le_bytes(*first) & !FLAGS);
+    matches!(
+        (revision, value.len()),
+        (Some(0x0200_0000), 20) | (Some(0x0300_0000), 24)
+    )
 }
 
 /// As containerd sets times: access no older than modification, and what cannot be a time is the

@@ -9,7 +9,7 @@ use std::thread;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use sha2::{Digest, Sha256};
 
-use super::Observer;
+use super::{Observer, Settings};
 use crate::store::compression;
 use crate::store::error::{Error, Result};
 
@@ -28,11 +28,11 @@ pub(in crate::store) struct Digests {
     pub(in crate::store) bytes: u64,
 }
 
-/// Calls `consume` with the content of `stream`; it has to read it to the end. Content of more than
-/// `largest` bytes is an error of reading.
+/// Calls `consume` with the content of `stream`; it has to read it to the end. Content of more bytes than `settings` allow is
+/// an error of reading, and so is one for which zstd needs more than half of their memory: contents take the other half.
 pub(super) fn with_content<T>(
     stream: impl Read + Send,
-    largest: u64,
+    settings: &Settings,
     observer: &dyn Observer,
     consume: impl FnOnce(Content<'_>) -> Result<T>,
 ) -> Result<(T, Digests)> {
@@ -58,7 +58,7 @@ pub(super) fn with_content<T>(
         let producer = thread::Builder::new()
             .name("layer-content".to_owned())
             .spawn_scoped(scope, move || {
-                produce(counted, largest, &to_reader, &to_hash)
+                produce(counted, settings, &to_reader, &to_hash)
             })
             .map_err(Error::Input)?;
         // `consume` drops the receiver in any case, which ends the threads.
@@ -97,13 +97,14 @@ pub(super) fn with_content<T>(
 /// not come to its end, which the receiver was told.
 fn produce<R: Read>(
     counted: Counted<'_, R>,
-    largest: u64,
+    settings: &Settings,
     to_reader: &Sender<io::Result<Arc<Vec<u8>>>>,
     to_hash: &Sender<Arc<Vec<u8>>>,
 ) -> Option<([u8; 32], u64)> {
     let mut blob = BufReader::with_capacity(CHUNK, counted);
     let mut bytes = 0;
-    let sent = produce_content(&mut blob, |chunk| {
+    let largest = settings.limits.bytes;
+    let sent = produce_content(&mut blob, settings.memory / 2, |chunk| {
         bytes += chunk.len() as u64;
         if bytes > largest {
             return Err(io::Error::new(
@@ -131,9 +132,10 @@ fn produce<R: Read>(
 
 fn produce_content(
     blob: &mut impl BufRead,
+    window: u64,
     mut send: impl FnMut(Vec<u8>) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut content = compression::decompress(blob)?;
+    let mut content = compression::decompress(blob, window)?;
     loop {
         let mut chunk = Vec::with_capacity(CHUNK);
         let read = content.by_ref().take(CHUNK as u64).read_to_end(&mut chunk);
@@ -143,7 +145,13 @@ fn produce_content(
             // Only the host's own errors have a number.
             Err(error) if error.raw_os_error().is_some() => return Err(error),
             Err(error) => {
-                let problem = format!("it cannot be decompressed: {error}");
+                let advice = match error.kind() {
+                    io::ErrorKind::OutOfMemory => {
+                        "; raise import_memory, half of which is for that"
+                    }
+                    _ => "",
+                };
+                let problem = format!("it cannot be decompressed: {error}{advice}");
                 return Err(io::Error::new(error.kind(), problem));
             }
         }

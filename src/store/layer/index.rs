@@ -16,6 +16,8 @@ use crate::store::format::{LayerName, Time};
 
 /// PATH_MAX without the final zero.
 pub const LONGEST_PATH: usize = 4095;
+/// Bytes of the value of an extended attribute, as the kernel has it.
+pub const LARGEST_XATTR: usize = 64 << 10;
 /// Parts of a file that are no holes.
 const MOST_EXTENTS: usize = 1_000_000;
 /// Bytes of a name.

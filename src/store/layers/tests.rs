@@ -278,6 +278,22 @@ fn limits_hold() {
             .contains("5000 bytes")
     );
     assert!(limited(Limits { entries: 3, ..all }).is_ok());
+    // What the last entry brings counts, too.
+    let last = |limits: Limits, path: &str| {
+        let settings = Settings {
+            limits,
+            ..settings()
+        };
+        let (layers, _) = Layers::open(tmp.path(), settings).unwrap();
+        import(&layers, &files(&[(path, &[])])).map_err(|error| error.to_string())
+    };
+    let deep = "a/b/c/d/e/f";
+    let refused = last(Limits { entries: 5, ..all }, deep).unwrap_err();
+    assert!(refused.contains("more than 5 entries"), "{refused}");
+    assert!(last(Limits { entries: 6, ..all }, deep).is_ok());
+    let refused = last(Limits { names: 5, ..all }, deep).unwrap_err();
+    assert!(refused.contains("names"), "{refused}");
+    assert!(last(Limits { names: 64, ..all }, deep).is_ok());
 }
 
 #[test]

@@ -193,9 +193,10 @@ impl<R: Read, T: Tape> Reader<R, T> {
 
     fn entry(&mut self, header: &Header<'_>, size: u64, extensions: Extensions) -> Result<Entry> {
         let records = &extensions.pax;
-        let mut path = extensions.long_path.unwrap_or_else(|| header.path());
-        let mut link = extensions.long_link.unwrap_or_else(|| header.link());
-        // Go keeps what the header says when a record is empty.
+        // Go keeps what the header says when a long name or a record is empty.
+        let long = |name: Option<Vec<u8>>| name.filter(|name| !name.is_empty());
+        let mut path = long(extensions.long_path).unwrap_or_else(|| header.path());
+        let mut link = long(extensions.long_link).unwrap_or_else(|| header.link());
         if let Some(value) = records.text("path") {
             path = value.to_vec();
         }
@@ -274,24 +275,20 @@ impl<R: Read, T: Tape> Reader<R, T> {
     }
 
     fn check(&self, entry: &Entry) -> Result<()> {
-        for text in [&entry.path, &entry.link] {
-            if text.len() > LONGEST_PATH {
-                return Err(self.refused("its name or target is longer than 4095 bytes"));
-            }
-            if text.contains(&0) {
-                return Err(self.refused("its name or target contains a zero byte"));
-            }
+        if [&entry.path, &entry.link]
+            .iter()
+            .any(|text| text.contains(&0))
+        {
+            return Err(self.refused("its name or target contains a zero byte"));
         }
-        for (name, value) in &entry.xattrs {
+        if entry.kind == Kind::Symlink && entry.link.len() > LONGEST_PATH {
+            return Err(self.refused("its target is longer than 4095 bytes"));
+        }
+        for (name, _) in &entry.xattrs {
             let shown = super::error::printable(name);
             if name.is_empty() || name.len() > 255 || name.contains(&0) {
                 return Err(self.refused(format!(
                     "the name of its extended attribute {shown} cannot be used"
-                )));
-            }
-            if value.len() > 64 << 10 {
-                return Err(self.refused(format!(
-                    "its extended attribute {shown} has more than 64 KiB"
                 )));
             }
         }

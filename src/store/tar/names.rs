@@ -23,7 +23,7 @@ pub(in crate::store) enum Meaning<'a> {
 
 /// What an entry of that name asks for. The problem is what is wrong with the name.
 pub(in crate::store) fn meaning(path: &[u8]) -> Result<Meaning<'_>, &'static str> {
-    let mut parts = clean(path)?;
+    let mut parts = cleaned(path)?;
     let Some((name, above)) = parts.split_last() else {
         // containerd leaves the root as it is, and so must whoever wants the same tree.
         return Ok(Meaning::Nothing);
@@ -35,24 +35,28 @@ pub(in crate::store) fn meaning(path: &[u8]) -> Result<Meaning<'_>, &'static str
     }
     if *name == OPAQUE {
         parts.pop();
-        return Ok(Meaning::Clear(parts));
+        return checked(parts).map(Meaning::Clear);
     }
     if name.starts_with(WHITEOUT_META) {
         return Ok(Meaning::Nothing);
     }
     match name.strip_prefix(WHITEOUT) {
-        None => Ok(Meaning::Make(parts)),
+        None => checked(parts).map(Meaning::Make),
         Some(b"" | b"." | b"..") => Err("it is a whiteout of no name"),
         Some(name) => {
             parts.pop();
             parts.push(name);
-            Ok(Meaning::Remove(parts))
+            checked(parts).map(Meaning::Remove)
         }
     }
 }
 
 /// The names in a path, `..` taken back as far as there is something to take back.
 pub(in crate::store) fn clean(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
+    cleaned(path).and_then(checked)
+}
+
+fn cleaned(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
     let mut parts: Vec<&[u8]> = Vec::new();
     for part in path.split(|&byte| byte == b'/') {
         match part {
@@ -60,13 +64,18 @@ pub(in crate::store) fn clean(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
             b".." => {
                 parts.pop().ok_or("it leads out of the layer by \"..\"")?;
             }
-            part if part.len() > LONGEST_NAME => {
-                return Err("it has a part of more than 255 bytes");
-            }
             part => parts.push(part),
         }
     }
     Ok(parts)
+}
+
+/// Names of what is really there; a stream's own may be longer, for a whiteout's has four bytes before that.
+fn checked(parts: Vec<&[u8]>) -> Result<Vec<&[u8]>, &'static str> {
+    match parts.iter().any(|part| part.len() > LONGEST_NAME) {
+        true => Err("it has a part of more than 255 bytes"),
+        false => Ok(parts),
+    }
 }
 
 #[cfg(test)]
@@ -89,6 +98,22 @@ mod tests {
         for aufs in [&b".wh..wh.plnk"[..], b".wh..wh.plnk/1.2", b"a/.wh..wh.aufs"] {
             assert_eq!(meaning(aufs), Ok(Meaning::Nothing));
         }
+    }
+
+    /// What cannot be a name can still be that of its whiteout, or lead nowhere.
+    #[test]
+    fn only_names_that_are_left_have_to_fit() {
+        for length in [252, 255] {
+            let name = vec![b'n'; length];
+            let whiteout = [&b"a/.wh."[..], &name].concat();
+            assert_eq!(meaning(&whiteout), Ok(Meaning::Remove(vec![b"a", &name])));
+        }
+        let over = vec![b'n'; 256];
+        assert!(meaning(&[&b".wh."[..], &over].concat()).is_err());
+        let back = [&over[..], b"/../a"].concat();
+        assert_eq!(meaning(&back), Ok(Meaning::Make(vec![b"a"])));
+        assert!(meaning(&[&over[..], b"/.wh.a"].concat()).is_err());
+        assert!(meaning(&[&over[..], b"/.wh..wh..opq"].concat()).is_err());
     }
 
     #[test]

@@ -249,6 +249,24 @@ fn a_record_that_is_empty_leaves_what_the_header_says() {
     assert_eq!(entries[0].0.uid, 0);
 }
 
+/// Such an entry was taken for one of the root, and lost.
+#[test]
+fn a_long_name_that_is_empty_leaves_what_the_header_says() {
+    for long in [&b""[..], b"\0", b"\0after"] {
+        let mut stream = Vec::new();
+        for kind in [tar::EntryType::GNULongName, tar::EntryType::GNULongLink] {
+            stream.extend(one(long, |header| header.set_entry_type(kind)));
+        }
+        stream.extend(one(b"", |header| {
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_link_name("target").unwrap();
+        }));
+        let (entry, _) = read_all(&stream).unwrap().remove(0);
+        assert_eq!(entry.path, b"name");
+        assert_eq!(entry.link, b"target");
+    }
+}
+
 #[test]
 fn streams_without_padding_or_trailer_are_read_and_those_cut_off_are_not() {
     let whole = one(&[7; 100], |_| {});

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, Write};
 
-use super::tree::{Body, Id, Node, ROOT, Tree};
+use super::tree::{Body, Id, LeftOut, Node, ROOT, Tree};
 use crate::store::error::{Error, Result, refused};
 use crate::store::format::index_file::{Identity, IndexWriter, Kind, Section};
 use crate::store::format::tables::{Inode, Object, ObjectTable, Tables, next};
@@ -36,18 +36,29 @@ impl Built {
     }
 }
 
-/// Fails if an entry of `layers`, the lowest first, cannot be what it says on those before it.
+/// Fails if an entry of `layers`, the lowest first, cannot be what it says on those before it. The log says what of the
+/// last one no view will show.
 pub(in crate::store) fn check(layers: &[LayerIndex]) -> Result<()> {
-    tree_of(layers).map(drop)
+    let tree = tree_of(layers)?;
+    if let Some((left_out, layer)) = tree.left_out().zip(layers.last()) {
+        let LeftOut {
+            path,
+            attribute,
+            count,
+        } = left_out;
+        tracing::warn!(layer = %layer.name(), path, attribute, count, "mounts do not show extended attributes of a layer that its files cannot have; the first is named");
+    }
+    Ok(())
 }
 
-/// Bytes of all regular files of the tree of `layers`, the lowest first.
-pub(in crate::store) fn logical(layers: &[LayerIndex]) -> Result<u64> {
+/// Bytes of all regular files of the tree of `layers`, the lowest first. A file may have 63 bits of them, so the sum has more
+/// than 64.
+pub(in crate::store) fn logical(layers: &[LayerIndex]) -> Result<u128> {
     let tree = tree_of(layers)?;
     let nodes = Builder::number(&tree).order;
     let nodes = nodes.into_iter().filter_map(|id| tree.node(id));
     let files = nodes.filter(|node| matches!(node.body, Body::Whole(_) | Body::Sparse(..)));
-    Ok(files.map(|node| node.size).sum())
+    Ok(files.map(|node| u128::from(node.size)).sum())
 }
 
 fn tree_of(layers: &[LayerIndex]) -> Result<Tree> {

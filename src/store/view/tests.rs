@@ -1,3 +1,5 @@
+mod attributes;
+mod forward;
 mod frames;
 
 use std::fs;
@@ -7,6 +9,9 @@ use super::*;
 use crate::store::format::Time;
 use crate::store::ingest::Settings;
 use crate::store::layers::{Expected, Layers};
+
+/// No capability at all, as the kernel writes it.
+const CAPABILITY: [u8; 20] = *b"\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 /// A tar stream that is written entry by entry.
 struct Stream(tar::Builder<Vec<u8>>);
@@ -311,7 +316,7 @@ fn a_hard_link_speaks_for_the_file_of_the_layer_below() {
     let fixture = Fixture::new();
     let view = fixture.view(vec![
         Stream::new()
-            .xattrs(&[("user.kept", b"1"), ("security.capability", b"cap")])
+            .xattrs(&[("user.kept", b"1"), ("security.capability", &CAPABILITY)])
             .file("a", "content"),
         Stream::new()
             .xattrs(&[("user.new", b"2")])

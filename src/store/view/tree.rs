@@ -3,12 +3,18 @@
 //!
 //! The semantics are those of containerd's `archive.Apply`: a whiteout removes a tree, an opaque marker what the
 //! layer itself did not write; a path passes through symbolic links as after `chroot` into the tree, its last
-//! name is never followed; missing parents are made; a hard link's entry speaks for the file that it goes to.
+//! name is never followed; missing parents are made; a hard link's entry speaks for the file that it goes to. Beyond that a
+//! hard link may come before its target.
+
+mod attributes;
+mod forward;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
+pub(super) use self::attributes::LeftOut;
+use self::forward::Forward;
 use super::effort::Effort;
-use crate::store::error::{Error, Result, refused};
+use crate::store::error::{Error, Result, printable, refused};
 use crate::store::format::Time;
 use crate::store::format::tables::{Extent, Object, Xattrs};
 use crate::store::layer::index::{Action, LONGEST_PATH, LayerEntry, LayerIndex, is_name};
@@ -81,6 +87,9 @@ pub(super) struct Tree {
     /// Paths that the layer at hand wrote and removed again. containerd knows what was written by its path, so opaque
     /// markers also spare a directory that is made there later as a missing parent.
     removed: HashSet<Vec<u8>>,
+    /// Hard links of the layer at hand that go to what it has not listed yet.
+    forward: Forward,
+    left_out: Option<LeftOut>,
     effort: Effort,
 }
 
@@ -95,6 +104,8 @@ impl Tree {
             sets: vec![Xattrs::new()],
             known_sets: HashMap::new(),
             removed: HashSet::new(),
+            forward: Forward::default(),
+            left_out: None,
             effort: Effort::default(),
         }
     }
@@ -114,9 +125,15 @@ impl Tree {
         self.sets.get(set as usize).map_or(&[], Vec::as_slice)
     }
 
+    /// What of the layer that was applied last is not in the tree.
+    pub(super) fn left_out(&self) -> Option<&LeftOut> {
+        self.left_out.as_ref()
+    }
+
     /// Applies the layer `index`, the one of that number.
     pub(super) fn apply(&mut self, index: &LayerIndex, layer: u16) -> Result<()> {
         self.removed.clear();
+        self.left_out = None;
         self.effort.allow(index.len());
         for number in 0..index.len() {
             let entry = index.entry(number)?;
@@ -124,7 +141,7 @@ impl Tree {
             self.entry(index, &entry, &path, layer)
                 .map_err(|fault| fault.at(&path))?;
         }
-        Ok(())
+        self.join_links(index)
     }
 
     fn entry(
@@ -148,7 +165,7 @@ impl Tree {
                 Action::MakeExactly if entry.inode.kind() != libc::S_IFDIR => {
                     Err(index.damaged("its root is not a directory").into())
                 }
-                Action::MakeExactly => self.set_attributes(index, entry, ROOT),
+                Action::MakeExactly => self.set_attributes(index, entry, ROOT, path),
                 _ => Ok(()),
             };
         };
@@ -172,7 +189,12 @@ impl Tree {
                 self.create(index, entry, above, name)?
             }
         };
-        self.set_attributes(index, entry, node)?;
+        // A link that stands in for its target says nothing of it, for the target's own entry comes later.
+        if self.forward.has(node) {
+            self.forward.note(node, above, name);
+        } else {
+            self.set_attributes(index, entry, node, path)?;
+        }
         let child = Child {
             node,
             layer,
@@ -194,7 +216,10 @@ impl Tree {
     ) -> Result<Id, Fault> {
         let inode = &entry.inode;
         if entry.action == Action::Link {
-            return self.link_target(index.target(inode)?);
+            return match self.link_target(index.target(inode)?)? {
+                Some(target) => Ok(target),
+                None => self.stand_in(entry),
+            };
         }
         let body = match inode.kind() {
             libc::S_IFREG => content(index, entry)?,
@@ -218,89 +243,22 @@ impl Tree {
         })
     }
 
-    /// What a hard link goes to: a file of this layer or of one below.
-    fn link_target(&self, target: &[u8]) -> Result<Id, Fault> {
-        let refuse = |problem: &str| {
-            let target = crate::store::error::printable(target);
-            Fault::Refused(format!("its hard link's target {target} {problem}"))
-        };
+    /// What a hard link goes to: a file of this layer or of one below; `None` if there is none.
+    fn link_target(&self, target: &[u8]) -> Result<Option<Id>, Fault> {
         let path: Vec<&[u8]> = components(target).collect();
-        let (name, above) = path.split_last().ok_or_else(|| refuse("is the root"))?;
-        let missing = || refuse("does not exist in this layer or in those below");
+        let Some((name, above)) = path.split_last() else {
+            return Err(Fault::of_target(target, "is the root"));
+        };
         let (above, rest) = self.resolve(above)?;
         if !rest.is_empty() {
-            return Err(missing());
+            return Ok(None);
         }
-        let found = self.child(above, name).ok_or_else(missing)?;
-        if self.is_directory(found.node) {
-            return Err(refuse("is a directory"));
-        }
-        Ok(found.node)
-    }
-
-    /// Sets owner, extended attributes, mode and times, in that order: a new owner takes a file's capabilities.
-    fn set_attributes(
-        &mut self,
-        index: &LayerIndex,
-        entry: &LayerEntry,
-        node: Id,
-    ) -> Result<(), Fault> {
-        let inode = &entry.inode;
-        let Some(known) = self.node(node) else {
-            return Ok(());
-        };
-        let mut xattrs: BTreeMap<Vec<u8>, Vec<u8>> = match entry.action {
-            Action::MakeExactly => BTreeMap::new(),
-            _ => self.xattrs(known.xattrs).iter().cloned().collect(),
-        };
-        if !matches!(known.body, Body::Directory(_)) {
-            xattrs.remove(b"security.capability".as_slice());
-        }
-        let holds_data = matches!(
-            known.body,
-            Body::Directory(_) | Body::Whole(_) | Body::Sparse(..)
-        );
-        for (name, value) in index.xattrs(inode.xattrs)? {
-            // As setxattr(2) has it; see xattr(7).
-            if !holds_data && name.starts_with(b"user.") {
-                let name = crate::store::error::printable(name);
-                let problem = format!(
-                    "its extended attribute {name} is one that only regular files and directories can have"
-                );
-                return Err(Fault::Refused(problem));
+        match self.child(above, name) {
+            Some(found) if self.is_directory(found.node) => {
+                Err(Fault::of_target(target, "is a directory"))
             }
-            xattrs.insert(name.to_vec(), value.to_vec());
+            found => Ok(found.map(|child| child.node)),
         }
-        let xattrs = self.set(xattrs.into_iter().collect())?;
-        if let Some(node) = self.nodes.get_mut(node as usize) {
-            node.xattrs = xattrs;
-            (node.uid, node.gid) = (inode.uid, inode.gid);
-            (node.mtime, node.atime) = (inode.mtime, inode.atime);
-            // A symbolic link's mode is fixed.
-            if !matches!(node.body, Body::Symlink(_)) {
-                node.mode = node.mode & !0o7777 | inode.mode & 0o7777;
-            }
-        }
-        Ok(())
-    }
-
-    fn set(&mut self, xattrs: Xattrs) -> Result<u32, Fault> {
-        if xattrs.is_empty() {
-            return Ok(0);
-        }
-        let bytes = xattrs.iter().map(|(name, value)| name.len() + value.len());
-        let bytes = bytes.sum();
-        self.effort.step(xattrs.len())?;
-        self.effort.attributes(bytes)?;
-        if let Some(known) = self.known_sets.get(&xattrs) {
-            return Ok(*known);
-        }
-        self.effort.hold(2 * (bytes + xattrs.len() * XATTR))?;
-        // There are fewer sets than nodes, which `add` counts.
-        let set = self.sets.len() as u32;
-        self.sets.push(xattrs.clone());
-        self.known_sets.insert(xattrs, set);
-        Ok(set)
     }
 
     /// Notes that the layer wrote something in `directory`, for it and all above it.
@@ -570,6 +528,14 @@ impl From<&'static str> for Fault {
 }
 
 impl Fault {
+    /// What is wrong with a hard link.
+    fn of_target(target: &[u8], problem: &str) -> Self {
+        Self::Refused(format!(
+            "its hard link's target {} {problem}",
+            printable(target)
+        ))
+    }
+
     fn at(self, path: &[&[u8]]) -> Error {
         let problem = match self {
             Self::Other(error) => return error,
