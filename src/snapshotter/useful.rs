@@ -75,3 +75,6 @@ impl Snapshotter {
         *self.useful.tops.lock() = tops;
     }
 }
+
+#[cfg(test)]
+mod tests;

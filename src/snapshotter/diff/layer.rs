@@ -315,6 +315,54 @@ mod tests {
     }
 
     #[test]
+    fn nothing_in_a_layer_is_later_than_its_epoch() {
+        let place = Place::new();
+        let snapshots = place.open();
+        prepare(&snapshots, "unpack", None);
+        let layer = (&*base(), &Expected::default());
+        snapshots.apply_layer(OWNER, "unpack", layer, &()).unwrap();
+        snapshots
+            .commit(OWNER, "base", "unpack", BTreeMap::new())
+            .unwrap();
+        let upper = prepare(&snapshots, "work", Some("base")).upper_dir.unwrap();
+        std::fs::create_dir(upper.join("made")).unwrap();
+        std::fs::write(upper.join("made/now"), "new").unwrap();
+        std::fs::hard_link(upper.join("made/now"), upper.join("made/too")).unwrap();
+        let old = std::time::UNIX_EPOCH + std::time::Duration::from_secs(5);
+        let file = std::fs::File::create(upper.join("old")).unwrap();
+        file.set_modified(old).unwrap();
+        std::os::unix::fs::symlink("made", upper.join("link")).unwrap();
+        open(&snapshots, "work")
+            .unlink(NodeId::ROOT, OsStr::new("removed"))
+            .unwrap();
+        let mut stream = Vec::new();
+        let epoch = Time { sec: 1000, nsec: 0 };
+        snapshots
+            .write_layer(OWNER, "work", &mut stream, Some(epoch))
+            .unwrap();
+        let mut archive = tar::Archive::new(&*stream);
+        let times: BTreeMap<_, _> = archive
+            .entries()
+            .unwrap()
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let path = entry.path().unwrap().to_string_lossy().into_owned();
+                (path, entry.header().mtime().unwrap())
+            })
+            .collect();
+        let expected = [
+            (".wh.removed", 1000),
+            ("link", 1000),
+            ("made/", 1000),
+            ("made/now", 1000),
+            ("made/too", 1000),
+            ("old", 5),
+        ];
+        let expected = expected.map(|(path, time)| (path.to_owned(), time));
+        assert_eq!(times, BTreeMap::from(expected));
+    }
+
+    #[test]
     fn what_a_layer_cannot_say_is_refused_or_left_out() {
         let place = Place::new();
         let snapshots = place.open();

@@ -113,6 +113,25 @@ fn what_no_layer_names_goes_and_nothing_else() {
 }
 
 #[test]
+fn what_comes_free_is_what_was_allocated() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let name = import(&layers, &["a", "large one"]);
+    layers.view(&[name], Verify::First).unwrap();
+    layers.remove(name).unwrap();
+    let taken = || -> u64 {
+        let files = files(tmp.path()).into_iter();
+        files
+            .map(|path| crate::store::own_bytes(&path).unwrap())
+            .sum()
+    };
+    let before = taken();
+    let dry = layers.collect(true, &()).bytes();
+    let collected = layers.collect(false, &()).bytes();
+    assert_eq!((dry, collected, taken()), (before, before, 0));
+}
+
+#[test]
 fn a_pack_that_is_mostly_dead_is_written_anew_under_a_mounted_view() {
     let tmp = tempfile::tempdir().unwrap();
     let layers = open(tmp.path());

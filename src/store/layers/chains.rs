@@ -121,8 +121,14 @@ impl Merging {
         use std::sync::atomic::Ordering;
         self.entries.fetch_add(entries.into(), Ordering::Relaxed);
     }
+}
 
-    pub(in crate::store) fn entries(&self) -> u64 {
-        self.entries.load(std::sync::atomic::Ordering::Relaxed)
+#[cfg(test)]
+impl Layers {
+    /// Entries of layers that were merged since the store was opened, each as often as it was.
+    pub(crate) fn merged_entries(&self) -> u64 {
+        self.merging
+            .entries
+            .load(std::sync::atomic::Ordering::Relaxed)
     }
 }
