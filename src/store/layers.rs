@@ -270,6 +270,8 @@ impl Layers {
         // pass for a view.
         temporary.write(|file| built.write(file))?;
         let _unused = self.set_aside(&path)?;
+        // It may be of no use to anybody but the caller, who has it once it is open.
+        let _looking = self.looking.lock();
         temporary.rename(&path)?;
         View::open(&path, key, Arc::clone(&self.objects), verify)
     }
