@@ -16,6 +16,7 @@ use crate::cow::{
 use crate::store::LayerName;
 use crate::store::layers::Expected;
 
+mod effort;
 mod failures;
 mod random;
 

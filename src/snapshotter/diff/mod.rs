@@ -30,6 +30,8 @@ use crate::cow::{self, Entry, NodeId, Union};
 use crate::store::view::View;
 use crate::store::{Time, Xattrs};
 pub(super) use sides::Sides;
+#[cfg(test)]
+pub(super) use walk::COMPARED;
 pub(super) use walk::{Directories, OwnDirectory, OwnLayer};
 use walk::{Step, Walk};
 

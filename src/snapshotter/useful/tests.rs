@@ -16,7 +16,7 @@ use crate::sys::xattr;
 const OWNER: Owner = Owner::Containerd;
 const BASE: usize = 2000;
 
-/// A layer of empty files, or of a hard link to one.
+/// A layer of empty files; with `link`, the one of that name is a hard link to it.
 fn tar<'a>(names: impl IntoIterator<Item = &'a str>, link: Option<&str>) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
@@ -24,11 +24,11 @@ fn tar<'a>(names: impl IntoIterator<Item = &'a str>, link: Option<&str>) -> Vec<
     header.set_size(0);
     for name in names {
         match link {
-            Some(target) => {
+            Some(target) if name == "link" => {
                 header.set_entry_type(tar::EntryType::Link);
                 tar.append_link(&mut header, name, target).unwrap();
             }
-            None => tar.append_data(&mut header, name, &[][..]).unwrap(),
+            _ => tar.append_data(&mut header, name, &[][..]).unwrap(),
         }
     }
     tar.into_inner().unwrap()
@@ -123,7 +123,7 @@ fn what_a_layer_gets_wrong_is_told_when_it_is_applied() {
         &snapshots,
         "wrong",
         Some("10"),
-        &tar(["link"], Some("nowhere")),
+        &tar(["half", "link"], Some("nowhere")),
     );
     let wrong = wrong.unwrap_err().to_string();
     assert!(
@@ -137,6 +137,7 @@ fn what_a_layer_gets_wrong_is_told_when_it_is_applied() {
     let union = Union::open(snapshots.union_config(OWNER, "container").unwrap()).unwrap();
     let root = crate::cow::NodeId::ROOT;
     assert_eq!(union.lookup(root, "link".as_ref()).unwrap().attr.nlink, 2);
+    assert!(union.lookup(root, "half".as_ref()).is_err());
 }
 
 #[test]
