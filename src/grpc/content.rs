@@ -20,6 +20,7 @@ use super::pb::containerd::services::leases::v1 as leases;
 use super::pieces::Pieces;
 use super::server::LARGEST_MESSAGE;
 use api::content_client::ContentClient;
+use leases::leases_client::LeasesClient;
 
 /// Pieces of a blob between the connection and whoever reads it; containerd's are of up to 4 MiB.
 pub(super) const PIECES: usize = 4;
@@ -28,8 +29,12 @@ const PIECE: usize = 1 << 20;
 /// Headers that say for whom containerd works.
 const NAMESPACE: &str = "containerd-namespace";
 const LEASE: &str = "containerd-lease";
-/// The label of a lease that says when it ends, and how long a lease of ours takes.
+/// The label of a lease that says when it ends by itself.
 const EXPIRE: &str = "containerd.io/gc.expire";
+/// How long a lease of ours lasts at most while a blob is written: a layer may be large and the disk slow. What plyd leaves
+/// behind when it is killed ends with it.
+const WRITE_TIME: Duration = Duration::from_secs(24 * 3600);
+/// How long the caller has to name a blob that was written for it.
 const LEASE_TIME: Duration = Duration::from_secs(600);
 
 /// containerd's socket. Connected to when it is needed.
@@ -114,23 +119,52 @@ impl Content {
             .max_encoding_message_size(LARGEST_MESSAGE)
     }
 
-    /// Keeps containerd's collector from a blob that nothing names yet: some releases do not say under which lease
-    /// they ask, and then it gets one of its own, which ends by itself.
-    async fn leased(&self, caller: &Caller, channel: Channel) -> Result<Caller, Status> {
-        let mut caller = caller.clone();
-        if caller.lease.is_none() {
-            let id = format!("plywood-diff-{:032x}", rand::random::<u128>());
-            let end = prost_types::Timestamp::from(SystemTime::now() + LEASE_TIME);
-            let create = caller.request(leases::CreateRequest {
-                id: id.clone(),
-                labels: HashMap::from([(EXPIRE.to_owned(), end.to_string())]),
-            });
-            leases::leases_client::LeasesClient::new(channel)
-                .create(create)
-                .await?;
-            caller.lease = id.parse().ok();
+    /// A lease that keeps containerd's collector from what is written under it, and ends by itself.
+    async fn lease(
+        caller: &Caller,
+        channel: Channel,
+        time: Duration,
+    ) -> Result<MetadataValue<Ascii>, Status> {
+        let id = format!("plywood-diff-{:032x}", rand::random::<u128>());
+        let end = prost_types::Timestamp::from(SystemTime::now() + time);
+        let create = caller.request(leases::CreateRequest {
+            id: id.clone(),
+            labels: HashMap::from([(EXPIRE.to_owned(), end.to_string())]),
+        });
+        LeasesClient::new(channel).create(create).await?;
+        id.parse()
+            .map_err(|_| Status::internal("the name of a lease is no header"))
+    }
+
+    /// Gives a blob that was written under a lease of ours to one that ends soon.
+    async fn keep_for_a_while(
+        caller: &Caller,
+        channel: Channel,
+        digest: String,
+    ) -> Result<(), Status> {
+        let lease = Self::lease(caller, channel.clone(), LEASE_TIME).await?;
+        let add = caller.request(leases::AddResourceRequest {
+            id: lease.to_str().unwrap_or_default().to_owned(),
+            resource: Some(leases::Resource {
+                id: digest,
+                r#type: "content".to_owned(),
+            }),
+        });
+        LeasesClient::new(channel).add_resource(add).await.map(drop)
+    }
+
+    /// Ends a lease of ours.
+    async fn end_lease(caller: &Caller, channel: Channel, lease: &MetadataValue<Ascii>) {
+        let delete = caller.request(leases::DeleteRequest {
+            id: lease.to_str().unwrap_or_default().to_owned(),
+            sync: false,
+        });
+        if let Err(status) = LeasesClient::new(channel).delete(delete).await {
+            tracing::warn!(
+                problem = status.message(),
+                "a lease of containerd stays until it ends by itself"
+            );
         }
-        Ok(caller)
     }
 
     /// Sends a blob, piece by piece, from when its first piece is wanted and for as long as somebody reads it.
@@ -158,11 +192,38 @@ impl Content {
         &self,
         caller: &Caller,
         reference: &str,
-        mut blob: mpsc::Receiver<Bytes>,
+        blob: mpsc::Receiver<Bytes>,
         about: oneshot::Receiver<About>,
     ) -> Result<(), Status> {
         let channel = self.connect().await?;
-        let caller = self.leased(caller, channel.clone()).await?;
+        if caller.lease.is_some() {
+            return Self::write_leased(caller, reference, blob, about, channel)
+                .await
+                .map(drop);
+        }
+        // Some releases do not say under which lease they ask, and nothing names the blob yet.
+        let lease = Self::lease(caller, channel.clone(), WRITE_TIME).await?;
+        let leased = Caller {
+            lease: Some(lease.clone()),
+            ..caller.clone()
+        };
+        let written = Self::write_leased(&leased, reference, blob, about, channel.clone()).await;
+        let kept = match written {
+            Ok(Some(digest)) => Self::keep_for_a_while(caller, channel.clone(), digest).await,
+            written => written.map(drop),
+        };
+        Self::end_lease(caller, channel, &lease).await;
+        kept
+    }
+
+    /// Answers the digest of what was written; `None` if the blob has not come to its end.
+    async fn write_leased(
+        caller: &Caller,
+        reference: &str,
+        mut blob: mpsc::Receiver<Bytes>,
+        about: oneshot::Receiver<About>,
+        channel: Channel,
+    ) -> Result<Option<String>, Status> {
         let mut client = Self::client(channel);
         let (requests, outgoing) = mpsc::channel(1);
         let begin = api::WriteContentRequest {
@@ -196,7 +257,7 @@ impl Content {
             let abort = caller.request(api::AbortRequest { r#ref: reference });
             drop((requests, answers));
             client.abort(abort).await?;
-            return Ok(());
+            return Ok(None);
         };
         let commit = api::WriteContentRequest {
             action: api::WriteAction::Commit.into(),
@@ -215,16 +276,17 @@ impl Content {
                         paths: paths.collect(),
                     }),
                     info: Some(api::Info {
-                        digest,
+                        digest: digest.clone(),
                         labels,
                         ..api::Info::default()
                     }),
                 });
-                client.update(update).await.map(drop)
+                client.update(update).await?;
             }
-            Err(status) => Err(status),
-            Ok(answer) => answer.map(drop).ok_or_else(ended_early),
+            Err(status) => return Err(status),
+            Ok(answer) => drop(answer.ok_or_else(ended_early)?),
         }
+        Ok(Some(digest))
     }
 
     async fn read_into(

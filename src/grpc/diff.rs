@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
@@ -15,6 +16,7 @@ use super::pb::containerd::types;
 use super::status::blocking;
 use crate::snapshotter::{self, Kind, Owner, SnapshotInfo, Snapshotter};
 use crate::store::Time;
+use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
 
 const OWNER: Owner = Owner::Containerd;
@@ -23,7 +25,7 @@ const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// What an applied layer is, whatever it came as.
 const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// Layers that the store reads, whose compression it finds out itself.
-const LAYERS: [&str; 10] = [
+const LAYERS: [&str; 12] = [
     PLAIN_LAYER,
     "application/vnd.oci.image.layer.v1.tar+gzip",
     "application/vnd.oci.image.layer.v1.tar+zstd",
@@ -33,8 +35,36 @@ const LAYERS: [&str; 10] = [
     "application/vnd.docker.image.rootfs.diff.tar",
     "application/vnd.docker.image.rootfs.diff.tar.gzip",
     "application/vnd.docker.image.rootfs.diff.tar.zstd",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
     "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd",
 ];
+
+/// Whether somebody still waits for what a thread does for a request.
+#[derive(Debug, Default)]
+struct Waiting(Arc<AtomicBool>);
+
+impl Waiting {
+    /// For the thread.
+    fn observer(&self) -> Until {
+        Until(Arc::clone(&self.0))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Ends an import that nobody waits for.
+struct Until(Arc<AtomicBool>);
+
+impl Observer for Until {
+    fn cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
 
 /// The service.
 pub(super) struct Service {
@@ -112,12 +142,15 @@ impl api::diff_server::Diff for Service {
         let (source, blob) = content::pipe();
         let read = self.content.read(&caller, &layer.digest, source);
         let (snapshotter, digest) = (Arc::clone(&self.snapshotter), layer.digest.clone());
+        // Goes with this future, when the client has given the request up.
+        let waiting = Waiting::default();
+        let until = waiting.observer();
         let applied = blocking(move || {
             let expected = Expected {
                 blob: Some(&digest),
                 diff_id: None,
             };
-            match snapshotter.apply_layer(OWNER, &snapshot.key, (blob, &expected), &()) {
+            match snapshotter.apply_layer(OWNER, &snapshot.key, (blob, &expected), &until) {
                 Ok(applied) => Ok(applied),
                 // Another differ can unpack through the mount.
                 Err(
@@ -164,12 +197,10 @@ impl api::diff_server::Diff for Service {
         let right = self.snapshot_of(request.right).await?;
         let caller = Caller::new(&headers, &right.key)?;
         let changed = self.step_between(left, right).await?;
-        let whiteouts = request
-            .source_date_epoch
-            .map_or_else(Time::default, |time| Time {
-                sec: time.seconds,
-                nsec: u32::try_from(time.nanos).unwrap_or_default(),
-            });
+        let epoch = request.source_date_epoch.map(|time| Time {
+            sec: time.seconds,
+            nsec: u32::try_from(time.nanos).unwrap_or_default(),
+        });
         let reference = match request.r#ref.is_empty() {
             true => format!("plywood-diff-{:032x}", rand::random::<u128>()),
             false => request.r#ref,
@@ -182,7 +213,7 @@ impl api::diff_server::Diff for Service {
         let labels = request.labels;
         let made = blocking(move || {
             let made = compression.write(content::pieces(pieces), |out| {
-                snapshotter.write_layer(changed.owner, &changed.key, out, whiteouts)
+                snapshotter.write_layer(changed.owner, &changed.key, out, epoch)
             })?;
             let digest = made.digest.clone();
             let mut labels = labels;
@@ -202,5 +233,19 @@ impl api::diff_server::Diff for Service {
             ..types::Descriptor::default()
         };
         Ok(Response::new(api::DiffResponse { diff: Some(diff) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_import_ends_with_the_request_that_wanted_it() {
+        let waiting = Waiting::default();
+        let until = waiting.observer();
+        assert!(!until.cancelled());
+        drop(waiting);
+        assert!(until.cancelled());
     }
 }

@@ -43,6 +43,7 @@ impl ImageStore {
             unpacker: Unpacker::open(snapshotter)?,
             spools,
         };
+        this.tell_tops(&this.records.lock());
         this.sweep()?;
         Ok(this)
     }
@@ -246,6 +247,7 @@ impl ImageStore {
             }
         }
         if !removed.removed.is_empty() {
+            self.tell_tops(&self.records.lock());
             self.sweep()?;
         }
         Ok(removed)
@@ -256,6 +258,13 @@ impl ImageStore {
     pub fn sweep(&self) -> Result<()> {
         let records = self.records.lock();
         self.unpacker.sweep(&|chain_id| records.need(chain_id))
+    }
+
+    /// Tells whose views containers will be started on.
+    fn tell_tops(&self, records: &Records) {
+        let tops = records.all().map(|image| image.chain_id).collect();
+        let known = records.damaged().next().is_none();
+        self.unpacker.set_tops(known.then_some(tops));
     }
 
     fn spool(
@@ -307,6 +316,7 @@ impl ImageStore {
             }
             return Err(error);
         }
+        self.tell_tops(&records);
         let loaded = prepared.iter().filter_map(|(archived, _)| {
             let image = records.image(id_of(archived))?;
             let given = archived.names.clone();

@@ -152,6 +152,11 @@ impl Unpacker {
         Ok(())
     }
 
+    /// Says which layers are the topmost of images, if that is known.
+    pub(super) fn set_tops(&self, chain_ids: Option<HashSet<String>>) {
+        self.snapshotter.set_tops(chain_ids);
+    }
+
     /// Waits until nobody else unpacks the layer.
     fn turn<'a>(&'a self, chain_id: &'a str, observer: &dyn Observer) -> Result<Turn<'a>> {
         let mut state = self.state.lock();

@@ -11,7 +11,6 @@ use super::chain;
 use super::mounts::Mounts;
 use super::types::*;
 use super::{Snapshotter, diff, upper};
-use crate::cow::UnionConfig;
 use crate::store::LayerName;
 use crate::store::ingest::Observer;
 use crate::store::layers::Expected;
@@ -91,10 +90,10 @@ impl Snapshotter {
 
     /// Makes the empty upper's root what the layers below say, for one of them may be new.
     fn renew_upper(&self, found: &Found) -> Result<()> {
-        let root = self.root_of_layers(found)?;
+        let root = self.root_of(found)?;
         let upper = self.data.join(&found.id).join("upper");
         fs::remove_dir(&upper).map_err(io_error("make anew", &upper))?;
-        upper::make(&upper, Some(&root)).map_err(io_error("make", &upper))?;
+        upper::make(&upper, root.as_ref()).map_err(io_error("make", &upper))?;
         upper::sync(&upper).map_err(io_error("make durable", &upper))
     }
 
@@ -108,17 +107,11 @@ impl Snapshotter {
             return Ok(None);
         }
         // As a lower layer: a plyfs whose mount is still read may have the work directory.
-        let top = diff::with_own(&upper, &self.below(found)?).root();
-        let same = upper::Root::of(top)?.is_same(&self.root_of_layers(found)?);
-        Ok(same.then_some(applied))
-    }
-
-    fn root_of_layers(&self, found: &Found) -> Result<upper::Root> {
-        let union = self.union_of(found)?;
-        upper::Root::of(UnionConfig {
-            upper: None,
-            ..union
-        })
+        let own = upper::Root::of_directory(&upper)?;
+        let below = self.root_of(found)?;
+        Ok(below
+            .is_some_and(|below| own.is_same(&below))
+            .then_some(applied))
     }
 
     /// What the packed layer that a snapshot has takes.

@@ -272,6 +272,14 @@ impl Catalog {
         Ok(all)
     }
 
+    /// All snapshots; `None` if there are some that cannot be read.
+    pub(super) fn all_sound(&self) -> Result<Option<Vec<Found>>> {
+        let listing = self.records.list()?;
+        let records = listing.records.into_iter();
+        let all = records.map(|(id, record)| Found { id, record }).collect();
+        Ok(listing.damaged.is_empty().then_some(all))
+    }
+
     /// Records a new snapshot. Its times are set here.
     pub(super) fn insert(&self, id: &str, mut record: SnapshotRecord) -> Result<Found> {
         let mut changes = self.changes.lock();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::catalog::Found;
 use super::types::*;
-use super::{Kind, Snapshotter};
+use super::{Kind, Snapshotter, upper};
 use crate::cow::{Chunking, UnionConfig, UpperConfig};
 use crate::store::LayerName;
 use crate::store::view::View;
@@ -31,15 +31,6 @@ impl Below {
             view: self.view,
             ..UnionConfig::default()
         }
-    }
-
-    /// A read-only union that has the same root directory.
-    pub(super) fn root(mut self) -> UnionConfig {
-        if !self.lowers.is_empty() {
-            self.lowers.truncate(1);
-            self.view = None;
-        }
-        self.union()
     }
 }
 
@@ -85,6 +76,30 @@ impl Snapshotter {
         })
     }
 
+    /// The root directory of its own layer, if it is committed, and those below; `None` if there is no layer. No view is
+    /// needed for it.
+    pub(super) fn root_of(&self, found: &Found) -> Result<Option<upper::Root>> {
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        if let Some(topmost) = self.lowers_in(found, &ancestors).first() {
+            return upper::Root::of_directory(topmost).map(Some);
+        }
+        let mut layers = packed_in(found, &ancestors);
+        if layers.is_empty() {
+            return Ok(None);
+        }
+        layers.reverse();
+        let root = self.packed.layers().root(&layers)?;
+        Ok(Some(upper::Root::of_layers(root)))
+    }
+
+    /// Whether a layer of the chain is a directory.
+    pub(super) fn is_on_directories(&self, found: &Found) -> Result<bool> {
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        Ok(chain(found, &ancestors).any(|found| found.record.layer.is_some()))
+    }
+
     /// The directories of a chain, the topmost first.
     pub(super) fn lowers_in(&self, found: &Found, ancestors: &[&Found]) -> Vec<PathBuf> {
         chain(found, ancestors)
@@ -95,13 +110,13 @@ impl Snapshotter {
 
     /// What a packed layer on `parent` lies on, the topmost first. Fails if none can lie there.
     pub(super) fn packed_below(&self, parent: &Found) -> Result<Vec<LayerName>> {
-        let ancestors = self.catalog.ancestors(&parent.record)?;
-        let ancestors: Vec<&Found> = ancestors.iter().collect();
-        if chain(parent, &ancestors).any(|found| found.record.layer.is_some()) {
+        if self.is_on_directories(parent)? {
             return Err(Error::NotPacked {
                 key: parent.record.key.clone(),
             });
         }
+        let ancestors = self.catalog.ancestors(&parent.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
         Ok(packed_in(parent, &ancestors))
     }
 }

@@ -44,9 +44,9 @@ impl Snapshotter {
             if name != key {
                 self.catalog.check_free(owner, name)?;
             }
-            let committed = match self.below(&found)?.lowers.is_empty() {
-                true => self.commit_packed(&found, name, labels),
-                false => self.commit_directory(&found, name, labels),
+            let committed = match self.is_on_directories(&found)? {
+                true => self.commit_directory(&found, name, labels),
+                false => self.commit_packed(&found, name, labels),
             };
             if committed.is_err() {
                 self.mounts.end_sealed(&found.id);
@@ -77,7 +77,8 @@ impl Snapshotter {
         name: &str,
         labels: BTreeMap<String, String>,
     ) -> Result<Found> {
-        let (made, layer, usage) = match self.untouched(found)? {
+        let untouched = self.untouched(found)?;
+        let (made, layer, usage) = match untouched {
             Some(applied) => (None, applied, self.usage_of_packed(found)),
             None => {
                 let made = self.pack(found)?;
@@ -103,6 +104,10 @@ impl Snapshotter {
             if let Some(applied) = found.record.packed {
                 self.packed.release(applied);
             }
+        }
+        if untouched.is_some() && updated.is_ok() {
+            // A layer of an image that is unpacked, and the view of those below it was mounted for that alone.
+            self.packed.collect_chains();
         }
         updated
     }

@@ -57,6 +57,7 @@ mod space;
 pub(in crate::snapshotter) mod tests;
 pub mod types;
 mod upper;
+mod useful;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -75,6 +76,7 @@ use packed::Packed;
 pub use space::{Space, Taken};
 pub use types::*;
 use types::{io_error, plyfs_error};
+use useful::Useful;
 
 use crate::store::ingest::Settings;
 use crate::store::layer::LayerStore;
@@ -85,7 +87,8 @@ use crate::store::{self, create_dir, sync_dir};
 /// callers go through `spawn_blocking`. What a method has acknowledged is durable.
 #[derive(Debug)]
 pub struct Snapshotter {
-    catalog: Catalog,
+    catalog: Arc<Catalog>,
+    useful: Arc<Useful>,
     locks: Locks,
     layers: LayerStore,
     packed: Packed,
@@ -107,6 +110,7 @@ impl Snapshotter {
         let trash_dir = root.join("trash");
         let trash = Arc::new(Trash::open(&trash_dir).map_err(io_error("open", &trash_dir))?);
         let (catalog, all, damaged) = Catalog::open(root, config.index_prober.as_deref())?;
+        let catalog = Arc::new(catalog);
         let mounts = Arc::new(Mounts::open(state, config.plyfs, config.verify)?);
         mounts.adopt(|id| {
             // Whoever works in the mount of a damaged record has done nothing wrong.
@@ -123,8 +127,12 @@ impl Snapshotter {
             &all,
             !damaged.is_empty(),
         )?;
+        let useful = Arc::new(Useful::new(Arc::clone(&catalog)));
+        let chains = Arc::clone(&useful);
+        packed.layers().ask_for_chains(chains);
         Ok(Self {
             catalog,
+            useful,
             locks: Locks::default(),
             layers,
             packed,
@@ -224,19 +232,18 @@ impl Snapshotter {
 
     fn make_directories(&self, dir: &Path, kind: Kind, parent: Option<&Found>) -> Result<()> {
         fs::create_dir(dir).map_err(io_error("make", dir))?;
-        let mut below = parent
-            .map(|parent| self.below(parent))
+        let mut root = parent
+            .map(|parent| self.root_of(parent))
             .transpose()?
-            .unwrap_or_default();
-        if below.is_empty() {
+            .flatten();
+        if root.is_none() {
             let empty = dir.join("empty");
             upper::make(&empty, None).map_err(io_error("make", &empty))?;
-            below.lowers.push(empty);
+            root = Some(upper::Root::of_directory(&empty)?);
         }
         if kind == Kind::Active {
             let upper = dir.join("upper");
-            let root = upper::Root::of(below.root())?;
-            upper::make(&upper, Some(&root)).map_err(io_error("make", &upper))?;
+            upper::make(&upper, root.as_ref()).map_err(io_error("make", &upper))?;
             let work = dir.join("work");
             fs::create_dir(&work).map_err(io_error("make", &work))?;
         }

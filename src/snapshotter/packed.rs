@@ -221,6 +221,11 @@ impl Packed {
         Ok(HeldLayer { packed: self, name })
     }
 
+    /// Views that were of use may be so no more.
+    pub(super) fn collect_chains(&self) {
+        self.collector.ask_for_chains();
+    }
+
     /// Waits until what was removed has left the disk.
     pub(super) fn wait_until_collected(&self) {
         self.collector.wait_until_idle();

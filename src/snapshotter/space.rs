@@ -321,7 +321,11 @@ impl<'a> Held<'a> {
 
 /// The snapshots below one, the nearest first. Parents are older than their children, so the steps are fewer than the
 /// snapshots.
-fn ancestors<'a>(found: &Found, by_id: &HashMap<&str, &'a Found>, most: usize) -> Vec<&'a Found> {
+pub(super) fn ancestors<'a>(
+    found: &Found,
+    by_id: &HashMap<&str, &'a Found>,
+    most: usize,
+) -> Vec<&'a Found> {
     let parent = |found: &Found| by_id.get(found.record.parent.as_deref()?).copied();
     std::iter::successors(parent(found), |found| parent(found))
         .take(most)

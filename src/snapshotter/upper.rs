@@ -4,11 +4,14 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::Path;
 
 use super::types::{Result, io_error};
-use crate::cow::{Attr, NodeId, Timestamp, Union, UnionConfig, XattrFamily};
+use crate::cow::{NodeId, Timestamp, Union, UnionConfig, XattrFamily};
+use crate::store::Time;
+use crate::store::layer::index::Attributes;
 use crate::sys::fs::Object;
 use crate::sys::xattr;
 
@@ -16,13 +19,47 @@ use crate::sys::xattr;
 const ROOT_MODE: u32 = 0o755;
 
 /// What the root directory of a snapshot is.
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Root {
-    attr: Attr,
+    perm: u16,
+    uid: u32,
+    gid: u32,
+    mtime: Timestamp,
+    atime: Timestamp,
     /// As a user of the union sees them.
     xattrs: Vec<(OsString, Vec<u8>)>,
 }
 
 impl Root {
+    /// That of a directory in overlayfs format.
+    pub(super) fn of_directory(dir: &Path) -> Result<Self> {
+        Self::of(UnionConfig {
+            lowers: vec![dir.to_owned()],
+            ..UnionConfig::default()
+        })
+    }
+
+    /// That of packed layers.
+    pub(super) fn of_layers(root: Attributes) -> Self {
+        let timestamp = |time: Time| Timestamp {
+            sec: time.sec,
+            nsec: time.nsec,
+        };
+        let xattrs = root.xattrs.into_iter();
+        let mut xattrs: Vec<_> = xattrs
+            .map(|(name, value)| (OsString::from_vec(name), value))
+            .collect();
+        xattrs.sort_unstable();
+        Self {
+            perm: root.mode & 0o7777,
+            uid: root.uid,
+            gid: root.gid,
+            mtime: timestamp(root.mtime),
+            atime: timestamp(root.atime),
+            xattrs,
+        }
+    }
+
     /// That of a union.
     pub(super) fn of(union: UnionConfig) -> Result<Self> {
         let union = Union::open(union)?;
@@ -38,15 +75,19 @@ impl Root {
         }
         let attr = union.getattr(NodeId::ROOT, None)?;
         xattrs.sort_unstable();
-        Ok(Self { attr, xattrs })
+        Ok(Self {
+            perm: attr.perm,
+            uid: attr.uid,
+            gid: attr.gid,
+            mtime: attr.mtime,
+            atime: attr.atime,
+            xattrs,
+        })
     }
 
     /// Whether both are the same to whoever looks, but for access times.
     pub(super) fn is_same(&self, other: &Self) -> bool {
-        let of = |root: &Self| {
-            let attr = &root.attr;
-            (attr.perm, attr.uid, attr.gid, attr.mtime)
-        };
+        let of = |root: &Self| (root.perm, root.uid, root.gid, root.mtime);
         of(self) == of(other) && self.xattrs == other.xattrs
     }
 }
@@ -55,15 +96,15 @@ impl Root {
 /// snapshot below, for a change of the root is a change like any other.
 pub(super) fn make(dir: &Path, below: Option<&Root>) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(dir)?;
-    let Some(Root { attr, xattrs }) = below else {
+    let Some(root) = below else {
         // Not through the builder: the umask would take part.
         return fs::set_permissions(dir, fs::Permissions::from_mode(ROOT_MODE));
     };
-    chown(dir, Some(attr.uid), Some(attr.gid))?;
-    fs::set_permissions(dir, fs::Permissions::from_mode(u32::from(attr.perm)))?;
+    chown(dir, Some(root.uid), Some(root.gid))?;
+    fs::set_permissions(dir, fs::Permissions::from_mode(u32::from(root.perm)))?;
     let opened = File::open(dir)?;
     let object = Object::Open(opened.as_fd());
-    for (name, value) in xattrs {
+    for (name, value) in &root.xattrs {
         let stored = XattrFamily::default().stored_name(name);
         xattr::set(object, &stored, value, 0)?;
     }
@@ -71,7 +112,7 @@ pub(super) fn make(dir: &Path, below: Option<&Root>) -> io::Result<()> {
         tv_sec: time.sec,
         tv_nsec: i64::from(time.nsec),
     };
-    Ok(object.set_times(&[timespec(attr.atime), timespec(attr.mtime)])?)
+    Ok(object.set_times(&[timespec(root.atime), timespec(root.mtime)])?)
 }
 
 /// Whether nothing is in it.

@@ -3,11 +3,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
 use super::ingest::Observer;
 use super::layers::Layers;
+
+/// How often it looks for memory that is held for nothing.
+const LOOK: Duration = Duration::from_secs(30);
 
 /// Collects in the background. Dropped, it ends the collection under way.
 #[derive(Debug)]
@@ -25,8 +29,17 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    wanted: bool,
+    wanted: Option<Wanted>,
     working: bool,
+}
+
+/// How much is to be collected; more comes later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Wanted {
+    /// Views that are of no use.
+    Chains,
+    /// What no layer needs, too.
+    All,
 }
 
 impl Observer for Shared {
@@ -39,7 +52,7 @@ impl Collector {
     /// Begins with a collection: a crash may have left something.
     pub fn start(layers: Arc<Layers>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        shared.state.lock().wanted = true;
+        shared.state.lock().wanted = Some(Wanted::All);
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("collector".to_owned())
@@ -52,14 +65,25 @@ impl Collector {
 
     /// Asks for a collection and does not wait for it.
     pub fn ask(&self) {
-        self.shared.state.lock().wanted = true;
+        self.want(Wanted::All);
+    }
+
+    /// Asks for a collection of views alone and does not wait for it.
+    pub fn ask_for_chains(&self) {
+        self.want(Wanted::Chains);
+    }
+
+    fn want(&self, what: Wanted) {
+        let mut state = self.shared.state.lock();
+        state.wanted = state.wanted.max(Some(what));
+        drop(state);
         self.shared.changed.notify_all();
     }
 
     /// Waits until what was asked for is done.
     pub fn wait_until_idle(&self) {
         let mut state = self.shared.state.lock();
-        while state.wanted || state.working {
+        while state.wanted.is_some() || state.working {
             self.shared.changed.wait(&mut state);
         }
     }
@@ -83,23 +107,30 @@ impl Drop for Collector {
 impl Shared {
     fn work(&self, layers: &Layers) {
         loop {
-            {
+            let wanted = {
                 let mut state = self.state.lock();
                 state.working = false;
                 self.changed.notify_all();
-                while !state.wanted && !self.cancelled() {
-                    self.changed.wait(&mut state);
+                loop {
+                    if self.cancelled() {
+                        // Nobody waits for what will not be done.
+                        state.wanted = None;
+                        self.changed.notify_all();
+                        return;
+                    }
+                    if let Some(wanted) = state.wanted.take() {
+                        state.working = true;
+                        break wanted;
+                    }
+                    if self.changed.wait_for(&mut state, LOOK).timed_out() {
+                        layers.rest();
+                    }
                 }
-                if self.cancelled() {
-                    // Nobody waits for what will not be done.
-                    state.wanted = false;
-                    self.changed.notify_all();
-                    return;
-                }
-                state.wanted = false;
-                state.working = true;
-            }
-            let collected = layers.collect(false, self);
+            };
+            let collected = match wanted {
+                Wanted::All => layers.collect(false, self),
+                Wanted::Chains => layers.collect_chains(),
+            };
             for error in &collected.errors {
                 tracing::error!(%error, "a collection left something");
             }

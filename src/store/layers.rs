@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,9 @@ use super::layer::index::{FinishedLayer, LayerIndex};
 use super::object::Objects;
 use super::record::{Damaged, Record, RecordDir};
 use super::view::{self, Verify, View};
+use chains::{Chains, Merging};
+
+pub mod chains;
 
 /// How the name of a view ends that another has taken the place of while it is mounted.
 pub(super) const ASIDE: &str = "aside";
@@ -92,6 +95,11 @@ pub struct Layers {
     pub(super) doubted: Mutex<HashSet<LayerName>>,
     /// Held by a collection.
     pub(super) collecting: Mutex<()>,
+    merging: Merging,
+    /// Who knows which views are of use.
+    pub(super) chains: OnceLock<Arc<dyn Chains>>,
+    /// Held by who looks whether a view is there, and by who takes away one that is of no use.
+    pub(super) looking: Mutex<()>,
 }
 
 impl Layers {
@@ -135,6 +143,9 @@ impl Layers {
             removing: Mutex::new(()),
             doubted: Mutex::default(),
             collecting: Mutex::new(()),
+            merging: Merging::default(),
+            chains: OnceLock::new(),
+            looking: Mutex::new(()),
         };
         Ok((layers, listing.damaged))
     }
@@ -249,18 +260,26 @@ impl Layers {
     pub fn view(&self, chain: &[LayerName], verify: Verify) -> Result<View> {
         let key = ViewKey::of(chain);
         let path = self.dir.join("views").join(format!("{key}.view"));
-        match View::open(&path, key, Arc::clone(&self.objects), verify) {
+        let there = {
+            let _looking = self.looking.lock();
+            View::open(&path, key, Arc::clone(&self.objects), verify)
+        };
+        match there {
             Err(error) if error.is_not_found() => {}
             Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
                 tracing::warn!(%error, "a merged view is built again");
             }
             opened => return opened,
         }
-        let built = view::build(&self.indexes(chain)?, &self.objects)?;
+        let merged = self.merge(chain)?;
+        let built = view::build(&merged, &self.objects)?;
+        self.merging.keep(merged);
         // Durable before it has its name: a file of the right length with pages that a power cut has kept from the disk would
         // pass for a view.
         let mut temporary = self.write_temporary("view", |file| built.write(file))?;
         let _unused = self.set_aside(&path)?;
+        // It may be of no use to anybody but the caller, who has it once it is open.
+        let _looking = self.looking.lock();
         temporary.rename(&path)?;
         View::open(&path, key, Arc::clone(&self.objects), verify)
     }
@@ -279,16 +298,6 @@ impl Layers {
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
-    }
-
-    /// Fails if the topmost layer of a chain, the lowest first, has an entry that cannot be what it says on those below it:
-    /// what depends on them is not known when it is taken in.
-    pub fn check(&self, chain: &[LayerName]) -> Result<()> {
-        view::check(&self.indexes(chain)?)
-    }
-
-    pub(super) fn indexes(&self, chain: &[LayerName]) -> Result<Vec<LayerIndex>> {
-        chain.iter().map(|name| self.index(*name)).collect()
     }
 
     /// Removes a layer; durable on return. Its objects stay until they are collected.

@@ -272,7 +272,7 @@ impl Layers {
     /// Builds a view again and writes what is damaged of the one at `path` into its place; says whether that is whole then.
     fn restore_view(&self, path: &Path, chain: &[LayerName]) -> Result<bool> {
         let view = IndexFile::open(path, Kind::View)?;
-        let built = view::build(&self.indexes(chain)?, self.objects())?;
+        let built = view::build(&self.merge(chain)?, self.objects())?;
         let temporary = self.write_temporary("view", |file| built.write(file))?;
         let other = File::open(temporary.path()).map_err(io_error("open", temporary.path()))?;
         view.restore_pages(&other)

@@ -29,11 +29,16 @@ pub fn usage(dir: &Path) -> io::Result<Usage> {
 /// Bytes that what is at `path` takes for itself, a directory without what is in it; none if it is gone.
 pub fn own_bytes(path: &Path) -> io::Result<u64> {
     match std::fs::symlink_metadata(path) {
-        // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
-        Ok(metadata) => Ok(metadata.blocks() * 512),
+        Ok(metadata) => Ok(bytes_of(&metadata)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
         Err(error) => Err(error),
     }
+}
+
+/// Bytes that are allocated on disk.
+pub(super) fn bytes_of(metadata: &std::fs::Metadata) -> u64 {
+    // `st_blocks` counts 512 bytes each, whatever the file system's blocks are.
+    metadata.blocks() * 512
 }
 
 /// Bytes that what is at `path` takes, a directory with all that is in it; none if it is gone.

@@ -1,7 +1,7 @@
 //! `snapctl layer`.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -230,6 +230,13 @@ fn a_layer_is_exported_bit_for_bit_or_not_at_all() {
         assert_eq!(digest, record["diff_id"]);
         plyd.ok(["layer", "export", &name, "-o", to_arg]);
         assert!(fs::read(&to).unwrap() == done.bytes);
+        // What nobody else could read stays that.
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o600)).unwrap();
+        plyd.ok(["layer", "export", &name, "-o", to_arg]);
+        assert_eq!(
+            fs::metadata(&to).unwrap().permissions().mode() & 0o7777,
+            0o600
+        );
     }
     let before = fs::read(&to).unwrap();
     // What reads no further is told nothing, and plyd goes on.

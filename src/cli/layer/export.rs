@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -85,7 +86,8 @@ impl Target {
         }
         // What a link leads to is replaced, not the link.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
+        let replaced = fs::metadata(&path).ok();
+        if replaced.as_ref().is_some_and(|found| !found.is_file()) {
             let file = OpenOptions::new().write(true).open(&path);
             let file = file.map_err(failed("open", &path))?;
             return Ok(Self::Special(path, file));
@@ -96,8 +98,17 @@ impl Target {
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
+            // Nobody can read it before it has the permissions of what it replaces.
+            .mode(if replaced.is_some() { 0o600 } else { 0o666 })
             .open(&partial)
             .map_err(failed("make", &path))?;
+        if let Some(replaced) = replaced
+            && let Err(error) = file.set_permissions(replaced.permissions())
+        {
+            // It has not become anybody's to remove.
+            let _ = fs::remove_file(&partial);
+            return Err(failed("set the permissions of", &partial)(error));
+        }
         Ok(Self::File {
             to: path,
             partial,

@@ -13,9 +13,10 @@ use crate::cow::{
     Attr, Caller, Chunking, FileKind, NodeId, RenameMode, SetAttr, SetTime, SetXattrMode,
     Timestamp, UnionConfig,
 };
+use crate::store::LayerName;
 use crate::store::layers::Expected;
-use crate::store::{LayerName, Time};
 
+mod effort;
 mod failures;
 mod longest;
 mod random;
@@ -306,7 +307,7 @@ fn a_name_that_nothing_was_done_to_stays_a_link_of_one_that_was_moved() {
     // So it is in a stream.
     let mut stream = Vec::new();
     snapshots
-        .write_layer(OWNER, "top", &mut stream, Time::default())
+        .write_layer(OWNER, "top", &mut stream, None)
         .unwrap();
     prepare(&snapshots, "copy", Some("base"));
     let layer = (&*stream, &Expected::default());

@@ -17,17 +17,17 @@ use crate::store::tar::{Kind, WHITEOUT};
 
 const BUFFER: usize = 256 << 10;
 
-/// Writes the changes, which are in byte order of their paths, of the union that `new` is. Whiteouts have the time
-/// `whiteouts`.
+/// Writes the changes, which are in byte order of their paths, of the union that `new` is. With an `epoch`, later times
+/// of modification become that one, and whiteouts have it.
 pub(in crate::snapshotter) fn write(
     changes: &[Change],
     new: UnionConfig,
     out: impl Write,
-    whiteouts: Time,
+    epoch: Option<Time>,
 ) -> Result<()> {
     let mut layer = Layer {
         out: Writer::new(out),
-        whiteouts,
+        epoch,
         buffer: vec![0; BUFFER],
     };
     if !changes.is_empty() {
@@ -41,7 +41,7 @@ pub(in crate::snapshotter) fn write(
 
 struct Layer<W> {
     out: Writer<W>,
-    whiteouts: Time,
+    epoch: Option<Time>,
     buffer: Vec<u8>,
 }
 
@@ -59,7 +59,7 @@ impl<W: Write> Output for Layer<W> {
         };
         let mut xattrs = object.xattrs()?;
         xattrs.retain(|(name, _)| is_carried(name));
-        let mut entry = entry_of(object, kind);
+        let mut entry = self.entry_of(object, kind);
         entry.xattrs = &xattrs;
         match kind {
             Kind::Regular => self.file(entry, object),
@@ -83,7 +83,7 @@ impl<W: Write> Output for Layer<W> {
         }
         Ok(self.out.entry(&NewEntry {
             link: target,
-            ..entry_of(object, Kind::HardLink)
+            ..self.entry_of(object, Kind::HardLink)
         })?)
     }
 
@@ -93,13 +93,28 @@ impl<W: Write> Output for Layer<W> {
         let above = &path[..path.len() - name.len()];
         let path = [above, WHITEOUT, name].concat();
         Ok(self.out.entry(&NewEntry {
-            mtime: self.whiteouts,
+            mtime: self.epoch.unwrap_or_default(),
             ..NewEntry::new(&path, Kind::Regular)
         })?)
     }
 }
 
 impl<W: Write> Layer<W> {
+    fn entry_of<'a>(&self, object: &Object<'a>, kind: Kind) -> NewEntry<'a> {
+        let attr = object.attr;
+        let mtime = Time {
+            sec: attr.mtime.sec,
+            nsec: attr.mtime.nsec,
+        };
+        NewEntry {
+            perm: attr.perm,
+            uid: attr.uid,
+            gid: attr.gid,
+            mtime: self.epoch.map_or(mtime, |epoch| mtime.min(epoch)),
+            ..NewEntry::new(object.path, kind)
+        }
+    }
+
     fn file(&mut self, entry: NewEntry<'_>, object: &Object<'_>) -> Result<(), Fault> {
         let (union, node, size) = (object.union, object.node, object.attr.size);
         let seek = |from: u64, whence| {
@@ -124,20 +139,6 @@ impl<W: Write> Layer<W> {
         let read = |buffer: &mut [u8], at| Ok(union.read(node, None, at, buffer)?);
         self.out
             .file(&entry, &parts, &mut self.buffer, read, Fault::from)
-    }
-}
-
-fn entry_of<'a>(object: &Object<'a>, kind: Kind) -> NewEntry<'a> {
-    let attr = object.attr;
-    NewEntry {
-        perm: attr.perm,
-        uid: attr.uid,
-        gid: attr.gid,
-        mtime: Time {
-            sec: attr.mtime.sec,
-            nsec: attr.mtime.nsec,
-        },
-        ..NewEntry::new(object.path, kind)
     }
 }
 
@@ -268,7 +269,7 @@ mod tests {
 
     fn written(snapshots: &Snapshotter, key: &str) -> Result<Vec<u8>> {
         let mut stream = Vec::new();
-        snapshots.write_layer(OWNER, key, &mut stream, Time::default())?;
+        snapshots.write_layer(OWNER, key, &mut stream, None)?;
         Ok(stream)
     }
 
@@ -311,6 +312,54 @@ mod tests {
         assert!(written(&snapshots, "done").unwrap() == stream);
         prepare(&snapshots, "next", Some("done"));
         assert_eq!(written(&snapshots, "next").unwrap(), [0; 1024]);
+    }
+
+    #[test]
+    fn nothing_in_a_layer_is_later_than_its_epoch() {
+        let place = Place::new();
+        let snapshots = place.open();
+        prepare(&snapshots, "unpack", None);
+        let layer = (&*base(), &Expected::default());
+        snapshots.apply_layer(OWNER, "unpack", layer, &()).unwrap();
+        snapshots
+            .commit(OWNER, "base", "unpack", BTreeMap::new())
+            .unwrap();
+        let upper = prepare(&snapshots, "work", Some("base")).upper_dir.unwrap();
+        std::fs::create_dir(upper.join("made")).unwrap();
+        std::fs::write(upper.join("made/now"), "new").unwrap();
+        std::fs::hard_link(upper.join("made/now"), upper.join("made/too")).unwrap();
+        let old = std::time::UNIX_EPOCH + std::time::Duration::from_secs(5);
+        let file = std::fs::File::create(upper.join("old")).unwrap();
+        file.set_modified(old).unwrap();
+        std::os::unix::fs::symlink("made", upper.join("link")).unwrap();
+        open(&snapshots, "work")
+            .unlink(NodeId::ROOT, OsStr::new("removed"))
+            .unwrap();
+        let mut stream = Vec::new();
+        let epoch = Time { sec: 1000, nsec: 0 };
+        snapshots
+            .write_layer(OWNER, "work", &mut stream, Some(epoch))
+            .unwrap();
+        let mut archive = tar::Archive::new(&*stream);
+        let times: BTreeMap<_, _> = archive
+            .entries()
+            .unwrap()
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let path = entry.path().unwrap().to_string_lossy().into_owned();
+                (path, entry.header().mtime().unwrap())
+            })
+            .collect();
+        let expected = [
+            (".wh.removed", 1000),
+            ("link", 1000),
+            ("made/", 1000),
+            ("made/now", 1000),
+            ("made/too", 1000),
+            ("old", 5),
+        ];
+        let expected = expected.map(|(path, time)| (path.to_owned(), time));
+        assert_eq!(times, BTreeMap::from(expected));
     }
 
     #[test]

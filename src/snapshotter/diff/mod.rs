@@ -30,6 +30,8 @@ use crate::cow::{self, Entry, NodeId, Union};
 use crate::store::view::View;
 use crate::store::{Time, Xattrs};
 pub(super) use sides::Sides;
+#[cfg(test)]
+pub(super) use walk::COMPARED;
 pub(super) use walk::{Directories, OwnDirectory, OwnLayer};
 use walk::{Step, Walk};
 
@@ -59,14 +61,14 @@ impl Snapshotter {
         self.locked(owner, key, |found| self.changes_of(&found))
     }
 
-    /// Writes what the snapshot changes as a layer: a tar stream, the same for the same changes. Whiteouts have
-    /// the time `whiteouts`.
+    /// Writes what the snapshot changes as a layer: a tar stream, the same for the same changes. With an `epoch`, nothing
+    /// was modified later than that, and whiteouts have that time; otherwise they have none.
     pub fn write_layer(
         &self,
         owner: Owner,
         key: &str,
         out: impl Write,
-        whiteouts: Time,
+        epoch: Option<Time>,
     ) -> Result<()> {
         self.locked(owner, key, |found| {
             let changes = self.changes_of(&found)?;
@@ -75,7 +77,7 @@ impl Snapshotter {
                 all.lowers
                     .insert(0, self.data.join(&found.id).join("upper"));
             }
-            layer::write(&changes, all.union(), out, whiteouts)
+            layer::write(&changes, all.union(), out, epoch)
         })
     }
 

@@ -18,6 +18,12 @@ use crate::sys::xattr;
 /// Marks of a directory that hides or leaves what lies at its place below.
 const NOT_MERGED: [&str; 2] = ["trusted.overlay.opaque", "trusted.overlay.redirect"];
 
+#[cfg(test)]
+thread_local! {
+    /// Names that this thread has compared.
+    pub(in crate::snapshotter) static COMPARED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// A change, and whether there is a directory at its path, before and now.
 #[derive(Clone, Debug)]
 pub(super) struct Step {
@@ -109,6 +115,8 @@ impl<'a> Walk<'a> {
             _ => self.sides.names(Some(at.new), at.old)?,
         };
         for name in names {
+            #[cfg(test)]
+            COMPARED.set(COMPARED.get() + 1);
             let found = self.sides.lookup(Some(at.new), at.old, &name)?;
             let own = match &own {
                 Some(own) => own.stat(&name)?,

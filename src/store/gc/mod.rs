@@ -5,7 +5,8 @@
 //! [`Objects`](super::object::Objects) for how an import is kept from losing what it relies on. A merged
 //! view goes when a layer of its chain is gone and no plyfs has it mounted, which the lock on its file tells; until then
 //! its objects are alive, too. So are those of a view that another has taken the place of while it was mounted, and
-//! which has another name since. Where the index of a layer or a view that is mounted cannot be read, or nobody can say whether a
+//! which has another name since. A view whose chain is there goes as well when nobody has it mounted and whoever knows the
+//! chains ([`Chains`](super::layers::chains::Chains)) calls it useless. Where the index of a layer or a view that is mounted cannot be read, or nobody can say whether a
 //! view is, nobody knows what is needed, and no object is removed at all.
 //!
 //! An error does not end a collection; what it could not do it says, and the next one tries again.
@@ -19,6 +20,7 @@ use super::ingest::Observer;
 use super::layer::index::LayerIndex;
 use super::layers::{ASIDE, Layers};
 use super::object::{Live, Swept};
+use super::usage::bytes_of;
 use super::view;
 
 /// Below so many percent of it alive, a pack is written anew.
@@ -35,6 +37,8 @@ pub enum Reason {
     MostlyDead,
     /// A layer of the view's chain is gone, or the view cannot be read.
     ChainIsGone,
+    /// Nothing is mounted of the view's chain, nor likely to be.
+    NotMounted,
 }
 
 impl Reason {
@@ -49,6 +53,9 @@ impl Reason {
             Self::ChainIsGone => {
                 "a layer of this view is gone, or it is damaged; a view is built again when it is needed"
             }
+            Self::NotMounted => {
+                "no snapshot shows this view, and it is not the top of an image; a view is built again when it is needed"
+            }
         }
     }
 }
@@ -58,7 +65,7 @@ impl Reason {
 pub struct Orphan {
     /// Where it lies.
     pub path: PathBuf,
-    /// How many bytes come free.
+    /// How many bytes come free on the disk.
     pub bytes: u64,
     /// Why it goes.
     pub reason: Reason,
@@ -77,6 +84,23 @@ impl Collected {
     /// Bytes that came free.
     pub fn bytes(&self) -> u64 {
         self.orphans.iter().map(|orphan| orphan.bytes).sum()
+    }
+
+    /// The caller has claimed it.
+    fn remove_view(&mut self, entry: &fs::DirEntry, dry: bool, reason: Reason) {
+        let path = entry.path();
+        let bytes = entry.metadata().map_or(0, |metadata| bytes_of(&metadata));
+        if !dry {
+            let removed = fs::remove_file(&path).map_err(io_error("remove", &path));
+            if self.note(removed).is_none() {
+                return;
+            }
+        }
+        self.orphans.push(Orphan {
+            path,
+            bytes,
+            reason,
+        });
     }
 
     fn note<T>(&mut self, result: Result<T>) -> Option<T> {
@@ -102,6 +126,7 @@ impl Layers {
         // In this order: the layers of a view that is not looked into were there when their objects were.
         let live = self.live(&mut collected);
         let views = self.collect_views(dry, &mut collected);
+        self.collect_useless(dry, &mut collected);
         if let Some((mut live, views)) = live.zip(views) {
             live.extend(views.mounted);
             if views.unknown.is_empty() {
@@ -117,6 +142,14 @@ impl Layers {
             }
         }
         drop(collecting);
+        collected
+    }
+
+    /// Collects only views that are of no use, which does not look at what lies in the store.
+    pub fn collect_chains(&self) -> Collected {
+        let _one_at_a_time = self.collecting.lock();
+        let mut collected = Collected::default();
+        self.collect_useless(false, &mut collected);
         collected
     }
 
@@ -198,6 +231,43 @@ impl Layers {
         }
     }
 
+    /// Takes away views of chains that are there, if nobody has them mounted and they are of no use.
+    fn collect_useless(&self, dry: bool, collected: &mut Collected) {
+        let Some(chains) = self.chains.get() else {
+            return;
+        };
+        let dir = self.views();
+        let listed = fs::read_dir(&dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        let Some(listed) = collected.note(listed.map_err(io_error("list", &dir))) else {
+            return;
+        };
+        // Whoever is about to mount a chain says so first and looks for its view then: before this, and it is of use, or
+        // after this, and builds it.
+        let _looking = self.looking.lock();
+        let Some(useful) = chains.useful() else {
+            return;
+        };
+        for entry in listed {
+            let path = entry.path();
+            let key = path
+                .file_stem()
+                .and_then(|stem| stem.to_str()?.parse().ok());
+            if key.is_none_or(|key| useful.contains(&key)) || !self.needs_view(&path) {
+                continue;
+            }
+            let _unused = match view::claim(&path) {
+                Ok(Some(unused)) => unused,
+                Ok(None) => continue,
+                Err(error) if error.is_not_found() => continue,
+                Err(error) => {
+                    collected.errors.push(error);
+                    continue;
+                }
+            };
+            collected.remove_view(&entry, dry, Reason::NotMounted);
+        }
+    }
+
     /// Answers what has to stay without its layers; `None` if the views cannot be listed.
     fn collect_views(&self, dry: bool, collected: &mut Collected) -> Option<Kept> {
         let mut kept = Kept::default();
@@ -227,18 +297,7 @@ impl Layers {
                     continue;
                 }
             };
-            let bytes = entry.metadata().map_or(0, |metadata| metadata.len());
-            if !dry {
-                let removed = fs::remove_file(&path).map_err(io_error("remove", &path));
-                if collected.note(removed).is_none() {
-                    continue;
-                }
-            }
-            collected.orphans.push(Orphan {
-                path,
-                bytes,
-                reason: Reason::ChainIsGone,
-            });
+            collected.remove_view(&entry, dry, Reason::ChainIsGone);
         }
         Some(kept)
     }

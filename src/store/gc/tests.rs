@@ -115,6 +115,65 @@ fn what_no_layer_names_goes_and_nothing_else() {
     assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
 }
 
+/// Counts what goes between two looks at whether to go on.
+struct Steps<'a> {
+    dir: &'a Path,
+    left: parking_lot::Mutex<Vec<usize>>,
+}
+
+impl Observer for Steps<'_> {
+    fn cancelled(&self) -> bool {
+        self.left.lock().push(files(self.dir).len());
+        false
+    }
+}
+
+#[test]
+fn a_collection_goes_by_steps_of_a_pack_or_a_directory() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    for layer in 0..5 {
+        let names: Vec<_> = (0..40).map(|n| format!("large {layer} {n}")).collect();
+        let names: Vec<_> = names.iter().map(String::as_str).chain(["small"]).collect();
+        let name = import(&layers, &names);
+        layers.remove(name).unwrap();
+    }
+    let dirs = fs::read_dir(tmp.path().join("objects")).unwrap();
+    let of_dirs = dirs.map(|dir| files(&dir.unwrap().path()).len());
+    let most = of_dirs.max().unwrap().max(1);
+    let before = files(tmp.path()).len();
+    assert!(before > 200 && most < 20, "{before} files, {most} in one");
+    let steps = Steps {
+        dir: tmp.path(),
+        left: parking_lot::Mutex::new(vec![before]),
+    };
+    layers.collect(false, &steps);
+    let mut left = steps.left.into_inner();
+    left.push(files(tmp.path()).len());
+    assert_eq!(left.last(), Some(&0));
+    let largest = left.windows(2).map(|step| step[0] - step[1]).max();
+    assert_eq!(largest, Some(most));
+}
+
+#[test]
+fn what_comes_free_is_what_was_allocated() {
+    let tmp = tempfile::tempdir().unwrap();
+    let layers = open(tmp.path());
+    let name = import(&layers, &["a", "large one"]);
+    layers.view(&[name], Verify::First).unwrap();
+    layers.remove(name).unwrap();
+    let taken = || -> u64 {
+        let files = files(tmp.path()).into_iter();
+        files
+            .map(|path| crate::store::own_bytes(&path).unwrap())
+            .sum()
+    };
+    let before = taken();
+    let dry = layers.collect(true, &()).bytes();
+    let collected = layers.collect(false, &()).bytes();
+    assert_eq!((dry, collected, taken()), (before, before, 0));
+}
+
 #[test]
 fn a_pack_that_is_mostly_dead_is_written_anew_under_a_mounted_view() {
     let tmp = tempfile::tempdir().unwrap();

@@ -16,6 +16,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
@@ -27,6 +28,7 @@ use crate::store::error::{Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
 use crate::store::pack::{Encoded, PackId, PackWriter, Slot};
+use crate::store::usage::bytes_of;
 
 /// Names of the objects of all recorded layers.
 pub(in crate::store) type Live = HashSet<ObjectName>;
@@ -83,9 +85,9 @@ impl Drop for Collecting<'_> {
 pub(in crate::store) enum Swept {
     /// It stays as it is.
     Kept,
-    /// Nothing in it was alive; it had so many bytes.
+    /// Nothing in it was alive; it took so many bytes on the disk.
     Removed(u64),
-    /// What was alive is in another pack now; it had so many bytes and the other has so many.
+    /// What was alive is in another pack now; it took so many bytes on the disk and the other takes about so many.
     Rewritten(u64, u64),
 }
 
@@ -175,7 +177,7 @@ impl Objects {
         }
         let rewritable = found.features == Some(0);
         let metadata = fs::metadata(&path).map_err(io_error("look at", &path))?;
-        let bytes = metadata.len();
+        let (bytes, allocated) = (metadata.len(), bytes_of(&metadata));
         let (keep, kept_bytes) = {
             let mut places = self.places.write();
             let relied = self.relied.lock();
@@ -207,8 +209,11 @@ impl Objects {
             (keep, kept_bytes)
         };
         let swept = match keep.is_empty() {
-            true => Swept::Removed(bytes),
-            false => Swept::Rewritten(bytes, kept_bytes),
+            true => Swept::Removed(allocated),
+            false => Swept::Rewritten(
+                allocated,
+                kept_bytes.next_multiple_of(metadata.blksize().max(1)),
+            ),
         };
         if dry {
             return Ok(swept);
@@ -317,7 +322,7 @@ impl Objects {
                 fs::remove_file(&path).map_err(io_error("remove", &path))?;
             }
             drop(relied);
-            told(path, metadata.len());
+            told(path, bytes_of(&metadata));
         }
         Ok(())
     }

@@ -3,17 +3,16 @@
 use std::collections::HashMap;
 use std::io::{self, Write};
 
-use super::tree::{Body, Id, LeftOut, Node, ROOT, Tree};
-use crate::store::error::{Error, Result, refused};
+use super::merged::Merged;
+use super::tree::{Body, Id, Node, ROOT, Tree};
+use crate::store::error::{Error, Result};
+use crate::store::format::ViewKey;
 use crate::store::format::index_file::{Identity, IndexWriter, Kind, Section};
 use crate::store::format::tables::{Inode, Object, ObjectTable, Tables, next};
-use crate::store::format::{LayerName, ViewKey};
 use crate::store::layer::index::LayerIndex;
 use crate::store::object::{Objects, Place};
 use crate::store::pack::PackId;
 
-/// Most layers of a view.
-const MOST_LAYERS: usize = u16::MAX as usize;
 /// Stands for a file of its own in a location.
 const OWN_FILE: u32 = u32::MAX;
 /// No inode has this number.
@@ -36,57 +35,28 @@ impl Built {
     }
 }
 
-/// Fails if an entry of `layers`, the lowest first, cannot be what it says on those before it. The log says what of the
-/// last one no view will show.
-pub(in crate::store) fn check(layers: &[LayerIndex]) -> Result<()> {
-    let tree = tree_of(layers)?;
-    if let Some((left_out, layer)) = tree.left_out().zip(layers.last()) {
-        let LeftOut {
-            path,
-            attribute,
-            count,
-        } = left_out;
-        tracing::warn!(layer = %layer.name(), path, attribute, count, "mounts do not show extended attributes of a layer that its files cannot have; the first is named");
-    }
-    Ok(())
-}
-
 /// Bytes of all regular files of the tree of `layers`, the lowest first. A file may have 63 bits of them, so the sum has more
 /// than 64.
 pub(in crate::store) fn logical(layers: &[LayerIndex]) -> Result<u128> {
-    let tree = tree_of(layers)?;
+    let Merged { tree, .. } = Merged::of(layers)?;
     let nodes = Builder::number(&tree).order;
     let nodes = nodes.into_iter().filter_map(|id| tree.node(id));
     let files = nodes.filter(|node| matches!(node.body, Body::Whole(_) | Body::Sparse(..)));
     Ok(files.map(|node| u128::from(node.size)).sum())
 }
 
-fn tree_of(layers: &[LayerIndex]) -> Result<Tree> {
-    if layers.len() > MOST_LAYERS {
-        let problem = format!("a chain of {} layers is too long", layers.len());
-        return Err(refused(b"(all entries)", problem));
-    }
-    let mut tree = Tree::new();
-    for (number, layer) in layers.iter().enumerate() {
-        // Checked above.
-        tree.apply(layer, number as u16)?;
-    }
-    Ok(tree)
-}
-
-/// Builds the view of `layers`, the lowest first, whose contents are in `objects`.
-pub(in crate::store) fn build(layers: &[LayerIndex], objects: &Objects) -> Result<Built> {
-    let tree = tree_of(layers)?;
-    let names: Vec<LayerName> = layers.iter().map(LayerIndex::name).collect();
+/// Builds the view of a chain, whose contents are in `objects`.
+pub(in crate::store) fn build(chain: &Merged, objects: &Objects) -> Result<Built> {
     let mut writer = IndexWriter::default();
-    let mut builder = Builder::number(&tree);
+    let mut builder = Builder::number(&chain.tree);
     builder.add_all()?;
     builder.finish(&mut writer, objects)?;
+    let names = chain.layers();
     let layers = names.iter().flat_map(|name| name.0).collect();
     writer.section(Section::Layers, layers);
     Ok(Built {
         writer,
-        key: ViewKey::of(&names),
+        key: ViewKey::of(names),
     })
 }
 

@@ -6,6 +6,7 @@
 mod build;
 mod effort;
 mod file;
+mod merged;
 mod path;
 mod tree;
 
@@ -31,9 +32,10 @@ use super::pack::PackId;
 use crate::sys;
 
 pub use super::object::Verify;
-pub(super) use build::{build, check, logical};
+pub(super) use build::{build, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
+pub(super) use merged::Merged;
 
 /// A name in a directory of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,6 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use plywood::store::Time;
 use plywood::store::layers::Expected;
 
 use super::{LARGE, OWNER, Place, SMALL, mapping, writer};
@@ -82,7 +81,7 @@ fn check(options: &str) {
     let mut stream = Vec::new();
     let snapshots = &place.snapshots;
     snapshots
-        .write_layer(OWNER, "work", &mut stream, Time::default())
+        .write_layer(OWNER, "work", &mut stream, None)
         .unwrap();
     let reader = seen(&root);
     assert_eq!(reader.len(), 7);

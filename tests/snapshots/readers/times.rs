@@ -12,7 +12,6 @@ use std::time::{Duration, SystemTime};
 use nix::sys::stat::{Mode, UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::mkfifo;
-use plywood::store::Time;
 
 use super::{LARGE, OWNER, Place, SMALL, mapping, writer};
 
@@ -166,7 +165,7 @@ fn check(options: &str) {
     let mut stream = Vec::new();
     let snapshots = &place.snapshots;
     snapshots
-        .write_layer(OWNER, "work", &mut stream, Time::default())
+        .write_layer(OWNER, "work", &mut stream, None)
         .unwrap();
     let told = told(&stream);
     let mut expected = reader.clone();
