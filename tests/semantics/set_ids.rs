@@ -100,9 +100,10 @@ pub fn rows() -> Vec<Row> {
                 fs::copy("/usr/bin/id", fill.path(0, "same")).unwrap();
             },
             |at| {
+                type Change<'a> = dyn Fn(&Path) -> io::Result<()> + 'a;
                 let same = File::open(at.path("same"))?;
                 let whole = fs::read(at.path("same"))?;
-                let changes: [&dyn Fn(&Path) -> io::Result<()>; 5] = [
+                let changes: [&Change<'_>; 5] = [
                     &|path| open_rw(path)?.write_all_at(&whole[..1], 0),
                     &|path| {
                         let file = File::options().append(true).open(path)?;
