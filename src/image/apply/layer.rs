@@ -311,16 +311,14 @@ impl<'u> Layer<'u> {
         let name = OsStr::from_bytes(name);
         match self.union.setxattr(node, name, value, SetXattrMode::Any) {
             Ok(()) => Ok(()),
-            Err(error) if error.errno == libc::EOPNOTSUPP => {
+            // The latter for what is no regular file or directory; see xattr(7).
+            Err(error)
+                if error.errno == libc::EOPNOTSUPP
+                    || error.errno == libc::EPERM && name.as_bytes().starts_with(b"user.") =>
+            {
                 let entry = super::printable(&entry.path);
                 tracing::warn!(%entry, xattr = %shown, "the file system cannot store an extended attribute of a layer");
                 Ok(())
-            }
-            Err(error) if error.errno == libc::EPERM && name.as_bytes().starts_with(b"user.") => {
-                let problem = format!(
-                    "its extended attribute {shown} is one that only regular files and directories can have"
-                );
-                Err(refuse(&entry.path, problem))
             }
             // What ext4 says when there is no room in the inode's block; it is not the disk that is full.
             Err(error) if matches!(error.errno, libc::ENOSPC | libc::E2BIG | libc::ERANGE) => {

@@ -257,6 +257,9 @@ impl Observer for Silent {
     }
 }
 
+/// What unpacking says of a hard link to nothing.
+const NO_TARGET: &str = "does not exist in this layer or in those below";
+
 fn compare(layers: &[Vec<(String, Thing, u8)>]) {
     let tmp = tempfile::tempdir().unwrap();
     let (store, _) = Layers::open(&tmp.path().join("store"), Settings::default()).unwrap();
@@ -299,6 +302,8 @@ fn compare(layers: &[Vec<(String, Thing, u8)>]) {
             });
         let view = match (unpacked, view) {
             (Ok(()), view) => view.unwrap(),
+            // Only a view has links that are listed before their targets.
+            (Err(Error::Layer { problem, .. }), Ok(_)) if problem.ends_with(NO_TARGET) => return,
             (Err(error), Ok(_)) => panic!("the view has no error, and unpacking has {error}"),
             (Err(_), Err(_)) => return,
         };
