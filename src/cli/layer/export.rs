@@ -1,11 +1,12 @@
 //! `snapctl layer export`.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::unistd::geteuid;
 
 use super::ExportArgs;
 use crate::cli::client::Client;
@@ -95,15 +96,19 @@ impl Target {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{:08x}.partial", rand::random::<u32>()));
         let partial = path.with_file_name(name);
+        // What another user has said of a file is no permission to use one of the caller's, least of all as its owner.
+        let kept = replaced
+            .filter(|replaced| replaced.uid() == geteuid().as_raw())
+            .map(|replaced| Permissions::from_mode(replaced.mode() & 0o777));
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
             // Nobody can read it before it has the permissions of what it replaces.
-            .mode(if replaced.is_some() { 0o600 } else { 0o666 })
+            .mode(if kept.is_some() { 0o600 } else { 0o666 })
             .open(&partial)
             .map_err(failed("make", &path))?;
-        if let Some(replaced) = replaced
-            && let Err(error) = file.set_permissions(replaced.permissions())
+        if let Some(kept) = kept
+            && let Err(error) = file.set_permissions(kept)
         {
             // It has not become anybody's to remove.
             let _ = fs::remove_file(&partial);
@@ -148,5 +153,42 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error 
         action,
         path,
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::chown;
+
+    use super::*;
+
+    fn mode_of(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    /// The mode of what an export makes of a file of the mode `mode`.
+    fn exported(path: &Path, mode: u32, owner: Option<u32>) -> u32 {
+        File::create(path).unwrap();
+        chown(path, owner, None).unwrap();
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        Target::open(path).unwrap().keep().unwrap();
+        assert_eq!(fs::metadata(path).unwrap().uid(), geteuid().as_raw());
+        mode_of(path)
+    }
+
+    /// A user once got a setuid file of root's by putting one of its own in the place that root exports to.
+    #[test]
+    fn only_permissions_that_the_caller_gave_are_kept() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("layer.tar");
+        Target::open(&path).unwrap().keep().unwrap();
+        let new = mode_of(&path);
+        assert_eq!(exported(&path, 0o600, None), 0o600);
+        assert_eq!(exported(&path, 0o6755, None), 0o755);
+        for theirs in [0o6755, 0o666, 0o600] {
+            assert_eq!(exported(&path, theirs, Some(1000)), new, "{theirs:o}");
+            fs::remove_file(&path).unwrap();
+        }
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
     }
 }
