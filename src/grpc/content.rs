@@ -19,6 +19,7 @@ use super::pb::containerd::services::content::v1 as api;
 use super::pb::containerd::services::leases::v1 as leases;
 use super::pieces::Pieces;
 use super::server::LARGEST_MESSAGE;
+use super::status::joined;
 use api::content_client::ContentClient;
 use leases::leases_client::LeasesClient;
 
@@ -201,19 +202,31 @@ impl Content {
                 .await
                 .map(drop);
         }
-        // Some releases do not say under which lease they ask, and nothing names the blob yet.
-        let lease = Self::lease(caller, channel.clone(), WRITE_TIME).await?;
-        let leased = Caller {
-            lease: Some(lease.clone()),
-            ..caller.clone()
-        };
-        let written = Self::write_leased(&leased, reference, blob, about, channel.clone()).await;
-        let kept = match written {
-            Ok(Some(digest)) => Self::keep_for_a_while(caller, channel.clone(), digest).await,
-            written => written.map(drop),
-        };
-        Self::end_lease(caller, channel, &lease).await;
-        kept
+        // Some releases do not say under which lease they ask, and nothing names the blob yet. The lease has to end when this
+        // future is dropped, too, so it is another task's.
+        let (_waiting, given_up) = oneshot::channel::<()>();
+        let (caller, reference) = (caller.clone(), reference.to_owned());
+        joined(tokio::spawn(async move {
+            let lease = Self::lease(&caller, channel.clone(), WRITE_TIME).await?;
+            let leased = Caller {
+                lease: Some(lease.clone()),
+                ..caller.clone()
+            };
+            let write = async {
+                let channel = channel.clone();
+                match Self::write_leased(&leased, &reference, blob, about, channel.clone()).await {
+                    Ok(Some(digest)) => Self::keep_for_a_while(&caller, channel, digest).await,
+                    written => written.map(drop),
+                }
+            };
+            let kept = tokio::select! {
+                kept = write => kept,
+                _ = given_up => Err(Status::cancelled("nobody waits for the layer any more")),
+            };
+            Self::end_lease(&caller, channel, &lease).await;
+            kept
+        }))
+        .await
     }
 
     /// Answers the digest of what was written; `None` if the blob has not come to its end.

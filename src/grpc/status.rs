@@ -5,6 +5,7 @@
 
 use std::io;
 
+use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
 use crate::store::record;
@@ -18,7 +19,14 @@ where
     T: Send + 'static,
     E: Into<Status> + Send + 'static,
 {
-    match tokio::task::spawn_blocking(work).await {
+    joined(tokio::task::spawn_blocking(work)).await
+}
+
+/// What came of a task, with its error worded.
+pub(super) async fn joined<T, E: Into<Status>>(
+    task: JoinHandle<Result<T, E>>,
+) -> Result<T, Status> {
+    match task.await {
         Ok(result) => result.map_err(Into::into),
         Err(error) => {
             tracing::error!(%error, "a request handler failed");
