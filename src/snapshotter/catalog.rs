@@ -4,7 +4,7 @@
 //! entry that leads nowhere or astray is a miss and nothing worse. A change therefore adds the new
 //! name to the index, changes the one record, and takes the old name away, in this order.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -65,6 +65,8 @@ struct Changes {
     /// What the records say, by their ids: whether one has children is never the index's word, and one that is damaged
     /// can be written again.
     known: HashMap<String, SnapshotRecord>,
+    /// Ids of records that could not be used when they were first read.
+    unknown: HashSet<String>,
     /// The last time given out: each is later than all before it, so that they give an order.
     last_time: u64,
 }
@@ -93,11 +95,17 @@ impl Catalog {
             .iter()
             .map(|found| (found.id.clone(), found.record.clone()))
             .collect();
+        let damaged = listing.damaged.iter();
+        let unknown = damaged.map(|damaged| damaged.id.clone()).collect();
         let last_time = all.iter().map(|f| f.record.updated).max().unwrap_or(0);
         let catalog = Self {
             records,
             index,
-            changes: Mutex::new(Changes { known, last_time }),
+            changes: Mutex::new(Changes {
+                known,
+                unknown,
+                last_time,
+            }),
         };
         Ok((catalog, all, listing.damaged))
     }
@@ -196,6 +204,7 @@ impl Catalog {
         record.updated = record.created;
         self.index.insert(&name, &id)?;
         self.records.put(&id, &record)?;
+        changes.unknown.remove(&id);
         changes.known.insert(id, record);
         Ok(true)
     }
@@ -272,12 +281,15 @@ impl Catalog {
         Ok(all)
     }
 
-    /// All snapshots; `None` if there are some that cannot be read.
-    pub(super) fn all_sound(&self) -> Result<Option<Vec<Found>>> {
-        let listing = self.records.list()?;
-        let records = listing.records.into_iter();
-        let all = records.map(|(id, record)| Found { id, record }).collect();
-        Ok(listing.damaged.is_empty().then_some(all))
+    /// All snapshots; `None` if there are some of which nothing is known. No record is read.
+    pub(super) fn all_known(&self) -> Option<Vec<Found>> {
+        let changes = self.changes.lock();
+        let known = changes.known.iter();
+        let all = known.map(|(id, record)| Found {
+            id: id.clone(),
+            record: record.clone(),
+        });
+        changes.unknown.is_empty().then(|| all.collect())
     }
 
     /// Records a new snapshot. Its times are set here.

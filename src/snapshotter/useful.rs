@@ -16,7 +16,7 @@ use super::{chain, space};
 use crate::store::ViewKey;
 use crate::store::layers::chains::Chains;
 
-/// Answers from the records.
+/// Answers from what the records say.
 #[derive(Debug)]
 pub(super) struct Useful {
     pub(super) catalog: Arc<Catalog>,
@@ -36,13 +36,7 @@ impl Useful {
 impl Chains for Useful {
     fn useful(&self) -> Option<HashSet<ViewKey>> {
         let tops = self.tops.lock().clone()?;
-        let all = match self.catalog.all_sound() {
-            Ok(all) => all?,
-            Err(error) => {
-                tracing::warn!(%error, "cannot tell which views are of use");
-                return None;
-            }
-        };
+        let all = self.catalog.all_known()?;
         let by_id = all.iter().map(|found| (found.id.as_str(), found)).collect();
         let committed = all.iter().filter(|found| is_committed(found));
         let built_on: HashSet<&str> = committed

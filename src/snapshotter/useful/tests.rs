@@ -173,6 +173,32 @@ fn views_between_the_layers_of_an_image_do_not_stay() {
     assert_eq!(views(&place), HashSet::new());
 }
 
+/// The disk is not asked for what is known already.
+#[test]
+fn what_is_of_use_is_told_by_what_was_read_once() {
+    let place = Place::new();
+    let snapshots = place.open();
+    unpack_image(&snapshots);
+    snapshots.wait_until_deleted();
+    let (between, top) = (look(&snapshots, "3"), look(&snapshots, "10"));
+    let found = snapshots.catalog.resolve(OWNER, "7").unwrap();
+    let record = format!("snapshots/records/{}.record", found.id);
+    let record = place.root().join(record);
+    fs::write(&record, "damaged").unwrap();
+    snapshots.set_tops(Some(HashSet::new()));
+    collect(&snapshots);
+    assert_eq!(views(&place), HashSet::from([top.clone()]));
+    // Nobody knows what a record says that was damaged from the start.
+    snapshots.wait_until_deleted();
+    drop(snapshots);
+    let snapshots = place.open();
+    let found = snapshots.catalog.resolve(OWNER, "3").unwrap();
+    drop(snapshots.below(&found).unwrap());
+    snapshots.set_tops(Some(HashSet::new()));
+    collect(&snapshots);
+    assert_eq!(views(&place), HashSet::from([between, top]));
+}
+
 #[test]
 fn the_top_of_an_image_keeps_its_view_whatever_lies_on_it() {
     let place = Place::new();

@@ -11,11 +11,12 @@
 //!
 //! An error does not end a collection; what it could not do it says, and the next one tries again.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::error::{Error, Result, io_error};
-use super::format::LayerName;
+use super::format::{LayerName, ViewKey};
 use super::ingest::Observer;
 use super::layer::index::LayerIndex;
 use super::layers::{ASIDE, Layers};
@@ -238,23 +239,33 @@ impl Layers {
         };
         let dir = self.views();
         let listed = fs::read_dir(&dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-        let Some(listed) = collected.note(listed.map_err(io_error("list", &dir))) else {
+        let Some(mut listed) = collected.note(listed.map_err(io_error("list", &dir))) else {
             return;
         };
+        let is_useless = |entry: &fs::DirEntry, useful: &HashSet<ViewKey>| {
+            let path = entry.path();
+            let key = path
+                .file_stem()
+                .and_then(|stem| stem.to_str()?.parse().ok());
+            key.is_some_and(|key| !useful.contains(&key))
+        };
+        // Nobody who mounts has to wait where nothing goes.
+        let Some(useful) = chains.useful() else {
+            return;
+        };
+        listed.retain(|entry| is_useless(entry, &useful) && self.needs_view(&entry.path()));
+        if listed.is_empty() {
+            return;
+        }
         // Whoever is about to mount a chain says so first and looks for its view then: before this, and it is of use, or
         // after this, and builds it.
         let _looking = self.looking.lock();
         let Some(useful) = chains.useful() else {
             return;
         };
+        listed.retain(|entry| is_useless(entry, &useful));
         for entry in listed {
             let path = entry.path();
-            let key = path
-                .file_stem()
-                .and_then(|stem| stem.to_str()?.parse().ok());
-            if key.is_none_or(|key| useful.contains(&key)) || !self.needs_view(&path) {
-                continue;
-            }
             let _unused = match view::claim(&path) {
                 Ok(Some(unused)) => unused,
                 Ok(None) => continue,
