@@ -77,7 +77,7 @@ impl Snapshotter {
     }
 
     /// The root directory of its own layer, if it is committed, and those below; `None` if there is no layer. No view is
-    /// needed for it.
+    /// needed for it, unless a layer is damaged.
     pub(super) fn root_of(&self, found: &Found) -> Result<Option<upper::Root>> {
         let ancestors = self.catalog.ancestors(&found.record)?;
         let ancestors: Vec<&Found> = ancestors.iter().collect();
@@ -89,8 +89,22 @@ impl Snapshotter {
             return Ok(None);
         }
         layers.reverse();
-        let root = self.packed.layers().root(&layers)?;
-        Ok(Some(upper::Root::of_layers(root)))
+        match self.packed.layers().root(&layers) {
+            Ok(root) => Ok(Some(upper::Root::of_layers(root))),
+            // All that a mount needs is in the view, if there is one.
+            Err(error) => {
+                tracing::warn!(%error, "the root of a snapshot is looked for in the merged view");
+                upper::Root::of(self.below(found)?.union()).map(Some)
+            }
+        }
+    }
+
+    /// Whether there is a layer: its own, if it is committed, or one below.
+    pub(super) fn has_layers(&self, found: &Found) -> Result<bool> {
+        let ancestors = self.catalog.ancestors(&found.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        let has = |found: &Found| found.record.layer.is_some() || found.record.packed.is_some();
+        Ok(chain(found, &ancestors).any(has))
     }
 
     /// Whether a layer of the chain is a directory.

@@ -232,16 +232,19 @@ impl Snapshotter {
 
     fn make_directories(&self, dir: &Path, kind: Kind, parent: Option<&Found>) -> Result<()> {
         fs::create_dir(dir).map_err(io_error("make", dir))?;
-        let mut root = parent
-            .map(|parent| self.root_of(parent))
-            .transpose()?
-            .flatten();
-        if root.is_none() {
-            let empty = dir.join("empty");
+        let below = match parent {
+            Some(parent) if self.has_layers(parent)? => Some(parent),
+            _ => None,
+        };
+        let empty = dir.join("empty");
+        if below.is_none() {
             upper::make(&empty, None).map_err(io_error("make", &empty))?;
-            root = Some(upper::Root::of_directory(&empty)?);
         }
         if kind == Kind::Active {
+            let root = match below {
+                Some(parent) => self.root_of(parent)?,
+                None => Some(upper::Root::of_directory(&empty)?),
+            };
             let upper = dir.join("upper");
             upper::make(&upper, root.as_ref()).map_err(io_error("make", &upper))?;
             let work = dir.join("work");

@@ -300,3 +300,42 @@ fn an_import_that_nobody_waits_for_leaves_the_snapshot_as_it_was() {
     let names: Vec<LayerName> = snapshots.stat(OWNER, "work").unwrap().packed_layers;
     assert_eq!(names.len(), 1);
 }
+
+/// Overwrites the header of the index of a snapshot's own packed layer.
+fn damage(place: &Place, snapshots: &Snapshotter, key: &str) {
+    use std::os::unix::fs::FileExt;
+    let layer = snapshots.catalog.resolve(OWNER, key).unwrap().record.packed;
+    let index = format!("store/layers/{}.index", layer.unwrap());
+    let file = fs::File::options()
+        .write(true)
+        .open(place.root().join(index))
+        .unwrap();
+    file.write_all_at(&[0xff; 64], 0).unwrap();
+}
+
+/// A damaged index once kept containers of its image from starting, though their view was there.
+#[test]
+fn a_view_is_enough_for_what_lies_on_it() {
+    let place = Place::new();
+    let snapshots = place.open();
+    for (name, below) in [("0", None), ("1", Some("0"))] {
+        unpack(&snapshots, name, below, &tar([name], None)).unwrap();
+    }
+    let dir = prepare(&snapshots, "work", Some("1")).upper_dir.unwrap();
+    std::os::unix::fs::chown(&dir, Some(7), Some(8)).unwrap();
+    snapshots
+        .commit(OWNER, "changed", "work", BTreeMap::new())
+        .unwrap();
+    look(&snapshots, "1");
+    look(&snapshots, "changed");
+    let found = snapshots.catalog.resolve(OWNER, "changed").unwrap();
+    let root = snapshots.root_of(&found).unwrap();
+    for key in ["0", "changed"] {
+        damage(&place, &snapshots, key);
+    }
+    for (key, below) in [("on stream", "1"), ("on commit", "changed")] {
+        prepare(&snapshots, key, Some(below));
+        look(&snapshots, key);
+    }
+    assert_eq!(snapshots.root_of(&found).unwrap(), root);
+}

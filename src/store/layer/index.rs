@@ -442,35 +442,32 @@ impl LayerIndex {
 
     /// The attributes that the layer gives the root, if it does.
     pub fn root(&self) -> Result<Option<Attributes>> {
-        // Of what comes in a stream, nothing speaks of the root's attributes.
-        if self.diff_id().is_some() {
+        // The root's entry is the first of a layer that was made by a commit, and no other layer has one.
+        if self.diff_id().is_some() || self.is_empty() {
             return Ok(None);
         }
-        for number in (0..self.len()).rev() {
-            let LayerEntry {
-                action,
-                path,
-                inode,
-            } = self.entry(number)?;
-            if path != 0 || action != Action::MakeExactly {
-                continue;
-            }
-            if inode.kind() != libc::S_IFDIR {
-                return Err(self.damaged("its root is not a directory"));
-            }
-            let xattrs = self.xattrs(inode.xattrs)?.into_iter();
-            return Ok(Some(Attributes {
-                mode: inode.mode,
-                uid: inode.uid,
-                gid: inode.gid,
-                mtime: inode.mtime,
-                atime: inode.atime,
-                xattrs: xattrs
-                    .map(|(name, value)| (name.to_vec(), value.to_vec()))
-                    .collect(),
-            }));
+        let LayerEntry {
+            action,
+            path,
+            inode,
+        } = self.entry(0)?;
+        if path != 0 || action != Action::MakeExactly {
+            return Ok(None);
         }
-        Ok(None)
+        if inode.kind() != libc::S_IFDIR {
+            return Err(self.damaged("its root is not a directory"));
+        }
+        let xattrs = self.xattrs(inode.xattrs)?.into_iter();
+        Ok(Some(Attributes {
+            mode: inode.mode,
+            uid: inode.uid,
+            gid: inode.gid,
+            mtime: inode.mtime,
+            atime: inode.atime,
+            xattrs: xattrs
+                .map(|(name, value)| (name.to_vec(), value.to_vec()))
+                .collect(),
+        }))
     }
 
     /// The target of a symbolic or a hard link.

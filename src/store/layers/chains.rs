@@ -87,7 +87,14 @@ impl Layers {
 
     /// The attributes of the root of a chain, the lowest layer first, as its view has them.
     pub fn root(&self, chain: &[LayerName]) -> Result<Attributes> {
-        for name in chain.iter().rev() {
+        // Of what comes in a stream, nothing speaks of the root's attributes.
+        let is_stream = |name: &LayerName| {
+            let known = self.known.lock();
+            known
+                .get(name)
+                .is_some_and(|record| record.diff_id.is_some())
+        };
+        for name in chain.iter().rev().filter(|name| !is_stream(name)) {
             if let Some(root) = self.index(*name)?.root()? {
                 return Ok(root);
             }
