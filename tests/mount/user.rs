@@ -284,7 +284,7 @@ fn a_user_does_to_what_is_read_only_or_closed_what_its_owner_may() {
         cksum large; chmod 644 large; printf y | dd of=large conv=notrunc status=none; cksum large\n\
         getfattr -d --absolute-names -m ^user.[^o] attributed closed\n\
         cat renamed closed/inside\n\
-        ls -l --time-style=+ . closed deep deep/read-only | sed s/^total.*//\n";
+        stat -c '%A %h %U %G %n' . closed deep deep/*; find . -type f -exec stat -c '%A %h %U %G %s %n' {} + | sort -k6\n";
     in_a_home(|home| {
         let lower = home.layers.lower(0);
         let fill = "set -e; cd \"$0\"; for f in attributed linked secret closed/inside deep/read-only/old inner/f shut/in; do \
