@@ -56,7 +56,8 @@ pub(super) struct Upper {
     pub(super) device_whiteouts: AtomicBool,
     /// Owner and mode of objects lie in this attribute.
     pub(super) stat_override: Option<StatOverride>,
-    /// Held alone while a mode is lent, and shared while one is changed or, with `lends`, told.
+    /// Held alone while a mode is lent, and shared while one is changed or, with `lends`, told. But for that of a directory
+    /// that a copy is put into: its attributes are neither changed nor told meanwhile, for which its own locks see.
     pub(super) modes: RwLock<()>,
     /// Modes may be lent: this process is held to them.
     pub(super) lends: AtomicBool,
