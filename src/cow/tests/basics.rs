@@ -508,6 +508,20 @@ impl Drop for Tmpfs {
     }
 }
 
+/// Two that waited for one who never ended took each other for one who does, and waited for good.
+#[test]
+fn who_waits_for_a_work_directory_is_not_one_who_ends() {
+    let fixture = Fixture::new(1, |_| {});
+    let base = std::fs::File::open(fixture.base.path().join("work")).unwrap();
+    let look = || open::is_ending(base.as_fd());
+    let waiter = std::fs::File::open(fixture.base.path().join("work/work")).unwrap();
+    crate::sys::fs::try_lock_shared(waiter.as_fd()).unwrap();
+    assert!(!look());
+    drop(waiter);
+    fixture.union().ends();
+    assert!(look());
+}
+
 #[test]
 fn directories_are_waited_for_as_long_as_their_last_user_takes_to_end() {
     let mut fixture = Fixture::new(1, |_| {});
