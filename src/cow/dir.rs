@@ -156,9 +156,11 @@ impl Union {
                 match (handle.stream.has_changed(&item.name), known, item.ino) {
                     (false, Some(id), _) | (false, None, Some(id)) => (item.kind, id),
                     _ if state.removed => continue,
-                    _ => match self.resolve(&node, &state, &item.name)? {
-                        Some(found) => (found.kind, known.unwrap_or(found.id)),
-                        None => continue,
+                    _ => match self.resolve(&node, &state, &item.name) {
+                        Ok(Some(found)) => (found.kind, known.unwrap_or(found.id)),
+                        Ok(None) => continue,
+                        // Whoever asks for it is told, and whoever lists goes on.
+                        Err(_) => (item.kind, known.unwrap_or_else(|| self.numbers.fresh())),
                     },
                 }
             };
@@ -176,7 +178,7 @@ impl Union {
     }
 
     /// As `read_dir` with the entry looked up as well (one lookup is counted for each that `sink`
-    /// accepts; `None` for `.` and `..`).
+    /// accepts; `None` for `.` and `..`, and for one of which that fails).
     pub fn read_dir_plus(
         &self,
         node: NodeId,
@@ -194,18 +196,25 @@ impl Union {
                 .child(&node, &item.name, true)
                 .and_then(|(child, attr)| self.entry_of(child, attr));
             let entry = match looked_up {
-                Ok(entry) => entry,
+                Ok(entry) => Some(entry),
                 Err(error) if error.is(Errno::ENOENT) => continue,
-                Err(error) => return Err(error),
+                // Whoever asks for it is told, and whoever lists goes on.
+                Err(_) => None,
+            };
+            let (id, kind) = match &entry {
+                Some(entry) => (entry.node, entry.attr.kind),
+                None => (item.ino.unwrap_or_else(|| self.numbers.fresh()), item.kind),
             };
             let listed = DirEntry {
-                ino: entry.node.0,
+                ino: id.0,
                 next_offset: item.offset(),
-                kind: entry.attr.kind,
+                kind,
                 name: item.name.clone().into(),
             };
-            if !sink(listed, Some(entry)) {
-                self.forget(entry.node, 1);
+            if !sink(listed, entry) {
+                if entry.is_some() {
+                    self.forget(id, 1);
+                }
                 break;
             }
         }

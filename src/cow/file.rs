@@ -261,15 +261,20 @@ impl Union {
     /// As `read`, by somebody who has opened the file with O_NOATIME: the access time stays.
     pub fn read_quietly(&self, node: NodeId, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let node = self.node(node)?;
-        match &*self.io(&node, false)? {
+        let backing = self.io(&node, false)?;
+        match &*backing {
             // The descriptor that is at hand serves others, too.
             Backing::Upper { .. } if self.quiet != Quiet::All => {
-                let fd = self
-                    .with_upper(&node, |object| self.open_upper_quietly(object))
-                    .context("opening a file of the upper layer")?;
-                Ok(fs::pread_full(fd.as_fd(), buf, offset)?)
+                match self.with_upper(&node, |object| self.open_upper_quietly(object)) {
+                    Ok(fd) => Ok(fs::pread_full(fd.as_fd(), buf, offset)?),
+                    // Without /proc what is open is not opened again, and the data is worth more than an access time.
+                    Err(error) => {
+                        tracing::debug!(%error, "a file is read by the descriptor that others have");
+                        backing.read_at(buf, offset)
+                    }
+                }
             }
-            backing => backing.read_at(buf, offset),
+            _ => backing.read_at(buf, offset),
         }
     }
 
@@ -416,7 +421,11 @@ impl Union {
 
     /// EOPNOTSUPP of fallocate(2)'s bits that the host's file system does not know, before anything has changed.
     fn check_allocates(&self, mode: i32) -> Result<()> {
-        let scratch = Draft::file(self.upper()?, 0o600)?;
+        let scratch = match Draft::file(self.upper()?, 0o600) {
+            // A full disk does not keep anybody from giving room back.
+            Err(Errno::ENOSPC | Errno::EDQUOT) => return Ok(()),
+            scratch => scratch?,
+        };
         match scratch.object() {
             Object::Open(fd) => match fs::fallocate(fd, mode, 0, 1) {
                 Err(Errno::EOPNOTSUPP) => Err(Errno::EOPNOTSUPP.into()),

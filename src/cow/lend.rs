@@ -93,11 +93,31 @@ impl Upper {
 
     /// Attributes of an object with its own mode, and not a lent one.
     pub(super) fn stat_settled(&self, object: Object<'_>) -> Result<fs::Stat, Errno> {
-        let _turn = self
-            .lends
-            .load(Ordering::Acquire)
-            .then(|| self.modes.read());
-        object.stat()
+        let stat = {
+            let _turn = self
+                .lends
+                .load(Ordering::Acquire)
+                .then(|| self.modes.read());
+            object.stat()
+        };
+        match (stat, object) {
+            (Err(Errno::EACCES), Object::Entry(dir, _)) => {
+                self.permitted(Object::Open(dir), SEARCH, || object.stat())
+            }
+            (stat, _) => stat,
+        }
+    }
+
+    /// Whether names in a directory are to be had without leave.
+    pub(super) fn may_search(&self, dir: BorrowedFd<'_>) -> bool {
+        !self.lends.load(Ordering::Acquire)
+            || faccessat(dir, ".", AccessFlags::X_OK, AtFlags::empty()) != Err(Errno::EACCES)
+    }
+
+    /// What a name stands for, also in a directory that is closed to its owner.
+    pub(super) fn pin(&self, dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+        let open = || Object::Entry(dir, name).open(libc::O_PATH);
+        self.permitted(Object::Open(dir), SEARCH, open)
     }
 
     /// As `renameat2`, to or from the work directory: that changes the `..` of a directory, which is to be writable.
@@ -113,7 +133,7 @@ impl Upper {
         match rename() {
             Err(Errno::EACCES) => {
                 // By its name it is not to be had any more then.
-                let moved = Object::Entry(from, name).open(libc::O_PATH)?;
+                let moved = self.pin(from, name)?;
                 self.permitted(Object::Path(moved.as_fd()), WRITE, rename)
             }
             renamed => renamed,

@@ -11,6 +11,7 @@
 //! - `chunks`: large files, of which only what changes is copied up;
 //! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer; `plain`: what becomes of
 //!   them when a mount ends;
+//! - `no_data`: files whose data is missing;
 //! - `content`: where the data of a file lies;
 //! - `whiteout`, `redirect`: the marks of overlayfs's on-disk format;
 //! - `lend`: what the mode of an upper object forbids its owner and not the union;
@@ -42,6 +43,7 @@ mod lookup;
 mod lower;
 mod lower_data;
 mod metacopy;
+mod no_data;
 mod node;
 mod number;
 mod open;

@@ -326,11 +326,11 @@ fn wait_for_lock(dir: BorrowedFd<'_>, ask: impl Fn() -> bool) -> Result<(), Errn
     }
 }
 
-/// Whether a lock tells that the user of a work directory only ends.
-fn is_ending(base: BorrowedFd<'_>) -> bool {
+/// Whether a lock tells that the user of a work directory only ends. Shared, so that those who look are none to each other.
+pub(super) fn is_ending(base: BorrowedFd<'_>) -> bool {
     let flags = libc::O_RDONLY | libc::O_DIRECTORY;
     fs::openat(base, OsStr::new("work"), flags, 0)
-        .is_ok_and(|work| fs::try_lock(work.as_fd()) == Err(Errno::EWOULDBLOCK))
+        .is_ok_and(|work| fs::try_lock_shared(work.as_fd()) == Err(Errno::EWOULDBLOCK))
 }
 
 impl Union {
@@ -339,7 +339,7 @@ impl Union {
     pub fn ends(&self) {
         if let Some(upper) = &self.upper
             // Whoever looks at it has it for an instant.
-            && let Err(errno) = fs::lock_shared(upper.work())
+            && let Err(errno) = fs::lock(upper.work())
         {
             tracing::debug!(%errno, "who waits for the work directory cannot be told to go on");
         }

@@ -9,10 +9,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
-use super::error::{Context, Result};
+use super::error::Result;
 use super::lower::{LowerEntry, LowerObject};
+use super::no_data::NoData;
 use super::node::LowerAt;
 use super::types::FileKind;
 use super::union::Union;
@@ -69,7 +68,8 @@ impl Where {
 
 impl Union {
     /// Finds the lower objects that `name` in a directory with these `parents` stands for, topmost
-    /// first. `redirect` is what a layer above says instead of the name. EIO if they are a file whose data no layer has.
+    /// first. `redirect` is what a layer above says instead of the name. Of a file whose data no layer has the last one stands
+    /// for the data.
     pub(super) fn find_lowers(
         &self,
         parents: &[LowerAt],
@@ -77,22 +77,7 @@ impl Union {
         redirect: Option<&Path>,
         wanted: Wanted,
     ) -> Result<Vec<LowerAt>> {
-        match self.search_lowers(parents, name, redirect, wanted)? {
-            (found, true) => Ok(found),
-            (_, false) => Err(Errno::EIO)
-                .context("the data of a file in a lower layer is missing from the layers below"),
-        }
-    }
-
-    /// As `find_lowers`, also of a file whose data is missing, which is then told.
-    pub(super) fn search_lowers(
-        &self,
-        parents: &[LowerAt],
-        name: &OsStr,
-        redirect: Option<&Path>,
-        wanted: Wanted,
-    ) -> Result<(Vec<LowerAt>, bool)> {
-        let mut found = Vec::new();
+        let mut found: Vec<LowerAt> = Vec::new();
         let mut is_whole = true;
         let mut wanted = wanted;
         let mut at = redirect
@@ -134,7 +119,13 @@ impl Union {
             }
             layer += 1;
         }
-        Ok((found, is_whole))
+        if !is_whole && let Some(last) = found.last().cloned() {
+            found.push(LowerAt {
+                layer: last.layer,
+                object: Arc::new(NoData(last.object)),
+            });
+        }
+        Ok(found)
     }
 
     /// One name in a directory of one layer.

@@ -178,7 +178,7 @@ impl Union {
         if lowers.is_empty() {
             return Ok(false);
         }
-        let (found, _) = self.search_lowers(&lowers, name, None, Wanted::Anything)?;
+        let found = self.find_lowers(&lowers, name, None, Wanted::Anything)?;
         Ok(!found.is_empty())
     }
 

@@ -56,7 +56,8 @@ pub(super) struct Upper {
     pub(super) device_whiteouts: AtomicBool,
     /// Owner and mode of objects lie in this attribute.
     pub(super) stat_override: Option<StatOverride>,
-    /// Held alone while a mode is lent, and shared while one is changed or, with `lends`, told.
+    /// Held alone while a mode is lent, and shared while one is changed or, with `lends`, told. But for that of a directory
+    /// that a copy is put into: its attributes are neither changed nor told meanwhile, for which its own locks see.
     pub(super) modes: RwLock<()>,
     /// Modes may be lent: this process is held to them.
     pub(super) lends: AtomicBool,
@@ -319,11 +320,16 @@ impl Union {
             }
         };
         for (node, name) in missing.into_iter().rev() {
-            let opened = upper.permitted(
-                Object::Entry(fd.as_fd(), &name),
-                lend::READ | lend::SEARCH,
-                || fs::openat(fd.as_fd(), &name, libc::O_RDONLY | libc::O_DIRECTORY, 0),
-            )?;
+            let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+            let opened = match fs::openat(fd.as_fd(), &name, flags, 0) {
+                Err(Errno::EACCES) => {
+                    // By its name it might be another one when the mode is given back.
+                    let found = upper.pin(fd.as_fd(), &name)?;
+                    let found = Object::Path(found.as_fd());
+                    upper.permitted(found, lend::READ | lend::SEARCH, || found.open(flags))?
+                }
+                opened => opened?,
+            };
             let stat = fs::fstat(opened.as_fd())?;
             let expected = node.place.read().upper;
             if stat.st_dev != upper.dev || Some(stat.st_ino) != expected {
@@ -384,6 +390,11 @@ impl Union {
                 .is_some_and(|now| Arc::ptr_eq(&now.parent, &name.parent) && now.name == name.name);
             if still {
                 let fd = self.dir_fd(&name.parent)?;
+                if !upper.may_search(fd.as_fd()) {
+                    // Whoever has it open goes on with it.
+                    let found = upper.pin(fd.as_fd(), &name.name)?;
+                    return Ok(body(Object::Path(found.as_fd()))?);
+                }
                 return Ok(body(Object::Entry(fd.as_fd(), &name.name))?);
             }
         };

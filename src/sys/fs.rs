@@ -376,6 +376,12 @@ pub fn try_lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) })
 }
 
+/// `flock`, shared and without waiting.
+pub fn try_lock_shared(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: plain values.
+    check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) })
+}
+
 /// `flock`, exclusive, waiting for whoever has it.
 pub fn lock(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     wait_for_lock(fd, libc::LOCK_EX)

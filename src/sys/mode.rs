@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use super::fs::{self, Object, with_c_str};
 
-/// `fchmodat2(2)`, which Linux 6.6 brought; the number is the same on every architecture but Alpha.
+/// `fchmodat2(2)`, which Linux 6.6 brought. Where another number stands for it (Alpha, MIPS, x32) this one is ENOSYS.
 const SYS_FCHMODAT2: libc::c_long = 452;
 
 /// Changes the permission bits of what a name stands for; a symbolic link is EOPNOTSUPP and never followed.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 
 use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat2};
 use nix::sys::stat::Mode;
@@ -296,4 +297,38 @@ fn of_many_that_create_exclusively_one_wins() {
         });
         assert_eq!(winners, 1);
     }
+}
+
+/// One file that could not be looked up made all of its directory unlistable, and one without data could not be removed.
+#[test]
+fn a_file_without_data_is_listed_and_removed_with_its_directory() {
+    let layers = Layers::new(1);
+    for name in ["a", "b", "c", "z"] {
+        Layers::write(&layers.lower(0).join("dir").join(name), name);
+        Layers::write(&layers.upper().join("other").join(name), name);
+    }
+    let mark = |path: &Path, name: &str, value: &str| {
+        let arguments = ["-n", name, "-v", value, path.to_str().unwrap()];
+        let marked = Command::new("setfattr").args(arguments).status();
+        assert!(marked.unwrap().success());
+    };
+    for dir in [layers.lower(0).join("dir"), layers.upper().join("other")] {
+        mark(&dir, "trusted.overlay.impure", "y");
+        mark(&dir.join("b"), "trusted.overlay.metacopy", "");
+    }
+    // A copy in the upper of something that no layer has is no file at all.
+    let all = set(&["a", "b", "c", "z"]);
+    for options in ["", "kernel_features=-readdirplus"] {
+        let mount = Mount::new(&layers, options);
+        assert_eq!(names(&mount.join("dir")), all);
+        assert_eq!(names(&mount.join("other")), all);
+        let missing = fs::metadata(mount.join("other/b"));
+        assert_eq!(errno(missing), libc::EIO);
+        assert_eq!(fs::read(mount.join("other/c")).unwrap(), b"c");
+        assert_eq!(errno(fs::read(mount.join("dir/b"))), libc::EIO);
+        assert_eq!(fs::read(mount.join("dir/c")).unwrap(), b"c");
+    }
+    let mount = Mount::new(&layers, "");
+    fs::remove_dir_all(mount.join("dir")).unwrap();
+    assert_eq!(names(&mount.join("")), set(&["other"]));
 }

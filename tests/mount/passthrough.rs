@@ -189,9 +189,10 @@ impl<'a> Stopped<'a> {
     fn all_of(mount: &'a Mount) -> Self {
         mount.signal(Signal::SIGSTOP);
         let stopped = Self(mount);
+        // One that just ends cannot be read, and counts with the next look.
         let stands = |task: io::Result<fs::DirEntry>| {
-            let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
-            stat.rsplit(") ").next().unwrap().starts_with('T')
+            let stat = task.and_then(|task| fs::read_to_string(task.path().join("stat")));
+            stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|s| s.starts_with('T')))
         };
         let tasks = format!("/proc/{}/task", mount.pid());
         assert!(wait_until(|| fs::read_dir(&tasks).unwrap().all(stands)));

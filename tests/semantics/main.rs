@@ -21,6 +21,7 @@
 #[allow(unused_imports, reason = "another program mounts by it")]
 mod common;
 
+mod acls;
 mod base;
 mod chunks;
 mod directories;

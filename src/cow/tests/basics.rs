@@ -1,5 +1,9 @@
 //! Reading, writing, making, removing and moving, one rule at a time.
 
+use std::os::fd::AsFd;
+
+use nix::mount::{MntFlags, MsFlags, umount2};
+
 use super::file::UnderWay;
 use super::node::Gathered;
 use super::*;
@@ -349,7 +353,7 @@ fn every_dialect_of_whiteout_is_read_in_a_lower() {
         put(lowers[0].join("r/own"), "");
         put(lowers[0].join(".wh.r"), "");
         let dir = crate::sys::fs::open_path(&lowers[0].join("f"), libc::O_RDONLY).unwrap();
-        let object = crate::sys::fs::Object::Open(std::os::fd::AsFd::as_fd(&dir));
+        let object = crate::sys::fs::Object::Open(dir.as_fd());
         crate::sys::xattr::set(object, OsStr::new("user.fuseoverlayfs.opaque"), b"y", 0).unwrap();
     });
     assert_eq!(fixture.list(""), [".wh.file", "f", "o", "r"]);
@@ -443,8 +447,8 @@ fn directories_that_do_not_fit_get_an_error_of_their_own() {
 #[test]
 fn a_request_for_room_that_the_host_does_not_know_changes_nothing() {
     let mut fixture = Fixture::new(1, |_| {});
-    let tmpfs = tempfile::tempdir_in("/dev/shm").unwrap();
-    let (dir, work) = (tmpfs.path().join("upper"), tmpfs.path().join("work"));
+    let tmpfs = Tmpfs::mount(fixture.base.path().join("tmpfs"), "nr_inodes=64");
+    let (dir, work) = (tmpfs.0.join("upper"), tmpfs.0.join("work"));
     std::fs::create_dir(&dir).unwrap();
     std::fs::create_dir(&work).unwrap();
     let upper = Some(UpperConfig { dir, work });
@@ -475,7 +479,47 @@ fn a_request_for_room_that_the_host_does_not_know_changes_nothing() {
     assert_eq!(after.ctime, before.ctime);
     allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).unwrap();
     assert_eq!(union.getattr(f, None).unwrap().perm, 0o777);
-    drop(fixture);
+
+    // Where nothing can be made, room is given back all the same.
+    union.setattr(f, None, &set, &Caller::ROOT).unwrap();
+    while let Ok(n) = std::fs::read_dir(&tmpfs.0).map(Iterator::count)
+        && std::fs::File::create(tmpfs.0.join(format!("full{n}"))).is_ok()
+    {}
+    allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).unwrap();
+    assert_eq!(union.getattr(f, None).unwrap().perm, 0o777);
+    fixture.union = None;
+}
+
+/// A tmpfs of the test's own.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(at: PathBuf, options: &str) -> Self {
+        std::fs::create_dir(&at).unwrap();
+        let kind = Some("tmpfs");
+        nix::mount::mount(kind, &at, kind, MsFlags::empty(), Some(options)).unwrap();
+        Self(at)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Two that waited for one who never ended took each other for one who does, and waited for good.
+#[test]
+fn who_waits_for_a_work_directory_is_not_one_who_ends() {
+    let fixture = Fixture::new(1, |_| {});
+    let base = std::fs::File::open(fixture.base.path().join("work")).unwrap();
+    let look = || open::is_ending(base.as_fd());
+    let waiter = std::fs::File::open(fixture.base.path().join("work/work")).unwrap();
+    crate::sys::fs::try_lock_shared(waiter.as_fd()).unwrap();
+    assert!(!look());
+    drop(waiter);
+    fixture.union().ends();
+    assert!(look());
 }
 
 #[test]

@@ -1,9 +1,13 @@
 //! Many threads at once: nothing deadlocks, nothing is lost, and what is seen is what is stored.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use nix::errno::Errno;
 
 use super::lend::{self, Lent};
 use super::*;
@@ -212,4 +216,33 @@ fn a_lent_mode_is_told_to_nobody() {
         assert_eq!(by_number.join().unwrap().perm, 0o444);
         assert_eq!(by_name.join().unwrap().attr.perm, 0o444);
     });
+}
+
+/// Of two at once the later one took the lent mode for the object's own, and left it.
+#[test]
+fn nobody_else_lends_or_tells_a_mode_meanwhile() {
+    let fixture = Fixture::new(1, |_| {});
+    fixture.write("f", "text").unwrap();
+    let set = SetAttr {
+        perm: Some(0o444),
+        ..SetAttr::default()
+    };
+    let (union, node) = (fixture.union(), fixture.node("f"));
+    union.setattr(node, None, &set, &Caller::ROOT).unwrap();
+    let file = File::open(fixture.upper().join("f")).unwrap();
+    let upper = union.upper.as_ref().unwrap();
+    let perm = || file.metadata().unwrap().mode() & 0o7777;
+    let tries = Cell::new(0);
+    let done = upper.permitted(Object::Open(file.as_fd()), lend::WRITE, || {
+        let free = upper.modes.try_read().is_some();
+        tries.set(tries.get() + 1);
+        // As for a plyfs that is held to modes.
+        match tries.get() {
+            1 => Err(Errno::EACCES),
+            _ => Ok((perm(), free)),
+        }
+    });
+    assert_eq!(done, Ok((0o644, false)));
+    assert_eq!((perm(), tries.get()), (0o444, 2));
+    assert!(upper.modes.try_write().is_some());
 }

@@ -351,7 +351,10 @@ fn a_lower_file_of_which_no_layer_has_the_data_is_an_error() {
         let union = of_layers(lowers);
         let dir = union.lookup(NodeId::ROOT, OsStr::new("d")).unwrap().node;
         for name in ["f", "moved"] {
-            assert_eq!(errno(union.lookup(dir, OsStr::new(name))), libc::EIO);
+            let found = union.lookup(dir, OsStr::new(name)).unwrap();
+            assert_eq!((found.attr.size, found.attr.perm), (4, 0o640));
+            let read = union.read(found.node, None, 0, &mut [0; 8]);
+            assert_eq!(errno(read), libc::EIO);
         }
     }
     let union = of_layers(vec![layer.clone(), data]);

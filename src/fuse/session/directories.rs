@@ -72,11 +72,7 @@ impl UnionFs {
     ) {
         let result = self.listing(node, fh, offset).and_then(|listing| {
             let mut add = |entry: DirEntry, found: Option<Entry>| {
-                let shown = self.attributes_of(&entry, found);
-                let Some((attr, good_for, generation)) = shown else {
-                    // Deleted since the listing was taken.
-                    return true;
-                };
+                let (attr, good_for, generation) = self.attributes_of(&entry, found);
                 !reply.add(
                     attr.ino,
                     entry.next_offset,
@@ -107,24 +103,20 @@ impl UnionFs {
     }
 
     /// What READDIRPLUS says of an entry: attributes, how long they are good for, and generation.
-    fn attributes_of(
-        &self,
-        entry: &DirEntry,
-        found: Option<Entry>,
-    ) -> Option<(FileAttr, Duration, u64)> {
+    fn attributes_of(&self, entry: &DirEntry, found: Option<Entry>) -> (FileAttr, Duration, u64) {
         if let Some(found) = found {
             let (attr, good_for) = self.seen.by_name(found.node, &found.attr);
-            return Some((attr, good_for, found.generation));
+            return (attr, good_for, found.generation);
         }
-        // The kernel makes no node of `.` and `..`, whatever their numbers say.
+        // The kernel makes no node of `.` and `..`, whatever their numbers say. Nor does it of a name with the number of the
+        // root, which it lists all the same, and looks up when somebody asks for it; a name without a number programs skip.
         let own_name = entry.name == "." || entry.name == "..";
-        own_name.then(|| {
-            let attr = FileAttr {
-                ino: INodeNo(entry.ino),
-                kind: convert::file_type(entry.kind),
-                ..convert::negative_entry()
-            };
-            (attr, FOREVER, 0)
-        })
+        let number = if own_name { entry.ino } else { NodeId::ROOT.0 };
+        let attr = FileAttr {
+            ino: INodeNo(number),
+            kind: convert::file_type(entry.kind),
+            ..convert::negative_entry()
+        };
+        (attr, FOREVER, 0)
     }
 }
