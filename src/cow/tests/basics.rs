@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 
 use nix::mount::{MntFlags, MsFlags, umount2};
+use nix::sched::{CloneFlags, unshare};
 
 use super::file::UnderWay;
 use super::node::Gathered;
@@ -506,6 +507,27 @@ impl Drop for Tmpfs {
     fn drop(&mut self) {
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
     }
+}
+
+/// A read took /proc only when it was to move no access time.
+#[test]
+fn a_read_that_moves_no_access_time_needs_no_proc() {
+    let fixture = Fixture::new(1, |_| {});
+    fixture.write("f", "text").unwrap();
+    let node = fixture.node("f");
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+            let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+            nix::mount::mount(none, "/", none, flags, none).unwrap();
+            let kind = Some("tmpfs");
+            nix::mount::mount(kind, "/proc", kind, MsFlags::empty(), none).unwrap();
+            let mut buf = [0; 8];
+            let read = fixture.union().read_quietly(node, 0, &mut buf);
+            (read.unwrap(), buf)
+        });
+        assert_eq!(thread.join().unwrap(), (4, *b"text\0\0\0\0"));
+    });
 }
 
 /// Two that waited for one who never ended took each other for one who does, and waited for good.
