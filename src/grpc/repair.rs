@@ -94,15 +94,25 @@ impl Repair {
                     self.restore_from_archive(&mut patients, layers);
                     self.learn_blobs(layers);
                 });
-            let ((), records) = restored.map_err(Status::from)?;
+            let ((), records, all) = restored.map_err(Status::from)?;
             for of in records {
                 let what = format!("the record of {of} was made anew from the archive");
                 self.mended(None, what);
+            }
+            if let Err(error) = all {
+                tracing::warn!(%error, "not all records of images can be made anew");
+                self.tell(Event::Left(api::Fault {
+                    kind: "record".to_owned(),
+                    problem: format!("not all records of images can be made anew: {error}"),
+                    advice: "mend that, then repeat this".to_owned(),
+                    ..api::Fault::default()
+                }));
             }
         }
         self.restore_from_containerd(&mut patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
         self.mend_without_source()?;
+        self.snapshotter.settle_records();
         for (layer, patient) in patients {
             self.tell_what_is_left(layer, patient);
         }

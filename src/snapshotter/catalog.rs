@@ -4,7 +4,7 @@
 //! entry that leads nowhere or astray is a miss and nothing worse. A change therefore adds the new
 //! name to the index, changes the one record, and takes the old name away, in this order.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -65,6 +65,8 @@ struct Changes {
     /// What the records say, by their ids: whether one has children is never the index's word, and one that is damaged
     /// can be written again.
     known: HashMap<String, SnapshotRecord>,
+    /// Ids of the records that could not be read at the start and have neither been made anew nor gone since.
+    unread: HashSet<String>,
     /// The last time given out: each is later than all before it, so that they give an order.
     last_time: u64,
 }
@@ -93,11 +95,17 @@ impl Catalog {
             .iter()
             .map(|found| (found.id.clone(), found.record.clone()))
             .collect();
+        let unread = listing.damaged.iter().map(|damaged| damaged.id.clone());
+        let unread = unread.collect();
         let last_time = all.iter().map(|f| f.record.updated).max().unwrap_or(0);
         let catalog = Self {
             records,
             index,
-            changes: Mutex::new(Changes { known, last_time }),
+            changes: Mutex::new(Changes {
+                known,
+                unread,
+                last_time,
+            }),
         };
         Ok((catalog, all, listing.damaged))
     }
@@ -196,8 +204,17 @@ impl Catalog {
         record.updated = record.created;
         self.index.insert(&name, &id)?;
         self.records.put(&id, &record)?;
+        changes.unread.remove(&id);
         changes.known.insert(id, record);
         Ok(true)
+    }
+
+    /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.
+    pub(super) fn is_complete(&self) -> bool {
+        let mut changes = self.changes.lock();
+        let is_gone = |id: &str| matches!(self.records.get(id), Ok(None));
+        changes.unread.retain(|id| !is_gone(id));
+        changes.unread.is_empty()
     }
 
     /// The snapshot `key` of `owner`.

@@ -476,6 +476,24 @@ fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
     let mnt = mount(&plyd, "work");
     assert_eq!(fs::read(mnt.join("file 7")).unwrap(), b"file 7");
     plyd.umount(&mnt);
+
+    // What was kept because of a record goes when that is whole again, and so does what is removed later.
+    let other = Layer::new().file("x", 0o644, b"x");
+    load(&plyd, &archive("other", &[Blob::gzip(other)]));
+    plyd.signal(Signal::SIGTERM);
+    break_record(&lower[0]);
+    plyd.launch();
+    plyd.ok(["image", "rm", "other"]);
+    let left = || files(&plyd, "store/layers", ".index").len();
+    assert_eq!(left(), 3);
+    plyd.ok(["system", "repair"]);
+    assert_eq!(left(), 2);
+    plyd.ok(["snapshot", "rm", "work"]);
+    plyd.ok(["image", "rm", "whole"]);
+    assert_eq!(left(), 0);
+    plyd.ok(["system", "gc"]);
+    assert_eq!(files(&plyd, "store/records", ".record").len(), 0);
+    assert_eq!(files(&plyd, "store/packs", "").len(), 0);
 }
 
 /// Its figures were guesses, and nothing said so.
