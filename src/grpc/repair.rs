@@ -24,10 +24,10 @@ use crate::image::{self, ImageStore};
 use crate::runtime::containers::Containers;
 use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
 use crate::store::ingest::Observer;
-use crate::store::layers::Expected;
-use crate::store::repair::ViewCure;
+use crate::store::layers::{Expected, Layers};
+use crate::store::repair::{Mended, ViewCure};
 use crate::store::verify::{Fault, Told};
-use crate::store::{self, LayerName};
+use crate::store::{self, LayerName, ViewKey};
 
 use api::repair_response::Event;
 
@@ -82,7 +82,7 @@ impl Repair {
             })),
         }
         self.mend_records()?;
-        self.mend_without_source()?;
+        self.mend_without_source(Layers::mend_before_layers)?;
         self.restore_records()?;
         let mut patients = self.examine()?;
         if let Some((mut archive, total)) = archive
@@ -111,7 +111,7 @@ impl Repair {
         }
         self.restore_from_containerd(&mut patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
-        self.mend_without_source()?;
+        self.mend_without_source(Layers::mend)?;
         self.snapshotter.settle_records();
         for (layer, patient) in patients {
             self.tell_what_is_left(layer, patient);
@@ -151,10 +151,13 @@ impl Repair {
         }
     }
 
-    fn mend_without_source(&self) -> Result<(), Status> {
+    fn mend_without_source(
+        &self,
+        mend: impl FnOnce(&Layers, &HashMap<ViewKey, Vec<LayerName>>, &dyn Observer) -> Mended,
+    ) -> Result<(), Status> {
         let stores = self.stores();
         let views = stores.known_views()?;
-        let mended = self.snapshotter.packed_layers().mend(&views.chains(), self);
+        let mended = mend(self.snapshotter.packed_layers(), &views.chains(), self);
         for layer in mended.rewritten {
             let what = format!("the record of the layer {layer} was written again as it was");
             self.mended(Some(layer), what);

@@ -68,6 +68,24 @@ impl Layers {
         chains: &HashMap<ViewKey, Vec<LayerName>>,
         observer: &dyn Observer,
     ) -> Mended {
+        self.mend_all(chains, observer, true)
+    }
+
+    /// As [`mend`](Self::mend), but a damaged view that cannot be restored stays: its layers may have to be whole for that.
+    pub fn mend_before_layers(
+        &self,
+        chains: &HashMap<ViewKey, Vec<LayerName>>,
+        observer: &dyn Observer,
+    ) -> Mended {
+        self.mend_all(chains, observer, false)
+    }
+
+    fn mend_all(
+        &self,
+        chains: &HashMap<ViewKey, Vec<LayerName>>,
+        observer: &dyn Observer,
+        drop_views: bool,
+    ) -> Mended {
         let mut mended = Mended::default();
         for layer in self.damaged() {
             match self.mend_record(layer) {
@@ -76,7 +94,7 @@ impl Layers {
             }
         }
         self.rewrite_records(&mut mended);
-        self.mend_views(chains, observer, &mut mended);
+        self.mend_views(chains, observer, drop_views, &mut mended);
         let _no_collection = self.collecting.lock();
         let (tmp, level) = (self.tmp(), self.settings().level);
         let objects = self.objects();
@@ -240,6 +258,7 @@ impl Layers {
         &self,
         chains: &HashMap<ViewKey, Vec<LayerName>>,
         observer: &dyn Observer,
+        drop_views: bool,
         mended: &mut Mended,
     ) {
         let bad = match self.verify_views(observer) {
@@ -260,6 +279,7 @@ impl Layers {
             });
             let cure = match is_restored {
                 true => Ok(ViewCure::Restored),
+                false if !drop_views => continue,
                 false => self.drop_view(&path),
             };
             match cure {
