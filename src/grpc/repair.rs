@@ -84,7 +84,10 @@ impl Repair {
         self.mend_records()?;
         self.mend_without_source(Layers::mend_before_layers)?;
         self.restore_records()?;
-        let mut patients = self.examine()?;
+        let layers = self.snapshotter.packed_layers();
+        let all = self.examine()?.into_iter();
+        let (newer, mut patients): (Patients, Patients) =
+            all.partition(|(layer, _)| layers.is_newer(*layer));
         if let Some((mut archive, total)) = archive
             && self.needs_archive(&patients)?
         {
@@ -114,7 +117,10 @@ impl Repair {
         self.mend_without_source(Layers::mend)?;
         self.snapshotter.settle_records();
         for (layer, patient) in patients {
-            self.tell_what_is_left(layer, patient);
+            self.tell_what_is_left(layer, &patient.advice(), patient);
+        }
+        for (layer, patient) in newer {
+            self.tell_what_is_left(layer, "have the newer release repair it", patient);
         }
         let stores = self.stores();
         for view in stores.views(self)? {
@@ -387,8 +393,7 @@ impl Repair {
         false
     }
 
-    fn tell_what_is_left(&self, layer: LayerName, patient: Patient) {
-        let advice = patient.advice();
+    fn tell_what_is_left(&self, layer: LayerName, advice: &str, patient: Patient) {
         let snapshots: Vec<String> = patient
             .snapshots
             .into_iter()
@@ -402,7 +407,7 @@ impl Repair {
                 problem: fault.error.problem(),
                 snapshots: snapshots.clone(),
                 images: patient.images.clone(),
-                advice: advice.clone(),
+                advice: advice.to_owned(),
                 ..api::Fault::default()
             }));
         }

@@ -141,7 +141,8 @@ impl ImageStore {
     pub fn mend_records(&self) -> Result<Vec<String>> {
         let mut records = self.records.lock();
         let mut mended = Vec::new();
-        for damaged in records.examine()?.names {
+        let names = records.examine()?.names.into_iter();
+        for damaged in names.filter(|damaged| !damaged.newer) {
             let name = records.name_of(&damaged.id).map(str::to_owned);
             let image = name.as_deref().and_then(|name| records.named(name));
             if let Some((name, image)) = name.zip(image.map(str::to_owned)) {
@@ -172,14 +173,17 @@ impl ImageStore {
             };
             let mut records = self.records.lock();
             let Unsound { images, names } = records.examine()?;
-            if images.iter().any(|damaged| damaged.id == id) {
+            let is_among = |damaged: &[Damaged], id: &str| {
+                let mut damaged = damaged.iter();
+                damaged.any(|damaged| damaged.id == id && !damaged.newer)
+            };
+            if is_among(&images, id) {
                 records.put(id, &record_of(image, chain_ids, size))?;
                 let name = image.names.first().map_or(id, String::as_str);
                 mended.push(format!("the image {name}"));
             }
             for name in &image.names {
-                let is_damaged = names.iter().any(|damaged| damaged.id == records::key(name));
-                if is_damaged && records.image(id).is_some() {
+                if is_among(&names, &records::key(name)) && records.image(id).is_some() {
                     records.put_name(name, id)?;
                     mended.push(format!("the name {name} of an image"));
                 }

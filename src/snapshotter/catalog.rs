@@ -163,7 +163,8 @@ impl Catalog {
     /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
     pub(super) fn rewrite(&self) -> Result<Vec<ParentRef>> {
         let mut written = Vec::new();
-        for (damaged, _) in self.damaged()? {
+        let damaged = self.damaged()?.into_iter();
+        for (damaged, _) in damaged.filter(|(damaged, _)| !damaged.newer) {
             let changes = self.changes.lock();
             let Some(record) = changes.known.get(&damaged.id) else {
                 continue;
@@ -197,7 +198,8 @@ impl Catalog {
         let Some(id) = id else {
             return Ok(false);
         };
-        if changes.known.contains_key(&id) || self.records.problem_of(&id).is_none() {
+        let problem = self.records.problem_of(&id);
+        if changes.known.contains_key(&id) || problem.is_none_or(|damaged| damaged.newer) {
             return Ok(false);
         }
         record.created = changes.time_between(&record, &id, chain, at);
@@ -261,6 +263,7 @@ impl Catalog {
                 path: PathBuf::from(format!("{id}.record")),
                 problem: problem.to_owned(),
                 remedy: SnapshotRecord::REMEDY,
+                newer: false,
             };
             if chain.iter().any(|found| found.id == id) {
                 return Err(record::Error::from(missing("it is its own ancestor")).into());

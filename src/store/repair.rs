@@ -87,7 +87,8 @@ impl Layers {
         drop_views: bool,
     ) -> Mended {
         let mut mended = Mended::default();
-        for layer in self.damaged() {
+        let damaged = self.damaged().into_iter();
+        for layer in damaged.filter(|layer| !self.is_newer(*layer)) {
             match self.mend_record(layer) {
                 Ok(()) => mended.records.push(layer),
                 Err(error) => mended.errors.push(error),
@@ -195,7 +196,8 @@ impl Layers {
             Ok(damaged) => damaged,
             Err(error) => return mended.errors.push(error),
         };
-        for layer in damaged.iter().filter_map(|damaged| damaged.id.parse().ok()) {
+        let damaged = damaged.iter().filter(|damaged| !damaged.newer);
+        for layer in damaged.filter_map(|damaged| damaged.id.parse().ok()) {
             let _none_goes = self.removing.lock();
             let Some(record) = self.get(layer) else {
                 continue;
@@ -211,7 +213,7 @@ impl Layers {
     pub fn without_blob(&self) -> Vec<(LayerName, String)> {
         let without = |record: &LayerRecord| record.blob.is_none() || record.blob_is_claim;
         let all = self.list().into_iter();
-        all.filter(|(_, record)| without(record))
+        all.filter(|(layer, record)| without(record) && !self.is_newer(*layer))
             .filter_map(|(name, record)| Some((name, record.diff_id?)))
             .collect()
     }
