@@ -79,13 +79,25 @@ impl Client<'_> {
 /// Layers that have no record that can be used, though something needs them or a record is there.
 pub(super) fn unknown_layers(snapshotter: &Snapshotter) -> BTreeSet<LayerName> {
     let layers = snapshotter.packed_layers();
-    let mut unknown: BTreeSet<_> = layers.damaged().into_iter().collect();
-    match snapshotter.users_of_layers() {
-        Ok(users) => unknown.extend(users.into_keys()),
-        Err(error) => tracing::warn!(%error, "cannot tell which layers are needed"),
+    let unrecorded = |mut unknown: BTreeSet<LayerName>| {
+        unknown.retain(|layer| layers.get(*layer).is_none());
+        unknown
+    };
+    let needed = || match snapshotter.users_of_layers() {
+        Ok(users) => users.into_keys().collect(),
+        Err(error) => {
+            tracing::warn!(%error, "cannot tell which layers are needed");
+            BTreeSet::new()
+        }
+    };
+    let mut unknown = unrecorded(needed());
+    if !unknown.is_empty() {
+        // The last snapshot of a layer may have gone between the two, and the layer with it.
+        let needed = needed();
+        unknown.retain(|layer| needed.contains(layer));
     }
-    unknown.retain(|layer| layers.get(*layer).is_none());
-    unknown
+    unknown.extend(layers.damaged());
+    unrecorded(unknown)
 }
 
 struct Client<'a> {

@@ -95,13 +95,26 @@ impl Stores<'_> {
         Ok(faults)
     }
 
-    /// How many records cannot be used, those of layers too.
-    pub(super) fn damaged_records(&self) -> Result<u64, Status> {
-        let of_layers = self.snapshotter.packed_layers().damaged_records()?;
-        let of_layers = of_layers
-            .iter()
-            .filter(|record| record.id.parse::<LayerName>().is_ok());
-        Ok((of_layers.count() + self.records()?.len()) as u64)
+    /// How many records cannot be used, those of layers too. A directory of them that cannot be read counts as one, for there is
+    /// no better number; verification fails and says why.
+    pub(super) fn damaged_records(&self) -> u64 {
+        let of_layers = self.snapshotter.packed_layers().damaged_records();
+        let of_layers = of_layers.map_err(Status::from).map(|records| {
+            let names = records.iter().map(|record| record.id.parse::<LayerName>());
+            names.filter(Result::is_ok).count()
+        });
+        let others = self.records().map(|records| records.len());
+        let counts = [of_layers, others].into_iter();
+        let counts = counts.map(|count| {
+            count.unwrap_or_else(|status| {
+                tracing::warn!(
+                    problem = status.message(),
+                    "cannot count the damaged records"
+                );
+                1
+            })
+        });
+        counts.sum::<usize>() as u64
     }
 
     /// Whose the merged views are.

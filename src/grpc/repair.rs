@@ -24,10 +24,10 @@ use crate::image::{self, ImageStore};
 use crate::runtime::containers::Containers;
 use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
 use crate::store::ingest::Observer;
-use crate::store::layers::Expected;
-use crate::store::repair::ViewCure;
+use crate::store::layers::{Expected, Layers};
+use crate::store::repair::{Mended, ViewCure};
 use crate::store::verify::{Fault, Told};
-use crate::store::{self, LayerName};
+use crate::store::{self, LayerName, ViewKey};
 
 use api::repair_response::Event;
 
@@ -82,9 +82,12 @@ impl Repair {
             })),
         }
         self.mend_records()?;
-        self.mend_without_source()?;
+        self.mend_without_source(Layers::mend_before_layers)?;
         self.restore_records()?;
-        let mut patients = self.examine()?;
+        let layers = self.snapshotter.packed_layers();
+        let all = self.examine()?.into_iter();
+        let (newer, mut patients): (Patients, Patients) =
+            all.partition(|(layer, _)| layers.is_newer(*layer));
         if let Some((mut archive, total)) = archive
             && self.needs_archive(&patients)?
         {
@@ -94,17 +97,32 @@ impl Repair {
                     self.restore_from_archive(&mut patients, layers);
                     self.learn_blobs(layers);
                 });
-            let ((), records) = restored.map_err(Status::from)?;
+            let ((), records, all) = restored.map_err(Status::from)?;
             for of in records {
                 let what = format!("the record of {of} was made anew from the archive");
                 self.mended(None, what);
             }
+            if let Err(error) = all {
+                tracing::warn!(%error, "not all records of images can be made anew");
+                self.tell(Event::Left(api::Fault {
+                    kind: "record".to_owned(),
+                    problem: format!("not all records of images can be made anew: {error}"),
+                    advice: "mend that, then repeat this".to_owned(),
+                    ..api::Fault::default()
+                }));
+            }
         }
         self.restore_from_containerd(&mut patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
-        self.mend_without_source()?;
+        self.mend_without_source(Layers::mend)?;
+        self.snapshotter.settle_records();
+        self.look_again(&mut patients);
+        let others_have = patients.values().any(Patient::has_source) || !newer.is_empty();
         for (layer, patient) in patients {
-            self.tell_what_is_left(layer, patient);
+            self.tell_what_is_left(layer, &patient.advice(others_have), patient);
+        }
+        for (layer, patient) in newer {
+            self.tell_what_is_left(layer, "have the newer release repair it", patient);
         }
         let stores = self.stores();
         for view in stores.views(self)? {
@@ -141,10 +159,13 @@ impl Repair {
         }
     }
 
-    fn mend_without_source(&self) -> Result<(), Status> {
+    fn mend_without_source(
+        &self,
+        mend: impl FnOnce(&Layers, &HashMap<ViewKey, Vec<LayerName>>, &dyn Observer) -> Mended,
+    ) -> Result<(), Status> {
         let stores = self.stores();
         let views = stores.known_views()?;
-        let mended = self.snapshotter.packed_layers().mend(&views.chains(), self);
+        let mended = mend(self.snapshotter.packed_layers(), &views.chains(), self);
         for layer in mended.rewritten {
             let what = format!("the record of the layer {layer} was written again as it was");
             self.mended(Some(layer), what);
@@ -176,7 +197,7 @@ impl Repair {
             let pack = pack.display();
             self.mended(
                 None,
-                format!("the damaged pack {pack} was removed; what can be read of it is in others"),
+                format!("the damaged pack {pack} was written anew as others, with all that is sound in it"),
             );
         }
         for error in mended.errors {
@@ -374,8 +395,24 @@ impl Repair {
         false
     }
 
-    fn tell_what_is_left(&self, layer: LayerName, patient: Patient) {
-        let advice = patient.advice();
+    /// Takes out those that have become whole with others: layers share contents.
+    fn look_again(&self, patients: &mut Patients) {
+        let layers = self.snapshotter.packed_layers();
+        patients.retain(|layer, patient| {
+            if layers.get(*layer).is_none() {
+                return true;
+            }
+            patient.faults = layers.verify_layer(*layer, true, self);
+            let is_whole = patient.faults.is_empty();
+            if is_whole {
+                let what = format!("what the layer {layer} lacked came with other layers");
+                self.mended(Some(*layer), what);
+            }
+            !is_whole
+        });
+    }
+
+    fn tell_what_is_left(&self, layer: LayerName, advice: &str, patient: Patient) {
         let snapshots: Vec<String> = patient
             .snapshots
             .into_iter()
@@ -389,7 +426,7 @@ impl Repair {
                 problem: fault.error.problem(),
                 snapshots: snapshots.clone(),
                 images: patient.images.clone(),
-                advice: advice.clone(),
+                advice: advice.to_owned(),
                 ..api::Fault::default()
             }));
         }
@@ -440,8 +477,13 @@ fn on_top_of(snapshots: &[ParentRef], all: &[SnapshotInfo]) -> Vec<String> {
 }
 
 impl Patient {
-    /// Why it is left, and what to do.
-    fn advice(&self) -> String {
+    /// Whether it can be had again from somewhere.
+    fn has_source(&self) -> bool {
+        !self.images.is_empty() || self.blob.is_some() || self.diff_id.is_some()
+    }
+
+    /// Why it is left, and what to do. `others_have`: other layers that are left can be had again, and may have its contents.
+    fn advice(&self, others_have: bool) -> String {
         let why = match self.reasons.as_slice() {
             [] => String::new(),
             reasons => format!("{}; ", reasons.join("; ")),
@@ -463,6 +505,9 @@ impl Patient {
             ),
             ([], _, _, Some(diff_id)) => format!(
                 "{why}get the archive of an image with the layer {diff_id} and give it to `snapctl system repair -i`"
+            ),
+            ([], _, _, None) if others_have => format!(
+                "{why}it was made here, but other layers may have what it lacks: mend what else is left first, then repeat this"
             ),
             ([], _, _, None) if self.on_top.is_empty() => format!(
                 "{why}nothing else has it, for it was made here; remove the snapshot and make it again"

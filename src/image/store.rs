@@ -43,8 +43,7 @@ impl ImageStore {
             unpacker: Unpacker::open(snapshotter)?,
             spools,
         };
-        this.tell_tops(&this.records.lock());
-        this.sweep()?;
+        this.settle()?;
         Ok(this)
     }
 
@@ -75,20 +74,22 @@ impl ImageStore {
 
     /// Takes in an archive as [`load`](Self::load) does, hands its layers to `work`, each as the file with its blob by its diff
     /// id, and writes records that cannot be used anew if it has what they said. Answers also what records these were, in
-    /// words. Nothing else of it stays.
+    /// words, and whether they are all of them. Nothing else of it stays.
     pub fn with_layers<T>(
         &self,
         archive: &mut dyn Read,
         total: u64,
         observer: &dyn Observer,
         work: impl FnOnce(&HashMap<String, PathBuf>) -> T,
-    ) -> Result<(T, Vec<String>)> {
+    ) -> Result<(T, Vec<String>, Result<()>)> {
         let spool = self.spool(archive, total, observer)?;
         let archived = archive::images(&spool, None)?;
         let layers = archived.iter().flat_map(|image| &image.layers);
         let by_diff_id = layers.map(|layer| (layer.diff_id.clone(), layer.file.path.clone()));
         let done = work(&by_diff_id.collect());
-        Ok((done, self.restore_records(&archived)?))
+        let mut mended = Vec::new();
+        let restored = self.restore_records(&archived, &mut mended);
+        Ok((done, mended, restored))
     }
 
     /// All images, ordered by name; those without one last.
@@ -140,7 +141,8 @@ impl ImageStore {
     pub fn mend_records(&self) -> Result<Vec<String>> {
         let mut records = self.records.lock();
         let mut mended = Vec::new();
-        for damaged in records.examine()?.names {
+        let names = records.examine()?.names.into_iter();
+        for damaged in names.filter(|damaged| !damaged.newer) {
             let name = records.name_of(&damaged.id).map(str::to_owned);
             let image = name.as_deref().and_then(|name| records.named(name));
             if let Some((name, image)) = name.zip(image.map(str::to_owned)) {
@@ -157,8 +159,11 @@ impl ImageStore {
     }
 
     /// Writes those records anew that cannot be used and of which the archive has what they said.
-    fn restore_records(&self, archived: &[archive::ArchivedImage]) -> Result<Vec<String>> {
-        let mut mended = Vec::new();
+    fn restore_records(
+        &self,
+        archived: &[archive::ArchivedImage],
+        mended: &mut Vec<String>,
+    ) -> Result<()> {
         for image in archived {
             let id = id_of(image);
             let chain_ids = unpack::chain_ids(image.layers.iter().map(|l| l.diff_id.as_str()));
@@ -168,20 +173,24 @@ impl ImageStore {
             };
             let mut records = self.records.lock();
             let Unsound { images, names } = records.examine()?;
-            if images.iter().any(|damaged| damaged.id == id) {
+            let is_among = |damaged: &[Damaged], id: &str| {
+                let mut damaged = damaged.iter();
+                damaged.any(|damaged| damaged.id == id && !damaged.newer)
+            };
+            if is_among(&images, id) {
                 records.put(id, &record_of(image, chain_ids, size))?;
                 let name = image.names.first().map_or(id, String::as_str);
                 mended.push(format!("the image {name}"));
             }
             for name in &image.names {
-                let is_damaged = names.iter().any(|damaged| damaged.id == records::key(name));
-                if is_damaged && records.image(id).is_some() {
+                if is_among(&names, &records::key(name)) && records.image(id).is_some() {
                     records.put_name(name, id)?;
                     mended.push(format!("the name {name} of an image"));
                 }
             }
         }
-        Ok(mended)
+        // While one was damaged, no layer could go.
+        self.settle()
     }
 
     /// One image by name, digest or unique prefix of its id.
@@ -247,8 +256,7 @@ impl ImageStore {
             }
         }
         if !removed.removed.is_empty() {
-            self.tell_tops(&self.records.lock());
-            self.sweep()?;
+            self.settle()?;
         }
         Ok(removed)
     }
@@ -258,6 +266,12 @@ impl ImageStore {
     pub fn sweep(&self) -> Result<()> {
         let records = self.records.lock();
         self.unpacker.sweep(&|chain_id| records.need(chain_id))
+    }
+
+    /// Acts on what images there are now.
+    fn settle(&self) -> Result<()> {
+        self.tell_tops(&self.records.lock());
+        self.sweep()
     }
 
     /// Tells whose views containers will be started on.

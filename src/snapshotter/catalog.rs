@@ -65,8 +65,8 @@ struct Changes {
     /// What the records say, by their ids: whether one has children is never the index's word, and one that is damaged
     /// can be written again.
     known: HashMap<String, SnapshotRecord>,
-    /// Ids of records that could not be used when they were first read.
-    unknown: HashSet<String>,
+    /// Ids of the records that could not be read at the start and have neither been made anew nor gone since.
+    unread: HashSet<String>,
     /// The last time given out: each is later than all before it, so that they give an order.
     last_time: u64,
 }
@@ -95,15 +95,15 @@ impl Catalog {
             .iter()
             .map(|found| (found.id.clone(), found.record.clone()))
             .collect();
-        let damaged = listing.damaged.iter();
-        let unknown = damaged.map(|damaged| damaged.id.clone()).collect();
+        let unread = listing.damaged.iter().map(|damaged| damaged.id.clone());
+        let unread = unread.collect();
         let last_time = all.iter().map(|f| f.record.updated).max().unwrap_or(0);
         let catalog = Self {
             records,
             index,
             changes: Mutex::new(Changes {
                 known,
-                unknown,
+                unread,
                 last_time,
             }),
         };
@@ -163,7 +163,8 @@ impl Catalog {
     /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
     pub(super) fn rewrite(&self) -> Result<Vec<ParentRef>> {
         let mut written = Vec::new();
-        for (damaged, _) in self.damaged()? {
+        let damaged = self.damaged()?.into_iter();
+        for (damaged, _) in damaged.filter(|(damaged, _)| !damaged.newer) {
             let changes = self.changes.lock();
             let Some(record) = changes.known.get(&damaged.id) else {
                 continue;
@@ -197,16 +198,25 @@ impl Catalog {
         let Some(id) = id else {
             return Ok(false);
         };
-        if changes.known.contains_key(&id) || self.records.problem_of(&id).is_none() {
+        let problem = self.records.problem_of(&id);
+        if changes.known.contains_key(&id) || problem.is_none_or(|damaged| damaged.newer) {
             return Ok(false);
         }
         record.created = changes.time_between(&record, &id, chain, at);
         record.updated = record.created;
         self.index.insert(&name, &id)?;
         self.records.put(&id, &record)?;
-        changes.unknown.remove(&id);
+        changes.unread.remove(&id);
         changes.known.insert(id, record);
         Ok(true)
+    }
+
+    /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.
+    pub(super) fn is_complete(&self) -> bool {
+        let mut changes = self.changes.lock();
+        let is_gone = |id: &str| matches!(self.records.get(id), Ok(None));
+        changes.unread.retain(|id| !is_gone(id));
+        changes.unread.is_empty()
     }
 
     /// The snapshot `key` of `owner`.
@@ -253,6 +263,7 @@ impl Catalog {
                 path: PathBuf::from(format!("{id}.record")),
                 problem: problem.to_owned(),
                 remedy: SnapshotRecord::REMEDY,
+                newer: false,
             };
             if chain.iter().any(|found| found.id == id) {
                 return Err(record::Error::from(missing("it is its own ancestor")).into());
@@ -289,7 +300,7 @@ impl Catalog {
             id: id.clone(),
             record: record.clone(),
         });
-        changes.unknown.is_empty().then(|| all.collect())
+        changes.unread.is_empty().then(|| all.collect())
     }
 
     /// Records a new snapshot. Its times are set here.

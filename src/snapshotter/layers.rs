@@ -134,6 +134,16 @@ impl Snapshotter {
         self.packed.restore(layer, stream, expected, observer)
     }
 
+    /// Lets the layers go that were kept because they might have been those of snapshots whose records could not be read when plyd
+    /// started, if each of these has been made anew or removed. Answers whether that is so.
+    pub fn settle_records(&self) -> bool {
+        let settled = self.catalog.is_complete();
+        if settled {
+            self.packed.settle();
+        }
+        settled
+    }
+
     /// Puts the names into the index that it has lost; says how many.
     pub fn mend_index(&self) -> Result<usize> {
         self.catalog.mend_index()

@@ -2,9 +2,10 @@
 //!
 //! A layer may be the content of several snapshots. It is removed with the last of them, but never while an import
 //! is under way: that may have found it there already and be about to record a snapshot of it. A
-//! layer that a crash left without a snapshot goes when the store is opened.
+//! layer that a crash left without a snapshot goes when the store is opened. While the records of some snapshots cannot be read,
+//! any layer that was there at the start may be theirs, and stays.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,6 +33,8 @@ pub(super) struct Packed {
 struct State {
     /// By how many snapshots each layer is used.
     uses: HashMap<LayerName, usize>,
+    /// Those that snapshots may have whose records cannot be read.
+    claimed: HashSet<LayerName>,
     /// Imports and commits under way.
     imports: usize,
 }
@@ -83,10 +86,8 @@ impl Packed {
             }
         }
         if incomplete {
-            // Each may be one of theirs, until all records can be read.
-            for (layer, _) in layers.list() {
-                *state.uses.entry(layer).or_default() += 1;
-            }
+            let recorded = layers.list().into_iter().map(|(layer, _)| layer);
+            state.claimed = recorded.chain(layers.damaged()).collect();
         }
         let layers = Arc::new(layers);
         let collector =
@@ -252,6 +253,13 @@ impl Packed {
         self.remove_unused(&state);
     }
 
+    /// Of all snapshots it is known now which layers they have.
+    pub(super) fn settle(&self) {
+        let mut state = self.state.lock();
+        state.claimed.clear();
+        self.remove_unused(&state);
+    }
+
     /// Whoever has `state` locked keeps an import from beginning.
     fn remove_unused(&self, state: &State) {
         if state.imports > 0 {
@@ -259,7 +267,7 @@ impl Packed {
         }
         let mut removed = false;
         for (name, _) in self.layers.list() {
-            if state.uses.contains_key(&name) {
+            if state.uses.contains_key(&name) || state.claimed.contains(&name) {
                 continue;
             }
             removed = true;
@@ -344,6 +352,32 @@ mod tests {
         assert!(layers.verify_layer(of_one[0], true, &()).is_empty());
         // The others go as soon as it is known whose they are.
         assert_eq!(layers.list().len(), 1);
+    }
+
+    /// They stayed until plyd started again.
+    #[test]
+    fn layers_of_nobody_go_when_the_last_damaged_record_has_gone() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let id = layer(&snapshots, "one", None).id;
+        layer(&snapshots, "two", None);
+        snapshots.close().unwrap();
+        drop(snapshots);
+        let record = place.root().join(format!("snapshots/records/{id}.record"));
+        let good = fs::read(&record).unwrap();
+        fs::write(&record, &good[..good.len() / 2]).unwrap();
+        let snapshots = place.open();
+        snapshots.remove(Owner::Containerd, "two").unwrap();
+        let left = || snapshots.packed_layers().list().len();
+        assert!(!snapshots.settle_records());
+        assert_eq!(left(), 2);
+        // Whole, but who reads it only now does not know what else there was.
+        fs::write(&record, good).unwrap();
+        assert!(!snapshots.settle_records());
+        assert_eq!(left(), 2);
+        fs::remove_file(&record).unwrap();
+        assert!(snapshots.settle_records());
+        assert_eq!(left(), 0);
     }
 
     #[test]

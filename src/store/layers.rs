@@ -393,6 +393,11 @@ impl Layers {
         !self.records.is_unsound(id, is_known)
     }
 
+    /// Whether the record of the layer is a newer release's, which is left to that.
+    pub fn is_newer(&self, layer: LayerName) -> bool {
+        self.records.is_newer(&layer.to_string())
+    }
+
     /// Layers whose records could not be used when the store was opened, and have not been made anew since.
     pub fn damaged(&self) -> Vec<LayerName> {
         self.damaged.lock().clone()

@@ -97,11 +97,16 @@ pub struct Damaged {
     pub problem: String,
     /// What to do about it.
     pub remedy: &'static str,
+    /// A newer release wrote it, to which it is left: no repair writes it anew.
+    pub newer: bool,
 }
 
 impl Damaged {
     /// The same of a record of which plyd knows all that it said.
     pub fn known(self) -> Self {
+        if self.newer {
+            return self;
+        }
         Self {
             remedy: "`snapctl system repair` writes it again as it was, as long as this plyd runs",
             ..self
@@ -200,6 +205,11 @@ impl<T: Record> RecordDir<T> {
         self.get(id).err().map(|error| self.because(id, error))
     }
 
+    /// Whether the record `id` is a newer release's, which is left to that.
+    pub fn is_newer(&self, id: &str) -> bool {
+        self.problem_of(id).is_some_and(|damaged| damaged.newer)
+    }
+
     /// Whether the record `id`, which should be there if it is `known`, cannot be used. The answer holds as long as nobody
     /// removes it.
     pub fn is_unsound(&self, id: &str, known: bool) -> bool {
@@ -223,6 +233,19 @@ impl<T: Record> RecordDir<T> {
             path: self.dir.join(format!("{id}{SUFFIX}")),
             problem,
             remedy: T::REMEDY,
+            newer: false,
+        }
+    }
+
+    fn unusable(&self, id: &str, unusable: Unusable) -> Damaged {
+        let damaged = self.damaged(id, unusable.to_string());
+        match unusable {
+            Unusable::Damaged(_) => damaged,
+            Unusable::Newer => Damaged {
+                remedy: "have the newer release repair it",
+                newer: true,
+                ..damaged
+            },
         }
     }
 
@@ -243,7 +266,8 @@ impl<T: Record> RecordDir<T> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(io_error("read", &path)(error)),
         };
-        Ok(Some(decode(&bytes).map_err(damaged)?))
+        let decoded = decode(&bytes);
+        Ok(Some(decoded.map_err(|error| self.unusable(id, error))?))
     }
 
     /// Makes `record` the record `id`, in place of one that may be there. Durable on return.
@@ -334,7 +358,22 @@ fn encode<T: Record>(record: &T) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn decode<T: Record>(bytes: &[u8]) -> Result<T, String> {
+/// Why a file is not a record that this release can use.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error("{0}")]
+    Damaged(String),
+    #[error("a newer release of Plywood wrote it")]
+    Newer,
+}
+
+impl From<String> for Unusable {
+    fn from(problem: String) -> Self {
+        Self::Damaged(problem)
+    }
+}
+
+fn decode<T: Record>(bytes: &[u8]) -> Result<T, Unusable> {
     let body_and_sum = bytes
         .strip_suffix(b"\n")
         .ok_or_else(|| "it is empty or cut off".to_owned())?;
@@ -344,12 +383,12 @@ fn decode<T: Record>(bytes: &[u8]) -> Result<T, String> {
         .ok_or_else(|| "it is cut off".to_owned())?;
     let (body, sum) = (&bytes[..=split], &body_and_sum[split + 1..]);
     if sum != blake3::hash(body).to_hex().as_bytes() {
-        return Err("its checksum does not match its content".to_owned());
+        return Err("its checksum does not match its content".to_owned().into());
     }
     let text = std::str::from_utf8(body).map_err(|error| format!("it is not text: {error}"))?;
     let lines: Vec<&str> = text.lines().collect();
     let [MAGIC, header, payload] = lines[..] else {
-        return Err(format!("it does not start with \"{MAGIC}\""));
+        return Err(format!("it does not start with \"{MAGIC}\"").into());
     };
     let header: Header =
         serde_json::from_str(header).map_err(|error| format!("its header is wrong: {error}"))?;
@@ -358,13 +397,14 @@ fn decode<T: Record>(bytes: &[u8]) -> Result<T, String> {
             "it is the record of a {}, not of a {}",
             header.kind,
             T::KIND
-        ));
+        )
+        .into());
     }
     // No bit of either word has a meaning yet, and a record that may be read is also replaced.
     if header.version > T::VERSION || header.incompatible != 0 || header.read_only_compatible != 0 {
-        return Err("a newer release of Plywood wrote it".to_owned());
+        return Err(Unusable::Newer);
     }
-    serde_json::from_str(payload).map_err(|error| format!("its payload is wrong: {error}"))
+    serde_json::from_str(payload).map_err(|error| format!("its payload is wrong: {error}").into())
 }
 
 #[cfg(test)]
@@ -390,7 +430,7 @@ mod tests {
     }
 
     fn problem(bytes: &[u8]) -> String {
-        decode::<Fruit>(bytes).unwrap_err()
+        decode::<Fruit>(bytes).unwrap_err().to_string()
     }
 
     #[test]

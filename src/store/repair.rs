@@ -68,15 +68,34 @@ impl Layers {
         chains: &HashMap<ViewKey, Vec<LayerName>>,
         observer: &dyn Observer,
     ) -> Mended {
+        self.mend_all(chains, observer, true)
+    }
+
+    /// As [`mend`](Self::mend), but a damaged view that cannot be restored stays: its layers may have to be whole for that.
+    pub fn mend_before_layers(
+        &self,
+        chains: &HashMap<ViewKey, Vec<LayerName>>,
+        observer: &dyn Observer,
+    ) -> Mended {
+        self.mend_all(chains, observer, false)
+    }
+
+    fn mend_all(
+        &self,
+        chains: &HashMap<ViewKey, Vec<LayerName>>,
+        observer: &dyn Observer,
+        drop_views: bool,
+    ) -> Mended {
         let mut mended = Mended::default();
-        for layer in self.damaged() {
+        let damaged = self.damaged().into_iter();
+        for layer in damaged.filter(|layer| !self.is_newer(*layer)) {
             match self.mend_record(layer) {
                 Ok(()) => mended.records.push(layer),
                 Err(error) => mended.errors.push(error),
             }
         }
         self.rewrite_records(&mut mended);
-        self.mend_views(chains, observer, &mut mended);
+        self.mend_views(chains, observer, drop_views, &mut mended);
         let _no_collection = self.collecting.lock();
         let (tmp, level) = (self.tmp(), self.settings().level);
         let objects = self.objects();
@@ -177,7 +196,8 @@ impl Layers {
             Ok(damaged) => damaged,
             Err(error) => return mended.errors.push(error),
         };
-        for layer in damaged.iter().filter_map(|damaged| damaged.id.parse().ok()) {
+        let damaged = damaged.iter().filter(|damaged| !damaged.newer);
+        for layer in damaged.filter_map(|damaged| damaged.id.parse().ok()) {
             let _none_goes = self.removing.lock();
             let Some(record) = self.get(layer) else {
                 continue;
@@ -193,7 +213,7 @@ impl Layers {
     pub fn without_blob(&self) -> Vec<(LayerName, String)> {
         let without = |record: &LayerRecord| record.blob.is_none() || record.blob_is_claim;
         let all = self.list().into_iter();
-        all.filter(|(_, record)| without(record))
+        all.filter(|(layer, record)| without(record) && !self.is_newer(*layer))
             .filter_map(|(name, record)| Some((name, record.diff_id?)))
             .collect()
     }
@@ -240,6 +260,7 @@ impl Layers {
         &self,
         chains: &HashMap<ViewKey, Vec<LayerName>>,
         observer: &dyn Observer,
+        drop_views: bool,
         mended: &mut Mended,
     ) {
         let bad = match self.verify_views(observer) {
@@ -260,6 +281,7 @@ impl Layers {
             });
             let cure = match is_restored {
                 true => Ok(ViewCure::Restored),
+                false if !drop_views => continue,
                 false => self.drop_view(&path),
             };
             match cure {

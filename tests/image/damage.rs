@@ -476,6 +476,70 @@ fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
     let mnt = mount(&plyd, "work");
     assert_eq!(fs::read(mnt.join("file 7")).unwrap(), b"file 7");
     plyd.umount(&mnt);
+
+    // What was kept because of a record goes when that is whole again, and so does what is removed later.
+    let other = Layer::new().file("x", 0o644, b"x");
+    load(&plyd, &archive("other", &[Blob::gzip(other)]));
+    plyd.signal(Signal::SIGTERM);
+    break_record(&lower[0]);
+    plyd.launch();
+    plyd.ok(["image", "rm", "other"]);
+    let left = || files(&plyd, "store/layers", ".index").len();
+    assert_eq!(left(), 3);
+    plyd.ok(["system", "repair"]);
+    assert_eq!(left(), 2);
+    plyd.ok(["snapshot", "rm", "work"]);
+    plyd.ok(["image", "rm", "whole"]);
+    assert_eq!(left(), 0);
+    plyd.ok(["system", "gc"]);
+    assert_eq!(files(&plyd, "store/records", ".record").len(), 0);
+    assert_eq!(files(&plyd, "store/packs", "").len(), 0);
+}
+
+/// A repair wrote what this release knows over what it could not read.
+#[test]
+fn a_record_of_a_newer_release_is_left_to_that() {
+    let mut plyd = Plyd::start();
+    let archive = image("whole");
+    load(&plyd, &archive);
+    let dirs = [
+        "snapshots/records",
+        "images/records",
+        "images/names",
+        "store/records",
+    ];
+    let records = dirs.map(|dir| files(&plyd, dir, ".record")).concat();
+    assert_eq!(records.len(), 6);
+    for record in &records {
+        let good = fs::read(record).unwrap();
+        let text = std::str::from_utf8(&good).unwrap();
+        let (body, _) = text.trim_end().rsplit_once('\n').unwrap();
+        let body = format!("{body}\n").replacen("\"incompatible\":0", "\"incompatible\":1", 1);
+        let newer = format!("{body}{}\n", blake3::hash(body.as_bytes()).to_hex());
+        for restart in [false, true] {
+            if restart {
+                plyd.signal(Signal::SIGTERM);
+            }
+            fs::write(record, &newer).unwrap();
+            if restart {
+                plyd.launch();
+            }
+            let repaired = plyd.piped(["system", "repair", "-i", "-"], &archive);
+            let told = repaired.stdout;
+            assert_eq!(repaired.code, 1, "{} {restart}: {told}", record.display());
+            assert!(
+                told.contains("a newer release of Plywood wrote it")
+                    && told.contains("have the newer release repair it"),
+                "{told}"
+            );
+            assert!(told.contains(" 0 mended, "), "{told}");
+            assert_eq!(fs::read_to_string(record).unwrap(), newer);
+            plyd.signal(Signal::SIGTERM);
+            fs::write(record, &good).unwrap();
+            plyd.launch();
+            assert_sound(&plyd);
+        }
+    }
 }
 
 /// Its figures were guesses, and nothing said so.

@@ -44,7 +44,7 @@ impl Containers {
         for entry in self.entries() {
             let this = self.clone();
             let written = blocking(move || {
-                if !this.is_unsound(&entry) {
+                if !this.is_unsound(&entry) || this.0.records.is_newer(&entry.id) {
                     return Ok(None);
                 }
                 let _held = entry.lock.blocking_lock();

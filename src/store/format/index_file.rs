@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -233,10 +233,16 @@ impl IndexFile {
     }
 
     /// Writes the pages that are not sound as they are in `other`, where that has what the sums say, and says whether all are
-    /// sound then. Who has the file open reads them from then on.
+    /// sound then. Who has the file open reads them from then on. Another file that has taken its place is left alone.
     pub(in crate::store) fn restore_pages(&self, other: &File) -> Result<bool> {
         let own = File::options().write(true).open(&self.path);
         let own = own.map_err(io_error("open", &self.path))?;
+        let identity = |file: &File| file.metadata().map(|found| (found.dev(), found.ino()));
+        let (ours, found) = (identity(&self.file), identity(&own));
+        let look = |found: io::Result<_>| found.map_err(io_error("look at", &self.path));
+        if look(ours)? != look(found)? {
+            return Ok(false);
+        }
         for page in 0..(self.sums.len() / 32) as u64 {
             if self.read_page(page).is_ok() {
                 continue;
@@ -478,6 +484,25 @@ mod tests {
         let tmp = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(tmp.path(), bytes).unwrap();
         IndexFile::open(tmp.path(), Kind::View)
+    }
+
+    /// It was written over by pages of the one that it had replaced.
+    #[test]
+    fn pages_are_not_restored_in_another_file_that_has_taken_the_place() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("view");
+        let good = tmp.path().join("good");
+        std::fs::write(&good, sample()).unwrap();
+        let mut bytes = sample();
+        bytes[HEADER + 5000] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let damaged = IndexFile::open(&path, Kind::View).unwrap();
+        let new = tmp.path().join("new");
+        std::fs::write(&new, b"another").unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        let good = File::open(&good).unwrap();
+        assert!(!damaged.restore_pages(&good).unwrap());
+        assert_eq!(std::fs::read(&path).unwrap(), b"another");
     }
 
     /// Everything that a reader can get of it.

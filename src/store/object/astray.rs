@@ -5,7 +5,7 @@
 //! under the name of the pack. A file that does not is astray. Nothing is served of it, but it may be all that is left of the
 //! pack, and a repair writes it anew from there.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -16,7 +16,8 @@ use super::Objects;
 use super::restore::remove;
 use crate::store::durable::sync_dir;
 use crate::store::error::{Result, io_error};
-use crate::store::pack::{self, PackId};
+use crate::store::format::ObjectName;
+use crate::store::pack::{self, PackId, Slot};
 
 /// Packs that are kept open: far fewer than a process may have files open.
 const MOST_OPEN: usize = 64;
@@ -66,14 +67,18 @@ impl OpenPacks {
         self.astray.retain(|(known, _)| !of(*known));
     }
 
-    /// Whether a pack is astray, as `is_in_place` tells of one that was not found to be.
-    fn is_astray(&mut self, id: PackId, is_in_place: impl FnOnce(&File) -> bool) -> bool {
-        self.get(id, is_in_place);
+    /// Whether a pack is astray, as `is_in_place` tells.
+    fn is_astray(&mut self, id: PackId, is_in_place: impl Fn(&File) -> bool) -> bool {
+        self.get(id, &is_in_place);
+        // One may have been moved back.
+        self.astray
+            .retain(|(known, file)| *known != id || !is_in_place(file));
         self.astray.iter().any(|(known, _)| *known == id)
     }
 
     /// All that are astray, as `is_in_place` tells.
     fn astray(&mut self, is_in_place: impl Fn(PackId, &File) -> bool) -> Vec<OpenPack> {
+        self.astray.retain(|(id, file)| !is_in_place(*id, file));
         for pack in std::mem::take(&mut self.used) {
             match is_in_place(pack.0, &pack.1) {
                 true => self.used.push_back(pack),
@@ -123,15 +128,17 @@ impl Objects {
 
     fn put_back_pack(&self, id: PackId, file: &File, tmp: &Path) -> Result<Option<PathBuf>> {
         let path = self.pack_path(id);
-        let known = self.known_in(id, file)?;
-        let sound = |file: &File| {
-            let read = |(object, slot): &&(_, _)| pack::read(file, object, *slot, true).is_ok();
-            known.iter().filter(read).count()
+        let open = self.sound_in(id, file);
+        // Of a pack in which nothing is known to be, nobody can say what is worth keeping.
+        let (is_as_good, is_worse) = match pack::open(&path, id) {
+            Ok(there) => {
+                let there = self.sound_in(id, &there);
+                let is_as_good = !there.is_empty() && open.is_subset(&there);
+                (is_as_good, !is_as_good && there.is_subset(&open))
+            }
+            Err(error) => (false, error.is_not_found()),
         };
-        let (is_sound, is_worse) = match pack::open(&path, id).map(|there| sound(&there)) {
-            Ok(there) => (there == known.len(), there < sound(file)),
-            Err(error) => (false, error.is_not_found() && !known.is_empty()),
-        };
+        let is_worse = is_worse && !open.is_empty();
         if is_worse {
             let new = tmp.join(format!("again-{:032x}", rand::random::<u128>()));
             let written = copy(file, &new).and_then(|()| fs::rename(&new, &path));
@@ -142,10 +149,23 @@ impl Objects {
             written.map_err(io_error("make", &path))?;
             sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
         }
-        if is_sound || is_worse {
+        if is_worse {
+            // Also what was in its place till now, which may be in use.
+            self.open.lock().forget(id);
+        } else if is_as_good {
             self.open.lock().forget_astray(|astray| astray == id);
         }
         Ok(is_worse.then_some(path))
+    }
+
+    /// What is known to be in a pack and can be read from `file`.
+    fn sound_in(&self, id: PackId, file: &File) -> BTreeSet<ObjectName> {
+        let sound = |slot: Slot| {
+            let object = pack::object_at(file, slot).ok()??;
+            pack::read(file, &object, slot, true).ok()?;
+            Some(object.name)
+        };
+        self.slots_of(id).into_iter().filter_map(sound).collect()
     }
 }
 

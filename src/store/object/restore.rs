@@ -155,16 +155,21 @@ impl Objects {
         Ok(found)
     }
 
-    /// The objects that are known to be in a pack and have sound headers in `file`.
-    pub(super) fn known_in(&self, id: PackId, file: &File) -> Result<Vec<(Object, Slot)>> {
-        let path = self.pack_path(id);
+    /// Where objects are known to be in a pack, from its start on.
+    pub(super) fn slots_of(&self, id: PackId) -> Vec<Slot> {
         let mut known: Vec<Slot> = match &*self.places.read() {
             Some(places) => places.values().filter_map(slot_in(id)).collect(),
             None => Vec::new(),
         };
         known.sort_unstable_by_key(|slot| slot.offset);
+        known
+    }
+
+    /// The objects that are known to be in a pack and have sound headers in `file`.
+    pub(super) fn known_in(&self, id: PackId, file: &File) -> Result<Vec<(Object, Slot)>> {
+        let path = self.pack_path(id);
         let mut objects = Vec::new();
-        for slot in known {
+        for slot in self.slots_of(id) {
             let found = pack::object_at(file, slot).map_err(io_error("read", &path))?;
             objects.extend(found.map(|object| (object, slot)));
         }

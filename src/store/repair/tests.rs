@@ -406,6 +406,17 @@ fn a_view_is_restored_below_those_who_have_it_open() {
             assert!(!view.is_damaged());
         }
     }
+    // It was removed before its layer was mended by the same repair.
+    let index = store.layers.index_path(many);
+    let sound = fs::read(&index).unwrap();
+    flip(&path, 9000);
+    flip(&index, 9000);
+    let mended = store.layers.mend_before_layers(&chains, &());
+    assert_eq!(mended.views, []);
+    fs::write(&index, sound).unwrap();
+    let mended = store.layers.mend(&chains, &());
+    assert_eq!(mended.views[0].cure, ViewCure::Restored);
+    assert!(fs::read(&path).unwrap() == good);
     // Without its header nobody knows what it was.
     let view = open();
     flip(&path, 100);

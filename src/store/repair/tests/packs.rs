@@ -377,3 +377,59 @@ fn what_is_open_of_a_pack_is_not_put_over_what_is_as_good() {
     store.restore();
     store.assert_whole();
 }
+
+/// It had fewer that were sound, and one of them the other had not.
+#[test]
+fn what_is_open_of_a_pack_is_not_put_over_what_it_does_not_have() {
+    let store = Store::new();
+    let stream = stream(&["c", "d", "e"]);
+    let import = store.layers.import(&*stream, &Expected::default(), &());
+    let layer = import.unwrap();
+    let faults = || store.layers.verify_layer(layer, true, &()).len();
+    assert_eq!(faults(), 0);
+    let pack = store.file("packs");
+    let bytes = fs::read(&pack).unwrap();
+    assert!(bytes.len() as u64 > 3 * PACKED);
+    let first = 64 + 100;
+    flip(&pack, first);
+    move_away(&pack);
+    fs::write(&pack, &bytes).unwrap();
+    flip(&pack, first + PACKED);
+    flip(&pack, first + 2 * PACKED);
+    let there = fs::read(&pack).unwrap();
+    assert!(faults() > 0);
+    let mended = store.layers.mend(&HashMap::new(), &());
+    assert!(mended.errors.is_empty(), "{:?}", mended.errors);
+    assert_eq!(mended.put_back, [""; 0].map(PathBuf::from));
+    assert!(fs::read(&pack).unwrap() == there);
+}
+
+/// It stayed until the next start, whatever was in it.
+#[test]
+fn a_pack_that_is_in_its_place_again_is_collected() {
+    for is_worse in [false, true] {
+        let store = Store::new();
+        assert_eq!(store.faults(), 0);
+        let pack = store.file("packs");
+        let bytes = fs::read(&pack).unwrap();
+        move_away(&pack);
+        if is_worse {
+            fs::write(&pack, &bytes).unwrap();
+            flip(&pack, 64 + 100);
+        }
+        assert!(store.faults() > 0);
+        match is_worse {
+            true => assert_eq!(
+                store.layers.mend(&HashMap::new(), &()).put_back,
+                std::slice::from_ref(&pack)
+            ),
+            false => fs::rename(pack.with_extension("moved"), &pack).unwrap(),
+        }
+        assert_eq!(store.faults(), 0);
+        store.layers.remove(store.layer).unwrap();
+        let collected = store.layers.collect(false, &());
+        assert!(collected.errors.is_empty(), "{:?}", collected.errors);
+        // `a` is in another one.
+        assert!(!pack.exists(), "{is_worse}");
+    }
+}
