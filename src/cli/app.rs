@@ -114,7 +114,7 @@ enum Command {
   snapctl umount /mnt
   snapctl umount /mnt/*")]
     Umount(mount::UmountArgs),
-    /// Show what plyd is and what the host can do
+    /// Show what plyd is and what is in use, and look after its store
     #[command(subcommand)]
     System(system::Command),
     /// Print a completion script for a shell

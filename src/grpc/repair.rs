@@ -382,7 +382,9 @@ impl Repair {
                 let layers = self.snapshotter.packed_layers();
                 patient.faults = layers.verify_layer(layer, true, self);
                 if patient.faults.is_empty() {
-                    let what = format!("the layer {layer} was restored from {source}");
+                    let what = format!(
+                        "the layer {layer} was restored from {source}; a container that has read of it since it was damaged may go on with what the kernel keeps of that: start it again"
+                    );
                     self.mended(Some(layer), what);
                     return true;
                 }

@@ -80,7 +80,7 @@ pub enum MountError {
     )]
     Forbidden(#[source] io::Error),
     /// The mount point cannot be used.
-    #[error("cannot mount on {path}: {source}; name an existing directory")]
+    #[error("cannot mount on {path}: {source}; {}", way_out(.source))]
     Target {
         /// The mount point.
         path: PathBuf,
@@ -288,6 +288,16 @@ pub fn unmount_lazily(target: &Path) -> io::Result<()> {
             }
         }
         result => Ok(result?),
+    }
+}
+
+/// What to do where a mount point cannot be used.
+pub fn way_out(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOTCONN) => {
+            "it has the mount of a server that has ended: take that away with umount(8), then repeat this"
+        }
+        _ => "name an existing directory",
     }
 }
 

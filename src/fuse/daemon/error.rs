@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::cow::union::OpenError;
 use crate::store;
-use crate::sys::fuse_mount::MountError;
+use crate::sys::fuse_mount::{MountError, way_out};
 
 /// Why there is no mount. Each says what to do; all of them are exit code 1.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +29,7 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// The mount point cannot be used.
-    #[error("cannot mount on {path}: {source}; name an existing directory")]
+    #[error("cannot mount on {path}: {source}; {}", way_out(.source))]
     Mountpoint {
         /// The directory.
         path: PathBuf,
