@@ -318,7 +318,7 @@ fn damage(place: &Place, snapshots: &Snapshotter, key: &str) {
 fn a_view_is_enough_for_what_lies_on_it() {
     let place = Place::new();
     let snapshots = place.open();
-    for (name, below) in [("0", None), ("1", Some("0"))] {
+    for (name, below) in [("0", None), ("1", Some("0")), ("unseen", None)] {
         unpack(&snapshots, name, below, &tar([name], None)).unwrap();
     }
     let dir = prepare(&snapshots, "work", Some("1")).upper_dir.unwrap();
@@ -330,7 +330,7 @@ fn a_view_is_enough_for_what_lies_on_it() {
     look(&snapshots, "changed");
     let found = snapshots.catalog.resolve(OWNER, "changed").unwrap();
     let root = snapshots.root_of(&found).unwrap();
-    for key in ["0", "changed"] {
+    for key in ["0", "changed", "unseen"] {
         damage(&place, &snapshots, key);
     }
     for (key, below) in [("on stream", "1"), ("on commit", "changed")] {
@@ -338,4 +338,6 @@ fn a_view_is_enough_for_what_lies_on_it() {
         look(&snapshots, key);
     }
     assert_eq!(snapshots.root_of(&found).unwrap(), root);
+    // Layers that came as streams are not asked for a root at all.
+    prepare(&snapshots, "on unseen", Some("unseen"));
 }
