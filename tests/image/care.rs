@@ -347,7 +347,7 @@ fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
             );
             plyd.ok(["system", "gc"]);
             let mended = plyd.ok(["system", "repair"]);
-            let told = format!("the damaged pack {} was removed", pack.display());
+            let told = format!("the damaged pack {} was written anew", pack.display());
             assert!(
                 mended.starts_with(&told) && mended.contains("1 mended, 0 left"),
                 "{mended}"
