@@ -134,17 +134,23 @@ impl Repair {
         for record in stores.records()? {
             self.tell(Event::Left(record));
         }
+        let mounted = self.snapshotter.packed_layers().unreadable_mounted();
+        let mounted: Vec<String> = mounted.iter().map(ToString::to_string).collect();
         for fault in self.snapshotter.packed_layers().verify_packs() {
             let advice = match fault.error {
-                store::Error::Unsupported { .. } => "have the newer release repair it",
-                _ => {
-                    "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this"
+                store::Error::Unsupported { .. } => "have the newer release repair it".to_owned(),
+                _ if mounted.is_empty() => {
+                    "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this".to_owned()
                 }
+                _ => format!(
+                    "it stays as long as somebody may need it who has a damaged view mounted (`fuser` with that path names the plyfs): end what runs on that, then repeat this; {}",
+                    mounted.join("; ")
+                ),
             };
             self.tell(Event::Left(api::Fault {
                 kind: damage::kind_of(&fault).to_owned(),
                 problem: fault.error.problem(),
-                advice: advice.to_owned(),
+                advice,
                 ..api::Fault::default()
             }));
         }

@@ -154,6 +154,13 @@ impl Layers {
         collected
     }
 
+    /// Why views cannot be read that somebody has mounted, so that nobody knows what of the store they need.
+    pub fn unreadable_mounted(&self) -> Vec<Error> {
+        let _no_collection = self.collecting.lock();
+        let views = self.collect_views(true, &mut Collected::default());
+        views.map(|views| views.unknown).unwrap_or_default()
+    }
+
     /// What a collection would keep; `None` if that cannot be told.
     pub(super) fn needed(&self) -> Option<Live> {
         let mut unused = Collected::default();

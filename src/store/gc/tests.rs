@@ -262,7 +262,10 @@ fn what_is_mounted_stays_though_its_view_cannot_be_read() {
         assert!(told.starts_with(path.to_str().unwrap()), "{told}");
         assert_eq!(files(tmp.path()), before);
     }
+    let told = layers.unreadable_mounted();
+    assert!(matches!(&told[..], [Error::Damaged { path: told, .. }] if *told == path));
     drop(mounted);
+    assert!(layers.unreadable_mounted().is_empty());
     assert_eq!(collect(&layers).len(), 3);
     assert_eq!(files(tmp.path()), Vec::<PathBuf>::new());
 }
