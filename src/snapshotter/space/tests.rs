@@ -7,6 +7,27 @@ use super::*;
 use crate::cow::{Caller, RenameMode, UpperConfig};
 use crate::store::layers::Expected;
 
+/// Makes the snapshot `done` of a layer and `work` on it; answers the former.
+fn work_on(snapshots: &Snapshotter, stream: &[u8]) -> ParentRef {
+    let owner = Owner::Snapctl;
+    snapshots
+        .prepare(owner, "base", None, BTreeMap::new())
+        .unwrap();
+    let layer = (stream, &Expected::default());
+    snapshots.apply_layer(owner, "base", layer, &()).unwrap();
+    snapshots
+        .commit(owner, "done", "base", BTreeMap::new())
+        .unwrap();
+    let parent = ParentRef {
+        owner,
+        key: "done".to_owned(),
+    };
+    snapshots
+        .prepare(owner, "work", Some(&parent), BTreeMap::new())
+        .unwrap();
+    parent
+}
+
 /// A snapshot on a packed layer with files of 1, 2, 4... KiB.
 fn prepared(snapshots: &Snapshotter, linked: bool) -> UpperConfig {
     let mut tar = tar::Builder::new(Vec::new());
@@ -25,22 +46,7 @@ fn prepared(snapshots: &Snapshotter, linked: bool) -> UpperConfig {
         tar.append_link(&mut header, "d/link", "a").unwrap();
     }
     let stream = tar.into_inner().unwrap();
-    let owner = Owner::Snapctl;
-    snapshots
-        .prepare(owner, "base", None, BTreeMap::new())
-        .unwrap();
-    let layer = (&*stream, &Expected::default());
-    snapshots.apply_layer(owner, "base", layer, &()).unwrap();
-    snapshots
-        .commit(owner, "done", "base", BTreeMap::new())
-        .unwrap();
-    let parent = ParentRef {
-        owner,
-        key: "done".to_owned(),
-    };
-    snapshots
-        .prepare(owner, "work", Some(&parent), BTreeMap::new())
-        .unwrap();
+    let owner = work_on(snapshots, &stream).owner;
     snapshots
         .union_config(owner, "work")
         .unwrap()
@@ -141,22 +147,8 @@ fn files_as_large_as_can_be_are_counted() {
     };
     tar.entry(&link).unwrap();
     let stream = tar.finish().unwrap();
-    let owner = Owner::Snapctl;
-    snapshots
-        .prepare(owner, "base", None, BTreeMap::new())
-        .unwrap();
-    let layer = (&*stream, &Expected::default());
-    snapshots.apply_layer(owner, "base", layer, &()).unwrap();
-    snapshots
-        .commit(owner, "done", "base", BTreeMap::new())
-        .unwrap();
-    let parent = ParentRef {
-        owner,
-        key: "done".to_owned(),
-    };
-    snapshots
-        .prepare(owner, "work", Some(&parent), BTreeMap::new())
-        .unwrap();
+    let parent = work_on(&snapshots, &stream);
+    let owner = parent.owner;
     let logical = |key: &str| {
         let space = snapshots.space(&[]).unwrap().snapshots;
         let found = space.iter().find(|(info, _)| info.key == key);
