@@ -257,6 +257,16 @@ impl IndexFile {
         !self.bad.lock().is_empty()
     }
 
+    /// How many pages were read and are known to be sound.
+    #[cfg(test)]
+    pub(in crate::store) fn pages_read(&self) -> usize {
+        let pages = self
+            .verified
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed));
+        pages.map(|word| word.count_ones() as usize).sum()
+    }
+
     /// An error that names this file.
     pub(in crate::store) fn damaged(&self, problem: impl Into<String>) -> crate::store::Error {
         damaged(&self.path, problem)
