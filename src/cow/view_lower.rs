@@ -130,21 +130,10 @@ impl Shared {
     }
 
     /// EIO, with what is damaged and where.
-    fn failed(&self, number: u32, error: &store::Error) -> Error {
-        let place = match self.view.path_of(number) {
-            Ok(Some((path, layer))) => {
-                let path = path.escape_ascii();
-                match self.view.layer(layer) {
-                    Ok(layer) => format!("{path} of the layer {layer}"),
-                    Err(_) => path.to_string(),
-                }
-            }
-            // The view itself is what is damaged, and the error names it.
-            _ => format!("inode {number} of the view {}", self.view.key()),
-        };
+    fn failed(&self, number: u32, error: store::Error) -> Error {
         Error {
             errno: libc::EIO,
-            context: format!("{place}: {error}").into(),
+            context: self.view.of_inode(number, error).to_string().into(),
         }
     }
 }
@@ -161,7 +150,7 @@ impl ViewObject {
     }
 
     fn ok<T>(&self, result: store::Result<T>) -> Result<T> {
-        result.map_err(|error| self.shared.failed(self.number, &error))
+        result.map_err(|error| self.shared.failed(self.number, error))
     }
 }
 
@@ -277,7 +266,7 @@ struct OpenFile {
 impl LowerFile for OpenFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
         let read = self.shared.view.read_at(&self.file, buf, offset);
-        read.map_err(|error| self.shared.failed(self.number, &error))
+        read.map_err(|error| self.shared.failed(self.number, error))
     }
 
     fn is_in_memory(&self) -> bool {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::format::LayerName;
 use super::record;
 
 /// Why an operation on packed layers failed.
@@ -82,12 +83,33 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// Something that an entry of a layer needs cannot be used.
+    #[error("{place}: {source}")]
+    Entry {
+        /// Its path, and which layer it is of.
+        place: String,
+        /// Why not.
+        source: Box<Self>,
+    },
     /// The records.
     #[error(transparent)]
     Record(#[from] record::Error),
 }
 
 impl Error {
+    /// The error, of the entry at `path` of a layer.
+    pub(super) fn of_entry(self, layer: LayerName, path: &[u8]) -> Self {
+        self.of(format!("/{} of the layer {layer}", path.escape_ascii()))
+    }
+
+    /// The error, of an entry that is told so.
+    pub(super) fn of(self, place: String) -> Self {
+        Self::Entry {
+            place,
+            source: Box::new(self),
+        }
+    }
+
     /// Whether a file is not there.
     pub(super) fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
@@ -100,6 +122,7 @@ impl Error {
             Self::NoLayer { .. } => "it is not in the store".to_owned(),
             Self::NoObject { object } => format!("the object {object} is not in the store"),
             Self::Record(record::Error::Damaged(damaged)) => damaged.fact(),
+            Self::Entry { place, source } => format!("{place}: {}", source.problem()),
             other => other.to_string(),
         }
     }

@@ -284,6 +284,22 @@ fn damage_is_named_by_verify_and_what_nobody_needs_by_gc() {
     let told = plyd.snapctl(["system", "verify", "--deep", "--json"]);
     let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
     assert_eq!(told["faults"][0]["path"], "/dir/large");
+    // So is it for who needs it; once only the pack was named.
+    let layer = plyd.ok(["layer", "ls", "-q"]);
+    let place = format!("/dir/large of the layer {}", layer.trim());
+    plyd.ok(["snapshot", "prepare", "work", "x"]);
+    let to = plyd.dir().join("to");
+    let to = to.to_str().unwrap();
+    for reads in [
+        &["layer", "export", layer.trim(), "-o", to][..],
+        &["snapshot", "export-overlay", "work", to],
+    ] {
+        let failed = plyd.snapctl(reads);
+        assert_eq!(failed.code, 1, "{reads:?}");
+        assert!(failed.stderr.contains(&place), "{}", failed.stderr);
+        assert!(!Path::new(to).exists(), "{reads:?}");
+    }
+    plyd.ok(["snapshot", "rm", "work"]);
 
     // An orphan, as a crash in the middle of an import leaves it.
     let orphan = objects.join("00").join("0".repeat(64));

@@ -3,7 +3,7 @@
 
 mod written;
 
-use std::io::Write;
+use std::io::{self, Write};
 
 use sha2::{Digest, Sha256};
 
@@ -40,17 +40,18 @@ pub(super) fn export(
         match part {
             Part::Raw(raw) => write(&raw)?,
             Part::Content => {
-                for object in next_content(layer, &mut next)? {
+                let (path, contents) = next_content(layer, &mut next)?;
+                for object in contents {
                     let object = layer.object(object)?;
-                    let content = objects.read(&object, None, true)?;
+                    let content = objects.read(&object, None, true);
+                    let content = content.map_err(of_entry(layer, path))?;
                     let mut at = 0;
                     while at < object.size {
                         let most = buffer.len().min((object.size - at) as usize);
-                        let count = content
-                            .read_at(&mut buffer[..most], at)
-                            .map_err(|error| layer.damaged(format!("an object: {error}")))?;
+                        let read = content.read_at(&mut buffer[..most], at);
+                        let count = read.map_err(|error| unread(layer, path, error))?;
                         if count == 0 {
-                            return Err(layer.damaged("an object is too short"));
+                            return Err(unread(layer, path, io::ErrorKind::UnexpectedEof.into()));
                         }
                         write(&buffer[..count])?;
                         at += count as u64;
@@ -71,8 +72,25 @@ pub(super) fn export(
     }
 }
 
-/// The objects of the next file that has any, from entry `next` on.
-fn next_content(layer: &LayerIndex, next: &mut u32) -> Result<Vec<u32>> {
+/// The error, of the entry of the layer that has the path of that number.
+fn of_entry(layer: &LayerIndex, path: u32) -> impl Fn(Error) -> Error {
+    move |error| match layer.path(path) {
+        Ok(path) => error.of_entry(layer.name(), &path.join(&b'/')),
+        // What the layer cannot tell either.
+        Err(_) => error,
+    }
+}
+
+/// The error of a content that was opened and cannot be read.
+fn unread(layer: &LayerIndex, path: u32, error: io::Error) -> Error {
+    let error = error.downcast().unwrap_or_else(|error| {
+        layer.damaged(format!("a content that it names cannot be read: {error}"))
+    });
+    of_entry(layer, path)(error)
+}
+
+/// The path and the objects of the next file that has any, from entry `next` on.
+fn next_content(layer: &LayerIndex, next: &mut u32) -> Result<(u32, Vec<u32>)> {
     while *next < layer.len() {
         let entry = layer.entry(*next)?;
         *next += 1;
@@ -86,7 +104,7 @@ fn next_content(layer: &LayerIndex, next: &mut u32) -> Result<Vec<u32>> {
             .collect();
         objects.dedup();
         if !objects.is_empty() {
-            return Ok(objects);
+            return Ok((entry.path, objects));
         }
     }
     Err(layer.damaged("its stream has more contents than its index"))

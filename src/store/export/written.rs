@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use super::BUFFER;
+use super::{BUFFER, of_entry, unread};
 use crate::store::error::{Error, Result, refused};
 use crate::store::layer::index::{Action, LayerEntry, LayerIndex};
 use crate::store::object::Objects;
@@ -119,10 +119,10 @@ impl Stream<'_> {
             |from| Ok::<_, Error>(file.next_data(from)),
             |from| Ok(file.next_hole(from)),
         )?;
-        let (layer, new) = (self.layer, NewEntry { size, ..new });
+        let (layer, path, new) = (self.layer, entry.path, NewEntry { size, ..new });
         let read = |buffer: &mut [u8], at| match file.read_at(buffer, at) {
-            Ok(0) => Err(layer.damaged("a file is too short")),
-            read => read.map_err(|error| layer.damaged(format!("an object: {error}"))),
+            Ok(0) => Err(unread(layer, path, io::ErrorKind::UnexpectedEof.into())),
+            read => read.map_err(|error| unread(layer, path, error)),
         };
         let failed = |error| failed(new.path, error);
         self.out.file(&new, &parts, &mut self.buffer, read, failed)
@@ -134,7 +134,9 @@ impl Stream<'_> {
         for extent in &extents {
             if contents.iter().all(|(number, _)| *number != extent.object) {
                 let object = self.layer.object(extent.object)?;
-                contents.push((extent.object, self.objects.read(&object, None, true)?));
+                let content = self.objects.read(&object, None, true);
+                let content = content.map_err(of_entry(self.layer, entry.path))?;
+                contents.push((extent.object, content));
             }
         }
         Ok(ViewFile::new(entry.inode.size, extents, contents))

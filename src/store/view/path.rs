@@ -1,11 +1,23 @@
 //! The way from an inode back to its path, for messages.
 
 use super::View;
-use crate::store::error::Result;
+use crate::store::error::{Error, Result};
 use crate::store::format::index_file::Section;
 use crate::store::layer::index::LONGEST_PATH;
 
 impl View {
+    /// The error, with the path of the inode that it is of and the layer that wrote it, as far as the view can tell.
+    pub fn of_inode(&self, inode: u32, error: Error) -> Error {
+        match self.path_of(inode) {
+            Ok(Some((path, layer))) => match (path.strip_prefix(b"/"), self.layer(layer)) {
+                (Some(path), Ok(layer)) => error.of_entry(layer, path),
+                _ => error.of(path.escape_ascii().to_string()),
+            },
+            // The view itself is what is damaged, and the error names it.
+            _ => error.of(format!("inode {inode} of the view {}", self.key())),
+        }
+    }
+
     /// A path of an inode and the number of the layer that wrote it; `None` if no directory has it. It looks at the whole
     /// view, for nobody needs it but whoever reports damage.
     pub fn path_of(&self, inode: u32) -> Result<Option<(Vec<u8>, u16)>> {
