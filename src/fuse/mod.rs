@@ -20,6 +20,7 @@ pub mod options;
 pub mod passing;
 pub mod policy;
 pub mod probe;
+mod repeats;
 pub mod seek;
 pub mod server;
 pub mod session;
