@@ -107,7 +107,7 @@ impl Snapshotter {
         }
         if untouched.is_some() && updated.is_ok() {
             // A layer of an image that is unpacked, and the view of those below it was mounted for that alone.
-            self.packed.collect_chains();
+            self.packed.collect_useless_views();
         }
         updated
     }

@@ -129,7 +129,7 @@ impl Snapshotter {
         )?;
         let useful = Arc::new(Useful::new(Arc::clone(&catalog)));
         let chains = Arc::clone(&useful);
-        packed.layers().ask_for_chains(chains);
+        packed.layers().set_chains(chains);
         Ok(Self {
             catalog,
             useful,

@@ -223,8 +223,8 @@ impl Packed {
     }
 
     /// Views that were of use may be so no more.
-    pub(super) fn collect_chains(&self) {
-        self.collector.ask_for_chains();
+    pub(super) fn collect_useless_views(&self) {
+        self.collector.ask_for_views();
     }
 
     /// Waits until what was removed has left the disk.

@@ -37,7 +37,7 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Wanted {
     /// Views that are of no use.
-    Chains,
+    Views,
     /// What no layer needs, too.
     All,
 }
@@ -69,8 +69,8 @@ impl Collector {
     }
 
     /// Asks for a collection of views alone and does not wait for it.
-    pub fn ask_for_chains(&self) {
-        self.want(Wanted::Chains);
+    pub fn ask_for_views(&self) {
+        self.want(Wanted::Views);
     }
 
     fn want(&self, what: Wanted) {

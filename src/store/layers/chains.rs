@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -117,8 +118,8 @@ impl Layers {
         drop(late);
     }
 
-    /// Has a collection take away the views that are of no use. All are until this is called.
-    pub fn ask_for_chains(&self, chains: std::sync::Arc<dyn Chains>) {
+    /// Says who knows which views are of use. Until then no collection takes one for useless.
+    pub fn set_chains(&self, chains: Arc<dyn Chains>) {
         // There is one who knows.
         let _ = self.chains.set(chains);
     }
