@@ -15,14 +15,12 @@ use super::Layers;
 use crate::store::error::Result;
 use crate::store::format::{LayerName, Time, ViewKey};
 use crate::store::layer::index::Attributes;
-use crate::store::view::Merged;
+use crate::store::view::{MISSING_DIRECTORY, Merged};
 
 /// How long a tree waits for the next layer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Objects of the largest tree that waits. Each takes about 250 bytes.
 const MOST_OBJECTS: usize = 250_000;
-/// Mode of a root that no layer mentions.
-const ROOT_MODE: u16 = 0o755;
 
 /// Who knows which chains may be mounted soon.
 pub trait Chains: fmt::Debug + Send + Sync {
@@ -101,7 +99,7 @@ impl Layers {
             }
         }
         Ok(Attributes {
-            mode: libc::S_IFDIR as u16 | ROOT_MODE,
+            mode: libc::S_IFDIR as u16 | MISSING_DIRECTORY,
             uid: 0,
             gid: 0,
             mtime: Time::default(),

@@ -22,7 +22,7 @@ use crate::store::layer::index::{Action, LONGEST_PATH, LayerEntry, LayerIndex, i
 /// As containerd's resolver.
 const MOST_LINKS: usize = 255;
 /// Mode of a directory that no layer mentions.
-const MISSING_DIRECTORY: u16 = 0o755;
+pub(in crate::store) const MISSING_DIRECTORY: u16 = 0o755;
 /// Bytes that an extended attribute takes beside its name and its value.
 pub(super) const XATTR: usize = 96;
 /// Not the number of a layer.
@@ -459,15 +459,21 @@ impl Tree {
 
 impl Node {
     fn directory(directory: Directory) -> Self {
+        let mode = libc::S_IFDIR as u16 | MISSING_DIRECTORY;
+        Self::unmentioned(mode, Body::Directory(directory))
+    }
+
+    /// One of which no entry gives attributes.
+    fn unmentioned(mode: u16, body: Body) -> Self {
         Self {
-            mode: libc::S_IFDIR as u16 | MISSING_DIRECTORY,
+            mode,
             uid: 0,
             gid: 0,
             mtime: Time::default(),
             atime: Time::default(),
             xattrs: 0,
             size: 0,
-            body: Body::Directory(directory),
+            body,
         }
     }
 }
