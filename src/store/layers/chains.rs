@@ -47,7 +47,9 @@ impl Merging {
     /// Keeps a tree for the next layer on it, unless it is too large to keep.
     pub(super) fn keep(&self, merged: Merged) {
         if merged.objects() <= MOST_OBJECTS {
-            *self.waiting.lock() = Some((merged, Instant::now()));
+            let before = self.waiting.lock().replace((merged, Instant::now()));
+            // Not with the lock: there may be many objects.
+            drop(before);
         }
     }
 
@@ -138,5 +140,17 @@ impl Layers {
         self.merging
             .entries
             .load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Whether a tree waits for the next layer.
+    pub(in crate::store) fn has_merged(&self) -> bool {
+        self.merging.waiting.lock().is_some()
+    }
+
+    /// As if the tree that waits had done so for as long as one does.
+    pub(in crate::store) fn forget_time_of_merge(&self) {
+        if let Some((_, since)) = &mut *self.merging.waiting.lock() {
+            *since = since.checked_sub(PATIENCE).unwrap();
+        }
     }
 }
