@@ -65,7 +65,7 @@ impl Merged {
         let number = u16::try_from(self.layers.len()).ok();
         let Some(number) = number.filter(|number| usize::from(*number) < MOST_LAYERS) else {
             let problem = format!("a chain of more than {MOST_LAYERS} layers is too long");
-            return Err(refused(b"(all entries)", problem));
+            return Err(refused(b"", problem));
         };
         self.tree.apply(layer, number)?;
         self.layers.push(layer.name());
