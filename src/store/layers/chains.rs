@@ -19,8 +19,8 @@ use crate::store::view::{MISSING_DIRECTORY, Merged};
 
 /// How long a tree waits for the next layer.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Objects of the largest tree that waits. Each takes about 250 bytes.
-const MOST_OBJECTS: usize = 250_000;
+/// Bytes of the largest tree that waits, which are a quarter of a million objects of usual names.
+const LARGEST: usize = 64 << 20;
 
 /// Who knows which chains may be mounted soon.
 pub trait Chains: fmt::Debug + Send + Sync {
@@ -46,7 +46,7 @@ impl fmt::Debug for Merging {
 impl Merging {
     /// Keeps a tree for the next layer on it, unless it is too large to keep.
     pub(super) fn keep(&self, merged: Merged) {
-        if merged.objects() <= MOST_OBJECTS {
+        if merged.bytes() <= LARGEST {
             let before = self.waiting.lock().replace((merged, Instant::now()));
             // Not with the lock: there may be many objects.
             drop(before);

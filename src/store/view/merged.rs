@@ -37,9 +37,9 @@ impl Merged {
         &self.layers
     }
 
-    /// Objects that were ever made in it: what it takes in memory grows with them.
-    pub(in crate::store) fn objects(&self) -> usize {
-        self.tree.len()
+    /// About how many bytes it takes in memory.
+    pub(in crate::store) fn bytes(&self) -> usize {
+        self.tree.bytes()
     }
 
     /// Says in the log what of the topmost layer no mount will show.
