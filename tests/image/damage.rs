@@ -13,13 +13,13 @@ use super::common::{Done, Plyd};
 
 const NAME: &str = "docker.io/library/whole:latest";
 
-pub(super) fn load(plyd: &Plyd, image: &[u8]) {
+pub fn load(plyd: &Plyd, image: &[u8]) {
     let loaded = plyd.piped(["image", "load", "-q"], image);
     assert_eq!(loaded.code, 0, "{}", loaded.stderr);
 }
 
 /// An image of two layers, whose view has many pages.
-pub(super) fn image(name: &str) -> Vec<u8> {
+pub fn image(name: &str) -> Vec<u8> {
     let mut top = Layer::new();
     for number in 0..300 {
         let path = format!("file {number}");
@@ -30,7 +30,7 @@ pub(super) fn image(name: &str) -> Vec<u8> {
 }
 
 /// The files in a directory below plyd's root that end so.
-pub(super) fn files(plyd: &Plyd, dir: &str, end: &str) -> Vec<PathBuf> {
+pub fn files(plyd: &Plyd, dir: &str, end: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(plyd.root().join(dir)).unwrap();
     let paths = entries.map(|entry| entry.unwrap().path());
     let mut paths: Vec<_> = paths
@@ -40,7 +40,7 @@ pub(super) fn files(plyd: &Plyd, dir: &str, end: &str) -> Vec<PathBuf> {
     paths
 }
 
-pub(super) fn flip(path: &Path, at: u64) {
+pub fn flip(path: &Path, at: u64) {
     let file = fs::File::options().read(true).write(true).open(path);
     let file = file.unwrap();
     let mut byte = [0];
@@ -49,13 +49,13 @@ pub(super) fn flip(path: &Path, at: u64) {
 }
 
 /// Damages a record in its middle.
-pub(super) fn break_record(path: &Path) -> Vec<u8> {
+pub fn break_record(path: &Path) -> Vec<u8> {
     let good = fs::read(path).unwrap();
     flip(path, good.len() as u64 / 2);
     good
 }
 
-pub(super) fn parse(done: &Done) -> Value {
+pub fn parse(done: &Done) -> Value {
     serde_json::from_str(&done.stdout).unwrap_or_else(|_| panic!("{done:?}"))
 }
 
@@ -74,7 +74,7 @@ fn assert_sound(plyd: &Plyd) {
     assert_eq!(verified.code, 0, "{}{}", verified.stdout, verified.stderr);
 }
 
-pub(super) fn mount(plyd: &Plyd, key: &str) -> PathBuf {
+pub fn mount(plyd: &Plyd, key: &str) -> PathBuf {
     let mnt = plyd.dir().join(format!("mnt-{key}"));
     fs::create_dir(&mnt).unwrap();
     plyd.ok(["mount", key, mnt.to_str().unwrap()]);
