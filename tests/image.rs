@@ -1,13 +1,14 @@
 //! Image archives, from the stream to the tree of a layer chain. Needs root, umoci, skopeo, mmdebstrap,
 //! busybox-static and containerd.
 //!
-//! - `care`: what the store takes, and its repair;
+//! - `care`: the store's repair;
 //! - `damage`: views and records that are not what they were;
 //! - `good`: what is accepted, and what comes of it;
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
-//! - `service`: the Images service of a running plyd, also killed in the middle.
+//! - `service`: the Images service of a running plyd, also killed in the middle;
+//! - `space`: what the store takes.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -33,6 +34,8 @@ mod packed;
 mod real;
 #[path = "image/service.rs"]
 mod service;
+#[path = "image/space.rs"]
+mod space;
 #[path = "image/store.rs"]
 mod store;
 #[path = "image/tree.rs"]

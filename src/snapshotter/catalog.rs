@@ -370,6 +370,13 @@ impl Catalog {
         Ok(())
     }
 
+    /// The packed layer that is counted as the snapshot's. Of a record that was put back since the start it is not: what a
+    /// snapshot has was counted then.
+    pub(super) fn counted(&self, found: &Found) -> Option<LayerName> {
+        let counts = |_: &LayerName| !self.changes.lock().unread.contains(&found.id);
+        found.record.packed.filter(counts)
+    }
+
     /// Fails if the key is taken.
     pub(super) fn check_free(&self, owner: Owner, key: &str) -> Result<()> {
         match self.find(owner, key)? {

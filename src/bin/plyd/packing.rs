@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use plywood::store::ingest::{Limits, Settings as Packing};
+use plywood::store::layer::index::{LARGEST_XATTR, LONGEST_PATH};
 use plywood::store::view::Verify;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
@@ -15,11 +16,9 @@ use super::settings::{LargeObjects, Settings};
 const LARGEST_PACKED: u64 = 16 << 20;
 const LEAST_MEMORY: u64 = 8 << 20;
 const MOST_WORKERS: u64 = 256;
-/// What the format has room for: entries and bytes of names in an index, bytes of a path, and of an extended attribute.
+/// Records that a section of an index has room for, and bytes of its names.
 const MOST_ENTRIES: u64 = u32::MAX as u64 - 1;
 const MOST_NAMES: u64 = u32::MAX as u64;
-const LONGEST_PATH: u64 = 4095;
-const LARGEST_XATTR: u64 = 64 << 10;
 
 /// When contents of packed layers are compared with their names.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
@@ -120,8 +119,8 @@ pub fn packing(settings: &Settings) -> Result<Packing, String> {
     within("layer_max_entries", limits.entries, 1, MOST_ENTRIES)?;
     within("layer_max_names", limits.names, 1, MOST_NAMES)?;
     within("layer_max_file", limits.file, 1, i64::MAX as u64)?;
-    within("layer_max_path", limits.path, 1, LONGEST_PATH)?;
-    within("layer_max_xattr", limits.xattr, 1, LARGEST_XATTR)?;
+    within("layer_max_path", limits.path, 1, LONGEST_PATH as u64)?;
+    within("layer_max_xattr", limits.xattr, 1, LARGEST_XATTR as u64)?;
     if !(1..=22).contains(&level) {
         return Err(format!(
             "zstd_level is {level}; it has to be a level of zstd, from 1 (fast) to 22 (small)"

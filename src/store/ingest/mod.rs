@@ -237,8 +237,9 @@ impl<R: Read> Layer<'_, R> {
             let problem = format!("its extended attribute {name} has more than {most}");
             return Err(refused(&entry.path, problem));
         }
-        let bad = |(name, value): &&(Vec<u8>, Vec<u8>)| name == CAPABILITY && !is_capability(value);
-        if entry.xattrs.iter().any(|xattr| bad(&xattr)) {
+        let is_bad =
+            |(name, value): &(Vec<u8>, Vec<u8>)| name == CAPABILITY && !is_capability(value);
+        if entry.xattrs.iter().any(is_bad) {
             let problem =
                 "its extended attribute security.capability is none that the kernel knows";
             return Err(refused(&entry.path, problem));

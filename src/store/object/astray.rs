@@ -138,8 +138,9 @@ impl Objects {
             }
             Err(error) => (false, error.is_not_found()),
         };
-        let is_worse = is_worse && !open.is_empty();
-        if is_worse {
+        if is_as_good {
+            self.open.lock().forget_astray(|astray| astray == id);
+        } else if is_worse && !open.is_empty() {
             let new = tmp.join(format!("again-{:032x}", rand::random::<u128>()));
             let written = copy(file, &new).and_then(|()| fs::rename(&new, &path));
             if written.is_err() {
@@ -148,14 +149,11 @@ impl Objects {
             }
             written.map_err(io_error("make", &path))?;
             sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
-        }
-        if is_worse {
             // Also what was in its place till now, which may be in use.
             self.open.lock().forget(id);
-        } else if is_as_good {
-            self.open.lock().forget_astray(|astray| astray == id);
+            return Ok(Some(path));
         }
-        Ok(is_worse.then_some(path))
+        Ok(None)
     }
 
     /// What is known to be in a pack and can be read from `file`.

@@ -36,6 +36,7 @@ pub(super) use build::{build, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
 pub(super) use merged::Merged;
+pub(super) use tree::MISSING_DIRECTORY;
 
 /// A name in a directory of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
