@@ -1,5 +1,7 @@
 //! Damage that is nobody's contents, in words: merged views, and the records of snapshots, images and containers.
 
+mod layers;
+
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -14,6 +16,10 @@ use crate::store::ingest::Observer;
 use crate::store::record::Damaged;
 use crate::store::{self, LayerName, ViewKey};
 
+pub(super) use layers::{KnownLayer, KnownLayers};
+
+/// What to do about what a newer release has written.
+pub(super) const NEWER: &str = "have the newer release repair it";
 /// Most that is named of what has the same layers.
 const MOST_NAMED: usize = 5;
 
@@ -250,8 +256,21 @@ pub(super) fn key_of(snapshot: &SnapshotInfo) -> ViewKey {
     ViewKey::of(&layers)
 }
 
+/// What is told of a fault of what is no layer's. `advice` says what to do.
+pub(super) fn pack_fault(fault: &store::verify::Fault, advice: &str) -> api::Fault {
+    api::Fault {
+        kind: kind_of(fault).to_owned(),
+        problem: fault.error.problem(),
+        advice: match fault.error {
+            store::Error::Unsupported { .. } => NEWER.to_owned(),
+            _ => advice.to_owned(),
+        },
+        ..api::Fault::default()
+    }
+}
+
 /// What kind of thing a fault of the packed layers is about.
-pub(super) fn kind_of(fault: &store::verify::Fault) -> &'static str {
+fn kind_of(fault: &store::verify::Fault) -> &'static str {
     match (&fault.error, fault.layer) {
         (store::Error::Record(_), _) => "record",
         (store::Error::Content { .. }, _) => "content",

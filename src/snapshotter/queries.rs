@@ -34,13 +34,6 @@ impl Snapshotter {
         }
     }
 
-    /// Keys of the snapshots whose content a packed layer is.
-    pub fn keys_of_layer(&self, layer: LayerName) -> Result<Vec<String>> {
-        let all = self.catalog.all()?.into_iter();
-        let of_layer = all.filter(|found| found.record.packed == Some(layer));
-        Ok(of_layer.map(|found| found.record.key).collect())
-    }
-
     /// What of packed layers each mount could not use when it last read it, by the ids of the snapshots. One that does not
     /// answer soon is left out.
     pub fn damage<'a>(

@@ -81,6 +81,8 @@ pub enum Error {
     Content {
         /// What is wrong.
         problem: String,
+        /// What became of it and of all others that the same happened to, in words that follow these.
+        cause: String,
     },
     /// The records.
     #[error(transparent)]

@@ -1,6 +1,7 @@
 //! `snapctl system`.
 
 mod care;
+mod faults;
 mod repair;
 mod space;
 
