@@ -369,11 +369,21 @@ impl Layers {
     }
 
     fn need(&self, name: LayerName) -> Result<()> {
-        if self.known.lock().contains_key(&name) {
-            return Ok(());
+        match self.known.lock().contains_key(&name) {
+            true => Ok(()),
+            false => Err(self.without(name)),
         }
-        Err(Error::NoLayer {
-            layer: name.to_string(),
+    }
+
+    /// Why a layer that is not known is not: it may be there, and its record damaged.
+    pub fn without(&self, name: LayerName) -> Error {
+        let layer = name.to_string();
+        let problem = match self.damaged.lock().contains(&name) {
+            true => self.records.problem_of(&layer),
+            false => None,
+        };
+        problem.map_or(Error::NoLayer { layer }, |damaged| {
+            Error::Record(damaged.into())
         })
     }
 

@@ -196,7 +196,7 @@ impl Objects {
             };
             match fs::metadata(&path) {
                 Ok(_) => return Ok(()),
-                Err(failed) => error = io_error("look for", &path)(failed),
+                Err(failed) => error = io_error("open", &path)(failed),
             }
             tried = Some(place);
         }
