@@ -121,6 +121,15 @@ impl Records {
         Ok(records)
     }
 
+    /// Fails if the record of an image, or of one of the names, is a newer release's.
+    pub(super) fn check_replaceable(&self, id: &str, names: &[String]) -> Result<()> {
+        self.images.check_replaceable(id)?;
+        for name in names {
+            self.names.check_replaceable(&key(name))?;
+        }
+        Ok(())
+    }
+
     /// Keeps an image; one of the same id is replaced.
     pub(super) fn put(&mut self, id: &str, record: &ImageRecord) -> Result<()> {
         self.images.put(id, record)?;

@@ -368,6 +368,10 @@ fn put_all(
     prepared: &[(&archive::ArchivedImage, ImageRecord)],
     undo: &mut Vec<Undo>,
 ) -> Result<()> {
+    // To take back what was not done would take away what was there.
+    for (image, _) in prepared {
+        records.check_replaceable(id_of(image), &image.names)?;
+    }
     for (image, record) in prepared {
         let id = id_of(image);
         if records.image(id).is_none() {

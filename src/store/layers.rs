@@ -346,6 +346,8 @@ impl Layers {
         if diff_id.is_none() && self.known.lock().contains_key(&name) && is_sound() {
             return Ok(name);
         }
+        // Its index and its recipe are that release's, too.
+        self.records.check_replaceable(&name.to_string())?;
         temporary.rename(&self.index_path(name))?;
         if let Some(mut recipe) = recipe {
             recipe.rename(&self.recipe_path(name))?;
