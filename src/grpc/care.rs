@@ -72,7 +72,11 @@ impl Client<'_> {
                 },
             });
         }
-        for fault in stores.records()?.into_iter().chain(stores.views(self)?) {
+        for fault in stores
+            .records(|record| record.remedy)?
+            .into_iter()
+            .chain(stores.views(self)?)
+        {
             self.answer(api::verify_response::Event::Fault(fault));
         }
         layers.verify(deep, self);

@@ -73,8 +73,11 @@ impl Stores<'_> {
         Ok(faults.collect())
     }
 
-    /// Records that cannot be used, or are gone, but for those of layers.
-    pub(super) fn records(&self) -> Result<Vec<api::Fault>, Status> {
+    /// Records that cannot be used, or are gone, but for those of layers. `advice` is what is said of what to do.
+    pub(super) fn records(
+        &self,
+        advice: impl Fn(&Damaged) -> &'static str,
+    ) -> Result<Vec<api::Fault>, Status> {
         let mut damaged = Vec::new();
         for (record, snapshot) in self.snapshotter.damaged_records()? {
             let of = match snapshot {
@@ -88,14 +91,12 @@ impl Stores<'_> {
         damaged.extend(of_containers);
         let faults = damaged
             .into_iter()
-            .map(|(record, of)| record_fault(&record, of));
+            .map(|(record, of)| record_fault(&record, of, advice(&record)));
         let mut faults: Vec<_> = faults.collect();
         for record in self.snapshotter.packed_layers().damaged_records()? {
             if record.id.parse::<LayerName>().is_err() {
-                faults.push(api::Fault {
-                    advice: "no layer has that name; delete the file".to_owned(),
-                    ..record_fault(&record, String::new())
-                });
+                let advice = "no layer has that name; delete the file";
+                faults.push(record_fault(&record, String::new(), advice));
             }
         }
         Ok(faults)
@@ -109,7 +110,9 @@ impl Stores<'_> {
             let names = records.iter().map(|record| record.id.parse::<LayerName>());
             names.filter(Result::is_ok).count()
         });
-        let others = self.records().map(|records| records.len());
+        let others = self
+            .records(|record| record.remedy)
+            .map(|records| records.len());
         let counts = [of_layers, others].into_iter();
         let counts = counts.map(|count| {
             count.unwrap_or_else(|status| {
@@ -239,12 +242,12 @@ impl KnownViews<'_> {
 }
 
 /// A record that cannot be used.
-pub(super) fn record_fault(damaged: &Damaged, of: String) -> api::Fault {
+fn record_fault(damaged: &Damaged, of: String, advice: &str) -> api::Fault {
     api::Fault {
         kind: "record".to_owned(),
         file: shown_path(&damaged.path),
         problem: damaged.fact(),
-        advice: damaged.remedy.to_owned(),
+        advice: advice.to_owned(),
         of,
         ..api::Fault::default()
     }

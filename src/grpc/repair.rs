@@ -64,6 +64,10 @@ impl Repair {
     fn repair(&self, archive: Option<(Archive, u64)>) -> Result<(), Status> {
         match self.snapshotter.mend_index() {
             Ok(0) => {}
+            Ok(1) => self.mended(
+                None,
+                "the index had lost a name, which leads to its record again".to_owned(),
+            ),
             Ok(lost) => self.mended(
                 None,
                 format!("the index had lost {lost} names, which lead to their records again"),
@@ -127,7 +131,7 @@ impl Repair {
                 ..view
             }));
         }
-        for record in stores.records()? {
+        for record in stores.records(|record| record.left)? {
             self.tell(Event::Left(record));
         }
         let mounted = self.snapshotter.packed_layers().unreadable_mounted();

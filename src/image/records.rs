@@ -42,7 +42,7 @@ pub(super) struct ImageRecord {
 impl Record for ImageRecord {
     const KIND: &'static str = "image";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "`snapctl image load` of the image's archive writes it anew; or restore it from a backup, or delete the file to give the image up, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup, or delete the file to give the image up, and start plyd again";
 }
 
 /// A name, as it is kept.
@@ -56,7 +56,7 @@ pub(super) struct NameRecord {
 impl Record for NameRecord {
     const KIND: &'static str = "image-name";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "`snapctl image load` of an archive with that name writes it anew; or restore it from a backup, or delete the file to give the name up, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with an archive that gives the name makes it anew; only without that restore it from a backup, or delete the file to give the name up, and start plyd again";
 }
 
 /// All records, and what of them is looked at often.

@@ -419,6 +419,7 @@ fn find(records: &Records, reference: &str) -> Result<(Image, Option<String>)> {
         (false, Some(damaged)) => Error::NotFoundInSound {
             reference: reference.to_owned(),
             path: damaged.path.clone(),
+            remedy: damaged.remedy,
         },
         (false, None) => Error::NotFound {
             reference: reference.to_owned(),

@@ -5,7 +5,7 @@
 //! name to the index, changes the one record, and takes the old name away, in this order.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -43,7 +43,12 @@ impl Record for SnapshotRecord {
     /// 2 has packed layers.
     const VERSION: u32 = 2;
     const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
+    const LEFT: &'static str = "nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
 }
+
+/// What to do about the record of a layer of an image that no plyd has read since it was damaged.
+const FROM_IMAGE: &str =
+    "`snapctl system repair` makes it anew from what the image says, or says what else to do";
 
 /// A snapshot with its id.
 #[derive(Clone, Debug)]
@@ -153,7 +158,17 @@ impl Catalog {
                 Some(of) => found.push((damaged.known(), Some(of))),
                 None => {
                     let name = self.index.find(&damaged.id)?;
-                    found.push((damaged, name.and_then(|name| parse_name(&name))));
+                    let of = name.and_then(|name| parse_name(&name));
+                    let owner = of.as_ref().map(|of| of.owner);
+                    let damaged = match owner.filter(|_| !damaged.newer) {
+                        None => damaged,
+                        Some(Owner::Image) => Damaged {
+                            remedy: FROM_IMAGE,
+                            ..damaged
+                        },
+                        Some(_) => damaged.advised(SnapshotRecord::LEFT),
+                    };
+                    found.push((damaged, of));
                 }
             }
         }
@@ -258,13 +273,7 @@ impl Catalog {
         let mut next = record.parent.clone();
         while let Some(id) = next {
             // Parents exist before their children, so the chain ends; a forged record cannot loop it.
-            let missing = |problem: &str| Damaged {
-                id: id.clone(),
-                path: PathBuf::from(format!("{id}.record")),
-                problem: problem.to_owned(),
-                remedy: SnapshotRecord::REMEDY,
-                newer: false,
-            };
+            let missing = |problem: &str| self.records.damaged(&id, problem.to_owned());
             if chain.iter().any(|found| found.id == id) {
                 return Err(record::Error::from(missing("it is its own ancestor")).into());
             }

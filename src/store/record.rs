@@ -47,6 +47,8 @@ pub trait Record: Serialize + DeserializeOwned {
     const VERSION: u32;
     /// What to do about a file that cannot be used.
     const REMEDY: &'static str = "restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
+    /// The same once a repair could not make it anew.
+    const LEFT: &'static str = Self::REMEDY;
 }
 
 #[derive(Serialize, Deserialize)]
@@ -97,6 +99,8 @@ pub struct Damaged {
     pub problem: String,
     /// What to do about it.
     pub remedy: &'static str,
+    /// The same once a repair could not make it anew.
+    pub left: &'static str,
     /// A newer release wrote it, to which it is left: no repair writes it anew.
     pub newer: bool,
 }
@@ -107,8 +111,14 @@ impl Damaged {
         if self.newer {
             return self;
         }
+        self.advised("`snapctl system repair` writes it again as it was, as long as this plyd runs")
+    }
+
+    /// The same with another word on what to do about it, whether a repair was tried or not.
+    pub fn advised(self, advice: &'static str) -> Self {
         Self {
-            remedy: "`snapctl system repair` writes it again as it was, as long as this plyd runs",
+            remedy: advice,
+            left: advice,
             ..self
         }
     }
@@ -235,12 +245,14 @@ impl<T: Record> RecordDir<T> {
         }
     }
 
-    fn damaged(&self, id: &str, problem: String) -> Damaged {
+    /// What is told of the record `id` that has that problem.
+    pub fn damaged(&self, id: &str, problem: String) -> Damaged {
         Damaged {
             id: id.to_owned(),
             path: self.dir.join(format!("{id}{SUFFIX}")),
             problem,
             remedy: T::REMEDY,
+            left: T::LEFT,
             newer: false,
         }
     }
@@ -250,9 +262,8 @@ impl<T: Record> RecordDir<T> {
         match unusable {
             Unusable::Damaged(_) => damaged,
             Unusable::Newer => Damaged {
-                remedy: "have the newer release repair it",
                 newer: true,
-                ..damaged
+                ..damaged.advised("have the newer release repair it")
             },
         }
     }

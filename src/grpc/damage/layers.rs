@@ -78,7 +78,9 @@ impl Stores<'_> {
 impl KnownLayer {
     /// What is told of a fault of it. `advice` says what to do.
     pub(in crate::grpc) fn fault(&self, fault: &Fault, advice: String) -> api::Fault {
-        let of_record = damaged_record(fault).map(|damaged| record_fault(damaged, String::new()));
+        let of_record = damaged_record(fault)
+            .map(|damaged| record_fault(damaged, String::new(), &advice))
+            .unwrap_or_default();
         let keys = self.snapshots.iter().map(|snapshot| snapshot.key.clone());
         let cause = match &fault.error {
             store::Error::Content { cause, .. } => cause.clone(),
@@ -94,7 +96,7 @@ impl KnownLayer {
             snapshots: keys.collect(),
             images: self.images.clone(),
             advice,
-            ..of_record.unwrap_or_default()
+            ..of_record
         }
     }
 
