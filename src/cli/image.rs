@@ -238,13 +238,10 @@ async fn receive(
 }
 
 async fn list(args: LsArgs, client: &Client) -> Result<()> {
-    let images = client.images().list(ListImagesRequest {}).await?;
-    let images: Vec<ImageView> = images
-        .into_inner()
-        .images
-        .into_iter()
-        .map(ImageView::from)
-        .collect();
+    let listed = client.images().list(ListImagesRequest {}).await?;
+    let listed = listed.into_inner();
+    output::note_unusable(listed.unusable_records);
+    let images: Vec<ImageView> = listed.images.into_iter().map(ImageView::from).collect();
     // A row for each name, as Docker has it; an object or a line for each image.
     let row = |image: &ImageView, name: &str| {
         vec![

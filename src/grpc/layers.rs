@@ -95,11 +95,13 @@ impl api::layers_server::Layers for Service {
         let containers = self.containers.clone();
         blocking(move || {
             let users = Users::read(&snapshotter, &images, &containers)?;
-            let layers = snapshotter.packed_layers().list().into_iter();
+            let packed = snapshotter.packed_layers();
+            let layers = packed.list().into_iter();
             Ok::<_, Status>(Response::new(api::ListLayersResponse {
                 layers: layers
                     .map(|(name, record)| users.describe(name, record))
                     .collect(),
+                unusable_records: packed.damaged().len() as u64,
             }))
         })
         .await

@@ -185,9 +185,9 @@ impl Records {
         self.damaged.values()
     }
 
-    /// Some damaged record, if there is one.
-    pub(super) fn any_damaged(&self) -> Option<&Damaged> {
-        self.damaged().chain(self.damaged_names.values()).next()
+    /// The damaged records of images and of names.
+    pub(super) fn all_damaged(&self) -> impl Iterator<Item = &Damaged> {
+        self.damaged().chain(self.damaged_names.values())
     }
 
     /// Records that cannot be used now, or are gone though what they are of is not.

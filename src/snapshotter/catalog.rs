@@ -291,14 +291,25 @@ impl Catalog {
 
     /// All sound snapshots, in order of creation.
     pub(super) fn all(&self) -> Result<Vec<Found>> {
+        Ok(in_order(self.records.list()?.records))
+    }
+
+    /// All sound snapshots, in order of creation, and how many others there are, of which the records cannot be used or are gone.
+    pub(super) fn all_and_unusable(&self) -> Result<(Vec<Found>, usize)> {
+        let mut missing: HashSet<String> = self.changes.lock().known.keys().cloned().collect();
         let listing = self.records.list()?;
-        let mut all: Vec<Found> = listing
-            .records
-            .into_iter()
-            .map(|(id, record)| Found { id, record })
-            .collect();
-        all.sort_by(|a, b| (a.record.created, &a.id).cmp(&(b.record.created, &b.id)));
-        Ok(all)
+        let damaged = listing.damaged.iter().map(|damaged| &damaged.id);
+        for id in listing.records.iter().map(|(id, _)| id).chain(damaged) {
+            missing.remove(id);
+        }
+        if !missing.is_empty() {
+            // Most often removed meanwhile.
+            let changes = self.changes.lock();
+            missing
+                .retain(|id| changes.known.contains_key(id) && self.records.is_unsound(id, true));
+        }
+        let unusable = listing.damaged.len() + missing.len();
+        Ok((in_order(listing.records), unusable))
     }
 
     /// All snapshots; `None` if there are some of which nothing is known. No record is read.
@@ -452,6 +463,14 @@ impl Changes {
         self.last_time = now.max(self.last_time.saturating_add(1));
         self.last_time
     }
+}
+
+/// Snapshots in order of creation.
+fn in_order(records: Vec<(String, SnapshotRecord)>) -> Vec<Found> {
+    let all = records.into_iter().map(|(id, record)| Found { id, record });
+    let mut all: Vec<Found> = all.collect();
+    all.sort_by(|a, b| (a.record.created, &a.id).cmp(&(b.record.created, &b.id)));
+    all
 }
 
 /// A time of a record.
