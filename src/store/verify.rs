@@ -105,6 +105,26 @@ impl Layers {
         problems.into_iter().map(fault).collect()
     }
 
+    /// What others than plyd have put where it keeps packs and objects, a sentence for each of the two.
+    pub fn foreign(&self) -> Result<Vec<String>> {
+        let (beside_packs, beside_files) = self.objects().foreign()?;
+        let told = |paths: Vec<PathBuf>| {
+            let first = paths.iter().min()?.display().to_string();
+            Some(match paths.len() {
+                1 => format!(
+                    "{first} is not plyd's: it is neither read nor collected, and can be moved away"
+                ),
+                count => format!(
+                    "{count} files are not plyd's, first {first}: they are neither read nor collected, and can be moved away"
+                ),
+            })
+        };
+        Ok([beside_packs, beside_files]
+            .into_iter()
+            .filter_map(told)
+            .collect())
+    }
+
     /// Reads the records of layers, and looks for those that should be there.
     fn verify_records(&self) -> Vec<Fault> {
         let damaged = match self.damaged_records() {

@@ -84,6 +84,7 @@ struct VerifiedView {
     objects: u64,
     bytes: u64,
     faults: Vec<FaultView>,
+    notes: Vec<String>,
 }
 
 pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
@@ -96,6 +97,7 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
     };
     let mut sum = VerifyProgress::default();
     let (mut found, mut told) = (Vec::new(), 0);
+    let mut notes = Vec::new();
     while let Some(answer) = events.message().await? {
         match answer.event {
             // Follows what is damaged of a layer.
@@ -110,6 +112,7 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
                 sum = progress;
             }
             Some(Event::Fault(fault)) => found.push(FaultView::from(fault)),
+            Some(Event::Note(note)) => notes.push(note),
             None => {}
         }
     }
@@ -124,6 +127,7 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             objects: sum.objects,
             bytes: sum.bytes,
             faults: found,
+            notes,
         })?;
     } else if args.quiet {
         let mut layers: BTreeSet<_> = found.iter().map(|fault| &*fault.layer).collect();
@@ -139,6 +143,10 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             false if args.deep => "",
             false => "; what the contents are was not read, `--deep` does",
         };
+        let notes = notes
+            .iter()
+            .map(|note| output::printable(&format!("note: {note}")));
+        output::lines_out(&notes.collect::<Vec<_>>())?;
         output::lines_out(&[format!(
             "{} with {}{read}: {} damaged{how}",
             output::count(sum.layers, "layer"),
