@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::archive::Source;
-use super::args::name;
+use super::args::{name, optional_name};
 use super::client::Client;
 use super::error::{Error, Result};
 use super::output::{self, Cut, ListFormat, embedded, lines_out, report, short, size};
@@ -63,7 +63,7 @@ pub struct LoadArgs {
     #[arg(short, long, default_value = "-", value_name = "FILE|DIR|-")]
     input: PathBuf,
     /// Name of the image, instead of the one in the archive
-    #[arg(long, value_parser = name())]
+    #[arg(long, value_parser = optional_name())]
     name: Option<String>,
     /// Print a JSON array, one object for each image that was loaded
     #[arg(long, conflicts_with = "quiet")]
