@@ -7,7 +7,8 @@
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
-//! - `service`: the Images service of a running plyd, also killed in the middle.
+//! - `service`: the Images service of a running plyd, also killed in the middle;
+//! - `told`: what a user is told of damage.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -35,5 +36,7 @@ mod real;
 mod service;
 #[path = "image/store.rs"]
 mod store;
+#[path = "image/told.rs"]
+mod told;
 #[path = "image/tree.rs"]
 mod tree;

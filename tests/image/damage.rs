@@ -11,15 +11,15 @@ use serde_json::Value;
 use super::archive::*;
 use super::common::{Done, Plyd};
 
-const NAME: &str = "docker.io/library/whole:latest";
+pub const NAME: &str = "docker.io/library/whole:latest";
 
-fn load(plyd: &Plyd, image: &[u8]) {
+pub fn load(plyd: &Plyd, image: &[u8]) {
     let loaded = plyd.piped(["image", "load", "-q"], image);
     assert_eq!(loaded.code, 0, "{}", loaded.stderr);
 }
 
 /// An image of two layers, whose view has many pages.
-fn image(name: &str) -> Vec<u8> {
+pub fn image(name: &str) -> Vec<u8> {
     let mut top = Layer::new();
     for number in 0..300 {
         let path = format!("file {number}");
@@ -30,7 +30,7 @@ fn image(name: &str) -> Vec<u8> {
 }
 
 /// The files in a directory below plyd's root that end so.
-fn files(plyd: &Plyd, dir: &str, end: &str) -> Vec<PathBuf> {
+pub fn files(plyd: &Plyd, dir: &str, end: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(plyd.root().join(dir)).unwrap();
     let paths = entries.map(|entry| entry.unwrap().path());
     let mut paths: Vec<_> = paths
@@ -49,13 +49,13 @@ fn flip(path: &Path, at: u64) {
 }
 
 /// Damages a record in its middle.
-fn break_record(path: &Path) -> Vec<u8> {
+pub fn break_record(path: &Path) -> Vec<u8> {
     let good = fs::read(path).unwrap();
     flip(path, good.len() as u64 / 2);
     good
 }
 
-fn parse(done: &Done) -> Value {
+pub fn parse(done: &Done) -> Value {
     serde_json::from_str(&done.stdout).unwrap_or_else(|_| panic!("{done:?}"))
 }
 
@@ -496,6 +496,14 @@ fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
     assert_eq!(files(&plyd, "store/packs", "").len(), 0);
 }
 
+/// A record as a newer release writes it.
+pub fn newer(record: &[u8]) -> String {
+    let text = std::str::from_utf8(record).unwrap();
+    let (body, _) = text.trim_end().rsplit_once('\n').unwrap();
+    let body = format!("{body}\n").replacen("\"incompatible\":0", "\"incompatible\":1", 1);
+    format!("{body}{}\n", blake3::hash(body.as_bytes()).to_hex())
+}
+
 /// A repair wrote what this release knows over what it could not read.
 #[test]
 fn a_record_of_a_newer_release_is_left_to_that() {
@@ -512,10 +520,7 @@ fn a_record_of_a_newer_release_is_left_to_that() {
     assert_eq!(records.len(), 6);
     for record in &records {
         let good = fs::read(record).unwrap();
-        let text = std::str::from_utf8(&good).unwrap();
-        let (body, _) = text.trim_end().rsplit_once('\n').unwrap();
-        let body = format!("{body}\n").replacen("\"incompatible\":0", "\"incompatible\":1", 1);
-        let newer = format!("{body}{}\n", blake3::hash(body.as_bytes()).to_hex());
+        let newer = newer(&good);
         for restart in [false, true] {
             if restart {
                 plyd.signal(Signal::SIGTERM);
