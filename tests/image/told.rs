@@ -99,6 +99,26 @@ fn a_lost_pack_is_told_by_one_line_for_each_layer() {
     assert!(verified.ends_with(": 0 damaged\n"), "{verified}");
 }
 
+#[test]
+fn of_what_was_made_here_it_is_said_that_a_repair_knows_more() {
+    let plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    let mounts = plyd.json(["snapshot", "mounts", "work", "--json"]);
+    let root = Path::new(mounts[0]["source"].as_str().unwrap());
+    fs::write(root.join("file"), noise(1, 40 << 10)).unwrap();
+    // Not by the helper, which sees to it that nothing committed changes.
+    let commit = plyd.piped(["snapshot", "commit", "work", "done"], b"");
+    assert_eq!(commit.code, 0, "{}", commit.stderr);
+    fs::remove_file(files(&plyd, "store/packs", ".pack").remove(0)).unwrap();
+    let verified = plyd.snapctl(["system", "verify"]);
+    let advice = "; run `snapctl system repair`, which takes what other layers have of it, or says what to remove\n";
+    assert!(
+        verified.stdout.contains(" (of done): /file: ") && verified.stdout.contains(advice),
+        "{}",
+        verified.stdout
+    );
+}
+
 /// Where the records of a store lie of which one each is to be damaged.
 fn records(plyd: &Plyd, container: &str) -> [PathBuf; 5] {
     let of = |key: &str, field: &str| {
