@@ -18,8 +18,8 @@ use crate::store::{self, LayerName};
 
 /// Answers that wait for the client.
 pub(super) const ANSWERS_WAITING: usize = 32;
-/// What to do about a damaged pack.
-const PACK_REMEDY: &str = "`snapctl system repair` mends it, or says what would";
+/// What to do about what is damaged, if nobody knows more.
+const REMEDY: &str = "`snapctl system repair` mends it, or says what would";
 
 pub(super) fn collect(snapshotter: &Snapshotter, dry_run: bool) -> api::CollectResponse {
     let collected = snapshotter.packed_layers().collect(dry_run, &());
@@ -114,25 +114,23 @@ pub(super) fn unknown_layers(snapshotter: &Snapshotter) -> BTreeSet<LayerName> {
 struct Client<'a> {
     stores: Stores<'a>,
     /// Read when the first layer is found damaged.
-    layers: OnceLock<KnownLayers>,
+    layers: OnceLock<Option<KnownLayers>>,
     answers: mpsc::Sender<Result<api::VerifyResponse, Status>>,
     gone: AtomicBool,
 }
 
 impl Client<'_> {
-    fn known(&self, layer: LayerName) -> KnownLayer {
-        if self.layers.get().is_none() {
-            match self.stores.known_layers() {
-                // Nobody else sets it.
-                Ok(all) => drop(self.layers.set(all)),
-                Err(status) => {
-                    let problem = status.message();
-                    tracing::warn!(problem, "cannot tell whose layer is damaged");
-                }
-            }
-        }
-        let all = self.layers.get();
-        all.map_or_else(KnownLayer::default, |all| self.stores.describe(layer, all))
+    /// A layer, and whose it is, if that can be told.
+    fn known(&self, layer: LayerName) -> Option<KnownLayer> {
+        let all = self.layers.get_or_init(|| {
+            let all = self.stores.known_layers();
+            all.inspect_err(|status| {
+                let problem = status.message();
+                tracing::warn!(problem, "cannot tell whose layer is damaged");
+            })
+            .ok()
+        });
+        Some(self.stores.describe(layer, all.as_ref()?))
     }
 
     fn answer(&self, event: api::verify_response::Event) {
@@ -151,13 +149,11 @@ impl Observer for Client<'_> {
 
 impl Told for Client<'_> {
     fn fault(&self, fault: Fault) {
-        let told = match fault.layer {
-            Some(layer) => {
-                let known = self.known(layer);
-                let remedy = known.remedy(&fault);
-                known.fault(&fault, remedy)
-            }
-            None => damage::pack_fault(&fault, PACK_REMEDY),
+        let known = fault.layer.map(|layer| self.known(layer));
+        let told = match known {
+            Some(Some(known)) => known.fault(&fault, known.remedy(&fault)),
+            Some(None) => KnownLayer::default().fault(&fault, REMEDY.to_owned()),
+            None => damage::pack_fault(&fault, REMEDY),
         };
         self.answer(api::verify_response::Event::Fault(told));
     }

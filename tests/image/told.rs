@@ -101,7 +101,7 @@ fn a_lost_pack_is_told_by_one_line_for_each_layer() {
 
 #[test]
 fn of_what_was_made_here_it_is_said_that_a_repair_knows_more() {
-    let plyd = Plyd::start();
+    let mut plyd = Plyd::start();
     plyd.ok(["snapshot", "prepare", "work"]);
     let mounts = plyd.json(["snapshot", "mounts", "work", "--json"]);
     let root = Path::new(mounts[0]["source"].as_str().unwrap());
@@ -117,6 +117,16 @@ fn of_what_was_made_here_it_is_said_that_a_repair_knows_more() {
         "{}",
         verified.stdout
     );
+    // Whoever did what is said of a layer that nothing uses would lose it.
+    let id = plyd.json(["snapshot", "info", "done", "--json"])["id"].clone();
+    let record = format!("snapshots/records/{}.record", id.as_str().unwrap());
+    let record = plyd.root().join(record);
+    restart(&mut plyd, |_| drop(break_record(&record)));
+    for command in ["verify", "repair"] {
+        let told = plyd.snapctl(["system", command]).stdout;
+        let advice = "; whose it is cannot be told while the record of a snapshot cannot be used: mend that, then run `snapctl system repair`\n";
+        assert!(told.contains(advice), "{told}");
+    }
 }
 
 /// Where the records of a store lie of which one each is to be damaged.

@@ -19,6 +19,8 @@ pub(in crate::grpc) struct KnownLayers {
     images: HashMap<String, (String, Vec<String>)>,
     /// In order of creation.
     snapshots: Vec<SnapshotInfo>,
+    /// Of some snapshots nobody knows what they have.
+    is_incomplete: bool,
 }
 
 /// A layer, and whose it is.
@@ -30,6 +32,8 @@ pub(in crate::grpc) struct KnownLayer {
     images: Vec<String>,
     /// Keys of the snapshots that build on those, the newest first.
     on_top: Vec<String>,
+    /// It may be that of others, too.
+    is_incomplete: bool,
 }
 
 impl Stores<'_> {
@@ -48,6 +52,7 @@ impl Stores<'_> {
             users: self.snapshotter.users_of_layers()?,
             images,
             snapshots: self.snapshotter.list(None)?,
+            is_incomplete: !self.snapshotter.damaged_records()?.is_empty(),
         })
     }
 
@@ -62,6 +67,7 @@ impl Stores<'_> {
             on_top: on_top_of(&snapshots, &all.snapshots),
             snapshots,
             images: Vec::new(),
+            is_incomplete: all.is_incomplete,
         };
         let of_images = known.snapshots.iter();
         let of_images = of_images.filter(|snapshot| snapshot.owner == Owner::Image);
@@ -106,7 +112,7 @@ impl KnownLayer {
             return damaged.remedy.to_owned();
         }
         if self.snapshots.is_empty() {
-            return NOBODYS.to_owned();
+            return self.without_users().to_owned();
         }
         match self.source("then repeat it") {
             Some(source) => format!("run `snapctl system repair`; if that leaves it, {source}"),
@@ -118,7 +124,7 @@ impl KnownLayer {
     /// contents.
     pub(in crate::grpc) fn advice(&self, reasons: &[String], others_have: bool) -> String {
         if self.snapshots.is_empty() {
-            return NOBODYS.to_owned();
+            return self.without_users().to_owned();
         }
         let why: String = reasons.iter().map(|reason| format!("{reason}; ")).collect();
         let what = self.source("then repeat this").unwrap_or_else(|| match &self.on_top[..] {
@@ -135,6 +141,18 @@ impl KnownLayer {
     /// Whether it can be had again from somewhere.
     pub(in crate::grpc) fn has_source(&self) -> bool {
         !self.images.is_empty() || self.blob.is_some() || self.diff_id.is_some()
+    }
+
+    /// What to do about one that is no snapshot's, as far as that can be told.
+    fn without_users(&self) -> &'static str {
+        match self.is_incomplete {
+            true => {
+                "whose it is cannot be told while the record of a snapshot cannot be used: mend that, then run `snapctl system repair`"
+            }
+            false => {
+                "nothing uses it; end plyd, delete the record of that name in ROOT/store/records, and start plyd again"
+            }
+        }
     }
 
     /// From where it can be had again, and what to do for that, in the end `then`.
@@ -158,8 +176,6 @@ impl KnownLayer {
         }
     }
 }
-
-const NOBODYS: &str = "nothing uses it; end plyd, delete the record of that name in ROOT/store/records, and start plyd again";
 
 fn damaged_record(fault: &Fault) -> Option<&Damaged> {
     match &fault.error {
