@@ -1,5 +1,5 @@
 //! What an import takes of memory, however large the layer is: half of what its setting allows for contents on their way, the other
-//! half for the window of a stream of zstd, and the index of the layer on top.
+//! half for the window of a stream of zstd, and the index of the layer on top. And what plyfs takes for files that the kernel knows.
 //!
 //! `make test` imports about a gigabyte with little memory allowed, `make test-full` also 10 GiB with the default, of which
 //! the index is a part, too.
@@ -10,11 +10,20 @@
     reason = "a test that cannot go on ends"
 )]
 
+#[path = "common/mod.rs"]
+mod common;
+
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
+use parking_lot::Mutex;
 use plywood::store::ingest::Settings;
 use plywood::store::layers::{Expected, Layers};
+use plywood::store::view::Verify;
+
+use common::Mount;
 
 const MIB: u64 = 1 << 20;
 /// What this program takes without an import.
@@ -194,9 +203,12 @@ fn compressed_stays_within(memory: u64, window: Option<u32>) {
     assert!(taken <= most, "{taken} bytes, and {most} were allowed");
 }
 
-// One test, for it is this program that is measured.
+/// It is this program that is measured.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn an_import_takes_no_more_memory_than_it_may() {
+    let _alone = ALONE.lock();
     stays_within(32 * MIB, 40_000, 5, 128 * MIB);
     compressed_stays_within(32 * MIB, None);
     // With the largest window that half of the memory has room for, and with one that has none.
@@ -206,4 +218,55 @@ fn an_import_takes_no_more_memory_than_it_may() {
         // 10 GiB.
         stays_within(Settings::default().memory, 200_000, 32, 256 * MIB);
     }
+}
+
+/// A layer of many small files.
+fn many_files(layers: &common::Layers, files: u64) -> io::Result<fs::File> {
+    let path = layers.path("many.tar");
+    let mut tar = tar::Builder::new(fs::File::create(&path)?);
+    for file in 0..files {
+        let content = file.to_string();
+        let mut header = tar::Header::new_ustar();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        let path = format!("dir-{:04}/file-{file:09}", file % 1000);
+        tar.append_data(&mut header, path, content.as_bytes())?;
+    }
+    tar.into_inner()?;
+    fs::File::open(path)
+}
+
+/// The files below a directory, which the kernel then knows.
+fn walk(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    entries
+        .map(|entry| match entry.metadata().unwrap() {
+            metadata if metadata.is_dir() => walk(&entry.path()),
+            metadata => u64::from(metadata.size() > 0),
+        })
+        .sum()
+}
+
+/// A few bytes more for each node, and it was past that without anybody having noticed.
+#[test]
+fn plyfs_has_less_than_40_mib_after_a_walk_of_100_000_files() {
+    const FILES: u64 = 100_000;
+    let _alone = ALONE.lock();
+    let layers = common::Layers::new(0);
+    let (store, _) = Layers::open(&layers.path("store"), Settings::default()).unwrap();
+    let stream = many_files(&layers, FILES).unwrap();
+    let layer = store.import(stream, &Expected::default(), &()).unwrap();
+    let view = store.view(&[layer], Verify::First).unwrap();
+    let option = format!("view={}", view.path().display());
+    let mount = Mount::with_options(&layers.mnt(), &option);
+    assert_eq!(walk(&layers.mnt()), FILES);
+    let status = fs::read_to_string(format!("/proc/{}/status", mount.pid())).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    let private = kib.unwrap().parse::<u64>().unwrap() << 10;
+    eprintln!("{private} bytes, {} for each file", private / FILES);
+    assert!(private < 40 * MIB, "{private} bytes");
+    mount.unmount();
 }

@@ -260,7 +260,7 @@ impl Union {
             let links = i64::from(host.nlink) + place.rare.link_offset;
             attr.nlink = u32::try_from(links.max(0)).unwrap_or(u32::MAX);
         }
-        if let (None, Some(atime)) = (place.upper, place.atime) {
+        if let (None, Some(atime)) = (place.upper, place.atime.get()) {
             attr.atime = atime;
         }
         if node.kind == FileKind::Regular
@@ -396,7 +396,7 @@ impl Union {
     ) -> Result<()> {
         let mut gathered = node.attributes.lock();
         self.with_upper(node, |object| Ok(change(object)))??;
-        if sets_mtime && gathered.writes > 0 {
+        if sets_mtime && let Some(gathered) = gathered.as_mut() {
             gathered.mtime = self
                 .with_upper(node, |object| Ok(attr_of(&object.stat()?)))?
                 .mtime;
@@ -501,7 +501,7 @@ impl Union {
         let atime = place_atime.unwrap_or(lower.atime);
         let now = now();
         if atime <= lower.mtime || atime <= lower.ctime || now.sec - atime.sec >= DAY {
-            node.place.write().atime = Some(now);
+            node.place.write().atime = now.into();
         }
     }
 

@@ -16,7 +16,7 @@ use super::attr::{attr_of, timespec};
 use super::error::{Context, Error, Result};
 use super::lend::Lent;
 use super::lower::{LowerFile, LowerObject};
-use super::node::{Lowers, Node, Orphan};
+use super::node::{Lowers, MaybeTime, Node, Orphan};
 use super::stat_override::HOST_PERM;
 use super::types::{Attr, FileKind, NodeId, Timestamp};
 use super::union::Union;
@@ -149,7 +149,7 @@ impl Union {
             (
                 place.upper.is_some(),
                 place.lowers.clone(),
-                place.atime,
+                place.atime.get(),
                 place.rare.chunks.is_some(),
             )
         };
@@ -338,7 +338,7 @@ impl Union {
     /// The upper has the object from now on; with `metacopy` all but its data.
     pub(super) fn arrived(node: &Node, place: &mut super::node::Place, ino: u64, metacopy: bool) {
         place.upper = Some(ino);
-        place.atime = None;
+        place.atime = MaybeTime::default();
         place.metacopy = metacopy;
         if metacopy {
             return;

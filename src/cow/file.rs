@@ -15,7 +15,7 @@ use super::chunks::Partial;
 use super::copyup::Content;
 use super::error::{Context, Result};
 use super::lower::LowerFile;
-use super::node::Node;
+use super::node::{Gathered, Node};
 use super::types::{Caller, FileKind, NodeId, Quiet};
 use super::union::Union;
 use super::upper::Draft;
@@ -88,11 +88,13 @@ pub(super) struct UnderWay<'a>(&'a Node);
 
 impl<'a> UnderWay<'a> {
     pub(super) fn begin(node: &'a Node, fd: BorrowedFd<'_>) -> Result<Self> {
-        let mut gathered = node.attributes.lock();
-        if gathered.writes == 0 {
-            gathered.mtime = attr_of(&fs::fstat(fd)?).mtime;
+        match &mut *node.attributes.lock() {
+            Some(gathered) => gathered.writes += 1,
+            none => {
+                let mtime = attr_of(&fs::fstat(fd)?).mtime;
+                *none = Some(Box::new(Gathered { writes: 1, mtime }));
+            }
         }
-        gathered.writes += 1;
         Ok(Self(node))
     }
 }
@@ -100,7 +102,10 @@ impl<'a> UnderWay<'a> {
 impl Drop for UnderWay<'_> {
     /// Also after a panic, or the file would keep this time of change for good.
     fn drop(&mut self) {
-        self.0.attributes.lock().writes -= 1;
+        self.0.attributes.lock().take_if(|gathered| {
+            gathered.writes -= 1;
+            gathered.writes == 0
+        });
     }
 }
 
@@ -287,7 +292,7 @@ impl Union {
             let place = node.place.read();
             (
                 place.upper.is_some(),
-                place.atime,
+                place.atime.get(),
                 place.lowers.first().cloned(),
             )
         };
@@ -343,8 +348,11 @@ impl Union {
         let written = self.with_room(|| backing.write_at(data, offset));
         let kept = {
             let gathered = node.attributes.lock();
-            let times = [UNCHANGED, timespec(gathered.mtime)];
-            Object::Open(fd).set_times(&times)
+            // There is this one.
+            gathered.as_ref().map_or(Ok(()), |gathered| {
+                let times = [UNCHANGED, timespec(gathered.mtime)];
+                Object::Open(fd).set_times(&times)
+            })
         };
         let written = written?;
         kept.context("keeping the time of change of a file")?;

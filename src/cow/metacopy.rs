@@ -20,7 +20,7 @@ use super::copyup::{Content, restore_times};
 use super::error::{Context, Result};
 use super::lend;
 use super::lower::LowerObject;
-use super::node::Node;
+use super::node::{MaybeTime, Node};
 use super::types::{FileKind, NodeId, Timestamp, XattrFamily};
 use super::union::Union;
 use super::upper::Upper;
@@ -65,9 +65,9 @@ impl Union {
 
     /// The attributes of a file that is in the upper are about to change.
     pub(super) fn attributes_change(node: &Node) {
-        let noted = node.place.read().atime.is_some();
+        let noted = node.place.read().atime.get().is_some();
         if noted {
-            node.place.write().atime = None;
+            node.place.write().atime = MaybeTime::default();
         }
     }
 
@@ -137,7 +137,7 @@ impl Union {
         fs::pread_full(file.as_fd(), &mut [0], 0)?;
         let mut place = node.place.write();
         if place.metacopy {
-            place.atime = Some(now);
+            place.atime = now.into();
         }
         Ok(())
     }

@@ -19,7 +19,9 @@ use std::collections::{HashMap, hash_map};
 use std::ffi::OsStr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
@@ -107,7 +109,7 @@ pub(super) struct Place {
     pub(super) lowers: Lowers,
     /// A lower object that was read: its access time, which the layer must not store. With `metacopy`:
     /// when the upper's was last seen to.
-    pub(super) atime: Option<Timestamp>,
+    pub(super) atime: MaybeTime,
     /// The upper does not hold all of the data; what it does not is that of the last of `lowers`.
     pub(super) metacopy: bool,
     pub(super) rare: Rare,
@@ -305,12 +307,39 @@ impl DirState {
 }
 
 /// Writes under way that are not to move the time of change.
-#[derive(Default)]
 pub(super) struct Gathered {
     /// How many there are.
     pub(super) writes: u32,
-    /// The time that they are not to move, while there are any.
+    /// The time that they are not to move.
     pub(super) mtime: Timestamp,
+}
+
+/// A point in time that may not be known, in the room of one: there is one for each file that the kernel knows.
+#[derive(Clone, Copy)]
+pub(super) struct MaybeTime(Timestamp);
+
+impl MaybeTime {
+    /// No point in time has as many nanoseconds.
+    const NONE: Self = Self(Timestamp {
+        sec: 0,
+        nsec: u32::MAX,
+    });
+
+    pub(super) fn get(self) -> Option<Timestamp> {
+        (self.0.nsec != Self::NONE.0.nsec).then_some(self.0)
+    }
+}
+
+impl Default for MaybeTime {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+impl From<Timestamp> for MaybeTime {
+    fn from(time: Timestamp) -> Self {
+        Self(time)
+    }
 }
 
 /// An object of the union.
@@ -320,8 +349,9 @@ pub(super) struct Node {
     pub(super) kind: FileKind,
     /// Held while the object is copied up; its readers go on meanwhile.
     pub(super) copy_up: Mutex<()>,
-    /// Held while attributes of the upper object change, or are put back to what they were.
-    pub(super) attributes: Mutex<Gathered>,
+    /// Held while attributes of the upper object change, or are put back to what they were. Has something while such writes are under
+    /// way.
+    pub(super) attributes: Mutex<Option<Box<Gathered>>>,
     pub(super) place: RwLock<Place>,
     /// Mirrors `place.upper.is_some()`, and not `place.metacopy`.
     pub(super) in_upper: AtomicBool,
@@ -330,7 +360,7 @@ pub(super) struct Node {
     /// The descriptor that serves reads and writes.
     pub(super) io: Slot<Backing>,
     /// Open handles.
-    pub(super) handles: AtomicU64,
+    pub(super) handles: AtomicU32,
     pub(super) directory: Option<Box<Directory>>,
 }
 
@@ -346,7 +376,7 @@ impl Node {
             written: AtomicBool::new(false),
             place: RwLock::new(place),
             io: Slot::default(),
-            handles: AtomicU64::new(0),
+            handles: AtomicU32::new(0),
             directory: (kind == FileKind::Directory).then(Box::default),
         }
     }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::{Error, Result, io_error};
 use super::export::sha256;
-use super::format::index_file::{IndexFile, Kind};
+use super::format::index_file::{self, Kind};
 use super::format::{LayerName, ViewKey};
 use super::ingest::{self, Observer};
 use super::layer::index::LayerIndex;
@@ -293,11 +293,10 @@ impl Layers {
 
     /// Builds a view again and writes what is damaged of the one at `path` into its place; says whether that is whole then.
     fn restore_view(&self, path: &Path, chain: &[LayerName]) -> Result<bool> {
-        let view = IndexFile::open(path, Kind::View)?;
         let built = view::build(&self.merge(chain)?, self.objects())?;
         let temporary = self.write_temporary("view", |file| built.write(file))?;
         let other = File::open(temporary.path()).map_err(io_error("open", temporary.path()))?;
-        view.restore_pages(&other)
+        index_file::restore(path, Kind::View, &other)
     }
 
     fn drop_view(&self, path: &Path) -> Result<ViewCure> {

@@ -101,8 +101,10 @@ fn damaged_layers_are_restored_from_the_content_store() {
             std::fs::remove_file(recipe).unwrap();
         }
         for pack in host.files("store/packs") {
-            let file = std::fs::File::options().write(true).open(pack).unwrap();
-            file.write_all_at(&[0xff; 64], 130).unwrap();
+            // One that a collection takes away meanwhile needs no damage.
+            if let Ok(file) = std::fs::File::options().write(true).open(pack) {
+                file.write_all_at(&[0xff; 64], 130).unwrap();
+            }
         }
     };
     damage();
@@ -119,10 +121,14 @@ fn damaged_layers_are_restored_from_the_content_store() {
     );
     host.snapctl(&["system", "verify", "--deep"]);
 
-    // What containerd does not have any more is said by its name.
+    // What containerd does not have any more is said by its name. Manifest and configuration stay: without them containerd
+    // would remove the snapshots, and nobody would need the layers.
     damage();
-    for blob in host.ctr(&["content", "ls", "-q"]).lines() {
-        host.ctr(&["content", "rm", blob]);
+    for blob in host.ctr(&["content", "ls"]).lines() {
+        if blob.contains("containerd.io/uncompressed=") {
+            let digest = blob.split_whitespace().next().unwrap();
+            host.ctr(&["content", "rm", digest]);
+        }
     }
     let told = host.try_snapctl(&["system", "repair"]).unwrap_err();
     assert!(told.contains("left: layer"), "{told}");

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::archive::*;
@@ -219,7 +220,7 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
         }),
         ("no pack", |plyd| {
             // It is not open then.
-            plyd.signal(nix::sys::signal::Signal::SIGTERM);
+            plyd.signal(Signal::SIGTERM);
             plyd.launch();
             fs::remove_file(&stored(plyd, "packs")[0]).unwrap();
         }),
@@ -317,7 +318,7 @@ fn a_pack_that_was_moved_away_is_missed_and_written_anew_from_what_is_open_of_it
         "{mended}"
     );
     plyd.umount(&mnt);
-    plyd.signal(nix::sys::signal::Signal::SIGTERM);
+    plyd.signal(Signal::SIGTERM);
     plyd.launch();
     plyd.ok(["system", "verify", "--deep"]);
 }
@@ -334,7 +335,7 @@ fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
             let pack = stored(&plyd, "packs").remove(0);
             flip(&pack, at(fs::metadata(&pack).unwrap().len()));
             if restart {
-                plyd.signal(nix::sys::signal::Signal::SIGTERM);
+                plyd.signal(Signal::SIGTERM);
                 plyd.launch();
             }
             let verified = plyd.snapctl(["system", "verify", "--deep"]);
@@ -451,6 +452,35 @@ fn a_mount_reads_what_it_could_not_read_before() {
     plyd.umount(&mnt);
 }
 
+/// One content that was gone kept all of the image from being mounted.
+#[test]
+fn what_is_gone_is_missing_alone_and_comes_back_below_the_mount() {
+    let mut plyd = Plyd::start();
+    let image = image();
+    load(&plyd, &image);
+    plyd.signal(Signal::SIGTERM);
+    fs::remove_file(&stored(&plyd, "packs")[0]).unwrap();
+    plyd.launch();
+    plyd.ok(["snapshot", "view", "look", "whole"]);
+    let mnt = plyd.dir().join("mnt");
+    fs::create_dir(&mnt).unwrap();
+    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    assert_eq!(fs::metadata(mnt.join("small")).unwrap().len(), 40 << 10);
+    let error = fs::read(mnt.join("small")).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
+    let info = plyd.json(["snapshot", "info", "look", "--json"]);
+    assert_eq!(info["damaged_contents"], 1);
+    assert!(
+        plyd.log()
+            .contains("contents of a view are not in the store")
+    );
+
+    assert_eq!(repair(&plyd, &image).code, 0);
+    assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
+    plyd.umount(&mnt);
+}
+
 #[test]
 fn when_contents_are_verified_is_a_setting_of_plyd() {
     for (when, seen) in [("first", false), ("always", true)] {
@@ -483,7 +513,7 @@ fn loading_an_image_again_heals_it() {
         fs::remove_file(file.unwrap()).unwrap();
         if dir == "packs" {
             // Which packs there are it learns at its start.
-            plyd.signal(nix::sys::signal::Signal::SIGTERM);
+            plyd.signal(Signal::SIGTERM);
             plyd.launch();
         }
         assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
@@ -508,7 +538,7 @@ fn loading_an_image_again_heals_it() {
     assert_eq!(plyd.snapctl(["system", "verify", "--deep"]).code, 0);
     // A layer whose record is gone, and with it all that the next start clears away.
     fs::remove_file(&stored(&plyd, "records")[0]).unwrap();
-    plyd.signal(nix::sys::signal::Signal::SIGTERM);
+    plyd.signal(Signal::SIGTERM);
     plyd.launch();
     assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
     let left = plyd.snapctl(["system", "repair", "--json"]);

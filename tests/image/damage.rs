@@ -190,6 +190,49 @@ fn a_damaged_view_is_named_and_restored_below_its_mount() {
     plyd.umount(&mnt);
 }
 
+/// It was a SIGBUS of the plyfs that had it mounted, and the end of all that ran there.
+#[test]
+fn a_view_that_is_cut_short_below_its_mount_is_missed_and_restored() {
+    let plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    for (key, keeps) in [("half", 0.5), ("header", 0.1), ("nothing", 0.0)] {
+        plyd.ok(["snapshot", "view", key, "whole"]);
+        let mnt = mount(&plyd, key);
+        // What is looked at now is mapped.
+        fs::metadata(mnt.join("file 7")).unwrap();
+        let [view] = &files(&plyd, "store/views", ".view")[..] else {
+            panic!("there is one view");
+        };
+        let good = fs::read(view).unwrap();
+        let file = fs::File::options().write(true).open(view).unwrap();
+        let length = good.len() as f64 * keeps;
+        file.set_len(length as u64).unwrap();
+        let list = || -> std::io::Result<usize> {
+            let entries = fs::read_dir(&mnt)?.collect::<Result<Vec<_>, _>>()?;
+            entries
+                .iter()
+                .try_for_each(|entry| entry.metadata().map(drop))?;
+            Ok(entries.len())
+        };
+        assert_eq!(list().unwrap_err().raw_os_error(), Some(libc::EIO), "{key}");
+        let info = plyd.json(["snapshot", "info", key, "--json"]);
+        assert_eq!(info["damaged_view"], true, "{key}");
+        let mended = plyd.ok(["system", "repair"]);
+        if keeps > 0.0 {
+            let line = format!("was damaged, and {} is what it was again\n", view.display());
+            assert!(mended.contains(&line), "{key}: {mended}");
+            assert!(fs::read(view).unwrap() == good, "{key}");
+            assert_eq!(list().unwrap(), 301, "{key}");
+        } else {
+            let line = format!("until it is mounted again: the snapshot {key}\n");
+            assert!(mended.contains(&line), "{key}: {mended}");
+        }
+        assert_sound(&plyd);
+        plyd.umount(&mnt);
+        plyd.ok(["snapshot", "rm", key]);
+    }
+}
+
 /// plyd looked at its records when it started, and never again.
 #[test]
 fn each_damaged_record_is_named_while_plyd_runs() {

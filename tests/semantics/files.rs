@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, OFlag, fallocate};
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, OFlag, fallocate, open};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{Whence, lseek};
 
@@ -518,7 +518,7 @@ fn special() -> Vec<Row> {
                 let perm = std::os::unix::fs::PermissionsExt::from_mode(0o640);
                 for _ in 0..2 {
                     let flags = OFlag::O_RDWR;
-                    let pipe = nix::fcntl::open(&at.path("p"), flags, Mode::empty())?;
+                    let pipe = open(&at.path("p"), flags, Mode::empty())?;
                     let mut pipe = File::from(pipe);
                     pipe.write_all(b"x")?;
                     let mut byte = [0];
@@ -587,6 +587,30 @@ fn special() -> Vec<Row> {
                 fails(tried, nix::Error::ETXTBSY)?;
                 open_rw(at.path("sleep"))?;
                 Ok(())
+            },
+        ),
+        row(
+            "program_cut_off",
+            "Nor does an open with O_TRUNC for reading cut a running program off (ETXTBSY); once it has ended, it does.",
+            |fill| {
+                fs::copy("/bin/sleep", fill.path(0, "sleep")).unwrap();
+            },
+            |at| {
+                let path = at.path("sleep");
+                let whole = fs::metadata(&path)?.len();
+                for _ in 0..20 {
+                    let mut child = std::process::Command::new(&path).arg("60").spawn()?;
+                    let tried = open(&path, OFlag::O_TRUNC, Mode::empty());
+                    let length = fs::metadata(&path)?.len();
+                    let runs = child.try_wait()?.is_none();
+                    child.kill()?;
+                    child.wait()?;
+                    fails(tried, nix::Error::ETXTBSY)?;
+                    expect(length == whole, "cut off")?;
+                    expect(runs, "the program has ended")?;
+                }
+                open(&path, OFlag::O_TRUNC, Mode::empty())?;
+                holds(path, "")
             },
         ),
     ]

@@ -17,9 +17,9 @@ use crate::fuse::claims::Claimed;
 use crate::fuse::convert::{self, FOREVER};
 use crate::fuse::features::Feature;
 use crate::fuse::handles::{HandleTable, STATELESS};
+use crate::fuse::opens::{Opens, asks_for_writing};
 use crate::fuse::passing::{Joined, Passing};
 use crate::fuse::policy::Policy;
-use crate::fuse::writers::{Writers, asks_for_writing};
 
 /// The open files of a mount.
 pub(super) struct Files {
@@ -27,7 +27,7 @@ pub(super) struct Files {
     policy: Arc<OnceLock<Policy>>,
     passing: Arc<Passing<BackingId>>,
     handles: HandleTable<FileHandle>,
-    writers: Writers,
+    opens: Opens,
     /// A lower file could not be made a backing file, which was said.
     unpassable: AtomicBool,
 }
@@ -59,7 +59,7 @@ impl Files {
             policy,
             passing,
             handles: HandleTable::default(),
-            writers: Writers::default(),
+            opens: Opens::default(),
             unpassable: AtomicBool::new(false),
         }
     }
@@ -70,7 +70,7 @@ impl Files {
 
     /// Whether a file may have dirty pages.
     pub(super) fn are_written(&self, node: NodeId) -> bool {
-        self.writers.contains(node)
+        self.opens.is_written(node)
     }
 
     fn policy(&self) -> Policy {
@@ -103,12 +103,16 @@ impl Files {
             reply,
         } = opening;
         let counted = (!second).then(|| self.passing.counted(node));
+        if self.opens.cuts_program(node, flags) {
+            drop(counted);
+            return reply.error(Errno::ETXTBSY);
+        }
         match self.union.open_file(node, flags, &caller) {
             Ok(handle) => {
                 if let Some(counted) = counted {
                     counted.stay();
                 }
-                self.writers.opened(node, flags);
+                self.opens.opened(node, flags);
                 let fh = Fh(self.handles.insert(handle));
                 match backing {
                     Some(backing) => {
@@ -231,7 +235,7 @@ impl UnionFs {
                         // Nobody else has opened it yet, so it cannot but be served.
                         self.passing.serve(entry.node);
                     }
-                    self.files.writers.opened(entry.node, flags);
+                    self.files.opens.opened(entry.node, flags);
                     self.files.handles.insert(handle)
                 };
                 reply.created(
@@ -249,7 +253,7 @@ impl UnionFs {
     pub(super) fn close(&self, ino: INodeNo, fh: Fh, flags: i32, reply: ReplyEmpty) {
         let node = self.node(ino);
         if let Some(handle) = self.files.handles.remove(fh.0) {
-            self.files.writers.released(node, flags);
+            self.files.opens.released(node, flags);
             if self.policy().passthrough && node.0 == ino.0 {
                 self.passing.leave(node);
             }

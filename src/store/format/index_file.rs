@@ -2,14 +2,17 @@
 //! a sum for each page.
 //!
 //! Opening verifies the header and the table of sums, a few pages; every other page is verified when the
-//! first byte of it is used. That goes through read(2), so that a disk error or a file that was cut off is an
-//! error and not a signal; from then on the mapping is used. All access goes through
-//! [`IndexFile::slice`], which checks bounds, so no damage leads beyond the file.
+//! first byte of it is used. That goes through read(2), which tells what is wrong with a page that the disk cannot read; from
+//! then on the mapping is used. If that loses something, because the file is cut off or the disk fails, all of it is mapped and
+//! verified anew. All access goes through [`IndexFile::slice`], which checks bounds, so no damage leads beyond the file.
+
+mod restore;
+mod write;
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -18,6 +21,9 @@ use parking_lot::Mutex;
 use super::{Record, check_features};
 use crate::store::error::{Result, damaged, io_error};
 use crate::sys::map::FileMap;
+
+pub(in crate::store) use restore::restore;
+pub(in crate::store) use write::IndexWriter;
 
 const HEADER: usize = 1024;
 const SUM_AT: usize = HEADER - 32;
@@ -215,54 +221,50 @@ impl IndexFile {
         if bytes == 0 {
             return Ok(&[]);
         }
+        if self.map.is_lost() {
+            self.renew()?;
+        }
         // Within the section, and so within the pages: `open` has checked where sections lie.
         let (from, to) = (start + at, start + to);
         for page in (from - HEADER as u64) / PAGE..=(to - 1 - HEADER as u64) / PAGE {
             self.verify(page)?;
         }
-        let mapped = self.map.bytes().get(from as usize..to as usize);
-        mapped.ok_or_else(outside)
+        let mapped = self.map.get(from as usize, to as usize);
+        mapped.ok_or_else(|| self.damaged("part of it is not there any more, or cannot be read"))
+    }
+
+    /// Maps the file as it is now. What was known of its pages may not be true any more.
+    fn renew(&self) -> Result<()> {
+        self.forget_pages();
+        let renewed = self.map.renew(&self.file);
+        renewed.map_err(io_error("map", &self.path))
+    }
+
+    fn forget_pages(&self) {
+        for word in &self.verified {
+            word.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Verifies every page.
     pub(in crate::store) fn verify_all(&self) -> Result<()> {
-        for word in &self.verified {
-            word.store(0, Ordering::Relaxed);
-        }
+        self.forget_pages();
         (0..(self.sums.len() / 32) as u64).try_for_each(|page| self.verify(page))
-    }
-
-    /// Writes the pages that are not sound as they are in `other`, where that has what the sums say, and says whether all are
-    /// sound then. Who has the file open reads them from then on. Another file that has taken its place is left alone.
-    pub(in crate::store) fn restore_pages(&self, other: &File) -> Result<bool> {
-        let own = File::options().write(true).open(&self.path);
-        let own = own.map_err(io_error("open", &self.path))?;
-        let identity = |file: &File| file.metadata().map(|found| (found.dev(), found.ino()));
-        let (ours, found) = (identity(&self.file), identity(&own));
-        let look = |found: io::Result<_>| found.map_err(io_error("look at", &self.path));
-        if look(ours)? != look(found)? {
-            return Ok(false);
-        }
-        for page in 0..(self.sums.len() / 32) as u64 {
-            if self.read_page(page).is_ok() {
-                continue;
-            }
-            let mut buffer = [0; PAGE as usize];
-            let (at, bytes) = self.page_in(page, &mut buffer);
-            let is_it = other.read_exact_at(bytes, at).is_ok() && self.is_page(page, bytes);
-            if !is_it {
-                return Ok(false);
-            }
-            own.write_all_at(bytes, at)
-                .map_err(io_error("write", &self.path))?;
-        }
-        own.sync_all().map_err(io_error("write", &self.path))?;
-        Ok(true)
     }
 
     /// Whether something that was read of it was not sound when it was last read.
     pub(in crate::store) fn is_damaged(&self) -> bool {
         !self.bad.lock().is_empty()
+    }
+
+    /// How many pages were read and are known to be sound.
+    #[cfg(test)]
+    pub(in crate::store) fn pages_read(&self) -> usize {
+        let pages = self
+            .verified
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed));
+        pages.map(|word| word.count_ones() as usize).sum()
     }
 
     /// An error that names this file.
@@ -276,7 +278,7 @@ impl IndexFile {
         let Some(word) = self.verified.get(word) else {
             return Err(self.damaged(format!("it has no page {page}")));
         };
-        // Relaxed: the bytes do not change, so two threads at worst verify the same page.
+        // Relaxed: two threads at worst verify the same page.
         if word.load(Ordering::Relaxed) & bit != 0 {
             return Ok(());
         }
@@ -379,231 +381,5 @@ fn read_exact(file: &File, path: &Path, buffer: &mut [u8], at: u64) -> Result<()
     }
 }
 
-/// The sections of an index that is being made.
-#[derive(Debug, Default)]
-pub(in crate::store) struct IndexWriter {
-    sections: Vec<(Section, Vec<u8>)>,
-}
-
-impl IndexWriter {
-    /// Adds a section; none is added twice.
-    pub(in crate::store) fn section(&mut self, section: Section, bytes: Vec<u8>) {
-        if !bytes.is_empty() {
-            self.sections.push((section, bytes));
-        }
-    }
-
-    /// Writes it to `out` and answers the sum of its header.
-    pub(in crate::store) fn write(
-        self,
-        out: &mut impl Write,
-        kind: Kind,
-        identity: &Identity,
-    ) -> io::Result<[u8; 32]> {
-        let mut header = [0; HEADER];
-        let mut at = HEADER as u64;
-        let mut slot = SECTIONS_AT;
-        for (section, bytes) in &self.sections {
-            let length = bytes.len() as u64;
-            header[slot..slot + 4].copy_from_slice(&(*section as u32).to_le_bytes());
-            header[slot + 4..slot + 8].copy_from_slice(&(section.record() as u32).to_le_bytes());
-            header[slot + 8..slot + 16].copy_from_slice(&at.to_le_bytes());
-            header[slot + 16..slot + 24].copy_from_slice(&length.to_le_bytes());
-            slot += 32;
-            at += length.next_multiple_of(8);
-        }
-        let sums = self.page_sums();
-        header[..8].copy_from_slice(kind.magic());
-        header[8..10].copy_from_slice(&1u16.to_le_bytes());
-        header[10..12].copy_from_slice(&(self.sections.len() as u16).to_le_bytes());
-        header[40..48].copy_from_slice(&(at + sums.len() as u64).to_le_bytes());
-        header[48..56].copy_from_slice(&at.to_le_bytes());
-        header[56..64].copy_from_slice(&identity.tar_bytes.to_le_bytes());
-        header[64..96].copy_from_slice(blake3::hash(&sums).as_bytes());
-        header[96..128].copy_from_slice(&identity.key);
-        let sum = *blake3::hash(&header[..SUM_AT]).as_bytes();
-        header[SUM_AT..].copy_from_slice(&sum);
-        out.write_all(&header)?;
-        for (_, bytes) in &self.sections {
-            out.write_all(bytes)?;
-            out.write_all(padding(bytes.len()))?;
-        }
-        out.write_all(&sums)?;
-        Ok(sum)
-    }
-
-    fn page_sums(&self) -> Vec<u8> {
-        let mut sums = Vec::new();
-        let mut page = Vec::with_capacity(PAGE as usize);
-        let pieces = self
-            .sections
-            .iter()
-            .flat_map(|(_, bytes)| [bytes.as_slice(), padding(bytes.len())]);
-        for mut piece in pieces {
-            while !piece.is_empty() {
-                let room = (PAGE as usize - page.len()).min(piece.len());
-                page.extend_from_slice(&piece[..room]);
-                piece = &piece[room..];
-                if page.len() == PAGE as usize {
-                    sums.extend_from_slice(blake3::hash(&page).as_bytes());
-                    page.clear();
-                }
-            }
-        }
-        if !page.is_empty() {
-            sums.extend_from_slice(blake3::hash(&page).as_bytes());
-        }
-        sums
-    }
-}
-
-fn padding(length: usize) -> &'static [u8] {
-    &[0; 8][..length.next_multiple_of(8) - length]
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::Error;
-
-    fn sample() -> Vec<u8> {
-        let mut writer = IndexWriter::default();
-        writer.section(Section::Names, b"names".to_vec());
-        writer.section(Section::Texts, vec![7; 10_000]);
-        writer.section(Section::Packs, vec![1; 32]);
-        let mut file = Vec::new();
-        let identity = Identity {
-            key: [3; 32],
-            tar_bytes: 5,
-        };
-        writer.write(&mut file, Kind::View, &identity).unwrap();
-        file
-    }
-
-    fn opened(bytes: &[u8]) -> Result<IndexFile> {
-        let tmp = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(tmp.path(), bytes).unwrap();
-        IndexFile::open(tmp.path(), Kind::View)
-    }
-
-    /// It was written over by pages of the one that it had replaced.
-    #[test]
-    fn pages_are_not_restored_in_another_file_that_has_taken_the_place() {
-        let tmp = tempfile::tempdir().unwrap();
-        let path = tmp.path().join("view");
-        let good = tmp.path().join("good");
-        std::fs::write(&good, sample()).unwrap();
-        let mut bytes = sample();
-        bytes[HEADER + 5000] ^= 1;
-        std::fs::write(&path, &bytes).unwrap();
-        let damaged = IndexFile::open(&path, Kind::View).unwrap();
-        let new = tmp.path().join("new");
-        std::fs::write(&new, b"another").unwrap();
-        std::fs::rename(&new, &path).unwrap();
-        let good = File::open(&good).unwrap();
-        assert!(!damaged.restore_pages(&good).unwrap());
-        assert_eq!(std::fs::read(&path).unwrap(), b"another");
-    }
-
-    /// Everything that a reader can get of it.
-    fn contents(index: &IndexFile) -> Result<Vec<Vec<u8>>> {
-        [Section::Names, Section::Texts, Section::Packs]
-            .into_iter()
-            .map(|section| {
-                let bytes = u64::from(index.count(section)) * section.record() as u64;
-                index.slice(section, 0, bytes).map(<[u8]>::to_vec)
-            })
-            .collect()
-    }
-
-    #[test]
-    fn gives_back_what_was_written() {
-        let index = opened(&sample()).unwrap();
-        assert_eq!(index.identity().key, [3; 32]);
-        assert_eq!(index.identity().tar_bytes, 5);
-        assert_eq!(index.slice(Section::Names, 1, 3).unwrap(), b"ame");
-        assert_eq!(index.count(Section::Packs), 2);
-        assert_eq!(index.record(Section::Packs, 1).unwrap().0, [1; 16]);
-        assert_eq!(index.count(Section::Layers), 0);
-        index.verify_all().unwrap();
-    }
-
-    #[test]
-    fn nothing_outside_a_section_is_reached() {
-        let index = opened(&sample()).unwrap();
-        for (section, at, bytes) in [
-            (Section::Names, 0, 6),
-            (Section::Names, 6, 0),
-            (Section::Names, u64::MAX, 2),
-            (Section::Texts, 10_000, 1),
-            (Section::Layers, 0, 1),
-        ] {
-            assert!(index.slice(section, at, bytes).is_err(), "{section:?} {at}");
-        }
-        assert!(index.record(Section::Packs, 2).is_err());
-        assert!(index.record(Section::Packs, u32::MAX).is_err());
-    }
-
-    #[test]
-    fn every_damaged_byte_is_an_error_or_changes_nothing() {
-        let good = sample();
-        let expected = contents(&opened(&good).unwrap()).unwrap();
-        for at in 0..good.len() {
-            let mut bad = good.clone();
-            bad[at] ^= 0x10;
-            let seen = opened(&bad).and_then(|index| contents(&index));
-            // Padding between sections is covered by a page's sum, too.
-            assert!(seen.is_err() || seen.unwrap() == expected, "byte {at}");
-        }
-        for length in (0..good.len()).step_by(97) {
-            assert!(opened(&good[..length]).is_err(), "cut at {length}");
-        }
-    }
-
-    #[test]
-    fn damage_is_known_from_when_it_is_read_until_what_is_read_is_sound() {
-        let tmp = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(tmp.path(), sample()).unwrap();
-        let index = IndexFile::open(tmp.path(), Kind::View).unwrap();
-        let flip = |at: u64| {
-            let file = File::options().read(true).write(true).open(tmp.path());
-            let (file, mut byte) = (file.unwrap(), [0]);
-            file.read_exact_at(&mut byte, at).unwrap();
-            file.write_all_at(&[byte[0] ^ 1], at).unwrap();
-        };
-        flip(HEADER as u64 + PAGE + 7);
-        index.slice(Section::Names, 0, 5).unwrap();
-        assert!(!index.is_damaged());
-        assert!(contents(&index).is_err());
-        assert!(index.is_damaged());
-        flip(HEADER as u64 + PAGE + 7);
-        contents(&index).unwrap();
-        assert!(!index.is_damaged());
-    }
-
-    #[test]
-    fn a_file_that_is_cut_off_while_it_is_open_is_an_error_and_no_signal() {
-        let tmp = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(tmp.path(), sample()).unwrap();
-        let index = IndexFile::open(tmp.path(), Kind::View).unwrap();
-        tmp.as_file().set_len(2000).unwrap();
-        assert!(matches!(contents(&index), Err(Error::Damaged { .. })));
-    }
-
-    #[test]
-    fn unknown_features_are_honoured() {
-        let patched = |at: usize, value: u8| {
-            let mut file = sample();
-            file[at] = value;
-            let sum = *blake3::hash(&file[..SUM_AT]).as_bytes();
-            file[SUM_AT..HEADER].copy_from_slice(&sum);
-            opened(&file)
-        };
-        assert!(patched(16, 1).is_ok());
-        assert!(patched(24, 1).is_ok());
-        for (at, value) in [(32, 1), (8, 2)] {
-            let error = patched(at, value).unwrap_err();
-            assert!(error.to_string().contains("newer release"), "{error}");
-        }
-    }
-}
+mod tests;

@@ -216,6 +216,7 @@ impl Objects {
         let mut tried = None;
         let mut next = place;
         let mut error = None;
+        let mut loaded = false;
         // A collection may bring the object to another pack between a look and a try, but not often.
         for _ in 0..MOST_MOVES {
             if let Some(place) = next
@@ -229,25 +230,30 @@ impl Objects {
                 next = self.find(&object.name)?;
                 continue;
             }
-            let missing = matches!(&error, Some(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound);
+            let missing = error.as_ref().is_some_and(Error::is_not_found);
             if tried.is_none() && next.is_none() {
                 next = self.find(&object.name)?;
                 if next.is_some() {
                     continue;
                 }
             }
-            if self.collects || !(missing || tried.is_none() || self.is_out_of_date()) {
+            let in_doubt = !loaded && (missing || tried.is_none()) || self.is_out_of_date();
+            if self.collects || !in_doubt {
                 break;
             }
             // Another process collects and repairs: the places are out of date.
             *self.places.write() = Some(self.load()?);
+            loaded = true;
             next = self.find(&object.name)?;
             tried = None;
         }
-        Err(error.unwrap_or_else(|| {
-            let path = self.path_of(&object.name);
-            damaged(&path, "neither it nor a pack has this object")
-        }))
+        Err(match error {
+            Some(error) if next.is_some() || !error.is_not_found() => error,
+            _ => {
+                let path = self.path_of(&object.name);
+                damaged(&path, "neither it nor a pack has this object")
+            }
+        })
     }
 
     fn read_from(&self, object: &Object, place: Place, verify: bool) -> Result<Content> {

@@ -543,3 +543,40 @@ fn the_blob_that_a_layer_came_as_first_is_the_one_that_is_known() {
     assert_eq!(store.layers.get(store.layer), Some(was));
     store.assert_whole();
 }
+
+/// One content that was gone kept the whole chain from being mounted.
+#[test]
+fn a_chain_that_lacks_contents_is_mounted_without_them() {
+    let store = Store::new();
+    let pack = store.file("packs");
+    fs::remove_file(&pack).unwrap();
+    let store = store.reopen();
+    let chain = [store.layer, store.other];
+    let path = store.layers.view(&chain, Verify::First).unwrap();
+    let view = View::open_stored(path.path(), Verify::First).unwrap();
+    let read = |name: &str| {
+        let root = view.inode(View::ROOT)?;
+        let entry = view.lookup(&root, name.as_bytes())?.unwrap();
+        let file = view.open_file(&view.inode(entry.inode)?)?;
+        let mut bytes = vec![0; file.size() as usize];
+        view.read_at(&file, &mut bytes, 0)?;
+        Ok::<_, Error>(bytes)
+    };
+    for name in ["a", "b"] {
+        let error = read(name).unwrap_err();
+        let object = ObjectName::of(&content(name)).to_string();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        assert!(error.to_string().contains(&object), "{error}");
+    }
+    assert_eq!(view.damaged(), 2);
+    for name in ["large one", "large two", "other"] {
+        assert!(read(name).unwrap() == content(name), "{name}");
+    }
+
+    store.restore();
+    for name in ["a", "b"] {
+        assert!(read(name).unwrap() == content(name), "{name}");
+    }
+    assert_eq!(view.damaged(), 0);
+    store.assert_whole();
+}

@@ -5,10 +5,10 @@ use std::io::{self, Write};
 
 use super::merged::Merged;
 use super::tree::{Body, Id, Node, ROOT, Tree};
-use crate::store::error::{Error, Result};
+use crate::store::error::Result;
 use crate::store::format::ViewKey;
 use crate::store::format::index_file::{Identity, IndexWriter, Kind, Section};
-use crate::store::format::tables::{Inode, Object, ObjectTable, Tables, next};
+use crate::store::format::tables::{Inode, ObjectTable, Tables, next};
 use crate::store::layer::index::LayerIndex;
 use crate::store::object::{Objects, Place};
 use crate::store::pack::PackId;
@@ -45,7 +45,7 @@ pub(in crate::store) fn logical(layers: &[LayerIndex]) -> Result<u128> {
     Ok(files.map(|node| u128::from(node.size)).sum())
 }
 
-/// Builds the view of a chain, whose contents are in `objects`.
+/// Builds the view of a chain, whose contents are in `objects`, or should be.
 pub(in crate::store) fn build(chain: &Merged, objects: &Objects) -> Result<Built> {
     let mut writer = IndexWriter::default();
     let mut builder = Builder::number(&chain.tree);
@@ -204,18 +204,28 @@ impl<'a> Builder<'a> {
         let mut packs = Vec::new();
         let mut known = HashMap::new();
         let mut locations = Vec::new();
+        let mut missing = 0;
         for object in self.objects.objects() {
-            let (pack, stored, offset) = match find(objects, object)? {
-                Place::File => (OWN_FILE, 0, 0),
-                Place::Packed {
+            let place = objects.find(&object.name)?;
+            missing += u64::from(place.is_none());
+            let (pack, stored, offset) = match place {
+                // One that is missing is missed when it is read, and only there. What brings it back has it found by its name.
+                Some(Place::File) | None => (OWN_FILE, 0, 0),
+                Some(Place::Packed {
                     pack,
                     offset,
                     stored,
-                } => (pack_number(&mut packs, &mut known, pack)?, stored, offset),
+                }) => (pack_number(&mut packs, &mut known, pack)?, stored, offset),
             };
             locations.extend_from_slice(&pack.to_le_bytes());
             locations.extend_from_slice(&stored.to_le_bytes());
             locations.extend_from_slice(&offset.to_le_bytes());
+        }
+        if missing > 0 {
+            tracing::warn!(
+                missing,
+                "contents of a view are not in the store: reading their files is EIO until `snapctl system repair` has brought them back"
+            );
         }
         writer.section(Section::Inodes, self.inodes);
         writer.section(Section::DirEntries, self.entries);
@@ -226,12 +236,6 @@ impl<'a> Builder<'a> {
         self.tables.finish(writer);
         Ok(())
     }
-}
-
-fn find(objects: &Objects, object: &Object) -> Result<Place> {
-    objects.find(&object.name)?.ok_or_else(|| Error::NoObject {
-        object: object.name.to_string(),
-    })
 }
 
 fn pack_number(packs: &mut Vec<u8>, known: &mut HashMap<PackId, u32>, pack: PackId) -> Result<u32> {

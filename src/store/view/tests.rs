@@ -1,4 +1,5 @@
 mod attributes;
+mod cost;
 mod forward;
 mod frames;
 
