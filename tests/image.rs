@@ -8,7 +8,8 @@
 //! - `packed`: what stands on packed layers;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
 //! - `service`: the Images service of a running plyd, also killed in the middle;
-//! - `space`: what the store takes.
+//! - `space`: what the store takes;
+//! - `told`: what a user is told of damage.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -38,5 +39,7 @@ mod service;
 mod space;
 #[path = "image/store.rs"]
 mod store;
+#[path = "image/told.rs"]
+mod told;
 #[path = "image/tree.rs"]
 mod tree;

@@ -17,7 +17,7 @@ use super::types::*;
 use crate::store::ingest::{self, NewLayer, Settings};
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
-use crate::store::{self, Collector, LayerName};
+use crate::store::{Collector, LayerName};
 
 #[derive(Debug)]
 pub(super) struct Packed {
@@ -215,8 +215,7 @@ impl Packed {
     pub(super) fn hold(&self, name: LayerName) -> Result<HeldLayer<'_>> {
         let mut state = self.state.lock();
         if self.layers.get(name).is_none() {
-            let layer = name.to_string();
-            return Err(store::Error::NoLayer { layer }.into());
+            return Err(self.layers.without(name).into());
         }
         *state.uses.entry(name).or_default() += 1;
         Ok(HeldLayer { packed: self, name })

@@ -346,6 +346,8 @@ impl Layers {
         if diff_id.is_none() && self.known.lock().contains_key(&name) && is_sound() {
             return Ok(name);
         }
+        // Its index and its recipe are that release's, too.
+        self.records.check_replaceable(&name.to_string())?;
         temporary.rename(&self.index_path(name))?;
         if let Some(mut recipe) = recipe {
             recipe.rename(&self.recipe_path(name))?;
@@ -369,11 +371,21 @@ impl Layers {
     }
 
     fn need(&self, name: LayerName) -> Result<()> {
-        if self.known.lock().contains_key(&name) {
-            return Ok(());
+        match self.known.lock().contains_key(&name) {
+            true => Ok(()),
+            false => Err(self.without(name)),
         }
-        Err(Error::NoLayer {
-            layer: name.to_string(),
+    }
+
+    /// Why a layer that is not known is not: it may be there, and its record damaged.
+    pub fn without(&self, name: LayerName) -> Error {
+        let layer = name.to_string();
+        let problem = match self.damaged.lock().contains(&name) {
+            true => self.records.problem_of(&layer),
+            false => None,
+        };
+        problem.map_or(Error::NoLayer { layer }, |damaged| {
+            Error::Record(damaged.into())
         })
     }
 

@@ -201,7 +201,8 @@ fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
             assert_eq!(verified.code, 1);
             let told = format!("{} is damaged: ", pack.display());
             assert!(
-                verified.stdout.starts_with(&told) && verified.stdout.contains(" 1 damaged"),
+                verified.stdout.starts_with(&told)
+                    && verified.stdout.contains(": 1 pack damaged; "),
                 "{}",
                 verified.stdout
             );
@@ -237,12 +238,16 @@ fn a_pack_of_a_newer_release_is_left_to_that() {
     let repaired = repair(&plyd, &image());
     assert_eq!(repaired.code, 1);
     let told = format!(
-        "left: {} needs a newer release of Plywood: it uses the features 0x4, which this one does not know: have the newer release repair it",
+        "left: {} needs a newer release of Plywood: it uses the features 0x4, which this one does not know; have the newer release repair it",
         pack.display()
     );
     assert!(repaired.stdout.contains(&told), "{}", repaired.stdout);
     // What it had came from the archive.
-    assert!(repaired.stdout.contains(" 1 left"), "{}", repaired.stdout);
+    assert!(
+        repaired.stdout.contains(" 1 pack left"),
+        "{}",
+        repaired.stdout
+    );
     assert!(fs::read(&pack).unwrap() == bytes);
 }
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::archive::*;
 use super::common::{Done, Plyd};
 
-const NAME: &str = "docker.io/library/whole:latest";
+pub const NAME: &str = "docker.io/library/whole:latest";
 
 pub fn load(plyd: &Plyd, image: &[u8]) {
     let loaded = plyd.piped(["image", "load", "-q"], image);
@@ -539,6 +539,14 @@ fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
     assert_eq!(files(&plyd, "store/packs", "").len(), 0);
 }
 
+/// A record as a newer release writes it.
+pub fn newer(record: &[u8]) -> String {
+    let text = std::str::from_utf8(record).unwrap();
+    let (body, _) = text.trim_end().rsplit_once('\n').unwrap();
+    let body = format!("{body}\n").replacen("\"incompatible\":0", "\"incompatible\":1", 1);
+    format!("{body}{}\n", blake3::hash(body.as_bytes()).to_hex())
+}
+
 /// A repair wrote what this release knows over what it could not read.
 #[test]
 fn a_record_of_a_newer_release_is_left_to_that() {
@@ -555,10 +563,7 @@ fn a_record_of_a_newer_release_is_left_to_that() {
     assert_eq!(records.len(), 6);
     for record in &records {
         let good = fs::read(record).unwrap();
-        let text = std::str::from_utf8(&good).unwrap();
-        let (body, _) = text.trim_end().rsplit_once('\n').unwrap();
-        let body = format!("{body}\n").replacen("\"incompatible\":0", "\"incompatible\":1", 1);
-        let newer = format!("{body}{}\n", blake3::hash(body.as_bytes()).to_hex());
+        let newer = newer(&good);
         for restart in [false, true] {
             if restart {
                 plyd.signal(Signal::SIGTERM);

@@ -7,6 +7,7 @@
 mod astray;
 mod check;
 mod file;
+mod foreign;
 mod framed;
 mod restore;
 mod sweep;
@@ -34,6 +35,7 @@ use astray::OpenPacks;
 pub(super) use check::Bits;
 pub use check::{Check, FrameChecks, Verify};
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
+pub(super) use foreign::{is_dir_of_files, object_in};
 use framed::FrameCache;
 pub use framed::Framed;
 pub(super) use framed::{FRAME, Frame, LARGEST as LARGEST_FRAMED};
@@ -196,7 +198,7 @@ impl Objects {
             };
             match fs::metadata(&path) {
                 Ok(_) => return Ok(()),
-                Err(failed) => error = io_error("look for", &path)(failed),
+                Err(failed) => error = io_error("open", &path)(failed),
             }
             tried = Some(place);
         }
@@ -463,12 +465,9 @@ impl Objects {
                 Err(error) => return Err(error),
             }
         }
-        for dir in names(&self.files)? {
-            for name in names(&self.files.join(dir))? {
-                if let Ok(name) = name.parse() {
-                    places.insert(name, Place::File);
-                }
-            }
+        for dir in self.file_dirs()? {
+            let files = self.files_in(&dir)?.into_iter();
+            places.extend(files.map(|name| (name, Place::File)));
         }
         Ok(places)
     }
