@@ -224,16 +224,11 @@ impl IndexFile {
         mapped.ok_or_else(outside)
     }
 
-    /// Has every page be verified once more when it is used next.
-    pub(in crate::store) fn refresh(&self) {
+    /// Verifies every page.
+    pub(in crate::store) fn verify_all(&self) -> Result<()> {
         for word in &self.verified {
             word.store(0, Ordering::Relaxed);
         }
-    }
-
-    /// Verifies every page.
-    pub(in crate::store) fn verify_all(&self) -> Result<()> {
-        self.refresh();
         (0..(self.sums.len() / 32) as u64).try_for_each(|page| self.verify(page))
     }
 

@@ -362,12 +362,11 @@ impl View {
         self.file.verify_all()
     }
 
-    /// Has the index and the contents be compared once more when they are read next, and contents be looked for where they are now,
-    /// as if the view was opened only then: the process that changes the store has mended it. Whoever has a file open goes on with
-    /// what that was.
+    /// Has contents be compared once more when they are read next, and looked for where they are now, as if the view was opened only
+    /// then: the process that changes the store has mended it. Whoever has a file open goes on with what that was. Of the
+    /// index nothing is forgotten: a page that was mended is seen as it is, and one that was not may be sound in what is read of it.
     pub fn refresh(&self) {
         self.objects.refresh();
-        self.file.refresh();
         *self.known.write() = Known::nothing(&self.file);
     }
 
