@@ -25,7 +25,7 @@ pub enum StaleReason {
     #[error("its layer {0} is damaged still")]
     Damaged(LayerName),
     /// Its plyfs does not know how, or does not answer.
-    #[error("its plyfs was asked to read anew: {0}")]
+    #[error("its plyfs does not read anew: {0}")]
     Failed(io::Error),
 }
 

@@ -338,7 +338,7 @@ fn a_mount_of_an_earlier_release_is_named_with_what_to_do() {
     };
     let mended = repaired(&plyd);
     assert_eq!(mended.code, 1, "{}{}", mended.stdout, mended.stderr);
-    let told = "left: the root of the container box: it may go on with what was read of contents while they were damaged, for its plyfs was asked to read anew: plyfs 0.0.1 does not know the operation \"refresh\": start it again\n";
+    let told = "left: the root of the container box: it may go on with what was read of contents while they were damaged, for its plyfs does not read anew: plyfs 0.0.1 does not know the operation \"refresh\": start it again\n";
     assert!(mended.stdout.contains(told), "{}", mended.stdout);
     assert!(
         mended.stdout.contains(" 1 mended, 1 left"),

@@ -13,8 +13,8 @@ use crate::fuse::control::ControlClient;
 const REFRESH: Duration = Duration::from_secs(60);
 
 impl Mounts {
-    /// Has each mount read packed layers once more that shows any which may be read so, as `wanted` says of its snapshot's id. Answers those
-    /// that did not, with that id and why.
+    /// Has the mounts of the snapshots whose ids are `wanted` read packed layers once more. Answers those that did not, with these
+    /// ids and why.
     pub(in super::super) fn refresh(
         &self,
         mut wanted: impl FnMut(&str) -> bool,
