@@ -6,6 +6,7 @@
 //! - `good`: what is accepted, and what comes of it;
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
+//! - `pages`: what the kernel keeps of what was damaged;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
 //! - `service`: the Images service of a running plyd, also killed in the middle;
 //! - `space`: what the store takes;
@@ -29,8 +30,13 @@ mod damage;
 mod good;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "common/mapping.rs"]
+#[allow(dead_code, reason = "others use the rest")]
+mod mapping;
 #[path = "image/packed.rs"]
 mod packed;
+#[path = "image/pages.rs"]
+mod pages;
 #[path = "image/real.rs"]
 mod real;
 #[path = "image/service.rs"]

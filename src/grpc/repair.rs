@@ -2,6 +2,7 @@
 //!
 //! Where a layer's stream comes from: an archive that the client sends, or containerd's content store.
 
+mod mounts;
 mod records;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -55,7 +56,10 @@ type Patients = BTreeMap<LayerName, Patient>;
 impl Repair {
     /// Does all of it on this thread, which may block.
     pub(super) fn run(self, archive: Option<(Archive, u64)>) {
-        if let Err(status) = self.repair(archive) {
+        let repaired = self.repair(archive);
+        // Also what was mended before it failed.
+        let refreshed = self.refresh_mounts();
+        if let Err(status) = repaired.and(refreshed) {
             // A client that has gone does not hear it.
             let _ = self.answers.blocking_send(Err(status));
         }
@@ -351,9 +355,7 @@ impl Repair {
                 let layers = self.snapshotter.packed_layers();
                 patient.faults = layers.verify_layer(layer, true, self);
                 if patient.faults.is_empty() {
-                    let what = format!(
-                        "the layer {layer} was restored from {source}; a container that has read of it since it was damaged may go on with what the kernel keeps of that: start it again"
-                    );
+                    let what = format!("the layer {layer} was restored from {source}");
                     self.mended(Some(layer), what);
                     return true;
                 }

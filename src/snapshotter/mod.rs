@@ -51,6 +51,7 @@ mod mounts;
 mod packed;
 mod queries;
 mod recovery;
+mod refresh;
 mod settle;
 mod space;
 #[cfg(test)]
@@ -73,6 +74,7 @@ use locks::Locks;
 use mounts::Mounts;
 pub use packed::HeldLayer;
 use packed::Packed;
+pub use refresh::{Stale, StaleReason};
 pub use space::{Space, Taken};
 pub use types::*;
 use types::{io_error, plyfs_error};

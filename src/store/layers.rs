@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -91,8 +92,10 @@ pub struct Layers {
     damaged: Mutex<Vec<LayerName>>,
     /// Held while the record of a layer that is known goes, and while one is taken for damaged.
     pub(super) removing: Mutex<()>,
-    /// Layers that were found to be damaged since the store was opened.
+    /// Layers that were damaged when they were last examined.
     pub(super) doubted: Mutex<HashSet<LayerName>>,
+    /// Something was mended that mounts may have read before.
+    pub(super) mended: AtomicBool,
     /// Held by a collection.
     pub(super) collecting: Mutex<()>,
     merging: Merging,
@@ -142,6 +145,7 @@ impl Layers {
             damaged: Mutex::new(damaged_names),
             removing: Mutex::new(()),
             doubted: Mutex::default(),
+            mended: AtomicBool::new(false),
             collecting: Mutex::new(()),
             merging: Merging::default(),
             chains: OnceLock::new(),

@@ -84,10 +84,10 @@ impl Layers {
             }
             // Removed meanwhile, it has nothing to be sound.
             if self.get(layer).is_some() || self.damaged().contains(&layer) {
-                for fault in faults {
-                    self.doubt(layer);
-                    told.fault(fault);
+                if deep || !faults.is_empty() {
+                    self.remember_faults(layer, !faults.is_empty());
                 }
+                faults.into_iter().for_each(|fault| told.fault(fault));
             }
             told.sum(done, total, examination.objects, examination.bytes);
         }
@@ -194,7 +194,11 @@ impl Layers {
         deep: bool,
         observer: &dyn Observer,
     ) -> Vec<Fault> {
-        Examination::new(deep, observer).layer(self, layer)
+        let faults = Examination::new(deep, observer).layer(self, layer);
+        if deep && !observer.cancelled() {
+            self.remember_faults(layer, !faults.is_empty());
+        }
+        faults
     }
 }
 

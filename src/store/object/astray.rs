@@ -31,6 +31,8 @@ pub(super) struct OpenPacks {
     used: VecDeque<OpenPack>,
     /// Those that were found astray, the last one at the end.
     astray: VecDeque<OpenPack>,
+    /// Those among the used ones that were not on the disk any more when somebody looked.
+    gone: BTreeSet<PackId>,
 }
 
 impl OpenPacks {
@@ -49,6 +51,25 @@ impl OpenPacks {
         }
         keep(&mut self.astray, found);
         None
+    }
+
+    /// For who reads on what it has open, once the store was mended: closes packs in whose places other files lie, and notes
+    /// those in whose places nothing does.
+    pub(super) fn refresh(&mut self, path_of: impl Fn(PackId) -> PathBuf) {
+        self.gone.clear();
+        self.used.retain(|(id, file)| {
+            let path = path_of(*id);
+            let is_gone = !path.exists();
+            if is_gone {
+                self.gone.insert(*id);
+            }
+            is_gone || lies_at(file, &path)
+        });
+    }
+
+    /// Whether a pack that may be open was not on the disk any more when the store was last mended.
+    pub(super) fn is_gone(&self, id: PackId) -> bool {
+        self.gone.contains(&id)
     }
 
     /// Keeps one that was opened.

@@ -124,7 +124,8 @@ pub struct Objects {
     /// Read when it is first needed.
     places: RwLock<Option<HashMap<ObjectName, Place>>>,
     open: Mutex<OpenPacks>,
-    frames: Arc<FrameCache>,
+    /// Those who have an object open keep the one that was here then.
+    frames: Mutex<Arc<FrameCache>>,
     /// Whether it is this process that collects, and so knows all places.
     collects: bool,
     /// What must not be collected, though no layer may name it yet.
@@ -146,7 +147,7 @@ impl Objects {
             files: dir.join("objects"),
             places: RwLock::new(None),
             open: Mutex::default(),
-            frames: Arc::default(),
+            frames: Mutex::default(),
             collects: false,
             relied: Mutex::default(),
             restorations: AtomicUsize::new(0),
@@ -215,6 +216,12 @@ impl Objects {
     pub fn open(&self, object: &Object, place: Option<Place>, check: &Check) -> Result<Content> {
         let mut tried = None;
         let mut next = place;
+        if let Some(Place::Packed { pack, .. }) = place
+            && self.open.lock().is_gone(pack)
+        {
+            // What is open of it may be what was mended elsewhere since, or all that is left.
+            next = self.find(&object.name)?.or(place);
+        }
         let mut error = None;
         let mut loaded = false;
         // A collection may bring the object to another pack between a look and a try, but not often.
@@ -308,7 +315,8 @@ impl Objects {
         let mut file = self.open_at(&path).map_err(io_error("open", &path))?;
         let length = file.metadata().map_err(io_error("look at", &path))?.len();
         if length != object.size {
-            let framed = Framed::open(&path, file, length, object, check, &self.frames)?;
+            let frames = Arc::clone(&self.frames.lock());
+            let framed = Framed::open(&path, file, length, object, check, &frames)?;
             return Ok(Content::Framed(Arc::new(framed)));
         }
         if check.is_due() {
@@ -421,6 +429,13 @@ impl Objects {
             places.extend(found);
         }
         Ok(())
+    }
+
+    /// Forgets where objects were found and what was read of them, because the process that changes the store has mended it.
+    pub(super) fn refresh(&self) {
+        *self.places.write() = None;
+        *self.frames.lock() = Arc::default();
+        self.open.lock().refresh(|id| self.pack_path(id));
     }
 
     /// Whether a pack has come or gone since the places were read.
