@@ -253,11 +253,13 @@ fn a_mount_with_a_layer_that_is_damaged_still_keeps_what_it_has_and_is_named() {
     let mended = repair(&plyd, &image());
     assert_eq!(mended.code, 1, "{}", mended.stdout);
     let told = format!(
-        "left: the snapshot work: it may go on with what was read of contents while they were damaged, for its layer {layer} is damaged still: mend that, then repeat this, or mount it again, and start again what runs on it\n"
+        "left: the snapshot work: it may go on with what was read of contents while they were damaged, for its layer {layer} is damaged still; mend that, then repeat this, or mount it again, and start again what runs on it\n"
     );
     assert!(mended.stdout.contains(&told), "{}", mended.stdout);
     assert!(
-        mended.stdout.contains("1 mended, 2 left\n"),
+        mended
+            .stdout
+            .contains("1 mended, 1 content of 1 layer, 1 mount left\n"),
         "{}",
         mended.stdout
     );
@@ -338,10 +340,10 @@ fn a_mount_of_an_earlier_release_is_named_with_what_to_do() {
     };
     let mended = repaired(&plyd);
     assert_eq!(mended.code, 1, "{}{}", mended.stdout, mended.stderr);
-    let told = "left: the root of the container box: it may go on with what was read of contents while they were damaged, for its plyfs does not read anew: plyfs 0.0.1 does not know the operation \"refresh\": start it again\n";
+    let told = "left: the root of the container box: it may go on with what was read of contents while they were damaged, for its plyfs does not read anew: plyfs 0.0.1 does not know the operation \"refresh\"; start it again\n";
     assert!(mended.stdout.contains(told), "{}", mended.stdout);
     assert!(
-        mended.stdout.contains(" 1 mended, 1 left"),
+        mended.stdout.contains(" 1 mended, 1 mount left"),
         "{}",
         mended.stdout
     );

@@ -107,6 +107,7 @@ pub(super) fn sum(faults: &[FaultView]) -> String {
         ("view", "merged view"),
         ("record", "record"),
         ("index", "index of names"),
+        ("mount", "mount"),
     ];
     let mut parts = Vec::new();
     let contents = of_kind("content").count() as u64;
@@ -201,8 +202,9 @@ mod tests {
             of_kind("layer", "a"),
             of_kind("layer", "a"),
             of_kind("record", ""),
+            of_kind("mount", ""),
         ];
-        assert_eq!(sum(&faults), "1 layer, 1 merged view, 2 records");
+        assert_eq!(sum(&faults), "1 layer, 1 merged view, 2 records, 1 mount");
         assert_eq!(lines(&faults[..2]), ["layer a: it is gone", "it is gone"]);
     }
 }
