@@ -53,16 +53,32 @@ impl Stores<'_> {
         let views = self.known_views()?;
         let faults = bad.into_iter().map(|view| {
             let known = views.describe(view.key, view.layers);
-            api::Fault {
-                kind: "view".to_owned(),
-                file: shown_path(&view.path),
-                problem: view.error.problem(),
-                advice: match known.mounted.as_str() {
-                    "" => "`snapctl system repair` builds it again".to_owned(),
-                    mounted => format!(
-                        "`snapctl system repair` builds it again; it is mounted by {mounted}"
+            let (kind, problem, advice) = match (view.replaced, known.mounted.as_str()) {
+                (true, mounted) => (
+                    "mount",
+                    format!(
+                        "{}, and what had it mounted before another took its place keeps it: {}",
+                        view.error.problem(),
+                        or_unknown(mounted)
                     ),
-                },
+                    "mount that again, a container by stopping and starting it".to_owned(),
+                ),
+                (false, "") => (
+                    "view",
+                    view.error.problem(),
+                    "`snapctl system repair` builds it again".to_owned(),
+                ),
+                (false, mounted) => (
+                    "view",
+                    view.error.problem(),
+                    format!("`snapctl system repair` builds it again; it is mounted by {mounted}"),
+                ),
+            };
+            api::Fault {
+                kind: kind.to_owned(),
+                file: shown_path(&view.path),
+                problem,
+                advice,
                 of: known.of,
                 snapshots: known.snapshots,
                 images: known.images,
@@ -269,6 +285,14 @@ pub(super) fn pack_fault(fault: &store::verify::Fault, advice: &str) -> api::Fau
             _ => advice.to_owned(),
         },
         ..api::Fault::default()
+    }
+}
+
+/// What has a view mounted, in words.
+fn or_unknown(mounted: &str) -> &str {
+    match mounted {
+        "" => "a plyfs that plyd does not know",
+        mounted => mounted,
     }
 }
 

@@ -129,11 +129,12 @@ impl Repair {
             self.tell_what_is_left(patient, damage::NEWER);
         }
         let stores = self.stores();
-        for view in stores.views(self)? {
-            self.tell(Event::Left(api::Fault {
-                advice: "it can be neither restored nor removed, as plyd's log says".to_owned(),
-                ..view
-            }));
+        for mut view in stores.views(self)? {
+            if view.kind == "view" {
+                "it can be neither restored nor removed, as plyd's log says"
+                    .clone_into(&mut view.advice);
+            }
+            self.tell(Event::Left(view));
         }
         for record in stores.records(|record| record.left)? {
             self.tell(Event::Left(record));
@@ -178,12 +179,8 @@ impl Repair {
             let (of, path) = (known.of, view.path.display());
             let what = match view.cure {
                 ViewCure::Restored => format!("{of} was damaged, and {path} is what it was again"),
-                ViewCure::Removed => format!(
+                ViewCure::Removed | ViewCure::RemovedBelow => format!(
                     "{of} was damaged, and {path} was removed; it is built again when it is needed"
-                ),
-                ViewCure::RemovedBelow => format!(
-                    "{of} was damaged, and {path} was removed; what has it mounted keeps the damaged one until it is mounted again: {}",
-                    or_unknown(&known.mounted)
                 ),
             };
             self.mended(None, what);
@@ -405,13 +402,6 @@ impl Repair {
         let _ = self
             .answers
             .blocking_send(Ok(api::RepairResponse { event: Some(event) }));
-    }
-}
-
-fn or_unknown(mounted: &str) -> &str {
-    match mounted {
-        "" => "a plyfs that plyd does not know",
-        mounted => mounted,
     }
 }
 

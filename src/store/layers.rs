@@ -268,19 +268,24 @@ impl Layers {
             let _looking = self.looking.lock();
             View::open(&path, key, Arc::clone(&self.objects), verify)
         };
-        match there {
-            Err(error) if error.is_not_found() => {}
+        let is_damaged = match there {
+            Err(error) if error.is_not_found() => false,
             Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
                 tracing::warn!(%error, "a merged view is built again");
+                matches!(error, Error::Damaged { .. })
             }
             opened => return opened,
-        }
+        };
         let merged = self.merge(chain)?;
         let built = view::build(&merged, &self.objects)?;
         self.merging.keep(merged);
         // Durable before it has its name: a file of the right length with pages that a power cut has kept from the disk would
         // pass for a view.
         let mut temporary = self.write_temporary("view", |file| built.write(file))?;
+        // In its place, if that can be, for who has it mounted.
+        if is_damaged && self.restore_view_from(&path, temporary.path())? {
+            return View::open(&path, key, Arc::clone(&self.objects), verify);
+        }
         let _unused = self.set_aside(&path)?;
         // It may be of no use to anybody but the caller, who has it once it is open.
         let _looking = self.looking.lock();
@@ -289,12 +294,15 @@ impl Layers {
     }
 
     /// Says that the view at `path` is about to be removed or replaced, if there is one. One that is mounted, which its lock
-    /// tells, gets another name first, by which a collection finds it; another cannot be mounted as long as the answer is open.
+    /// tells, gets another name first, which begins with its own and by which a collection finds it; another cannot be mounted as
+    /// long as the answer is open.
     pub(super) fn set_aside(&self, path: &Path) -> Result<Option<File>> {
         match view::claim(path) {
             Ok(Some(unused)) => Ok(Some(unused)),
             Ok(None) => {
-                let name = format!("{:032x}.{ASIDE}", rand::random::<u128>());
+                let random = format!("-{:032x}.{ASIDE}", rand::random::<u128>());
+                let mut name = path.file_stem().unwrap_or_default().to_owned();
+                name.push(random);
                 let aside = self.views().join(name);
                 fs::hard_link(path, &aside).map_err(io_error("make", &aside))?;
                 Ok(None)

@@ -294,7 +294,11 @@ impl Layers {
             Err(error) => return mended.errors.push(error),
         };
         for BadView {
-            path, key, layers, ..
+            path,
+            key,
+            layers,
+            replaced,
+            ..
         } in bad
         {
             let chain = chains.get(&key).or(layers.as_ref());
@@ -307,7 +311,8 @@ impl Layers {
             });
             let cure = match is_restored {
                 true => Ok(ViewCure::Restored),
-                false if !drop_views => continue,
+                // One that was replaced goes when nobody has it any more.
+                false if replaced || !drop_views => continue,
                 false => self.drop_view(&path),
             };
             match cure {
@@ -321,7 +326,12 @@ impl Layers {
     fn restore_view(&self, path: &Path, chain: &[LayerName]) -> Result<bool> {
         let built = view::build(&self.merge(chain)?, self.objects())?;
         let temporary = self.write_temporary("view", |file| built.write(file))?;
-        let other = File::open(temporary.path()).map_err(io_error("open", temporary.path()))?;
+        self.restore_view_from(path, temporary.path())
+    }
+
+    /// Writes what is damaged of the view at `path` as it is in another file; says whether that is whole then.
+    pub(super) fn restore_view_from(&self, path: &Path, other: &Path) -> Result<bool> {
+        let other = File::open(other).map_err(io_error("open", other))?;
         index_file::restore(path, Kind::View, &other)
     }
 

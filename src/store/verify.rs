@@ -12,7 +12,7 @@ use super::format::{LayerName, ObjectName, ViewKey};
 use super::ingest::Observer;
 use super::ingest::recipe;
 use super::layer::index::{Action, LayerIndex};
-use super::layers::Layers;
+use super::layers::{ASIDE, Layers};
 use super::view::{self, Verify, View};
 
 /// Something that is not what it was.
@@ -35,6 +35,8 @@ pub struct BadView {
     pub key: ViewKey,
     /// The layers of that chain, the lowest first, if the view can still tell.
     pub layers: Option<Vec<LayerName>>,
+    /// Another has taken its place, and only who had it mounted before has it.
+    pub replaced: bool,
     /// What is wrong.
     pub error: Error,
 }
@@ -161,10 +163,18 @@ impl Layers {
             }
             let path = entry.path();
             let stem = path.file_stem().and_then(|stem| stem.to_str());
-            // Another name is that of a view whose place another has taken.
+            let replaced = path.extension().is_some_and(|ending| ending == ASIDE);
+            let stem = match replaced {
+                true => stem.and_then(|stem| Some(stem.split_once('-')?.0)),
+                false => stem,
+            };
             let Some(key) = stem.and_then(|stem| stem.parse().ok()) else {
                 continue;
             };
+            // Once nobody has it any more it is only waiting for a collection.
+            if replaced && !matches!(view::claim(&path), Ok(None)) {
+                continue;
+            }
             let examine = || {
                 View::open(&path, key, Arc::clone(self.objects()), Verify::Never)
                     .and_then(|view| view.verify())
@@ -181,6 +191,7 @@ impl Layers {
                 layers: layers.filter(|layers| ViewKey::of(layers) == key),
                 path,
                 key,
+                replaced,
                 error,
             });
         }

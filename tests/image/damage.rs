@@ -175,13 +175,20 @@ fn a_damaged_view_is_named_and_restored_below_its_mount() {
 
     // What cannot be restored below the mount is built for the next one, and it is told who has to do something.
     flip(view, 100);
-    let mended = plyd.ok(["system", "repair"]);
-    assert!(
-        mended.contains("keeps the damaged one until it is mounted again: the snapshot work\n"),
-        "{mended}"
-    );
-    assert_sound(&plyd);
+    let keeps = |mended: u32| {
+        let told = plyd.snapctl(["system", "repair"]);
+        assert_eq!(told.code, 1, "{}", told.stdout);
+        let line = "what had it mounted before another took its place keeps it: the snapshot work; mount that again";
+        assert!(told.stdout.contains(line), "{}", told.stdout);
+        let sum = format!(" {mended} mended, 1 mount left\n");
+        assert!(told.stdout.ends_with(&sum), "{}", told.stdout);
+    };
+    keeps(1);
+    // It was forgotten at once.
+    keeps(0);
+    assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
     plyd.umount(&mnt);
+    assert_sound(&plyd);
     plyd.ok(["snapshot", "rm", "work"]);
     // Without a header and without anybody who has it, it is nobody's.
     plyd.ok(["snapshot", "view", "look", "whole"]);
@@ -217,18 +224,33 @@ fn a_view_that_is_cut_short_below_its_mount_is_missed_and_restored() {
         assert_eq!(list().unwrap_err().raw_os_error(), Some(libc::EIO), "{key}");
         let info = plyd.json(["snapshot", "info", key, "--json"]);
         assert_eq!(info["damaged_view"], true, "{key}");
-        let mended = plyd.ok(["system", "repair"]);
+        // Whoever else needs it has it written whole, too.
+        if key == "half" {
+            plyd.ok(["snapshot", "prepare", "other", "whole"]);
+            let mnt = mount(&plyd, "other");
+            assert_eq!(list().unwrap(), 301, "{key}");
+            plyd.umount(&mnt);
+            plyd.ok(["snapshot", "rm", "other"]);
+        }
+        let mended = plyd.snapctl(["system", "repair"]);
+        match key {
+            "half" => assert!(mended.stdout.ends_with(" 0 mended, 0 left\n"), "{mended:?}"),
+            "header" => {
+                let line = format!("was damaged, and {} is what it was again\n", view.display());
+                assert!(mended.stdout.contains(&line), "{mended:?}");
+            }
+            _ => assert!(
+                mended.stdout.ends_with(" 1 mended, 1 mount left\n"),
+                "{mended:?}"
+            ),
+        }
         if keeps > 0.0 {
-            let line = format!("was damaged, and {} is what it was again\n", view.display());
-            assert!(mended.contains(&line), "{key}: {mended}");
             assert!(fs::read(view).unwrap() == good, "{key}");
             assert_eq!(list().unwrap(), 301, "{key}");
-        } else {
-            let line = format!("until it is mounted again: the snapshot {key}\n");
-            assert!(mended.contains(&line), "{key}: {mended}");
+            assert_sound(&plyd);
         }
-        assert_sound(&plyd);
         plyd.umount(&mnt);
+        assert_sound(&plyd);
         plyd.ok(["snapshot", "rm", key]);
     }
 }
