@@ -6,6 +6,7 @@
 //! ```text
 //! snapshots/records/ID.record   what is known of a snapshot; it exists if and only if this does
 //! snapshots/data/ID/upper       what an active snapshot changes; kept of a committed one while copies of its mount are read
+//! snapshots/data/ID/upper.new   the next upper of a snapshot that a layer is applied to
 //! snapshots/data/ID/work        the union's scratch directory for it
 //! snapshots/data/ID/empty       the only lower of a snapshot on nothing
 //! snapshots/data/ID/mounted     the active snapshot is mounted, or was when its plyfs died
@@ -29,6 +30,9 @@
 //!
 //! - prepare: directories first, then the record. Left behind: a data directory that no record
 //!   names, which is thrown away.
+//! - apply: the layer is recorded in the store; a new upper, which is empty but for the root's attributes, takes the
+//!   place of the empty one by one rename; the record is replaced by one that names the layer. Left behind: a layer that no
+//!   snapshot has, which is removed, and the new upper, which goes with the snapshot or the next apply.
 //! - commit: flush, unmount; what changed is made a packed layer, durable and recorded in the store; the record is
 //!   replaced by one that names it; the upper is thrown away. Left behind: an active snapshot with its upper, and a layer that no
 //!   snapshot has, which is removed; or the directories of a committed one, which are thrown away once no plyfs has
