@@ -175,6 +175,7 @@ fn imports_and_runs(host: &Host, line: &Line) {
         assert_eq!(out, "ran\n");
     }
     let layer = what_a_container_changed_is_a_layer(host, BUSYBOX, script);
+    a_layer_that_cannot_be_written_is_refused_and_leaves_nothing(host, BUSYBOX);
     for image in [MANY, BUSYBOX] {
         host.ctr(&["images", "rm", "--sync", image]);
     }
@@ -185,6 +186,21 @@ fn imports_and_runs(host: &Host, line: &Line) {
         host.snapshots("plywood").is_empty() && host.stored("store/layers") == 0
     });
     host.until("every mount is gone", || host.mounts().is_empty());
+}
+
+fn a_layer_that_cannot_be_written_is_refused_and_leaves_nothing(host: &Host, image: &str) {
+    let run = ["run", "--snapshotter", "plywood", image, "refused"];
+    let script = "head -c 3000000 /dev/urandom >/large; : >/.wh.name";
+    host.ctr(&[&run[..], &["/bin/sh", "-ec", script]].concat());
+    for _ in 0..5 {
+        let diff = ["snapshots", "--snapshotter", "plywood", "diff", "refused"];
+        let told = host.try_ctr(&diff).unwrap_err();
+        assert!(told.contains("/.wh.name: its name begins"), "{told}");
+    }
+    let ingest = "containerd/io.containerd.content.v1.content/ingest";
+    let left = std::fs::read_dir(host.dir.join(ingest)).unwrap();
+    assert_eq!(left.count(), 0);
+    host.ctr(&["containers", "rm", "refused"]);
 }
 
 /// Only what our differ has applied has its stream kept beside its index; what the stock one has unpacked through a mount is

@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::Path;
 
 use super::Change;
-use super::entries::{Fault, Object, Output, at, tell, unspeakable};
+use super::entries::{Fault, Object, Output, at, tell};
 use crate::cow::{FileKind, Union, UnionConfig};
 use crate::snapshotter::types::*;
 use crate::store::Time;
@@ -146,7 +146,7 @@ impl<W: Write> Layer<W> {
 fn check(path: &[u8]) -> Result<(), Fault> {
     let name = path.rsplit(|&byte| byte == b'/').next();
     match name.is_some_and(|name| name.starts_with(WHITEOUT)) {
-        true => Err(unspeakable(
+        true => Err(Fault::Unspeakable(
             "its name begins with \".wh.\", which marks a deletion in a layer",
         )),
         false => Ok(()),
