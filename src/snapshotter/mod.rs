@@ -459,18 +459,45 @@ impl Snapshotter {
         work: impl FnOnce(Found) -> Result<T>,
     ) -> Result<T> {
         let id = self.catalog.resolve(owner, key)?.id;
-        self.locks.with(&id, || {
-            // It may have been committed, and so renamed, or removed while this waited.
-            let found = self.catalog.resolve(owner, key)?;
-            if found.id == id {
-                work(found)
-            } else {
-                Err(Error::NotFound {
-                    owner,
-                    key: key.to_owned(),
-                })
-            }
+        self.locks.with(&id, || work(self.still(owner, key, &id)?))
+    }
+
+    /// As `locked`, of two snapshots, which may be one.
+    fn locked_both<T>(
+        &self,
+        owner: Owner,
+        one: &str,
+        other: &str,
+        work: impl FnOnce(Found, Found) -> Result<T>,
+    ) -> Result<T> {
+        let of_one = self.catalog.resolve(owner, one)?.id;
+        let of_other = self.catalog.resolve(owner, other)?.id;
+        let mut order = [&of_one, &of_other];
+        // Whoever else wants both waits for them in this order.
+        order.sort();
+        let work = || {
+            work(
+                self.still(owner, one, &of_one)?,
+                self.still(owner, other, &of_other)?,
+            )
+        };
+        let [first, second] = order;
+        self.locks.with(first, || match first == second {
+            true => work(),
+            false => self.locks.with(second, work),
         })
+    }
+
+    /// The snapshot of the key, which had that id: it may have been committed, and so renamed, or removed meanwhile.
+    fn still(&self, owner: Owner, key: &str, id: &str) -> Result<Found> {
+        let found = self.catalog.resolve(owner, key)?;
+        match found.id == id {
+            true => Ok(found),
+            false => Err(Error::NotFound {
+                owner,
+                key: key.to_owned(),
+            }),
+        }
     }
 
     fn expect_active(&self, found: &Found) -> Result<()> {

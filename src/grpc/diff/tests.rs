@@ -1,4 +1,4 @@
-//! What is left of a request that its client has given up, or that failed.
+//! What is left of a request that its client has given up, or that failed, and what Diff compares.
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -310,5 +310,93 @@ async fn a_diff_that_fails_says_why_and_leaves_nothing() {
             done.push(told.recv().await.unwrap());
         }
         assert_eq!(done[1..done.len() - 1], ["closed", "abort"]);
+    }
+}
+
+/// The left side was taken for its parent.
+#[tokio::test]
+async fn what_was_written_to_the_left_side_is_compared_too() {
+    let tmp = tempfile::tempdir().unwrap();
+    let socket = tmp.path().join("containerd.sock");
+    let (_told, written) = writable_containerd(&socket);
+    let (snapshotter, service) = service(tmp.path(), &socket);
+    let on = |key: &str| snapshotter::ParentRef {
+        owner: OWNER,
+        key: key.to_owned(),
+    };
+    let prepare = |key: &str, parent: Option<&str>| {
+        let prepared = snapshotter.prepare(OWNER, key, parent.map(on).as_ref(), Default::default());
+        let prepared = prepared.unwrap();
+        let upper = prepared.upper_dir.clone().unwrap();
+        (prepared, upper)
+    };
+    let write = |upper: &Path, name: &str| std::fs::write(upper.join(name), name).unwrap();
+    let commit = |name: &str, key: &str| {
+        let committed = snapshotter.commit(OWNER, name, key, Default::default());
+        committed.unwrap();
+    };
+    let (_, upper) = prepare("n/extract", None);
+    write(&upper, "base");
+    commit("n/base", "n/extract");
+    let (_, upper) = prepare("n/extract", Some("n/base"));
+    write(&upper, "top");
+    commit("n/top", "n/extract");
+    let (clean, _) = prepare("n/clean", Some("n/base"));
+    let (a, upper) = prepare("n/a", Some("n/base"));
+    write(&upper, "a");
+    let (b, upper) = prepare("n/b", Some("n/base"));
+    write(&upper, "b");
+    let (lone, upper) = prepare("n/lone", None);
+    write(&upper, "lone");
+    let view = |key: &str, parent| {
+        let made = snapshotter.view(OWNER, key, Some(&on(parent)), Default::default());
+        made.unwrap()
+    };
+    let (base, top) = (
+        view("n/view of base", "n/base"),
+        view("n/view of top", "n/top"),
+    );
+    for (left, right, names) in [
+        (Some(&a), &b, &[".wh.a", "b"][..]),
+        (Some(&a), &top, &[".wh.a", "top"]),
+        (Some(&a), &base, &[".wh.a"]),
+        (Some(&top), &a, &["a", ".wh.top"]),
+        (Some(&lone), &a, &["a", "base", ".wh.lone"]),
+        (Some(&a), &a, &[]),
+        (Some(&a), &clean, &[".wh.a"]),
+        (Some(&clean), &a, &["a"]),
+        (Some(&base), &a, &["a"]),
+        (Some(&base), &top, &["top"]),
+        (Some(&clean), &top, &["top"]),
+        (None, &lone, &["lone"]),
+        (None, &base, &["base"]),
+        (None, &top, &["base", "top"]),
+        (None, &a, &["a", "base"]),
+    ] {
+        written.lock().clear();
+        let mounts = |of: &SnapshotInfo| vec![mount_of(tmp.path(), of)];
+        let request = api::DiffRequest {
+            left: left.map(mounts).unwrap_or_default(),
+            right: mounts(right),
+            media_type: PLAIN_LAYER.to_owned(),
+            ..api::DiffRequest::default()
+        };
+        service.diff(Request::new(request)).await.unwrap();
+        let stream = std::mem::take(&mut *written.lock());
+        let mut archive = tar::Archive::new(&*stream);
+        let entries = archive.entries().unwrap();
+        let told: Vec<_> = entries
+            .map(|entry| {
+                let entry = entry.unwrap();
+                entry.path().unwrap().to_str().unwrap().to_owned()
+            })
+            .collect();
+        assert_eq!(
+            told,
+            names,
+            "{:?} {}",
+            left.map(|left| &left.key),
+            right.key
+        );
     }
 }

@@ -154,7 +154,7 @@ fn check(path: &[u8]) -> Result<(), Fault> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::ffi::OsStr;
 
@@ -166,7 +166,7 @@ mod tests {
 
     const OWNER: Owner = Owner::Containerd;
 
-    fn base() -> Vec<u8> {
+    pub(in crate::snapshotter::diff) fn base() -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());
         let mut add = |path: &str, kind, content: &[u8], link: &str| {
             let mut header = tar::Header::new_gnu();
@@ -202,7 +202,7 @@ mod tests {
     }
 
     /// Everything that can be done to a tree.
-    fn change(union: &Union) {
+    pub(in crate::snapshotter::diff) fn change(union: &Union) {
         const ROOT: NodeId = NodeId::ROOT;
         let name = |name: &'static str| OsStr::new(name);
         let find = |at: &str| {
