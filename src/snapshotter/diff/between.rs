@@ -1,4 +1,5 @@
-//! What tells one snapshot from another that is not its parent: two trees, compared whole, name by name.
+//! What tells one snapshot from another that is not its parent: two trees, compared whole, name by name. Where both have the
+//! same packed layers, only what lies above those is looked at.
 //!
 //! Nothing says which of the two changed a file, so what looks the same on both sides is compared down to its content, and
 //! names that belong together on one side are told together.
@@ -7,6 +8,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use super::sides::Sides;
+#[cfg(test)]
+use super::walk::COMPARED;
 use super::walk::looks_different;
 use super::{Change, ChangeKind, ordered, xattrs_of};
 use crate::cow::{self, ContentPart, Entry, FileKind, NodeId, Union};
@@ -16,8 +19,9 @@ use crate::store::tar::write::is_carried;
 
 const BUFFER: usize = 256 << 10;
 
-/// What makes the tree of `new` of that of `old`, or of an empty one, in byte order of the paths.
-pub(super) fn compare(new: &Union, old: Option<Union>) -> Result<Vec<Change>> {
+/// What makes the tree of `new` of that of `old`, or of an empty one, in byte order of the paths. `same_view` says that the
+/// packed layers of both are the same.
+pub(super) fn compare(new: &Union, old: Option<Union>, same_view: bool) -> Result<Vec<Change>> {
     let sides = Sides::new(new, old);
     let (new, old) = sides.roots();
     let root = Pair {
@@ -27,6 +31,7 @@ pub(super) fn compare(new: &Union, old: Option<Union>) -> Result<Vec<Change>> {
     };
     let mut comparison = Comparison {
         sides,
+        same_view,
         waiting: vec![root],
         changes: Vec::new(),
         linked: Vec::new(),
@@ -42,6 +47,7 @@ pub(super) fn compare(new: &Union, old: Option<Union>) -> Result<Vec<Change>> {
 /// Not a recursion: a container decides how deep its directories are.
 struct Comparison<'a> {
     sides: Sides<'a>,
+    same_view: bool,
     waiting: Vec<Pair>,
     changes: Vec<Change>,
     /// Names on the new side of files that have several on either.
@@ -67,6 +73,8 @@ struct Name {
 impl Comparison<'_> {
     fn directory(&mut self, at: &Pair) -> Result<()> {
         for name in self.sides.names(Some(at.new), at.old)? {
+            #[cfg(test)]
+            COMPARED.set(COMPARED.get() + 1);
             let found = self.sides.lookup(Some(at.new), at.old, &name)?;
             self.entry(at.path.join(&name), found)?;
         }
@@ -76,17 +84,27 @@ impl Comparison<'_> {
 
     fn entry(&mut self, path: PathBuf, (new, old): (Option<Entry>, Option<Entry>)) -> Result<()> {
         let is_directory = |entry: &Entry| entry.attr.kind == FileKind::Directory;
+        let is_linked = |entry: &Entry| entry.attr.nlink > 1 && !is_directory(entry);
         let kind = match (&new, &old) {
             (None, None) => None,
             (None, Some(_)) => Some(ChangeKind::Deleted),
             (Some(_), None) => Some(ChangeKind::Added),
-            (Some(new), Some(old)) => self.differ(new, old)?.then_some(ChangeKind::Modified),
+            (Some(new), Some(old)) => {
+                let (of_new, of_old) = self.shared(new, old)?;
+                if of_new.is_some() && of_new == of_old {
+                    // And so is all that is below it.
+                    self.sides.forget(Some(new.node), Some(old.node));
+                    return Ok(());
+                }
+                // The other names of what one side has of the layers may not be looked at.
+                let is_apart = of_new != of_old && (is_linked(new) || is_linked(old));
+                (is_apart || self.differ(new, old)?).then_some(ChangeKind::Modified)
+            }
         };
         if let Some(kind) = kind {
             let path = path.clone();
             self.changes.push(Change { path, kind });
         }
-        let is_linked = |entry: &Entry| entry.attr.nlink > 1 && !is_directory(entry);
         if let Some(new) = &new
             && (is_linked(new) || old.as_ref().is_some_and(is_linked))
         {
@@ -110,6 +128,17 @@ impl Comparison<'_> {
             new => self.sides.forget(new.map(|new| new.node), old_directory),
         }
         Ok(())
+    }
+
+    /// The inodes of the packed layers that both sides have, as far as nothing is above them.
+    fn shared(&self, new: &Entry, old: &Entry) -> Result<(Option<u32>, Option<u32>)> {
+        Ok(match &self.sides.old {
+            Some(union) if self.same_view => (
+                self.sides.new.stored_inode(new.node)?,
+                union.stored_inode(old.node)?,
+            ),
+            _ => (None, None),
+        })
     }
 
     /// Whether what both sides have under a name is not the same to whoever looks at it.
@@ -293,10 +322,17 @@ mod tests {
         let alone = prepare(&snapshots, "alone", None).upper_dir.unwrap();
         fs::write(alone.join("changed"), "alone").unwrap();
         prepare(&snapshots, "nothing", None);
+        // The same to whoever looks at it, but not one file with its other names.
+        let apart = prepare(&snapshots, "apart", Some(&base)).upper_dir.unwrap();
+        fs::write(apart.join("link-two"), "link-one").unwrap();
+        let file = fs::File::open(apart.join("link-two")).unwrap();
+        file.set_permissions(fs::Permissions::from_mode(0o755))
+            .unwrap();
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(1_000_000_000))
+            .unwrap();
 
-        let all = ["a", "b", "untouched", "alone", "nothing"];
-        let trees = all.map(|key| tree(&open(&snapshots, key)));
-        let pairs = (0..25).map(|n| (n / 5, n % 5));
+        let all = ["a", "b", "untouched", "alone", "nothing", "apart"];
+        let pairs = (0..36).map(|n| (n / 6, n % 6));
         let told: Vec<_> = pairs
             .map(|(left, right)| {
                 let stream = difference(&snapshots, Some(all[left]), all[right]);
@@ -309,6 +345,17 @@ mod tests {
             ["changed"].map(str::to_owned)
         );
         let committed = all.map(|key| commit(&snapshots, key));
+        let views = committed.clone().map(|name| {
+            let view = format!("view of {name}");
+            let on = ParentRef {
+                owner: OWNER,
+                key: name,
+            };
+            let made = snapshots.view(OWNER, &view, Some(&on), BTreeMap::new());
+            made.unwrap().key
+        });
+        // Which have the link counts that there are names.
+        let trees = views.each_ref().map(|key| tree(&open(&snapshots, key)));
         for (left, right, stream) in &told {
             let (left, right) = (*left, *right);
             if left == right {
@@ -319,27 +366,35 @@ mod tests {
             apply(&snapshots, &key, stream);
             assert_eq!(tree(&open(&snapshots, &key)), trees[right], "{key}");
         }
-        // From the packed layers that they have become it is the same.
-        let views = committed.map(|name| {
-            let view = format!("view of {name}");
-            let on = ParentRef {
-                owner: OWNER,
-                key: name,
-            };
-            let made = snapshots.view(OWNER, &view, Some(&on), BTreeMap::new());
-            made.unwrap().key
-        });
-        for (left, right, stream) in told {
-            let again = difference(&snapshots, Some(&views[left]), &views[right]);
-            assert_eq!(
-                names(&again),
-                names(&stream),
-                "{} to {}",
-                all[left],
-                all[right]
-            );
-            assert!(again == stream, "{} to {}", all[left], all[right]);
+        // As well from the packed layers that they have become.
+        for (left, right, _) in told {
+            let stream = difference(&snapshots, Some(&views[left]), &views[right]);
+            let key = format!("view of {} to {}", all[left], all[right]);
+            prepare(&snapshots, &key, Some(&committed[left]));
+            apply(&snapshots, &key, &stream);
+            assert_eq!(tree(&open(&snapshots, &key)), trees[right], "{key}");
         }
+    }
+
+    #[test]
+    fn what_both_have_in_their_layers_is_not_looked_at() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let upper = prepare(&snapshots, "unpack", None).upper_dir.unwrap();
+        for n in 0..1000 {
+            let dir = upper.join(format!("{}", n % 10));
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join(n.to_string()), "").unwrap();
+        }
+        let base = commit(&snapshots, "unpack");
+        for key in ["a", "b"] {
+            let upper = prepare(&snapshots, key, Some(&base)).upper_dir.unwrap();
+            fs::write(upper.join(key), key).unwrap();
+        }
+        COMPARED.set(0);
+        let told = names(&difference(&snapshots, Some("a"), "b"));
+        assert_eq!(told, [".wh.a", "b"].map(str::to_owned));
+        assert_eq!(COMPARED.get(), 12);
     }
 
     /// Size, times and all other attributes of two files say nothing of their content, nor of which names are one file.

@@ -80,7 +80,7 @@ impl Snapshotter {
     }
 
     /// As [`write_layer`](Self::write_layer), of what makes the tree of the snapshot `key` of that of `left`, whatever lies below
-    /// the two, or of an empty one. Both trees are looked at whole.
+    /// the two, or of an empty one. Both trees are looked at whole, but for what lies in the same packed layers.
     pub fn write_difference(
         &self,
         owner: Owner,
@@ -92,9 +92,11 @@ impl Snapshotter {
         let write = |left: Option<Found>, found: Found| {
             let left = left.map(|left| self.shown_now(&left)).transpose()?;
             let shown = self.shown_now(&found)?;
+            let view = |of: &Below| of.view.as_ref().map(|view| view.key());
+            let same_view = left.as_ref().is_some_and(|left| view(left) == view(&shown));
             let old = left.map(|left| Union::open(left.union())).transpose()?;
             let new = Union::open(shown.clone().union())?;
-            let changes = between::compare(&new, old)?;
+            let changes = between::compare(&new, old, same_view)?;
             layer::write(&changes, shown.union(), out, epoch)
         };
         match left {
