@@ -266,10 +266,20 @@ impl Content {
         }
         // Without a word of what it is the blob has not come to its end; then nothing of it is kept.
         let Ok(About { digest, labels }) = about.await else {
-            let reference = reference.to_owned();
-            let abort = caller.request(api::AbortRequest { r#ref: reference });
-            drop((requests, answers));
-            client.abort(abort).await?;
+            drop(requests);
+            // containerd takes nothing away that it still writes to, and ends its answers when it has closed it.
+            while let Ok(Some(_)) = answers.message().await {}
+            let abort = caller.request(api::AbortRequest {
+                r#ref: reference.to_owned(),
+            });
+            // Whoever made the blob says why it has no end.
+            if let Err(status) = client.abort(abort).await {
+                tracing::warn!(
+                    reference,
+                    problem = status.message(),
+                    "containerd keeps what was written of a layer that failed"
+                );
+            }
             return Ok(None);
         };
         let commit = api::WriteContentRequest {

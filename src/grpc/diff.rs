@@ -82,30 +82,27 @@ impl Service {
         }
     }
 
-    /// The snapshot whose own changes are all that tells `right` from `left`.
+    /// The snapshot whose own changes are all that tells `right` from `left`, if there is one.
     async fn step_between(
         &self,
         left: Option<SnapshotInfo>,
         right: SnapshotInfo,
-    ) -> Result<SnapshotInfo, Status> {
+    ) -> Result<Option<SnapshotInfo>, Status> {
         let snapshotter = Arc::clone(&self.snapshotter);
         blocking(move || {
-            // What a view or an untouched snapshot shows is its parent.
-            let below = left.and_then(|left| left.parent);
+            let below = match left {
+                Some(left) if !snapshotter.is_untouched(OWNER, &left.key)? => return Ok(None),
+                Some(left) => left.parent,
+                None => None,
+            };
             if right.parent == below {
-                return Ok(right);
+                return Ok(Some(right));
             }
             let committed = match (right.kind, &right.parent) {
                 (Kind::View, Some(parent)) => Some(snapshotter.stat(parent.owner, &parent.key)?),
                 _ => None,
             };
-            committed
-                .filter(|committed| committed.parent == below)
-                .ok_or_else(|| {
-                    Status::unimplemented(
-                        "plyd compares a snapshot with its parent, and these two are not that",
-                    )
-                })
+            Ok::<_, Status>(committed.filter(|committed| committed.parent == below))
         })
         .await
     }
@@ -197,7 +194,7 @@ impl api::diff_server::Diff for Service {
         };
         let right = self.snapshot_of(request.right).await?;
         let caller = Caller::new(&headers, &right.key)?;
-        let changed = self.step_between(left, right).await?;
+        let step = self.step_between(left.clone(), right.clone()).await?;
         let epoch = request.source_date_epoch.map(|time| Time {
             sec: time.seconds,
             nsec: u32::try_from(time.nanos).unwrap_or_default(),
@@ -214,7 +211,11 @@ impl api::diff_server::Diff for Service {
         let labels = request.labels;
         let made = blocking(move || {
             let made = compression.write(content::pieces(pieces), |out| {
-                snapshotter.write_layer(changed.owner, &changed.key, out, epoch)
+                let left = left.as_ref().map(|left| &*left.key);
+                match step {
+                    Some(step) => snapshotter.write_layer(step.owner, &step.key, out, epoch),
+                    None => snapshotter.write_difference(OWNER, left, &right.key, out, epoch),
+                }
             })?;
             let digest = made.digest.clone();
             let mut labels = labels;

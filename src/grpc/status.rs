@@ -96,6 +96,7 @@ impl From<snapshotter::Error> for Status {
             | Error::WritesLost { .. }
             | Error::NotPacked { .. }
             | Error::NotPristine { .. }
+            | Error::Unspeakable { .. }
             | Error::AnotherLayer { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
             Error::Store(error) => store_code(error),

@@ -3,7 +3,6 @@
 //! Nothing goes through the mount: the stream becomes a packed layer, which lies below the snapshot's upper from then
 //! on. Commit makes it the content of the committed snapshot, if the upper has nothing of its own; else one layer of both.
 
-use std::fs;
 use std::io::Read;
 
 use super::catalog::Found;
@@ -95,9 +94,7 @@ impl Snapshotter {
     fn renew_upper(&self, found: &Found) -> Result<()> {
         let root = self.root_of(found)?;
         let upper = self.data.join(&found.id).join("upper");
-        fs::remove_dir(&upper).map_err(io_error("make anew", &upper))?;
-        upper::make(&upper, root.as_ref()).map_err(io_error("make", &upper))?;
-        upper::sync(&upper).map_err(io_error("make durable", &upper))
+        upper::renew(&upper, root.as_ref()).map_err(io_error("make anew", &upper))
     }
 
     /// The applied layer of a snapshot that is not mounted, if its upper says nothing that the layers below do not say.
@@ -146,7 +143,11 @@ impl Snapshotter {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::fs;
+    use std::mem::MaybeUninit;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use rustix::fs::inotify;
 
     use super::super::tests::{Place, directory_layer, layer, prepare};
     use super::super::{Change, ChangeKind};
@@ -292,6 +293,33 @@ mod tests {
         assert_eq!((info.layer_dirs.len(), info.packed_layers.len()), (0, 1));
         let upper = prepare(&snapshots, "next", Some("done")).upper_dir.unwrap();
         assert_eq!(fs::metadata(upper).unwrap().mode() & 0o7777, 0o1755);
+    }
+
+    /// Whoever was killed in between left a snapshot that could neither be mounted nor committed.
+    #[test]
+    fn there_is_an_upper_at_every_moment_of_an_apply() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let upper = prepare(&snapshots, "work", None).upper_dir.unwrap();
+        let data = upper.parent().unwrap();
+        // What an apply that was cut off has left.
+        fs::create_dir(data.join("upper.new")).unwrap();
+        fs::set_permissions(&upper, fs::Permissions::from_mode(0o700)).unwrap();
+        let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+        let gone = inotify::WatchFlags::DELETE | inotify::WatchFlags::MOVED_FROM;
+        inotify::add_watch(&watch, data, gone | inotify::WatchFlags::MOVED_TO).unwrap();
+        apply(&snapshots, "work", &tar(&["a"])).unwrap();
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(&watch, &mut buffer);
+        let mut replaced = false;
+        while let Ok(event) = events.next() {
+            if event.file_name() == Some(c"upper") {
+                assert!(event.events().contains(inotify::ReadFlags::MOVED_TO));
+                replaced = true;
+            }
+        }
+        assert!(replaced && !data.join("upper.new").exists());
+        assert_eq!(fs::metadata(&upper).unwrap().mode() & 0o7777, 0o755);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! ```text
 //! snapshots/records/ID.record   what is known of a snapshot; it exists if and only if this does
 //! snapshots/data/ID/upper       what an active snapshot changes; kept of a committed one while copies of its mount are read
+//! snapshots/data/ID/upper.new   the next upper of a snapshot that a layer is applied to
 //! snapshots/data/ID/work        the union's scratch directory for it
 //! snapshots/data/ID/empty       the only lower of a snapshot on nothing
 //! snapshots/data/ID/mounted     the active snapshot is mounted, or was when its plyfs died
@@ -29,6 +30,9 @@
 //!
 //! - prepare: directories first, then the record. Left behind: a data directory that no record
 //!   names, which is thrown away.
+//! - apply: the layer is recorded in the store; a new upper, which is empty but for the root's attributes, takes the
+//!   place of the empty one by one rename; the record is replaced by one that names the layer. Left behind: a layer that no
+//!   snapshot has, which is removed, and the new upper, which goes with the snapshot or the next apply.
 //! - commit: flush, unmount; what changed is made a packed layer, durable and recorded in the store; the record is
 //!   replaced by one that names it; the upper is thrown away. Left behind: an active snapshot with its upper, and a layer that no
 //!   snapshot has, which is removed; or the directories of a committed one, which are thrown away once no plyfs has
@@ -458,18 +462,45 @@ impl Snapshotter {
         work: impl FnOnce(Found) -> Result<T>,
     ) -> Result<T> {
         let id = self.catalog.resolve(owner, key)?.id;
-        self.locks.with(&id, || {
-            // It may have been committed, and so renamed, or removed while this waited.
-            let found = self.catalog.resolve(owner, key)?;
-            if found.id == id {
-                work(found)
-            } else {
-                Err(Error::NotFound {
-                    owner,
-                    key: key.to_owned(),
-                })
-            }
+        self.locks.with(&id, || work(self.still(owner, key, &id)?))
+    }
+
+    /// As `locked`, of two snapshots, which may be one.
+    fn locked_both<T>(
+        &self,
+        owner: Owner,
+        one: &str,
+        other: &str,
+        work: impl FnOnce(Found, Found) -> Result<T>,
+    ) -> Result<T> {
+        let of_one = self.catalog.resolve(owner, one)?.id;
+        let of_other = self.catalog.resolve(owner, other)?.id;
+        let mut order = [&of_one, &of_other];
+        // Whoever else wants both waits for them in this order.
+        order.sort();
+        let work = || {
+            work(
+                self.still(owner, one, &of_one)?,
+                self.still(owner, other, &of_other)?,
+            )
+        };
+        let [first, second] = order;
+        self.locks.with(first, || match first == second {
+            true => work(),
+            false => self.locks.with(second, work),
         })
+    }
+
+    /// The snapshot of the key, which had that id: it may have been committed, and so renamed, or removed meanwhile.
+    fn still(&self, owner: Owner, key: &str, id: &str) -> Result<Found> {
+        let found = self.catalog.resolve(owner, key)?;
+        match found.id == id {
+            true => Ok(found),
+            false => Err(Error::NotFound {
+                owner,
+                key: key.to_owned(),
+            }),
+        }
     }
 
     fn expect_active(&self, found: &Found) -> Result<()> {

@@ -246,6 +246,14 @@ pub enum Error {
         /// Key of the parent.
         key: String,
     },
+    /// It has something that no layer can say.
+    #[error("cannot write a layer with {path}: {problem}; rename or remove it first")]
+    Unspeakable {
+        /// Absolute, as seen in the snapshot.
+        path: PathBuf,
+        /// Why.
+        problem: &'static str,
+    },
     /// Something was written to it already, or can be at this moment.
     #[error(
         "the snapshot {key:?} is not empty or is mounted elsewhere; unpack the layer through its mount, or prepare a new snapshot"

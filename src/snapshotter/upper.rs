@@ -10,8 +10,8 @@ use std::path::Path;
 
 use super::types::{Result, io_error};
 use crate::cow::{NodeId, Timestamp, Union, UnionConfig, XattrFamily};
-use crate::store::Time;
 use crate::store::layer::index::Attributes;
+use crate::store::{Time, sync_dir};
 use crate::sys::fs::Object;
 use crate::sys::xattr;
 
@@ -113,6 +113,20 @@ pub(super) fn make(dir: &Path, below: Option<&Root>) -> io::Result<()> {
         tv_nsec: i64::from(time.nsec),
     };
     Ok(object.set_times(&[timespec(root.atime), timespec(root.mtime)])?)
+}
+
+/// Makes an empty one anew, as `make` would. However this ends, there is a whole one: it is replaced by a rename.
+pub(super) fn renew(dir: &Path, below: Option<&Root>) -> io::Result<()> {
+    let ready = dir.with_extension("new");
+    match fs::remove_dir(&ready) {
+        // Nobody was cut off here before.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        removed => removed?,
+    }
+    make(&ready, below)?;
+    sync(&ready)?;
+    fs::rename(&ready, dir)?;
+    sync_dir(dir.parent().unwrap_or(dir))
 }
 
 /// Whether nothing is in it.

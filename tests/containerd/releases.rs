@@ -178,6 +178,8 @@ fn imports_and_runs(host: &Host, line: &Line) {
         assert_eq!(out, "ran\n");
     }
     let layer = what_a_container_changed_is_a_layer(host, BUSYBOX, script);
+    two_containers_are_compared_with_each_other(host, BUSYBOX);
+    a_layer_that_cannot_be_written_is_refused_and_leaves_nothing(host, BUSYBOX);
     for image in [MANY, BUSYBOX] {
         host.ctr(&["images", "rm", "--sync", image]);
     }
@@ -188,6 +190,42 @@ fn imports_and_runs(host: &Host, line: &Line) {
         host.snapshots("plywood").is_empty() && host.stored("store/layers") == 0
     });
     host.until("every mount is gone", || host.mounts().is_empty());
+}
+
+fn two_containers_are_compared_with_each_other(host: &Host, image: &str) {
+    for (name, script) in [
+        ("left", "echo >/left; rm /etc/image-name"),
+        ("right", "echo >/right"),
+    ] {
+        let run = ["run", "--snapshotter", "plywood", image, name];
+        host.ctr(&[&run[..], &["/bin/sh", "-ec", script]].concat());
+    }
+    let diff = ["snapshots", "--snapshotter", "plywood", "diff"];
+    let layer = host.ctr_bytes(&[&diff[..], &["left", "right"]].concat());
+    let file = host.dir.join("layer");
+    std::fs::write(&file, &layer).unwrap();
+    let listed = sh("tar", &["-tzf", file.to_str().unwrap()]);
+    for name in [".wh.left", "etc/image-name", "right"] {
+        assert!(listed.lines().any(|line| line == name), "{name}: {listed}");
+    }
+    // What both have of the image is not in it.
+    assert!(!listed.contains("bin/busybox"), "{listed}");
+    host.ctr(&["containers", "rm", "left", "right"]);
+}
+
+fn a_layer_that_cannot_be_written_is_refused_and_leaves_nothing(host: &Host, image: &str) {
+    let run = ["run", "--snapshotter", "plywood", image, "refused"];
+    let script = "head -c 3000000 /dev/urandom >/large; : >/.wh.name";
+    host.ctr(&[&run[..], &["/bin/sh", "-ec", script]].concat());
+    for _ in 0..5 {
+        let diff = ["snapshots", "--snapshotter", "plywood", "diff", "refused"];
+        let told = host.try_ctr(&diff).unwrap_err();
+        assert!(told.contains("/.wh.name: its name begins"), "{told}");
+    }
+    let ingest = "containerd/io.containerd.content.v1.content/ingest";
+    let left = std::fs::read_dir(host.dir.join(ingest)).unwrap();
+    assert_eq!(left.count(), 0);
+    host.ctr(&["containers", "rm", "refused"]);
 }
 
 /// Only what our differ has applied has its stream kept beside its index; what the stock one has unpacked through a mount is

@@ -1,4 +1,4 @@
-//! What is left of a request that its client has given up.
+//! What is left of a request that its client has given up, or that failed, and what Diff compares.
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -6,9 +6,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use api::diff_server::Diff;
+use parking_lot::Mutex;
 use tokio::net::UnixListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::Streaming;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service as TowerService, http};
 use tonic::server::{Grpc, NamedService};
@@ -16,6 +18,8 @@ use tonic_prost::ProstCodec;
 use tower::service_fn;
 
 use super::*;
+use crate::cow::{self, NodeId, Union};
+use crate::grpc::pb::containerd::services::content::v1 as contents;
 use crate::grpc::pb::containerd::services::leases::v1 as leases;
 use crate::snapshotter::SnapshotterConfig;
 
@@ -29,12 +33,22 @@ const NOTHING: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca4
 #[derive(Clone)]
 struct Containerd<const LEASES: bool>(UnboundedSender<String>);
 
+/// A content store that takes what is written, has it in `Written`, and tells what it does. It can abort nothing.
+#[derive(Clone)]
+struct Store(UnboundedSender<String>, Written);
+
+type Written = Arc<Mutex<Vec<u8>>>;
+
 impl NamedService for Containerd<true> {
     const NAME: &'static str = "containerd.services.leases.v1.Leases";
 }
 
 impl NamedService for Containerd<false> {
     const NAME: &'static str = "containerd.services.content.v1.Content";
+}
+
+impl NamedService for Store {
+    const NAME: &'static str = Containerd::<false>::NAME;
 }
 
 impl<const LEASES: bool> TowerService<http::Request<Body>> for Containerd<LEASES> {
@@ -74,12 +88,98 @@ impl<const LEASES: bool> TowerService<http::Request<Body>> for Containerd<LEASES
                     let mut server = Grpc::new(ProstCodec::default());
                     Ok(server.unary(delete, request).await)
                 }
+                "AddResource" => {
+                    let add = service_fn(|_: Request<leases::AddResourceRequest>| {
+                        std::future::ready(Ok::<_, Status>(Response::new(())))
+                    });
+                    let mut server = Grpc::new(ProstCodec::default());
+                    Ok(server.unary(add, request).await)
+                }
                 _ => {
                     asked.send(what).unwrap();
                     std::future::pending().await
                 }
             }
         })
+    }
+}
+
+impl TowerService<http::Request<Body>> for Store {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let Self(tell, written) = self.clone();
+        Box::pin(async move {
+            if request.uri().path().ends_with("/Abort") {
+                let mut server = Grpc::new(ProstCodec::default());
+                let abort = service_fn(move |_: Request<contents::AbortRequest>| {
+                    tell.send("abort".to_owned()).unwrap();
+                    std::future::ready(Err::<Response<()>, _>(Status::unknown("not empty")))
+                });
+                return Ok(server.unary(abort, request).await);
+            }
+            let mut server = Grpc::new(ProstCodec::default());
+            let write = service_fn(
+                move |request: Request<Streaming<contents::WriteContentRequest>>| {
+                    let (tell, written) = (tell.clone(), Arc::clone(&written));
+                    let (answer, answers) = mpsc::channel(1);
+                    tokio::spawn(async move {
+                        let mut requests = request.into_inner();
+                        while let Ok(Some(request)) = requests.message().await {
+                            written.lock().extend(request.data);
+                            let done = Ok(contents::WriteContentResponse::default());
+                            answer.send(done).await.unwrap();
+                        }
+                        // As long as a slow disk takes to close a file.
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                        tell.send("closed".to_owned()).unwrap();
+                    });
+                    let answers: ReceiverStream<Result<_, Status>> = ReceiverStream::new(answers);
+                    std::future::ready(Ok::<_, Status>(Response::new(answers)))
+                },
+            );
+            Ok(server.streaming(write, request).await)
+        })
+    }
+}
+
+/// Has a containerd listen at `socket` that takes what is written; answers what it does, and what was written.
+fn writable_containerd(socket: &Path) -> (UnboundedReceiver<String>, Written) {
+    let (tell, told) = unbounded_channel();
+    let written = Written::default();
+    let listener = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
+    let server = tonic::transport::Server::builder()
+        .add_service(Containerd::<true>(tell.clone()))
+        .add_service(Store(tell, Arc::clone(&written)))
+        .serve_with_incoming(listener);
+    tokio::spawn(async { server.await.unwrap() });
+    (told, written)
+}
+
+/// Snapshots below `dir`, and the diff service for them.
+fn service(dir: &Path, socket: &Path) -> (Arc<Snapshotter>, Service) {
+    let config = SnapshotterConfig {
+        index_prober: Some("/bin/true".into()),
+        ..SnapshotterConfig::default()
+    };
+    let opened = Snapshotter::open(&dir.join("root"), &dir.join("state"), config);
+    let snapshotter = Arc::new(opened.unwrap());
+    let service = Service::new(Arc::clone(&snapshotter), Content::new(socket.to_owned()));
+    (snapshotter, service)
+}
+
+/// As Prepare answers it.
+fn mount_of(dir: &Path, snapshot: &SnapshotInfo) -> types::Mount {
+    let place = dir.join("state/mounts").join(&snapshot.id).join("root");
+    types::Mount {
+        source: place.to_str().unwrap().to_owned(),
+        ..types::Mount::default()
     }
 }
 
@@ -142,21 +242,11 @@ async fn an_import_ends_with_the_request_that_wanted_it() {
     let tmp = tempfile::tempdir().unwrap();
     let socket = tmp.path().join("containerd.sock");
     let mut asked = containerd(&socket);
-    let (root, state) = (tmp.path().join("root"), tmp.path().join("state"));
-    let config = SnapshotterConfig {
-        index_prober: Some("/bin/true".into()),
-        ..SnapshotterConfig::default()
-    };
-    let snapshotter = Arc::new(Snapshotter::open(&root, &state, config).unwrap());
+    let (snapshotter, service) = service(tmp.path(), &socket);
     let key = "default/1/layer";
     let prepared = snapshotter.prepare(OWNER, key, None, Default::default());
     let prepared = prepared.unwrap();
-    let place = state.join("mounts").join(prepared.id).join("root");
-    let service = Service::new(Arc::clone(&snapshotter), Content::new(socket));
-    let mount = types::Mount {
-        source: place.to_str().unwrap().to_owned(),
-        ..types::Mount::default()
-    };
+    let mount = mount_of(tmp.path(), &prepared);
     // What comes of it is whole when nothing has come, so only who knows that nobody waits takes no layer.
     let apply = service.apply(Request::new(api::ApplyRequest {
         diff: Some(types::Descriptor {
@@ -173,4 +263,131 @@ async fn an_import_ends_with_the_request_that_wanted_it() {
         .await
         .unwrap();
     assert_eq!(snapshot.packed_layers, []);
+}
+
+/// It was told by the error of containerd, which cannot take away what it still writes to and kept it.
+#[tokio::test]
+async fn a_diff_that_fails_says_why_and_leaves_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let socket = tmp.path().join("containerd.sock");
+    let (mut told, _) = writable_containerd(&socket);
+    let (snapshotter, service) = service(tmp.path(), &socket);
+    let prepared = snapshotter.prepare(OWNER, "default/1/layer", None, Default::default());
+    let prepared = prepared.unwrap();
+    let upper = prepared.upper_dir.as_ref().unwrap();
+    std::fs::write(upper.join("file"), vec![7; 3 << 20]).unwrap();
+    {
+        let union = snapshotter.union_config(OWNER, &prepared.key).unwrap();
+        let union = Union::open(union).unwrap();
+        let name = ".wh.name".as_ref();
+        let made = union.create(NodeId::ROOT, name, 0o644, 0, &cow::Caller::ROOT);
+        made.unwrap();
+    }
+    for media_type in [PLAIN_LAYER, OCI_GZIP] {
+        let request = api::DiffRequest {
+            right: vec![mount_of(tmp.path(), &prepared)],
+            media_type: media_type.to_owned(),
+            ..api::DiffRequest::default()
+        };
+        let status = service.diff(Request::new(request)).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::FailedPrecondition, "{status}");
+        let told_why = "cannot write a layer with /.wh.name: its name begins";
+        assert!(status.message().starts_with(told_why), "{status}");
+        let mut done = Vec::new();
+        while done
+            .last()
+            .is_none_or(|last: &String| !last.starts_with("delete"))
+        {
+            done.push(told.recv().await.unwrap());
+        }
+        assert_eq!(done[1..done.len() - 1], ["closed", "abort"]);
+    }
+}
+
+/// The left side was taken for its parent.
+#[tokio::test]
+async fn what_was_written_to_the_left_side_is_compared_too() {
+    let tmp = tempfile::tempdir().unwrap();
+    let socket = tmp.path().join("containerd.sock");
+    let (_told, written) = writable_containerd(&socket);
+    let (snapshotter, service) = service(tmp.path(), &socket);
+    let on = |key: &str| snapshotter::ParentRef {
+        owner: OWNER,
+        key: key.to_owned(),
+    };
+    let prepare = |key: &str, parent: Option<&str>| {
+        let prepared = snapshotter.prepare(OWNER, key, parent.map(on).as_ref(), Default::default());
+        let prepared = prepared.unwrap();
+        let upper = prepared.upper_dir.clone().unwrap();
+        (prepared, upper)
+    };
+    let write = |upper: &Path, name: &str| std::fs::write(upper.join(name), name).unwrap();
+    let commit = |name: &str, key: &str| {
+        let committed = snapshotter.commit(OWNER, name, key, Default::default());
+        committed.unwrap();
+    };
+    let (_, upper) = prepare("n/extract", None);
+    write(&upper, "base");
+    commit("n/base", "n/extract");
+    let (_, upper) = prepare("n/extract", Some("n/base"));
+    write(&upper, "top");
+    commit("n/top", "n/extract");
+    let (clean, _) = prepare("n/clean", Some("n/base"));
+    let (a, upper) = prepare("n/a", Some("n/base"));
+    write(&upper, "a");
+    let (b, upper) = prepare("n/b", Some("n/base"));
+    write(&upper, "b");
+    let (lone, upper) = prepare("n/lone", None);
+    write(&upper, "lone");
+    let view = |key: &str, parent| {
+        let made = snapshotter.view(OWNER, key, Some(&on(parent)), Default::default());
+        made.unwrap()
+    };
+    let (base, top) = (
+        view("n/view of base", "n/base"),
+        view("n/view of top", "n/top"),
+    );
+    for (left, right, names) in [
+        (Some(&a), &b, &[".wh.a", "b"][..]),
+        (Some(&a), &top, &[".wh.a", "top"]),
+        (Some(&a), &base, &[".wh.a"]),
+        (Some(&top), &a, &["a", ".wh.top"]),
+        (Some(&lone), &a, &["a", "base", ".wh.lone"]),
+        (Some(&a), &a, &[]),
+        (Some(&a), &clean, &[".wh.a"]),
+        (Some(&clean), &a, &["a"]),
+        (Some(&base), &a, &["a"]),
+        (Some(&base), &top, &["top"]),
+        (Some(&clean), &top, &["top"]),
+        (None, &lone, &["lone"]),
+        (None, &base, &["base"]),
+        (None, &top, &["base", "top"]),
+        (None, &a, &["a", "base"]),
+    ] {
+        written.lock().clear();
+        let mounts = |of: &SnapshotInfo| vec![mount_of(tmp.path(), of)];
+        let request = api::DiffRequest {
+            left: left.map(mounts).unwrap_or_default(),
+            right: mounts(right),
+            media_type: PLAIN_LAYER.to_owned(),
+            ..api::DiffRequest::default()
+        };
+        service.diff(Request::new(request)).await.unwrap();
+        let stream = std::mem::take(&mut *written.lock());
+        let mut archive = tar::Archive::new(&*stream);
+        let entries = archive.entries().unwrap();
+        let told: Vec<_> = entries
+            .map(|entry| {
+                let entry = entry.unwrap();
+                entry.path().unwrap().to_str().unwrap().to_owned()
+            })
+            .collect();
+        assert_eq!(
+            told,
+            names,
+            "{:?} {}",
+            left.map(|left| &left.key),
+            right.key
+        );
+    }
 }

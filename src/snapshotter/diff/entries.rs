@@ -40,7 +40,7 @@ impl Object<'_> {
         let rdev = self.attr.rdev;
         let device = (libc::major(rdev), libc::minor(rdev));
         if self.attr.kind == FileKind::CharDevice && device == (0, 0) {
-            return Err(unspeakable(
+            return Err(Fault::Unspeakable(
                 "it is the character device 0:0, which marks a deletion in overlayfs",
             ));
         }
@@ -61,6 +61,8 @@ pub(super) trait Output {
 /// Why an entry cannot be told.
 pub(super) enum Fault {
     Io(std::io::Error),
+    /// What a form of layers has no word for.
+    Unspeakable(&'static str),
     Other(Error),
 }
 
@@ -85,16 +87,12 @@ impl From<store::Error> for Fault {
 pub(super) fn at(path: &Path, fault: Fault) -> Error {
     match fault {
         Fault::Io(source) => io_error("write a layer with", path)(source),
+        Fault::Unspeakable(problem) => Error::Unspeakable {
+            path: path.to_owned(),
+            problem,
+        },
         Fault::Other(error) => error,
     }
-}
-
-/// What a form of layers has no word for.
-pub(super) fn unspeakable(problem: &str) -> Fault {
-    Fault::Io(std::io::Error::new(
-        std::io::ErrorKind::InvalidInput,
-        problem.to_owned(),
-    ))
 }
 
 /// Tells the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in

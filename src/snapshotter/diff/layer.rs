@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::Path;
 
 use super::Change;
-use super::entries::{Fault, Object, Output, at, tell, unspeakable};
+use super::entries::{Fault, Object, Output, at, tell};
 use crate::cow::{FileKind, Union, UnionConfig};
 use crate::snapshotter::types::*;
 use crate::store::Time;
@@ -146,7 +146,7 @@ impl<W: Write> Layer<W> {
 fn check(path: &[u8]) -> Result<(), Fault> {
     let name = path.rsplit(|&byte| byte == b'/').next();
     match name.is_some_and(|name| name.starts_with(WHITEOUT)) {
-        true => Err(unspeakable(
+        true => Err(Fault::Unspeakable(
             "its name begins with \".wh.\", which marks a deletion in a layer",
         )),
         false => Ok(()),
@@ -154,7 +154,7 @@ fn check(path: &[u8]) -> Result<(), Fault> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
     use std::ffi::OsStr;
 
@@ -166,7 +166,7 @@ mod tests {
 
     const OWNER: Owner = Owner::Containerd;
 
-    fn base() -> Vec<u8> {
+    pub(in crate::snapshotter::diff) fn base() -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());
         let mut add = |path: &str, kind, content: &[u8], link: &str| {
             let mut header = tar::Header::new_gnu();
@@ -202,7 +202,7 @@ mod tests {
     }
 
     /// Everything that can be done to a tree.
-    fn change(union: &Union) {
+    pub(in crate::snapshotter::diff) fn change(union: &Union) {
         const ROOT: NodeId = NodeId::ROOT;
         let name = |name: &'static str| OsStr::new(name);
         let find = |at: &str| {

@@ -7,7 +7,10 @@
 //! This reads the own layer as what the upper of an active snapshot always is, a directory in
 //! overlayfs format that its container may change meanwhile, and takes a committed one for the same, unless it is
 //! packed: then two merged views are compared.
+//!
+//! Two snapshots of which none is the other's parent are compared whole.
 
+mod between;
 mod entries;
 pub(super) mod layer;
 pub(super) mod pack;
@@ -25,7 +28,7 @@ use std::path::{Path, PathBuf};
 use super::Snapshotter;
 use super::catalog::Found;
 use super::chain::Below;
-use super::types::*;
+use super::{types::*, upper};
 use crate::cow::{self, Entry, NodeId, Union};
 use crate::store::view::View;
 use crate::store::{Time, Xattrs};
@@ -72,13 +75,78 @@ impl Snapshotter {
     ) -> Result<()> {
         self.locked(owner, key, |found| {
             let changes = self.changes_of(&found)?;
-            let mut all = self.below(&found)?;
-            if found.record.kind == Kind::Active {
-                all.lowers
-                    .insert(0, self.data.join(&found.id).join("upper"));
-            }
-            layer::write(&changes, all.union(), out, epoch)
+            layer::write(&changes, self.shown(&found)?.union(), out, epoch)
         })
+    }
+
+    /// As [`write_layer`](Self::write_layer), of what makes the tree of the snapshot `key` of that of `left`, whatever lies below
+    /// the two, or of an empty one. Both trees are looked at whole, but for what lies in the same packed layers.
+    pub fn write_difference(
+        &self,
+        owner: Owner,
+        left: Option<&str>,
+        key: &str,
+        out: impl Write,
+        epoch: Option<Time>,
+    ) -> Result<()> {
+        let write = |left: Option<Found>, found: Found| {
+            let left = left.map(|left| self.shown_now(&left)).transpose()?;
+            let shown = self.shown_now(&found)?;
+            let view = |of: &Below| of.view.as_ref().map(|view| view.key());
+            let same_view = left.as_ref().is_some_and(|left| view(left) == view(&shown));
+            let old = left.map(|left| Union::open(left.union())).transpose()?;
+            let new = Union::open(shown.clone().union())?;
+            let changes = between::compare(&new, old, same_view)?;
+            layer::write(&changes, shown.union(), out, epoch)
+        };
+        match left {
+            Some(left) => {
+                self.locked_both(owner, left, key, |left, found| write(Some(left), found))
+            }
+            None => self.locked(owner, key, |found| write(None, found)),
+        }
+    }
+
+    /// Whether the snapshot shows its parent, or nothing, and has no layer and no names of its own.
+    pub fn is_untouched(&self, owner: Owner, key: &str) -> Result<bool> {
+        self.locked(owner, key, |found| match found.record.kind {
+            Kind::View => Ok(true),
+            Kind::Active if found.record.packed.is_none() => {
+                upper::is_empty(&self.data.join(&found.id).join("upper"))
+            }
+            Kind::Active | Kind::Committed => Ok(false),
+        })
+    }
+
+    /// The layers of the tree that a snapshot shows.
+    fn shown(&self, found: &Found) -> Result<Below> {
+        let dir = self.data.join(&found.id);
+        let mut all = self.below(found)?;
+        if found.record.kind == Kind::Active {
+            all.lowers.insert(0, dir.join("upper"));
+        }
+        if all.is_empty() {
+            all.lowers.push(dir.join("empty"));
+        }
+        Ok(all)
+    }
+
+    /// As `shown`, with all that was written to a mount.
+    fn shown_now(&self, found: &Found) -> Result<Below> {
+        if found.record.kind == Kind::Active {
+            self.bring_up(found)?;
+        }
+        self.shown(found)
+    }
+
+    /// Brings to the upper of an active snapshot what its mount knows, and answers where it is.
+    fn bring_up(&self, found: &Found) -> Result<PathBuf> {
+        let upper = self.data.join(&found.id).join("upper");
+        let flushed = self.mounts.flush(&found.id);
+        flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
+        // What was flushed may be a part of a file.
+        self.complete_partial(found)?;
+        Ok(upper)
     }
 
     fn changes_of(&self, found: &Found) -> Result<Vec<Change>> {
@@ -89,14 +157,7 @@ impl Snapshotter {
                 return self.diff_packed(found);
             }
             Kind::Committed => below.lowers.remove(0),
-            Kind::Active => {
-                let upper = self.data.join(&found.id).join("upper");
-                let flushed = self.mounts.flush(&found.id);
-                flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
-                // What was flushed may be a part of a file.
-                self.complete_partial(found)?;
-                upper
-            }
+            Kind::Active => self.bring_up(found)?,
         };
         let below_own = self.diff_packed(found)?;
         let new = Union::open(with_own(&own, &below).union())?;

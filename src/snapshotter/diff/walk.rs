@@ -270,7 +270,7 @@ impl OwnDirectory {
     }
 }
 
-fn looks_different(new: &Attr, old: &Attr) -> bool {
+pub(super) fn looks_different(new: &Attr, old: &Attr) -> bool {
     let look = |attr: &Attr| {
         (
             attr.kind, attr.perm, attr.uid, attr.gid, attr.mtime, attr.rdev,
