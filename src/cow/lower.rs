@@ -34,6 +34,11 @@ pub trait Lower: Send + Sync {
     fn damage(&self) -> Damage {
         Damage::default()
     }
+    /// Has the layer be read and compared once more, as if it was opened only now: somebody has mended it. Says whether it is
+    /// of a kind that is mended in use.
+    fn refresh(&self) -> bool {
+        false
+    }
 }
 
 /// By the numbers of directories, the names in each that lead to certain objects.
