@@ -309,7 +309,7 @@ impl Union {
         Ok(items)
     }
 
-    fn list_upper(
+    pub(super) fn list_upper(
         &self,
         node: &Arc<Node>,
         state: &DirState,

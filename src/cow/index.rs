@@ -6,7 +6,7 @@
 //! host's count. Both are kernel overlayfs's own forms (fs/overlayfs/namei.c, `ovl_get_index_name`, and
 //! util.c, `ovl_set_nlink_upper`).
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use super::attr::attr_of;
 use super::error::{Context, Result};
 use super::lookup::Found;
-use super::lower::LowerObject;
+use super::lower::{ListedKind, LowerObject, Ways};
 use super::node::{Lowers, Node};
 use super::origin::Origin;
 use super::types::{FileKind, NodeId};
@@ -25,6 +25,12 @@ use super::union::Union;
 use super::upper::{Draft, Upper};
 use crate::sys::dirents;
 use crate::sys::fs::{self, Object};
+
+#[cfg(test)]
+thread_local! {
+    /// Names that this thread has looked at to settle links.
+    pub(crate) static SETTLED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
 
 /// Whether the union shows no link any more to an index entry with this record and host count.
 pub(super) fn is_dead(stored: Option<&[u8]>, links: u32) -> bool {
@@ -55,27 +61,74 @@ impl Union {
         if wanted.is_empty() {
             return Ok(());
         }
+        let ways = self.ways_to(&wanted)?;
         let mut pending = vec![self.hold(self.node(NodeId::ROOT)?)];
         while let Some(dir) = pending.pop() {
-            let items = {
-                let state = Self::directory(&dir)?.state.read();
-                self.merge(&dir, &state)?
+            let names = match &ways {
+                Some(ways) => self.names_on(ways, &dir)?,
+                None => self.names_among(&wanted, &dir)?,
             };
-            for item in items {
-                let is_directory = item.kind == FileKind::Directory;
-                if !is_directory && !item.ino.is_some_and(|id| wanted.contains(&id)) {
-                    continue;
-                }
-                let (node, _) = self.child(&dir, &item.name, false)?;
-                let node = self.hold(node);
-                if is_directory {
+            for name in names {
+                #[cfg(test)]
+                SETTLED.set(SETTLED.get() + 1);
+                let node = match self.child(&dir, &name, false) {
+                    // The upper hides it.
+                    Err(error) if error.is(Errno::ENOENT) => continue,
+                    found => self.hold(found?.0),
+                };
+                if node.kind == FileKind::Directory {
                     pending.push(node);
                 } else if node.has_upper() {
-                    self.bring_up(&node, &dir, &item.name)?;
+                    self.bring_up(&node, &dir, &name)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// How the one lower layer that there is reaches the objects of these numbers, if it can tell.
+    fn ways_to(&self, wanted: &HashSet<NodeId>) -> Result<Option<Ways>> {
+        let [lower] = &self.lowers[..] else {
+            return Ok(None);
+        };
+        let space = lower.number_space();
+        // What an object of another layer has left in the index has no name in this one.
+        let numbers = wanted
+            .iter()
+            .filter_map(|id| self.numbers.in_space(space, *id));
+        lower.ways_to(&numbers.collect())
+    }
+
+    /// The names of a directory that may lead to what `ways` lead to. A directory of the lower layer may have come to any
+    /// place in the upper.
+    fn names_on(&self, ways: &Ways, dir: &Arc<Node>) -> Result<BTreeSet<OsString>> {
+        let (in_upper, lower) = {
+            let place = dir.place.read();
+            (place.upper.is_some(), place.lowers.first().cloned())
+        };
+        let mut names = BTreeSet::new();
+        if in_upper {
+            let state = Self::directory(dir)?.state.read();
+            self.list_upper(dir, &state, lower.is_none(), &mut |name, kind, _| {
+                if matches!(kind, ListedKind::Object(FileKind::Directory)) {
+                    names.insert(name.to_owned());
+                }
+            })?;
+        }
+        if let Some(lower) = lower {
+            let of_lower = ways.get(&lower.object.attr()?.ino);
+            names.extend(of_lower.into_iter().flatten().cloned());
+        }
+        Ok(names)
+    }
+
+    /// The names of a directory that are those of `wanted`, or of directories.
+    fn names_among(&self, wanted: &HashSet<NodeId>, dir: &Arc<Node>) -> Result<BTreeSet<OsString>> {
+        let state = Self::directory(dir)?.state.read();
+        let items = self.merge(dir, &state)?.into_iter().filter(|item| {
+            item.kind == FileKind::Directory || item.ino.is_some_and(|id| wanted.contains(&id))
+        });
+        Ok(items.map(|item| item.name.into_os_string()).collect())
     }
 
     /// The numbers of the files in the index.

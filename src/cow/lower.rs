@@ -1,6 +1,7 @@
 //! What the union needs of a read-only layer. Nothing outside an implementation may assume that an
 //! object of a layer is a path or a descriptor of the host.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -23,6 +24,10 @@ pub trait Lower: Send + Sync {
     fn decode_origin(&self, origin: &Origin) -> Option<u64>;
     /// Whether origins of this layer can be told at all (file handles can be opened).
     fn decodes_origins(&self) -> bool;
+    /// How the objects of these numbers are reached from the top; `None` if only a walk over all of the layer can tell.
+    fn ways_to(&self, _numbers: &HashSet<u64>) -> Result<Option<Ways>> {
+        Ok(None)
+    }
     /// Free space and sizes, for a union without an upper.
     fn statfs(&self) -> Result<super::types::StatFs>;
     /// What could not be used when it was last read, as far as the layer can tell.
@@ -35,6 +40,9 @@ pub trait Lower: Send + Sync {
         false
     }
 }
+
+/// By the numbers of directories, the names in each that lead to certain objects.
+pub(super) type Ways = HashMap<u64, Vec<OsString>>;
 
 /// What a directory of a layer says of the layers below it.
 #[derive(Clone, Debug, Default)]

@@ -69,6 +69,8 @@ mod xattr;
 
 pub use acl::ACCESS as ACCESS_ACL;
 pub use content::ContentPart;
+#[cfg(test)]
+pub(crate) use index::SETTLED;
 pub use metacopy::may_hold_metacopies;
 pub use owner::{IdRange, IdView, OVERFLOW_ID, Owners};
 pub use stat_override::StatOverride;

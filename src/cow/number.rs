@@ -65,6 +65,20 @@ impl Numbers {
         number
     }
 
+    /// The own number of the object of a space that has this one; `None` if it is none of that space.
+    pub(super) fn in_space(&self, space: u64, id: NodeId) -> Option<u64> {
+        let index = (id.0 >> self.bits) as usize;
+        match self.spaces.get(index) {
+            Some(known) => (*known == space).then_some(id.0 & ((1 << self.bits) - 1)),
+            None => {
+                let allotted = self.allotted.lock();
+                let found = allotted.by_object.iter().find(|(_, id_of)| **id_of == id.0);
+                let (of, ino) = found?.0;
+                (*of == space).then_some(*ino)
+            }
+        }
+    }
+
     /// A number that no object has.
     pub(super) fn fresh(&self) -> NodeId {
         self.next(&mut self.allotted.lock())
@@ -105,6 +119,8 @@ mod tests {
             for ino in [0, 1, 2, u64::MAX, u64::MAX >> 2, (u64::MAX >> 2) + 1] {
                 let number = numbers.of(space, ino);
                 assert_eq!(numbers.of(space, ino), number);
+                assert_eq!(numbers.in_space(space, number), Some(ino));
+                assert_eq!(numbers.in_space(space + 1, number), None);
                 assert!(seen.insert(number), "{space} {ino}");
             }
         }

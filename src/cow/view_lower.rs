@@ -4,6 +4,7 @@
 //! built, and an attribute of a layer that looks like a mark is shown as what it is, an attribute of
 //! that name.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -13,7 +14,7 @@ use nix::errno::Errno;
 
 use super::attr::statfs_of;
 use super::error::{Error, Result};
-use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject, Stored};
+use super::lower::{DirMarks, ListedKind, Lower, LowerEntry, LowerFile, LowerObject, Stored, Ways};
 use super::origin::Origin;
 use super::types::{Attr, Damage, FileKind, StatFs, Timestamp, XattrFamily};
 use crate::store::view::{View, ViewFile};
@@ -75,6 +76,22 @@ impl Lower for ViewLower {
 
     fn decodes_origins(&self) -> bool {
         true
+    }
+
+    fn ways_to(&self, numbers: &HashSet<u64>) -> Result<Option<Ways>> {
+        let view = &self.shared.view;
+        let inodes = numbers.iter().filter_map(|number| inode_numbered(*number));
+        let ways = view.names().and_then(|names| names.ways_to(inodes));
+        let ways = ways.map_err(|error| Error {
+            errno: libc::EIO,
+            context: error.to_string().into(),
+        })?;
+        let owned = |name: &[u8]| OsString::from_vec(name.to_vec());
+        let ways = ways.into_iter().map(|(directory, names)| {
+            let names = names.into_iter().map(owned).collect();
+            (number_of(directory), names)
+        });
+        Ok(Some(ways.collect()))
     }
 
     fn damage(&self) -> Damage {
@@ -327,6 +344,11 @@ fn uuid_of(view: &View) -> [u8; 16] {
 /// Inode numbers start at 1: 0 is none to many programs.
 fn number_of(inode: u32) -> u64 {
     u64::from(inode) + 1
+}
+
+/// The inode that has such a number.
+fn inode_numbered(number: u64) -> Option<u32> {
+    u32::try_from(number.checked_sub(1)?).ok()
 }
 
 fn timestamp(time: Time) -> Timestamp {

@@ -7,6 +7,7 @@ use std::io::Read;
 
 use super::catalog::Found;
 use super::chain;
+use super::diff::PackedViews;
 use super::mounts::Mounts;
 use super::types::*;
 use super::{Snapshotter, diff, upper};
@@ -129,14 +130,19 @@ impl Snapshotter {
         let ancestors: Vec<&Found> = ancestors.iter().collect();
         let mut chain = chain::packed_in(found, &ancestors);
         let new = self.packed.view(chain.clone())?;
-        chain.remove(0);
+        let index = self.packed.layers().index(chain.remove(0));
         // A view has no more layers than that.
         let topmost = u16::try_from(chain.len()).unwrap_or(u16::MAX);
         let old = self.packed.view(chain)?;
-        match new {
-            Some(new) => diff::diff_packed(&new, old.as_deref(), topmost),
-            None => Ok(Vec::new()),
-        }
+        let Some(new) = new else {
+            return Ok(Vec::new());
+        };
+        let views = PackedViews {
+            new: &new,
+            old: old.as_deref(),
+            topmost,
+        };
+        diff::diff_packed(&views, index)
     }
 }
 

@@ -220,6 +220,72 @@ fn a_small_content_is_held_while_somebody_has_the_file_open() {
     }
 }
 
+/// The other names of a file are found by what the view says, not by a walk over all directories.
+#[test]
+fn links_of_a_view_are_settled_wherever_their_directories_have_come() {
+    let packed = Packed::new(|builder| {
+        file(builder, "a/x", b"before");
+        for path in [
+            "a/deep/y",
+            "b/z",
+            "c/hidden",
+            "e/gone/w",
+            "only/below/v",
+            "same/u",
+        ] {
+            let mut link = tar::Header::new_ustar();
+            link.set_entry_type(tar::EntryType::Link);
+            link.set_mode(0o644);
+            link.set_size(0);
+            builder.append_link(&mut link, path, "a/x").unwrap();
+        }
+        file(builder, "b/other", b"");
+    });
+    let union = packed.open();
+    let node = |path: &str| match path {
+        "" => NodeId::ROOT,
+        path => find(&union, path).node,
+    };
+    write(&union, "a/x", 0, b"after!");
+    let made = union.mkdir(NodeId::ROOT, OsStr::new("new"), 0o755, &Caller::ROOT);
+    let new = made.unwrap().node;
+    for (from, name, to, new_name) in [("a", "deep", new, "inner"), ("", "b", node("a"), "b2")] {
+        let (name, new_name) = (OsStr::new(name), OsStr::new(new_name));
+        union
+            .rename(node(from), name, to, new_name, RenameMode::Replace)
+            .unwrap();
+    }
+    union.unlink(node("c"), OsStr::new("hidden")).unwrap();
+    union.unlink(node("e/gone"), OsStr::new("w")).unwrap();
+    union.rmdir(node("e"), OsStr::new("gone")).unwrap();
+    let again = union.mkdir(node("e"), OsStr::new("gone"), 0o755, &Caller::ROOT);
+    again.unwrap();
+    // In the upper already, but for the file.
+    let made = union.mkdir(node("same"), OsStr::new("made"), 0o755, &Caller::ROOT);
+    made.unwrap();
+    union.settle_links().unwrap();
+    drop(union);
+
+    // Without the work directory nothing but the upper tells.
+    let union = Union::open(UnionConfig {
+        lowers: vec![packed.base.path().join("upper")],
+        view: Some(Arc::clone(&packed.view)),
+        ..UnionConfig::default()
+    });
+    let union = union.unwrap();
+    for path in ["a/x", "new/inner/y", "a/b2/z", "only/below/v", "same/u"] {
+        assert_eq!(read(&union, path), b"after!", "{path}");
+    }
+    for path in ["c/hidden", "e/gone/w", "a/deep", "b"] {
+        let (above, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let above = match above {
+            "" => NodeId::ROOT,
+            above => find(&union, above).node,
+        };
+        assert!(union.lookup(above, OsStr::new(name)).is_err(), "{path}");
+    }
+}
+
 /// What was opened of a file was kept, and what was found out about its content, after the content was mended.
 #[test]
 fn a_refreshed_union_reads_and_compares_once_more() {

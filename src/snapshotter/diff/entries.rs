@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use super::{Change, ChangeKind, lookup, xattrs_of};
 use crate::cow::{Attr, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
-use crate::store::view::View;
+use crate::store::view::{Names, View};
 use crate::store::{self, Xattrs};
 
 /// What is there now at a path.
@@ -110,7 +110,7 @@ pub(super) fn tell(
         out,
         above: Vec::new(),
         links: HashMap::new(),
-        linked: None,
+        names: None,
     };
     for change in changes {
         teller
@@ -129,8 +129,8 @@ struct Teller<'a, O> {
     above: Vec<(OsString, NodeId)>,
     /// Paths of files with several names, by number.
     links: HashMap<u64, Vec<u8>>,
-    /// All names of files of the view that have several; found when they are first needed.
-    linked: Option<HashMap<u32, Vec<Vec<u8>>>>,
+    /// Where the inodes of the view are named; found when that is first needed.
+    names: Option<Names<'a>>,
 }
 
 impl<O: Output> Teller<'_, O> {
@@ -211,12 +211,11 @@ impl<O: Output> Teller<'_, O> {
         let Some(inode) = self.new.stored_inode(node)? else {
             return Ok(None);
         };
-        let linked = match &mut self.linked {
-            Some(linked) => linked,
-            none => none.insert(view.linked()?),
+        let names = match &mut self.names {
+            Some(names) => names,
+            none => none.insert(view.names()?),
         };
-        // Only asked for once: from now on the file has a name that was told.
-        for name in linked.remove(&inode).unwrap_or_default() {
+        for name in names.paths(inode)? {
             if !self.is_change(&name) && self.leads_to(&name, attr.ino)? {
                 return Ok(Some(name));
             }

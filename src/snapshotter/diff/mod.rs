@@ -6,7 +6,7 @@
 //!
 //! This reads the own layer as what the upper of an active snapshot always is, a directory in
 //! overlayfs format that its container may change meanwhile, and takes a committed one for the same, unless it is
-//! packed: then two merged views are compared.
+//! packed: then two merged views are compared at the paths that the layer names.
 //!
 //! Two snapshots of which none is the other's parent are compared whole.
 
@@ -30,8 +30,9 @@ use super::catalog::Found;
 use super::chain::Below;
 use super::{types::*, upper};
 use crate::cow::{self, Entry, NodeId, Union};
-use crate::store::view::View;
-use crate::store::{Time, Xattrs};
+use crate::store::layer::index::LayerIndex;
+use crate::store::{self, Time, Xattrs};
+pub(super) use packed::Views as PackedViews;
 pub(super) use sides::Sides;
 #[cfg(test)]
 pub(super) use walk::COMPARED;
@@ -191,9 +192,12 @@ pub(super) fn changes(
     Ok(joined(below_own, walk.steps))
 }
 
-/// As `changes`, of packed layers: `new` is the view of a chain whose topmost layer has that number, `old` of what is below it.
-pub(super) fn diff_packed(new: &View, old: Option<&View>, topmost: u16) -> Result<Vec<Change>> {
-    packed::compare(new, old, topmost).map(ordered)
+/// As `changes`, of packed layers: of the topmost one in the new of these views, which has that `index`.
+pub(super) fn diff_packed(
+    views: &PackedViews<'_>,
+    index: store::Result<LayerIndex>,
+) -> Result<Vec<Change>> {
+    packed::compare(views, index).map(ordered)
 }
 
 /// The changes of a layer on one with the changes `below`, and those, as one step from what is below both. What may have been a

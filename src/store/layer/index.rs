@@ -422,15 +422,9 @@ impl LayerIndex {
         let mut length = 0;
         let mut at = number;
         while at != 0 {
-            let record = self.file.record(Section::Paths, at)?;
-            let bytes = u64::from(record.u16(8));
-            let name = self
-                .file
-                .slice(Section::Names, u64::from(record.u32(4)), bytes)?;
-            let above = record.u32(0);
+            let (above, name) = self.path_step(at)?;
             length += name.len() + 1;
-            // The one above comes first, so this ends.
-            if !is_name(name) || above >= at || length > LONGEST_PATH + 1 {
+            if length > LONGEST_PATH + 1 {
                 return Err(self.file.damaged(format!("its path {number} cannot be")));
             }
             names.push(name);
@@ -438,6 +432,23 @@ impl LayerIndex {
         }
         names.reverse();
         Ok(names)
+    }
+
+    /// Number of paths: of all entries, and what lies above. The path 0 is the root.
+    pub fn path_count(&self) -> u32 {
+        self.file.count(Section::Paths)
+    }
+
+    /// The path above one that is not the root, and the name in it. The one above has a lower number.
+    pub fn path_step(&self, number: u32) -> Result<(u32, &[u8])> {
+        let record = self.file.record(Section::Paths, number)?;
+        let (above, start) = (record.u32(0), u64::from(record.u32(4)));
+        let bytes = u64::from(record.u16(8));
+        let name = self.file.slice(Section::Names, start, bytes)?;
+        if !is_name(name) || above >= number {
+            return Err(self.file.damaged(format!("its path {number} cannot be")));
+        }
+        Ok((above, name))
     }
 
     /// The attributes that the layer gives the root, if it does.

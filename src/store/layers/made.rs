@@ -130,8 +130,8 @@ fn a_layer_of_entries_says_what_a_stream_cannot() {
     let file = find(&shown, "dir/file").unwrap();
     assert_eq!(find(&shown, "dir/name"), Some(file));
     assert_eq!(names(&shown, file), ["trusted.x", "user.name"]);
-    let linked = shown.linked().unwrap();
-    assert_eq!(linked[&file], [b"dir/file".to_vec(), b"dir/name".to_vec()]);
+    let paths = shown.names().unwrap().paths(file).unwrap();
+    assert_eq!(paths, [b"dir/file".to_vec(), b"dir/name".to_vec()]);
     let parts = shown.inode(find(&shown, "dir/parts").unwrap()).unwrap();
     let mut content = vec![1; 30_000];
     let opened = shown.open_file(&parts).unwrap();

@@ -7,6 +7,7 @@ mod build;
 mod effort;
 mod file;
 mod merged;
+mod names;
 mod path;
 mod tree;
 
@@ -26,7 +27,7 @@ use super::error::{Result, damaged, io_error};
 use super::format::index_file::{IndexFile, Kind, Section};
 use super::format::tables::{Extent, Inode, Object};
 use super::format::{LayerName, ObjectName, Record, ViewKey};
-use super::layer::index::{LONGEST_PATH, is_name};
+use super::layer::index::is_name;
 use super::object::{Bits, Check, Content, FrameChecks, Framed, Objects, Place};
 use super::pack::PackId;
 use crate::sys;
@@ -36,6 +37,9 @@ pub(super) use build::{build, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
 pub(super) use merged::Merged;
+pub use names::Names;
+#[cfg(test)]
+pub(crate) use names::PASSES;
 pub(super) use tree::MISSING_DIRECTORY;
 
 /// A name in a directory of a view.
@@ -314,34 +318,6 @@ impl View {
             })
         };
         extents.iter().map(part).collect()
-    }
-
-    /// Paths of the files that have several names, each with all of them, by the numbers of their inodes.
-    pub fn linked(&self) -> Result<HashMap<u32, Vec<Vec<u8>>>> {
-        let mut linked: HashMap<u32, Vec<Vec<u8>>> = HashMap::new();
-        let mut waiting = vec![(Vec::new(), Self::ROOT)];
-        while let Some((path, number)) = waiting.pop() {
-            let directory = self.inode(number)?;
-            let mut place = 0;
-            while let Some(entry) = self.nth(&directory, place)? {
-                place += 1;
-                let within = || match path.is_empty() {
-                    true => entry.name.to_vec(),
-                    false => [&path, &b"/"[..], entry.name].concat(),
-                };
-                if entry.kind == libc::S_IFDIR {
-                    let within = within();
-                    // Only a damaged view leads in a circle.
-                    if within.len() > LONGEST_PATH {
-                        return Err(self.file.damaged("a path in it has no end"));
-                    }
-                    waiting.push((within, entry.inode));
-                } else if self.inode(entry.inode)?.links > 1 {
-                    linked.entry(entry.inode).or_default().push(within());
-                }
-            }
-        }
-        Ok(linked)
     }
 
     /// Bytes of a regular file that are not holes.

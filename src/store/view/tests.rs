@@ -2,6 +2,7 @@ mod attributes;
 mod cost;
 mod forward;
 mod frames;
+mod names;
 
 use std::fs;
 use std::path::Path;

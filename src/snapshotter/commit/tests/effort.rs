@@ -1,9 +1,11 @@
 //! What a commit looks at.
 
 use super::*;
+use crate::cow::SETTLED;
 use crate::snapshotter::diff::COMPARED;
+use crate::store::view::PASSES;
 
-/// As many directories of a hundred files each.
+/// As many directories of a hundred files each, and three of files with two names.
 fn base(directories: usize) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
@@ -13,12 +15,34 @@ fn base(directories: usize) -> Vec<u8> {
         let path = format!("d{}/file{}", number / 100, number % 100);
         tar.append_data(&mut header, path, &[][..]).unwrap();
     }
+    for (target, link) in [("l/a", "m/a"), ("l/b", "m/b"), ("l/c", "n/c")] {
+        header.set_entry_type(tar::EntryType::Regular);
+        tar.append_data(&mut header, target, &[][..]).unwrap();
+        header.set_entry_type(tar::EntryType::Link);
+        tar.append_link(&mut header, link, target).unwrap();
+    }
     tar.into_inner().unwrap()
 }
 
-/// Changes, removes and makes files of an image with so many directories. Answers how many names the commit of that compared, how many
-/// entries of layers it merged, and how many entries it made.
-fn effort(directories: usize) -> (u64, u64, u32) {
+/// What a commit did.
+#[derive(Debug, PartialEq, Eq)]
+struct Effort {
+    /// Names that it compared.
+    compared: u64,
+    /// Entries of layers that it merged.
+    merged: u64,
+    /// Entries that it made.
+    made: u32,
+    /// Names that it looked at for links of files that were copied up.
+    settled: u64,
+    /// Passes over the names of the image, each 16 bytes.
+    passes: u64,
+    /// Names that were compared to tell the changes of what was made.
+    told: u64,
+}
+
+/// Makes `change` to an image with so many directories. Answers what the commit of that did.
+fn effort(directories: usize, change: impl Fn(&Union)) -> Effort {
     let place = Place::new();
     let snapshots = place.open();
     prepare(&snapshots, "unpack", None);
@@ -27,26 +51,91 @@ fn effort(directories: usize) -> (u64, u64, u32) {
     commit(&snapshots, "base", "unpack");
     prepare(&snapshots, "work", Some("base"));
     let union = open(&snapshots, "work");
-    let changed = find(&union, "d1/file7");
-    union.write(changed, None, 0, b"changed", None).unwrap();
-    union
-        .unlink(find(&union, "d2"), OsStr::new("file8"))
-        .unwrap();
-    let made = union.mkdir(ROOT, OsStr::new("made"), 0o755, &Caller::ROOT);
-    write(&union, made.unwrap().node, "file", b"made");
+    change(&union);
     drop(union);
     let merged = snapshots.packed_layers().merged_entries();
-    COMPARED.set(0);
+    for counted in [&COMPARED, &SETTLED, &PASSES] {
+        counted.set(0);
+    }
     let info = commit(&snapshots, "done", "work");
-    let merged = snapshots.packed_layers().merged_entries() - merged;
     let made = snapshots.packed_layers().get(info.packed_layers[0]);
-    (COMPARED.get(), merged, made.unwrap().entries)
+    let (compared, passes) = (COMPARED.replace(0), PASSES.get());
+    let merged = snapshots.packed_layers().merged_entries() - merged;
+    changes(&snapshots, "done");
+    Effort {
+        compared,
+        merged,
+        made: made.unwrap().entries,
+        settled: SETTLED.get(),
+        passes,
+        told: COMPARED.get(),
+    }
 }
 
 #[test]
-fn a_commit_looks_at_what_was_changed_however_large_the_image_is() {
-    let small = effort(3);
-    assert_eq!(effort(40), small);
-    // d1, its file, d2, its file, made, its file; and the root's entry.
-    assert_eq!(small, (6, 0, 7));
+fn a_commit_and_its_diff_look_at_what_was_changed_however_large_the_image_is() {
+    let change = |union: &Union| {
+        let changed = find(union, "d1/file7");
+        union.write(changed, None, 0, b"changed", None).unwrap();
+        union
+            .unlink(find(union, "d2"), OsStr::new("file8"))
+            .unwrap();
+        let made = union.mkdir(ROOT, OsStr::new("made"), 0o755, &Caller::ROOT);
+        write(union, made.unwrap().node, "file", b"made");
+    };
+    let small = effort(3, change);
+    assert_eq!(effort(40, change), small);
+    let expected = Effort {
+        // d1, its file, d2, its file, made, its file; and the root's entry.
+        compared: 6,
+        merged: 0,
+        made: 7,
+        settled: 0,
+        passes: 0,
+        told: 6,
+    };
+    assert_eq!(small, expected);
+}
+
+/// Every directory of the image was listed for the one other name.
+#[test]
+fn so_does_one_of_files_with_several_names() {
+    let copied_up = |union: &Union| {
+        let mode = SetAttr {
+            perm: Some(0o600),
+            ..SetAttr::default()
+        };
+        set(union, find(union, "l/a"), mode);
+        union.unlink(find(union, "l"), OsStr::new("b")).unwrap();
+    };
+    let small = effort(3, copied_up);
+    assert_eq!(effort(40, copied_up), small);
+    let expected = Effort {
+        // l, its two files, m, its two.
+        compared: 6,
+        merged: 0,
+        made: 7,
+        // l, m, and of both a and b.
+        settled: 6,
+        passes: 1,
+        told: 6,
+    };
+    assert_eq!(small, expected);
+
+    let moved = |union: &Union| {
+        let renamed = union.rename(ROOT, "n".as_ref(), ROOT, "o".as_ref(), RenameMode::Replace);
+        renamed.unwrap();
+    };
+    let small = effort(3, moved);
+    assert_eq!(effort(40, moved), small);
+    let expected = Effort {
+        // n, o, its file.
+        compared: 3,
+        merged: 0,
+        made: 4,
+        settled: 0,
+        passes: 1,
+        told: 3,
+    };
+    assert_eq!(small, expected);
 }

@@ -3,7 +3,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::snapshotter::diff::PackedViews;
 use crate::store::gc::Collected;
+use crate::store::view::Verify;
 
 /// One thing that is done to a tree; the numbers choose among what there is.
 #[derive(Clone, Copy, Debug)]
@@ -187,6 +189,27 @@ fn applied() -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
+/// The changes of a committed snapshot, found by comparing all that there is.
+fn all_changes(snapshots: &Snapshotter, name: &str) -> Vec<(String, ChangeKind)> {
+    let mut chain = snapshots.stat(OWNER, name).unwrap().packed_layers;
+    chain.reverse();
+    let layers = snapshots.packed_layers();
+    let view = |chain: &[LayerName]| layers.view(chain, Verify::First).unwrap();
+    let (topmost, new) = (chain.len() - 1, view(&chain));
+    let old = (topmost > 0).then(|| view(&chain[..topmost]));
+    let views = PackedViews {
+        new: &new,
+        old: old.as_ref(),
+        topmost: topmost as u16,
+    };
+    let all = views.everywhere().unwrap().into_iter();
+    let mut all: Vec<_> = all
+        .map(|change| (change.path.to_string_lossy().into_owned(), change.kind))
+        .collect();
+    all.sort();
+    all
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -218,6 +241,7 @@ proptest! {
                 prop_assert_eq!(Some(look), after.1.get(path), "{}", path.display());
             }
             let told = changes(&snapshots, &name);
+            prop_assert_eq!(&told, &all_changes(&snapshots, &name));
             let more: Vec<_> = after.1.keys().filter(|path| !before.1.contains_key(*path)).collect();
             prop_assert!(more.is_empty(), "{more:?} after {told:?}");
             snapshots.remove(OWNER, "look").unwrap();
