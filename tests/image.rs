@@ -7,7 +7,8 @@
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
-//! - `service`: the Images service of a running plyd, also killed in the middle.
+//! - `service`: the Images service of a running plyd, also killed in the middle;
+//! - `space`: what a snapshot takes that somebody works with.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -33,6 +34,8 @@ mod packed;
 mod real;
 #[path = "image/service.rs"]
 mod service;
+#[path = "image/space.rs"]
+mod space;
 #[path = "image/store.rs"]
 mod store;
 #[path = "image/tree.rs"]

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::archive::*;
 use super::common::{Done, PLYD, Plyd};
 
-fn load(plyd: &Plyd, image: &[u8]) {
+pub(super) fn load(plyd: &Plyd, image: &[u8]) {
     let loaded = plyd.piped(["image", "load", "-q"], image);
     assert_eq!(loaded.code, 0, "{}", loaded.stderr);
 }
@@ -27,7 +27,7 @@ fn du(dir: &Path) -> u64 {
 }
 
 /// What `system df` says, which is what du says.
-fn df(plyd: &Plyd) -> Value {
+pub(super) fn df(plyd: &Plyd) -> Value {
     let df = plyd.json(["system", "df", "--json"]);
     let users = df["users"].as_array().unwrap();
     let number = |value: &Value| value.as_u64().unwrap();
@@ -43,7 +43,7 @@ fn df(plyd: &Plyd) -> Value {
     df
 }
 
-fn user<'a>(df: &'a Value, kind: &str, name: &str) -> &'a Value {
+pub(super) fn user<'a>(df: &'a Value, kind: &str, name: &str) -> &'a Value {
     let users = df["users"].as_array().unwrap().iter();
     let mut found = users.filter(|user| {
         user["kind"] == kind && user["name"].as_str().unwrap_or_default().contains(name)

@@ -241,7 +241,7 @@ mod tests {
     fn directory(path: &Path) -> Below {
         Below {
             lowers: vec![path.to_owned()],
-            view: None,
+            ..Below::default()
         }
     }
 
