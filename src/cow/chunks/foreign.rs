@@ -35,7 +35,7 @@ struct Foreign {
 }
 
 /// What a value of `overlay.metacopy` on an upper file says; none if all of the data is there.
-fn mark_of(object: Object<'_>, family: XattrFamily) -> Result<Option<Marked>> {
+pub(in super::super) fn mark_of(object: Object<'_>, family: XattrFamily) -> Result<Option<Marked>> {
     match xattr::get(object, family.metacopy()) {
         Ok(value) => Marked::of(&value).map(Some),
         Err(Errno::ENODATA | Errno::EOPNOTSUPP) => Ok(None),

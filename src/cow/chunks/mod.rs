@@ -24,7 +24,7 @@ use std::sync::{Arc, OnceLock};
 use nix::errno::Errno;
 
 use super::error::{Context, Error, Result};
-pub(super) use foreign::content_over;
+pub(super) use foreign::{content_over, mark_of};
 pub(super) use partial::Partial;
 pub(super) use store::{Maps, features_of_others};
 
@@ -142,7 +142,7 @@ pub(super) fn check_lower_mark(value: &[u8], path: impl FnOnce() -> String) -> R
 }
 
 /// Of a file that is copied up in part, in a layer.
-fn without_map(path: &str) -> Error {
+pub(super) fn without_map(path: &str) -> Error {
     Error {
         errno: libc::EIO,
         context: format!("{path} is copied up in part; mount its layer as an upper and unmount it, which completes it").into(),

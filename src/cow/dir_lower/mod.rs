@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use self::object::DirObject;
+pub(super) use self::object::HostFile;
 use super::adopt;
 use super::attr::{attr_of, statfs_of};
 use super::error::Result;

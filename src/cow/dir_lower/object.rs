@@ -487,11 +487,22 @@ impl LowerObject for DirObject {
 }
 
 /// An open file of the host.
-struct HostFile {
+pub(in super::super) struct HostFile {
     fd: OwnedFd,
     /// When it was found. A layer never changes, so the end of the file needs no second read to be known.
     size: u64,
     sealed: bool,
+}
+
+impl HostFile {
+    /// One of this length, which somebody may write to by way of it.
+    pub(in super::super) fn new(fd: OwnedFd, size: u64) -> Self {
+        Self {
+            fd,
+            size,
+            sealed: false,
+        }
+    }
 }
 
 impl LowerFile for HostFile {

@@ -1,10 +1,14 @@
 //! An upper that is read as a layer while its own union goes on.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::chunks::{CHUNK, config, cut, fixture, maps, pattern, reopen, restart, write};
 use super::*;
+use crate::cow::chunks::content_over;
 use crate::cow::copyup::Content;
+use crate::cow::dir_lower::HostFile;
+use crate::cow::export::{Links, copy_index, copy_layer, copy_upper};
 
 /// The upper as the topmost layer, with its work directory.
 fn as_layers(fixture: &Fixture) -> UnionConfig {
@@ -148,6 +152,32 @@ fn after_a_restart_of_the_host_what_was_synced_is_read() {
     assert_eq!(errno(found), libc::EIO);
 }
 
+/// Its map is gone by the time it is looked for.
+#[test]
+fn a_file_that_is_completed_while_it_is_opened_is_read_itself() {
+    let mut expected = pattern(4 * CHUNK, 1);
+    let fixture = fixture(&["f"], &expected);
+    write(&fixture, "f", CHUNK, b"new");
+    put_at(&mut expected, CHUNK, b"new");
+    let open = |path| {
+        let file = std::fs::File::open(path).unwrap();
+        Arc::new(HostFile::new(file.into(), 4 * CHUNK))
+    };
+    let work = fixture.base.path().join("work");
+    let file = content_over(
+        open(fixture.upper().join("f")),
+        &work,
+        XattrFamily::Trusted,
+        || {
+            fixture.union().complete_partial().unwrap();
+            Ok((open(fixture.lowers[0].join("f")) as Arc<_>, 4 * CHUNK))
+        },
+    );
+    let mut content = vec![0; 5 * CHUNK as usize];
+    let length = file.unwrap().read_at(&mut content, 0).unwrap();
+    assert!(content[..length] == expected);
+}
+
 #[test]
 fn a_file_is_read_right_while_it_is_written_and_completed() {
     let content = pattern(64 * CHUNK, 1);
@@ -175,4 +205,51 @@ fn a_file_is_read_right_while_it_is_written_and_completed() {
             }
         }
     });
+}
+
+/// What of the index has a map, too, is whole in a copy, also if its names are the layers' alone.
+#[test]
+fn a_copy_has_all_the_data_and_no_map() {
+    let content = pattern(10 * CHUNK, 1);
+    let mut fixture = Fixture::new(1, |lowers| {
+        std::fs::write(lowers[0].join("a"), &content).unwrap();
+        std::fs::write(lowers[0].join("own"), &content).unwrap();
+        std::fs::hard_link(lowers[0].join("a"), lowers[0].join("b")).unwrap();
+    });
+    let config = config(&fixture);
+    reopen(&mut fixture, config);
+    let mut expected = content;
+    for name in ["a", "own"] {
+        write(&fixture, name, 3 * CHUNK, b"new");
+    }
+    put_at(&mut expected, 3 * CHUNK, b"new");
+    fixture.unlink("a").unwrap();
+    fixture.mv("own", "moved");
+
+    let to = fixture.base.path().join("copy");
+    std::fs::create_dir(&to).unwrap();
+    let [lower, upper, work] = ["lower", "upper", "work"].map(|name| to.join(name));
+    let mut links = Links::default();
+    copy_layer(&fixture.lowers[0], &lower, &mut links).unwrap();
+    let refused = copy_layer(&fixture.upper(), &to.join("refused"), &mut Links::default());
+    assert!(
+        refused
+            .unwrap_err()
+            .to_string()
+            .contains("upper/moved is copied up in part")
+    );
+    copy_upper(&fixture.upper(), &upper, &mut links, &reader(&fixture)).unwrap();
+    copy_index(&fixture.base.path().join("work"), None, &work, &links).unwrap();
+    assert_eq!(maps(&fixture).len(), 2);
+    assert!(!work.join("work").exists());
+    let copy = Union::open(UnionConfig {
+        lowers: vec![lower],
+        upper: Some(UpperConfig { dir: upper, work }),
+        ..UnionConfig::default()
+    });
+    let copy = copy.unwrap();
+    for name in ["b", "moved"] {
+        assert!(read_by(&copy, name).unwrap() == expected, "{name}");
+    }
+    assert!(read_by(&copy, "a").is_err());
 }

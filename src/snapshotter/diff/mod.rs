@@ -72,34 +72,36 @@ impl Snapshotter {
     ) -> Result<()> {
         self.locked(owner, key, |found| {
             let changes = self.changes_of(&found)?;
-            let mut all = self.below(&found)?;
-            if found.record.kind == Kind::Active {
-                all.lowers
-                    .insert(0, self.data.join(&found.id).join("upper"));
-            }
+            let below = self.below(&found)?;
+            let all = match found.record.kind {
+                Kind::Active => below.under_upper(&self.data.join(&found.id)),
+                Kind::View | Kind::Committed => below,
+            };
             layer::write(&changes, all.union(), out, epoch)
         })
     }
 
     fn changes_of(&self, found: &Found) -> Result<Vec<Change>> {
         let mut below = self.below(found)?;
-        let own = match found.record.kind {
+        let (own, all) = match found.record.kind {
             Kind::View => return Ok(Vec::new()),
             Kind::Committed if found.record.layer.is_none() => {
                 return self.diff_packed(found);
             }
-            Kind::Committed => below.lowers.remove(0),
+            Kind::Committed => {
+                let all = below.clone();
+                (below.lowers.remove(0), all)
+            }
             Kind::Active => {
-                let upper = self.data.join(&found.id).join("upper");
+                let dir = self.data.join(&found.id);
+                let upper = dir.join("upper");
                 let flushed = self.mounts.flush(&found.id);
                 flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
-                // What was flushed may be a part of a file.
-                self.complete_partial(found)?;
-                upper
+                (upper, below.under_upper(&dir))
             }
         };
         let below_own = self.diff_packed(found)?;
-        let new = Union::open(with_own(&own, &below).union())?;
+        let new = Union::open(all.union())?;
         changes(&own, &new, below, below_own, Directories::Changed)
     }
 }
