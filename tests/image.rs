@@ -1,14 +1,16 @@
 //! Image archives, from the stream to the tree of a layer chain. Needs root, umoci, skopeo, mmdebstrap,
 //! busybox-static and containerd.
 //!
-//! - `care`: what the store takes, and its repair;
+//! - `care`: the store's repair;
 //! - `damage`: views and records that are not what they were;
 //! - `good`: what is accepted, and what comes of it;
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
+//! - `pages`: what the kernel keeps of what was damaged;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
 //! - `service`: the Images service of a running plyd, also killed in the middle;
-//! - `space`: what a snapshot takes that somebody works with.
+//! - `space`: what the store takes;
+//! - `told`: what a user is told of damage.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -28,8 +30,13 @@ mod damage;
 mod good;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "common/mapping.rs"]
+#[allow(dead_code, reason = "others use the rest")]
+mod mapping;
 #[path = "image/packed.rs"]
 mod packed;
+#[path = "image/pages.rs"]
+mod pages;
 #[path = "image/real.rs"]
 mod real;
 #[path = "image/service.rs"]
@@ -38,5 +45,7 @@ mod service;
 mod space;
 #[path = "image/store.rs"]
 mod store;
+#[path = "image/told.rs"]
+mod told;
 #[path = "image/tree.rs"]
 mod tree;

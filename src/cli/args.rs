@@ -34,8 +34,17 @@ fn to_utf8(text: OsString) -> Result<String, String> {
 
 /// A clap parser for a name to give or to look for. An empty one comes of a variable that is not set.
 pub fn name() -> impl TypedValueParser<Value = String> {
-    utf8().try_map(|text| match text.as_str() {
-        "" => Err("\"\" is no name; give one, or leave the argument out"),
+    name_or("\"\" is no name; give one")
+}
+
+/// The same for an argument that need not be there.
+pub fn optional_name() -> impl TypedValueParser<Value = String> {
+    name_or("\"\" is no name; give one, or leave the argument out")
+}
+
+fn name_or(problem: &'static str) -> impl TypedValueParser<Value = String> {
+    utf8().try_map(move |text| match text.as_str() {
+        "" => Err(problem),
         _ => Ok(text),
     })
 }

@@ -257,6 +257,7 @@ pub async fn remove(args: RemoveArgs, client: &Client) -> Result<()> {
 pub async fn ps(args: PsArgs, client: &Client) -> Result<()> {
     let request = ListContainersRequest { all: args.all };
     let response = client.containers().list(request).await?.into_inner();
+    output::note_unusable(response.unusable_records);
     let views: Vec<ContainerView> = response.containers.into_iter().map(Into::into).collect();
     args.format.print(
         &views,

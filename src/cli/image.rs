@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::archive::Source;
-use super::args::name;
+use super::args::{name, optional_name};
 use super::client::Client;
 use super::error::{Error, Result};
 use super::output::{self, Cut, ListFormat, embedded, lines_out, report, short, size};
@@ -63,7 +63,7 @@ pub struct LoadArgs {
     #[arg(short, long, default_value = "-", value_name = "FILE|DIR|-")]
     input: PathBuf,
     /// Name of the image, instead of the one in the archive
-    #[arg(long, value_parser = name())]
+    #[arg(long, value_parser = optional_name())]
     name: Option<String>,
     /// Print a JSON array, one object for each image that was loaded
     #[arg(long, conflicts_with = "quiet")]
@@ -238,13 +238,10 @@ async fn receive(
 }
 
 async fn list(args: LsArgs, client: &Client) -> Result<()> {
-    let images = client.images().list(ListImagesRequest {}).await?;
-    let images: Vec<ImageView> = images
-        .into_inner()
-        .images
-        .into_iter()
-        .map(ImageView::from)
-        .collect();
+    let listed = client.images().list(ListImagesRequest {}).await?;
+    let listed = listed.into_inner();
+    output::note_unusable(listed.unusable_records);
+    let images: Vec<ImageView> = listed.images.into_iter().map(ImageView::from).collect();
     // A row for each name, as Docker has it; an object or a line for each image.
     let row = |image: &ImageView, name: &str| {
         vec![

@@ -115,7 +115,11 @@ pub async fn umount(args: UmountArgs, client: &Client) -> Result<()> {
 
 fn umount_one(dir: &Path, state: &Path) -> Result<()> {
     let dir = real_path(dir)?;
-    may_unmount(&mount_table()?, &dir, state).map_err(Error::Refused)?;
+    let table = mount_table()?;
+    if table.iter().all(|line| line.path != dir) {
+        fs::symlink_metadata(&dir).map_err(|e| failed("unmount", &dir, e))?;
+    }
+    may_unmount(&table, &dir, state).map_err(Error::Refused)?;
     umount2(&dir, MntFlags::UMOUNT_NOFOLLOW).map_err(|e| failed("unmount", &dir, e.into()))
 }
 

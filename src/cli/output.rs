@@ -145,6 +145,16 @@ pub fn note(text: &str) {
     let _ignored = io::stderr().lock().write_all(line.as_bytes());
 }
 
+/// Says on stderr that a list is not complete, for so many records cannot be used.
+pub fn note_unusable(records: u64) {
+    if records > 0 {
+        note(&format!(
+            "snapctl: {} cannot be used, so that not all is shown; `snapctl system verify` names what is missing, and `snapctl system repair` mends it, or says what would",
+            count(records, "record")
+        ));
+    }
+}
+
 /// Says on stderr why something failed.
 pub fn report(error: &Error) {
     let sentence = error.sentence();

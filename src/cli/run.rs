@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::args::{EnvVar, env, env_list, filled, name, named, utf8, volume};
+use super::args::{EnvVar, env, env_list, filled, named, optional_name, utf8, volume};
 use super::client::Client;
 use super::error::{Error, Result};
 use super::output::{lines_out, note, report};
@@ -30,7 +30,7 @@ pub struct ContainerArgs {
     #[arg(long)]
     rm: bool,
     /// Name of the container; generated when not given
-    #[arg(long, value_parser = name())]
+    #[arg(long, value_parser = optional_name())]
     name: Option<String>,
     /// Set a variable of the environment; a KEY alone takes its value from here
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = env())]

@@ -435,18 +435,18 @@ impl Union {
         Ok(cleared)
     }
 
-    /// Whether there are any, with or without a meaning.
-    pub(super) fn has_set_ids(&self, node: &Arc<Node>) -> Result<bool> {
-        let attr = self.with_upper(node, |object| self.upper_attr(object))?;
-        Ok(attr.perm & (S_ISUID | S_ISGID) != 0)
-    }
-
-    /// The same for a request whose answer has no attributes. The kernel executes a file with the mode that it knows.
+    /// As `kill_suidgid`, for a request whose answer has no attributes. The kernel executes a file with the mode that it knows.
     pub(super) fn kill_suidgid_told(&self, node: &Arc<Node>, caller: &Caller) -> Result<()> {
         if self.kill_suidgid(node, caller)? {
             self.tell(node.id);
         }
         Ok(())
+    }
+
+    /// Whether a file of the upper has set-id bits, with or without a meaning.
+    pub(super) fn has_set_ids(&self, node: &Arc<Node>) -> Result<bool> {
+        let attr = self.with_upper(node, |object| self.upper_attr(object))?;
+        Ok(attr.perm & (S_ISUID | S_ISGID) != 0)
     }
 
     /// What Linux does when `caller` without CAP_FSETID has set an access ACL: setgid goes unless the caller is in the

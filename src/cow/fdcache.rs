@@ -11,11 +11,14 @@ use parking_lot::Mutex;
 pub(super) struct Budget {
     limit: usize,
     held: AtomicUsize,
-    /// The hand of a clock: slots in the order in which they were filled.
+    /// The hand of a clock: slots in the order in which they were filled, each once. Some may have been emptied since.
     ring: Mutex<VecDeque<Weak<dyn Evict>>>,
 }
 
 trait Evict: Send + Sync {
+    fn is_filled(&self) -> bool;
+    /// Whether it is in the ring; changes with that locked alone.
+    fn listed(&self) -> &AtomicBool;
     /// Whether it was used since it was last asked.
     fn was_used(&self) -> bool;
     fn evict(&self);
@@ -31,24 +34,34 @@ impl Budget {
         })
     }
 
-    fn filled(&self, slot: Weak<dyn Evict>) {
+    fn filled(&self, filled: &Arc<impl Evict + 'static>) {
         self.held.fetch_add(1, Ordering::Relaxed);
         let mut victims = Vec::new();
         {
             let mut ring = self.ring.lock();
-            ring.push_back(slot);
+            if !filled.listed().swap(true, Ordering::Relaxed) {
+                let slot: Weak<dyn Evict> = Arc::downgrade(filled) as Weak<dyn Evict>;
+                ring.push_back(slot);
+            }
+            // No more than are held stay, so the next time is far off.
             if ring.len() > 2 * self.limit {
-                ring.retain(|slot| slot.strong_count() > 0);
+                ring.retain(|slot| {
+                    let cell = slot.upgrade().filter(still_filled);
+                    cell.is_some()
+                });
             }
             let over = self.held.load(Ordering::Relaxed).saturating_sub(self.limit);
             let mut turns = 2 * ring.len();
             while victims.len() < over && turns > 0 {
                 turns -= 1;
                 let Some(slot) = ring.pop_front() else { break };
-                let Some(cell) = slot.upgrade() else { continue };
+                let Some(cell) = slot.upgrade().filter(still_filled) else {
+                    continue;
+                };
                 if cell.was_used() {
                     ring.push_back(slot);
                 } else {
+                    cell.listed().store(false, Ordering::Relaxed);
                     victims.push(cell);
                 }
             }
@@ -70,13 +83,31 @@ impl Budget {
     }
 }
 
+/// Whether a slot is to stay in the ring, which is locked; it is told if it is not.
+fn still_filled(cell: &Arc<dyn Evict>) -> bool {
+    let is_filled = cell.is_filled();
+    if !is_filled {
+        cell.listed().store(false, Ordering::Relaxed);
+    }
+    is_filled
+}
+
 struct Cell<T> {
     value: Mutex<Option<Arc<T>>>,
     used: AtomicBool,
+    listed: AtomicBool,
     budget: Arc<Budget>,
 }
 
 impl<T: Send + Sync> Evict for Cell<T> {
+    fn is_filled(&self) -> bool {
+        self.value.lock().is_some()
+    }
+
+    fn listed(&self) -> &AtomicBool {
+        &self.listed
+    }
+
     fn was_used(&self) -> bool {
         self.used.swap(false, Ordering::Relaxed)
     }
@@ -121,13 +152,13 @@ impl<T: Send + Sync + 'static> Slot<T> {
             Arc::new(Cell {
                 value: Mutex::new(None),
                 used: AtomicBool::new(false),
+                listed: AtomicBool::new(false),
                 budget: Arc::clone(budget),
             })
         });
         let before = cell.value.lock().replace(value);
         if before.is_none() {
-            let weak: Weak<Cell<T>> = Arc::downgrade(cell);
-            budget.filled(weak);
+            budget.filled(cell);
         }
     }
 
@@ -155,5 +186,28 @@ mod tests {
         }
         drop(slots);
         assert_eq!(budget.held(), 0);
+    }
+
+    /// They stayed in the ring, all of which was gone through for each file that was opened once it was long.
+    #[test]
+    fn slots_that_were_emptied_leave_the_ring() {
+        let budget = Budget::new(16);
+        let slots: Vec<Slot<usize>> = (0..1000).map(|_| Slot::default()).collect();
+        let fill = |slot: &Slot<usize>| slot.set(&budget, Arc::new(0));
+        for slot in slots.iter().chain(&slots) {
+            fill(slot);
+            slot.clear();
+            assert!(budget.ring.lock().len() <= 2 * budget.limit);
+        }
+        for _ in 0..1000 {
+            fill(&slots[0]);
+            slots[0].clear();
+        }
+        for slot in &slots {
+            fill(slot);
+            assert!(budget.held() <= 16 && budget.ring.lock().len() <= 2 * budget.limit);
+        }
+        let filled = slots.iter().filter(|slot| slot.get().is_some()).count();
+        assert_eq!(filled, budget.held());
     }
 }

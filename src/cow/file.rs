@@ -188,6 +188,7 @@ impl Union {
             }
             .into());
         }
+        let round = self.round();
         let in_upper = node.in_upper();
         let chunks = match in_upper {
             true => None,
@@ -241,7 +242,7 @@ impl Union {
                 None => return Err(Errno::EIO.into()),
             }
         });
-        node.io.set(&self.budget, Arc::clone(&backing));
+        self.keep(node, &backing, &round);
         Ok(backing)
     }
 

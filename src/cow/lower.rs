@@ -29,6 +29,11 @@ pub trait Lower: Send + Sync {
     fn damage(&self) -> Damage {
         Damage::default()
     }
+    /// Has the layer be read and compared once more, as if it was opened only now: somebody has mended it. Says whether it is
+    /// of a kind that is mended in use.
+    fn refresh(&self) -> bool {
+        false
+    }
 }
 
 /// What a directory of a layer says of the layers below it.

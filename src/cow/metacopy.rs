@@ -219,8 +219,12 @@ impl Union {
             xattr::set(object, OsStr::new(CAPABILITY), &capability, 0)
                 .context("keeping the capabilities of a file")?;
         }
-        if attr_of(&object.stat()?).perm != attr.perm {
-            object.chmod(u32::from(attr.perm))?;
+        {
+            // Nor is a mode given back while it is lent: who has lent it would lack it, and put the bits back that are lost.
+            let _turn = self.upper()?.modes.read();
+            if attr_of(&object.stat()?).perm != attr.perm {
+                object.chmod(u32::from(attr.perm))?;
+            }
         }
         restore_times(fd, &before)?;
         let after = attr_of(&fs::fstat(fd)?).ctime;

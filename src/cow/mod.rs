@@ -52,6 +52,7 @@ mod owner;
 mod places;
 mod plain;
 mod redirect;
+mod refresh;
 mod remove;
 mod rename;
 mod room;

@@ -537,6 +537,15 @@ impl Table {
         true
     }
 
+    /// The ids of all nodes, for rare walks that would keep too many from being forgotten.
+    pub(super) fn ids(&self) -> Vec<NodeId> {
+        let mut ids = Vec::new();
+        for shard in &self.shards {
+            ids.extend(shard.lock().keys());
+        }
+        ids
+    }
+
     /// All nodes, for rare walks.
     pub(super) fn all(&self) -> Vec<Arc<Node>> {
         let mut nodes = Vec::new();

@@ -136,6 +136,7 @@ impl Union {
                 .view
                 .as_ref()
                 .is_some_and(|view| view.when_verified() == Verify::Always),
+            refreshes: AtomicU64::new(0),
             origin_numbers,
             numbers,
             table,

@@ -1,6 +1,6 @@
 //! The union itself: what its operations share.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -34,6 +34,8 @@ pub struct Union {
     pub(super) chunking: Chunking,
     /// Lower files are opened anew, and so verified, for each open.
     pub(super) verifies_each_open: bool,
+    /// How often layers were mended below.
+    pub(super) refreshes: AtomicU64,
     /// File handles cannot be opened: origins are noted by number.
     pub(super) origin_numbers: bool,
     /// The topmost first.

@@ -85,6 +85,11 @@ impl Lower for ViewLower {
         }
     }
 
+    fn refresh(&self) -> bool {
+        self.shared.view.refresh();
+        true
+    }
+
     fn statfs(&self) -> Result<StatFs> {
         Ok(statfs_of(&fs::fstatvfs(self.shared.view.as_fd())?))
     }

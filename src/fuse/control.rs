@@ -1,6 +1,6 @@
 //! The control socket of a `plyfs` process: how plyd, or its successor, finds out that the process
 //! lives, gets a duplicate of its FUSE descriptor, and asks it to flush, to
-//! complete files, to seal the upper, or to end.
+//! complete files, to seal the upper, to read mended layers anew, or to end.
 //!
 //! `plyfs --control PATH` listens on a SOCK_SEQPACKET Unix socket, mode 0600. One message is one JSON object;
 //! descriptors travel with SCM_RIGHTS. The end of file on a connection is the death of the process.
@@ -62,6 +62,7 @@ enum Operation {
     Flush,
     Complete,
     Seal,
+    Refresh,
     Stop,
 }
 
@@ -249,6 +250,7 @@ fn perform(operation: Operation, controlled: &Controlled) -> Outcome {
         Operation::Flush => by_flusher(controlled, Flusher::flush),
         Operation::Complete => by_flusher(controlled, Flusher::complete),
         Operation::Seal => by_flusher(controlled, Flusher::seal),
+        Operation::Refresh => by_flusher(controlled, Flusher::refresh),
         Operation::Stop => {
             (controlled.stop)();
             Outcome::Done
@@ -346,6 +348,12 @@ impl ControlClient {
     /// Has it leave the upper as it is from now on, access times included. For a mount that is read-only by now.
     pub fn seal(&self, timeout: Duration) -> io::Result<()> {
         self.call(Operation::Seal, timeout).map(drop)
+    }
+
+    /// Has it, and the kernel, read packed layers once more from now on: they were mended. A release that does not know how answers
+    /// [`io::ErrorKind::Unsupported`].
+    pub fn refresh(&self, timeout: Duration) -> io::Result<()> {
+        self.call(Operation::Refresh, timeout).map(drop)
     }
 
     /// Asks the process to end: it goes on serving until the mount is gone or its connection is

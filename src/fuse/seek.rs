@@ -79,8 +79,8 @@ impl Seeker {
     }
 }
 
-/// Makes the kernel write the dirty pages of a file and waits until they are written. Never to be
-/// called by a request worker.
+/// Makes the kernel write the dirty pages of a file, waits until they are written, and has it drop all pages and the attributes of
+/// the file. Never to be called by a request worker.
 pub fn flush(notifier: &Notifier, ino: INodeNo) -> std::io::Result<()> {
     notifier.inval_inode(ino, 0, 0)
 }

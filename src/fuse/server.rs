@@ -17,8 +17,8 @@ use super::passing::Passing;
 use super::policy::Policy;
 use super::seek::{self, Seeker};
 use super::session::{Helpers, UnionFs};
-use crate::cow::Union;
 use crate::cow::union::Error as UnionError;
+use crate::cow::{NodeId, Union};
 use crate::sys::{fs, process};
 
 /// A session whose INIT has been answered.
@@ -28,7 +28,8 @@ pub struct Server {
     flusher: Flusher,
 }
 
-/// Brings what the kernel holds back down to the upper. Usable from any thread but a request worker.
+/// Brings what the kernel holds back down to the upper, and has it drop what is out of date. Usable from any thread but a request
+/// worker, for the kernel waits for pages that are being read or written.
 #[derive(Clone)]
 pub struct Flusher {
     union: Arc<Union>,
@@ -164,16 +165,8 @@ impl Flusher {
         }
         for node in self.union.writable_nodes() {
             // What is written goes by the number that the names stand for.
-            let ino = INodeNo(self.passing.number(node).0);
-            if let Err(error) = seek::flush(&self.notifier, ino) {
-                // Without a mount there are no dirty pages any more.
-                if error.raw_os_error() == Some(libc::ENOTCONN) {
-                    break;
-                }
-                return Err(UnionError {
-                    errno: error.raw_os_error().unwrap_or(libc::EIO),
-                    context: format!("flushing the dirty pages of node {}", node.0).into(),
-                });
+            if !self.drop_pages(self.passing.number(node))? {
+                break;
             }
         }
         if policy.writeback {
@@ -181,6 +174,34 @@ impl Flusher {
             self.sync_mount("flushing the times of files that were written")?;
         }
         self.union.sync()
+    }
+
+    /// Has what packed layers hold be read and compared once more, because somebody has mended them: by the union, and by the kernel,
+    /// which drops what it keeps of the files, their attributes too.
+    pub fn refresh(&self) -> Result<(), UnionError> {
+        for node in self.union.refresh() {
+            // Under its first number it is read on by those who opened it before it had a second one.
+            let second = Some(self.passing.number(node)).filter(|number| *number != node);
+            for number in std::iter::once(node).chain(second) {
+                if !self.drop_pages(number)? {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the kernel drop the pages of what has this number, dirty ones once they are written; says whether there is a mount.
+    fn drop_pages(&self, number: NodeId) -> Result<bool, UnionError> {
+        match seek::flush(&self.notifier, INodeNo(number.0)) {
+            Ok(()) => Ok(true),
+            // With the mount its pages have gone.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => Ok(false),
+            Err(error) => Err(UnionError {
+                errno: error.raw_os_error().unwrap_or(libc::EIO),
+                context: format!("dropping the pages of node {}", number.0).into(),
+            }),
+        }
     }
 
     /// The same, of a mount at `path`, whose device has that number.

@@ -1,23 +1,25 @@
 //! The part of `plywood.v1.System` that collects what no layer needs, and looks for damage.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::damage::{self, Stores};
+use super::damage::{self, KnownLayer, KnownLayers, Stores};
 use super::pb::plywood as api;
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
 use crate::snapshotter::Snapshotter;
 use crate::store::ingest::Observer;
 use crate::store::verify::{Fault, Told};
-use crate::store::{self, LayerName, record};
+use crate::store::{self, LayerName};
 
 /// Answers that wait for the client.
 pub(super) const ANSWERS_WAITING: usize = 32;
+/// What to do about what is damaged, if nobody knows more.
+const REMEDY: &str = "`snapctl system repair` mends it, or says what would";
 
 pub(super) fn collect(snapshotter: &Snapshotter, dry_run: bool) -> api::CollectResponse {
     let collected = snapshotter.packed_layers().collect(dry_run, &());
@@ -41,18 +43,20 @@ fn verify(
     answers: mpsc::Sender<Result<api::VerifyResponse, Status>>,
 ) {
     let client = Client {
-        snapshotter: stores.snapshotter,
+        stores,
+        layers: OnceLock::new(),
         answers,
         gone: AtomicBool::new(false),
     };
-    if let Err(status) = client.verify(stores, deep) {
+    if let Err(status) = client.verify(deep) {
         // A client that has gone does not hear it.
         let _ = client.answers.blocking_send(Err(status));
     }
 }
 
 impl Client<'_> {
-    fn verify(&self, stores: Stores<'_>, deep: bool) -> Result<(), Status> {
+    fn verify(&self, deep: bool) -> Result<(), Status> {
+        let stores = self.stores;
         let layers = stores.snapshotter.packed_layers();
         let with_damaged_record = layers.damaged();
         for layer in unknown_layers(stores.snapshotter) {
@@ -68,10 +72,17 @@ impl Client<'_> {
                 },
             });
         }
-        for fault in stores.records()?.into_iter().chain(stores.views(self)?) {
+        for fault in stores
+            .records(|record| record.remedy)?
+            .into_iter()
+            .chain(stores.views(self)?)
+        {
             self.answer(api::verify_response::Event::Fault(fault));
         }
         layers.verify(deep, self);
+        for note in layers.foreign()? {
+            self.answer(api::verify_response::Event::Note(note));
+        }
         Ok(())
     }
 }
@@ -101,12 +112,27 @@ pub(super) fn unknown_layers(snapshotter: &Snapshotter) -> BTreeSet<LayerName> {
 }
 
 struct Client<'a> {
-    snapshotter: &'a Snapshotter,
+    stores: Stores<'a>,
+    /// Read when the first layer is found damaged.
+    layers: OnceLock<Option<KnownLayers>>,
     answers: mpsc::Sender<Result<api::VerifyResponse, Status>>,
     gone: AtomicBool,
 }
 
 impl Client<'_> {
+    /// A layer, and whose it is, if that can be told.
+    fn known(&self, layer: LayerName) -> Option<KnownLayer> {
+        let all = self.layers.get_or_init(|| {
+            let all = self.stores.known_layers();
+            all.inspect_err(|status| {
+                let problem = status.message();
+                tracing::warn!(problem, "cannot tell whose layer is damaged");
+            })
+            .ok()
+        });
+        Some(self.stores.describe(layer, all.as_ref()?))
+    }
+
     fn answer(&self, event: api::verify_response::Event) {
         let answer = api::VerifyResponse { event: Some(event) };
         if self.answers.blocking_send(Ok(answer)).is_err() {
@@ -123,34 +149,13 @@ impl Observer for Client<'_> {
 
 impl Told for Client<'_> {
     fn fault(&self, fault: Fault) {
-        let keys = fault.layer.map_or_else(
-            || Ok(Vec::new()),
-            |layer| self.snapshotter.keys_of_layer(layer),
-        );
-        let snapshots = match keys {
-            Ok(keys) => keys,
-            Err(error) => {
-                tracing::warn!(%error, "cannot tell whose layer is damaged");
-                Vec::new()
-            }
+        let known = fault.layer.map(|layer| self.known(layer));
+        let told = match known {
+            Some(Some(known)) => known.fault(&fault, known.remedy(&fault)),
+            Some(None) => KnownLayer::default().fault(&fault, REMEDY.to_owned()),
+            None => damage::pack_fault(&fault, REMEDY),
         };
-        let of_record = match &fault.error {
-            store::Error::Record(record::Error::Damaged(damaged)) => {
-                damage::record_fault(damaged, String::new())
-            }
-            _ => api::Fault::default(),
-        };
-        self.answer(api::verify_response::Event::Fault(api::Fault {
-            kind: damage::kind_of(&fault).to_owned(),
-            layer: fault
-                .layer
-                .map(|layer| layer.to_string())
-                .unwrap_or_default(),
-            path: fault.path.unwrap_or_default(),
-            problem: fault.error.problem(),
-            snapshots,
-            ..of_record
-        }));
+        self.answer(api::verify_response::Event::Fault(told));
     }
 
     fn sum(&self, layers: u64, total: u64, objects: u64, bytes: u64) {

@@ -139,6 +139,7 @@ impl api::containers_server::Containers for Service {
             .map(into_message);
         Ok(Response::new(api::ListContainersResponse {
             containers: shown.collect(),
+            unusable_records: self.containers.unusable() as u64,
         }))
     }
 

@@ -1,5 +1,7 @@
 //! Damage that is nobody's contents, in words: merged views, and the records of snapshots, images and containers.
 
+mod layers;
+
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -14,6 +16,10 @@ use crate::store::ingest::Observer;
 use crate::store::record::Damaged;
 use crate::store::{self, LayerName, ViewKey};
 
+pub(super) use layers::{KnownLayer, KnownLayers};
+
+/// What to do about what a newer release has written.
+pub(super) const NEWER: &str = "have the newer release repair it";
 /// Most that is named of what has the same layers.
 const MOST_NAMED: usize = 5;
 
@@ -67,8 +73,11 @@ impl Stores<'_> {
         Ok(faults.collect())
     }
 
-    /// Records that cannot be used, or are gone, but for those of layers.
-    pub(super) fn records(&self) -> Result<Vec<api::Fault>, Status> {
+    /// Records that cannot be used, or are gone, but for those of layers. `advice` is what is said of what to do.
+    pub(super) fn records(
+        &self,
+        advice: impl Fn(&Damaged) -> &'static str,
+    ) -> Result<Vec<api::Fault>, Status> {
         let mut damaged = Vec::new();
         for (record, snapshot) in self.snapshotter.damaged_records()? {
             let of = match snapshot {
@@ -82,14 +91,12 @@ impl Stores<'_> {
         damaged.extend(of_containers);
         let faults = damaged
             .into_iter()
-            .map(|(record, of)| record_fault(&record, of));
+            .map(|(record, of)| record_fault(&record, of, advice(&record)));
         let mut faults: Vec<_> = faults.collect();
         for record in self.snapshotter.packed_layers().damaged_records()? {
             if record.id.parse::<LayerName>().is_err() {
-                faults.push(api::Fault {
-                    advice: "no layer has that name; delete the file".to_owned(),
-                    ..record_fault(&record, String::new())
-                });
+                let advice = "no layer has that name; delete the file";
+                faults.push(record_fault(&record, String::new(), advice));
             }
         }
         Ok(faults)
@@ -103,7 +110,9 @@ impl Stores<'_> {
             let names = records.iter().map(|record| record.id.parse::<LayerName>());
             names.filter(Result::is_ok).count()
         });
-        let others = self.records().map(|records| records.len());
+        let others = self
+            .records(|record| record.remedy)
+            .map(|records| records.len());
         let counts = [of_layers, others].into_iter();
         let counts = counts.map(|count| {
             count.unwrap_or_else(|status| {
@@ -233,12 +242,12 @@ impl KnownViews<'_> {
 }
 
 /// A record that cannot be used.
-pub(super) fn record_fault(damaged: &Damaged, of: String) -> api::Fault {
+fn record_fault(damaged: &Damaged, of: String, advice: &str) -> api::Fault {
     api::Fault {
         kind: "record".to_owned(),
         file: shown_path(&damaged.path),
         problem: damaged.fact(),
-        advice: damaged.remedy.to_owned(),
+        advice: advice.to_owned(),
         of,
         ..api::Fault::default()
     }
@@ -250,8 +259,21 @@ pub(super) fn key_of(snapshot: &SnapshotInfo) -> ViewKey {
     ViewKey::of(&layers)
 }
 
+/// What is told of a fault of what is no layer's. `advice` says what to do.
+pub(super) fn pack_fault(fault: &store::verify::Fault, advice: &str) -> api::Fault {
+    api::Fault {
+        kind: kind_of(fault).to_owned(),
+        problem: fault.error.problem(),
+        advice: match fault.error {
+            store::Error::Unsupported { .. } => NEWER.to_owned(),
+            _ => advice.to_owned(),
+        },
+        ..api::Fault::default()
+    }
+}
+
 /// What kind of thing a fault of the packed layers is about.
-pub(super) fn kind_of(fault: &store::verify::Fault) -> &'static str {
+fn kind_of(fault: &store::verify::Fault) -> &'static str {
     match (&fault.error, fault.layer) {
         (store::Error::Record(_), _) => "record",
         (store::Error::Content { .. }, _) => "content",

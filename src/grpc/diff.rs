@@ -40,7 +40,7 @@ const LAYERS: [&str; 12] = [
     "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd",
 ];
 
-/// Whether somebody still waits for what a thread does for a request.
+/// Dropped, it tells a thread that nobody waits any more for what that does for a request.
 #[derive(Debug, Default)]
 struct Waiting(Arc<AtomicBool>);
 
@@ -53,6 +53,12 @@ impl Drop for Waiting {
 /// Ends an import that nobody waits for.
 struct Until(Arc<AtomicBool>);
 
+impl Observer for Until {
+    fn cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
 /// Runs `work` on a thread that may block, with what tells it that the answer has been dropped and nobody waits for it.
 async fn awaited<T: Send + 'static>(
     work: impl FnOnce(&Until) -> Result<T, Status> + Send + 'static,
@@ -60,12 +66,6 @@ async fn awaited<T: Send + 'static>(
     let waiting = Waiting::default();
     let until = Until(Arc::clone(&waiting.0));
     blocking(move || work(&until)).await
-}
-
-impl Observer for Until {
-    fn cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
 }
 
 /// The service.

@@ -64,9 +64,11 @@ impl api::images_server::Images for Service {
         _request: Request<api::ListImagesRequest>,
     ) -> Result<Response<api::ListImagesResponse>, Status> {
         let store = Arc::clone(&self.images);
-        let images = blocking(move || store.list()).await?;
+        let listed = move || Ok::<_, Status>((store.list()?, store.unusable()));
+        let (images, unusable) = blocking(listed).await?;
         Ok(Response::new(api::ListImagesResponse {
             images: images.into_iter().map(into_message).collect(),
+            unusable_records: unusable as u64,
         }))
     }
 

@@ -95,11 +95,13 @@ impl api::layers_server::Layers for Service {
         let containers = self.containers.clone();
         blocking(move || {
             let users = Users::read(&snapshotter, &images, &containers)?;
-            let layers = snapshotter.packed_layers().list().into_iter();
+            let packed = snapshotter.packed_layers();
+            let layers = packed.list().into_iter();
             Ok::<_, Status>(Response::new(api::ListLayersResponse {
                 layers: layers
                     .map(|(name, record)| users.describe(name, record))
                     .collect(),
+                unusable_records: packed.damaged().len() as u64,
             }))
         })
         .await
@@ -154,13 +156,18 @@ impl api::layers_server::Layers for Service {
 
 /// The layer that a reference means.
 fn find(snapshotter: &Snapshotter, reference: &str) -> Result<(LayerName, LayerRecord), Status> {
-    let mut found = snapshotter.packed_layers().list();
+    let layers = snapshotter.packed_layers();
+    let mut found = layers.list();
     found.retain(|(name, record)| fits(reference, &name.to_string(), record.diff_id.as_deref()));
+    let is_damaged = |name: &LayerName| fits(reference, &name.to_string(), None);
     match found.len() {
         0 | 1 => found.pop().ok_or_else(|| {
-            Status::not_found(format!(
-                "there is no packed layer {reference:?}; `snapctl layer ls` names those that exist"
-            ))
+            match layers.damaged().into_iter().find(is_damaged) {
+                Some(name) => layers.without(name).into(),
+                None => Status::not_found(format!(
+                    "there is no packed layer {reference:?}; `snapctl layer ls` names those that exist"
+                )),
+            }
         }),
         count => Err(Status::invalid_argument(format!(
             "{reference:?} fits {count} layers; give more digits of the name or the diff id"

@@ -2,6 +2,7 @@
 //!
 //! Where a layer's stream comes from: an archive that the client sends, or containerd's content store.
 
+mod mounts;
 mod records;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -16,13 +17,12 @@ use tonic::Status;
 
 use super::care;
 use super::content::{self, Caller, Content};
-use super::damage::{self, Stores};
+use super::damage::{self, KnownLayer, Stores};
 use super::images::{Archive, progress_message};
-use super::layers::shown;
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
 use crate::runtime::containers::Containers;
-use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
+use crate::snapshotter::{Owner, Snapshotter};
 use crate::store::ingest::Observer;
 use crate::store::layers::{Expected, Layers};
 use crate::store::repair::{Mended, ViewCure};
@@ -46,12 +46,7 @@ pub(super) struct Repair {
 #[derive(Debug, Default)]
 struct Patient {
     faults: Vec<Fault>,
-    diff_id: Option<String>,
-    blob: Option<String>,
-    snapshots: Vec<ParentRef>,
-    images: Vec<String>,
-    /// Keys of the snapshots that build on those, the newest first.
-    on_top: Vec<String>,
+    known: KnownLayer,
     /// Why it could not be fetched.
     reasons: Vec<String>,
 }
@@ -61,7 +56,10 @@ type Patients = BTreeMap<LayerName, Patient>;
 impl Repair {
     /// Does all of it on this thread, which may block.
     pub(super) fn run(self, archive: Option<(Archive, u64)>) {
-        if let Err(status) = self.repair(archive) {
+        let repaired = self.repair(archive);
+        // Also what was mended before it failed.
+        let refreshed = self.refresh_mounts();
+        if let Err(status) = repaired.and(refreshed) {
             // A client that has gone does not hear it.
             let _ = self.answers.blocking_send(Err(status));
         }
@@ -70,6 +68,10 @@ impl Repair {
     fn repair(&self, archive: Option<(Archive, u64)>) -> Result<(), Status> {
         match self.snapshotter.mend_index() {
             Ok(0) => {}
+            Ok(1) => self.mended(
+                None,
+                "the index had lost a name, which leads to its record again".to_owned(),
+            ),
             Ok(lost) => self.mended(
                 None,
                 format!("the index had lost {lost} names, which lead to their records again"),
@@ -117,12 +119,14 @@ impl Repair {
         self.mend_without_source(Layers::mend)?;
         self.snapshotter.settle_records();
         self.look_again(&mut patients);
-        let others_have = patients.values().any(Patient::has_source) || !newer.is_empty();
-        for (layer, patient) in patients {
-            self.tell_what_is_left(layer, &patient.advice(others_have), patient);
+        let others_have =
+            patients.values().any(|patient| patient.known.has_source()) || !newer.is_empty();
+        for patient in patients.values() {
+            let advice = patient.known.advice(&patient.reasons, others_have);
+            self.tell_what_is_left(patient, &advice);
         }
-        for (layer, patient) in newer {
-            self.tell_what_is_left(layer, "have the newer release repair it", patient);
+        for patient in newer.values() {
+            self.tell_what_is_left(patient, damage::NEWER);
         }
         let stores = self.stores();
         for view in stores.views(self)? {
@@ -131,28 +135,20 @@ impl Repair {
                 ..view
             }));
         }
-        for record in stores.records()? {
+        for record in stores.records(|record| record.left)? {
             self.tell(Event::Left(record));
         }
         let mounted = self.snapshotter.packed_layers().unreadable_mounted();
         let mounted: Vec<String> = mounted.iter().map(ToString::to_string).collect();
         for fault in self.snapshotter.packed_layers().verify_packs() {
-            let advice = match fault.error {
-                store::Error::Unsupported { .. } => "have the newer release repair it".to_owned(),
-                _ if mounted.is_empty() => {
-                    "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this".to_owned()
-                }
-                _ => format!(
+            let advice = match mounted.is_empty() {
+                true => "it stays for what may be in it, or as plyd's log says; mend what else is left, then repeat this".to_owned(),
+                false => format!(
                     "it stays as long as somebody may need it who has a damaged view mounted (`fuser` with that path names the plyfs): end what runs on that, then repeat this; {}",
                     mounted.join("; ")
                 ),
             };
-            self.tell(Event::Left(api::Fault {
-                kind: damage::kind_of(&fault).to_owned(),
-                problem: fault.error.problem(),
-                advice,
-                ..api::Fault::default()
-            }));
+            self.tell(Event::Left(damage::pack_fault(&fault, &advice)));
         }
         Ok(())
     }
@@ -261,50 +257,18 @@ impl Repair {
                 },
             );
         }
-        let mut users = self.snapshotter.users_of_layers()?;
-        let images = self.images_by_chain();
-        let all = match patients.is_empty() {
-            true => Vec::new(),
-            false => self.snapshotter.list(None)?,
-        };
-        for (layer, patient) in &mut patients {
-            if let Some(record) = layers.get(*layer) {
-                patient.diff_id = record.diff_id;
-                patient.blob = record.blob;
+        if !patients.is_empty() {
+            let (stores, all) = (self.stores(), self.stores().known_layers()?);
+            for (layer, patient) in &mut patients {
+                patient.known = stores.describe(*layer, &all);
             }
-            patient.snapshots = users.remove(layer).unwrap_or_default();
-            patient.on_top = on_top_of(&patient.snapshots, &all);
-            for snapshot in &patient.snapshots {
-                if snapshot.owner == Owner::Image
-                    && let Some((diff_id, names)) = images.get(&snapshot.key)
-                {
-                    patient.diff_id.get_or_insert_with(|| diff_id.clone());
-                    patient.images.extend(names.iter().cloned());
-                }
-            }
-            patient.images.sort();
-            patient.images.dedup();
         }
         Ok(patients)
     }
 
-    /// Diff ids and names of images by the chain ids of their layers.
-    fn images_by_chain(&self) -> HashMap<String, (String, Vec<String>)> {
-        let mut by_chain: HashMap<String, (String, Vec<String>)> = HashMap::new();
-        for (image, chain_ids) in self.images.chains() {
-            for (chain_id, diff_id) in chain_ids.into_iter().zip(&image.diff_ids) {
-                let (_, names) = by_chain
-                    .entry(chain_id)
-                    .or_insert_with(|| (diff_id.clone(), Vec::new()));
-                names.push(shown(&image));
-            }
-        }
-        by_chain
-    }
-
     fn restore_from_archive(&self, patients: &mut Patients, layers: &HashMap<String, PathBuf>) {
         patients.retain(|layer, patient| {
-            let path = patient.diff_id.as_ref().and_then(|id| layers.get(id));
+            let path = patient.known.diff_id.as_ref().and_then(|id| layers.get(id));
             let Some(path) = path else {
                 patient
                     .reasons
@@ -313,7 +277,7 @@ impl Repair {
             };
             let expected = Expected {
                 blob: None,
-                diff_id: patient.diff_id.as_deref(),
+                diff_id: patient.known.diff_id.as_deref(),
             };
             let restored = File::open(path)
                 .map_err(|error| error.to_string())
@@ -328,7 +292,10 @@ impl Repair {
     }
 
     fn restore_from_containerd(&self, patients: &mut Patients) -> Result<(), Status> {
-        if patients.values().all(|patient| patient.blob.is_none()) {
+        if patients
+            .values()
+            .all(|patient| patient.known.blob.is_none())
+        {
             return Ok(());
         }
         let snapshots = self.snapshotter.list(Some(Owner::Containerd))?;
@@ -337,7 +304,7 @@ impl Repair {
             .filter_map(|snapshot| Some(snapshot.key.split_once('/')?.0.to_owned()))
             .collect();
         patients.retain(|layer, patient| {
-            let Some(blob) = patient.blob.clone() else {
+            let Some(blob) = patient.known.blob.clone() else {
                 return true;
             };
             for namespace in &namespaces {
@@ -388,9 +355,7 @@ impl Repair {
                 let layers = self.snapshotter.packed_layers();
                 patient.faults = layers.verify_layer(layer, true, self);
                 if patient.faults.is_empty() {
-                    let what = format!(
-                        "the layer {layer} was restored from {source}; a container that has read of it since it was damaged may go on with what the kernel keeps of that: start it again"
-                    );
+                    let what = format!("the layer {layer} was restored from {source}");
                     self.mended(Some(layer), what);
                     return true;
                 }
@@ -420,23 +385,10 @@ impl Repair {
         });
     }
 
-    fn tell_what_is_left(&self, layer: LayerName, advice: &str, patient: Patient) {
-        let snapshots: Vec<String> = patient
-            .snapshots
-            .into_iter()
-            .map(|snapshot| snapshot.key)
-            .collect();
-        for fault in patient.faults {
-            self.tell(Event::Left(api::Fault {
-                kind: damage::kind_of(&fault).to_owned(),
-                layer: layer.to_string(),
-                path: fault.path.unwrap_or_default(),
-                problem: fault.error.problem(),
-                snapshots: snapshots.clone(),
-                images: patient.images.clone(),
-                advice: advice.to_owned(),
-                ..api::Fault::default()
-            }));
+    fn tell_what_is_left(&self, patient: &Patient, advice: &str) {
+        for fault in &patient.faults {
+            let told = patient.known.fault(fault, advice.to_owned());
+            self.tell(Event::Left(told));
         }
     }
 
@@ -460,71 +412,6 @@ fn or_unknown(mounted: &str) -> &str {
     match mounted {
         "" => "a plyfs that plyd does not know",
         mounted => mounted,
-    }
-}
-
-/// Keys of the snapshots among `all`, which are in order of creation, that build on these, the newest first.
-fn on_top_of(snapshots: &[ParentRef], all: &[SnapshotInfo]) -> Vec<String> {
-    let mut below = snapshots.to_vec();
-    let mut on_top = Vec::new();
-    for info in all {
-        if info
-            .parent
-            .as_ref()
-            .is_some_and(|parent| below.contains(parent))
-        {
-            below.push(ParentRef {
-                owner: info.owner,
-                key: info.key.clone(),
-            });
-            on_top.push(info.key.clone());
-        }
-    }
-    on_top.reverse();
-    on_top
-}
-
-impl Patient {
-    /// Whether it can be had again from somewhere.
-    fn has_source(&self) -> bool {
-        !self.images.is_empty() || self.blob.is_some() || self.diff_id.is_some()
-    }
-
-    /// Why it is left, and what to do. `others_have`: other layers that are left can be had again, and may have its contents.
-    fn advice(&self, others_have: bool) -> String {
-        let why = match self.reasons.as_slice() {
-            [] => String::new(),
-            reasons => format!("{}; ", reasons.join("; ")),
-        };
-        if self.snapshots.is_empty() {
-            return "nothing uses it; end plyd, delete the record of that name in ROOT/store/records, and start plyd again".to_owned();
-        }
-        let namespace = self
-            .snapshots
-            .iter()
-            .filter(|snapshot| snapshot.owner == Owner::Containerd)
-            .find_map(|snapshot| snapshot.key.split_once('/'));
-        match (&self.images[..], namespace, &self.blob, &self.diff_id) {
-            ([image, ..], ..) => format!(
-                "{why}get the archive of the image {image} and give it to `snapctl system repair -i`"
-            ),
-            ([], Some((namespace, _)), Some(blob), _) => format!(
-                "{why}fetch the blob {blob} into containerd's content store (`ctr -n {namespace} content fetch` of its image does), then repeat this"
-            ),
-            ([], _, _, Some(diff_id)) => format!(
-                "{why}get the archive of an image with the layer {diff_id} and give it to `snapctl system repair -i`"
-            ),
-            ([], _, _, None) if others_have => format!(
-                "{why}it was made here, but other layers may have what it lacks: mend what else is left first, then repeat this"
-            ),
-            ([], _, _, None) if self.on_top.is_empty() => format!(
-                "{why}nothing else has it, for it was made here; remove the snapshot and make it again"
-            ),
-            ([], _, _, None) => format!(
-                "{why}nothing else has it, for it was made here; save what can be read of the snapshots that build on it, remove them in this order: {}, then remove it and make it again",
-                self.on_top.join(", ")
-            ),
-        }
     }
 }
 

@@ -87,9 +87,10 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
     ) -> Result<Response<api::ListResponse>, Status> {
         let owner = owner_named(&request.into_inner().owner)?;
         self.with(move |snapshotter, _| {
-            let snapshots = snapshotter.list(owner)?;
+            let (snapshots, unusable) = snapshotter.list_and_unusable(owner)?;
             Ok(api::ListResponse {
                 snapshots: snapshots.into_iter().map(describe).collect(),
+                unusable_records: unusable as u64,
             })
         })
         .await

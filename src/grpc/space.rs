@@ -57,7 +57,7 @@ pub(super) fn disk_usage(
             space.unclaimed.map(|bytes| bytes + beside.unclaimed),
         ),
         ("undivided", undivided),
-        ("other", Some(beside.other)),
+        ("other", Some(beside.other + space.store.foreign)),
     ] {
         if kind == "undivided" && on_disk.is_none() {
             continue;

@@ -16,13 +16,15 @@ pub enum Error {
     },
     /// None that is known, and there are some of which nothing is.
     #[error(
-        "there is no image {reference:?} among those whose records can be read, and the record {path} cannot be; restore it from a backup, or delete the file to give up what it stands for, and start plyd again"
+        "there is no image {reference:?} among those whose records can be read, and the record {path} cannot be; {remedy}"
     )]
     NotFoundInSound {
         /// What was asked for.
         reference: String,
         /// One of the damaged records.
         path: PathBuf,
+        /// What to do about it.
+        remedy: &'static str,
     },
     /// No such image, and too few digits for the prefix of an id.
     #[error(

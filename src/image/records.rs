@@ -42,7 +42,7 @@ pub(super) struct ImageRecord {
 impl Record for ImageRecord {
     const KIND: &'static str = "image";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "`snapctl image load` of the image's archive writes it anew; or restore it from a backup, or delete the file to give the image up, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup, or delete the file to give the image up, and start plyd again";
 }
 
 /// A name, as it is kept.
@@ -56,7 +56,7 @@ pub(super) struct NameRecord {
 impl Record for NameRecord {
     const KIND: &'static str = "image-name";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "`snapctl image load` of an archive with that name writes it anew; or restore it from a backup, or delete the file to give the name up, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with an archive that gives the name makes it anew; only without that restore it from a backup, or delete the file to give the name up, and start plyd again";
 }
 
 /// All records, and what of them is looked at often.
@@ -121,6 +121,15 @@ impl Records {
         Ok(records)
     }
 
+    /// Fails if the record of an image, or of one of the names, is a newer release's.
+    pub(super) fn check_replaceable(&self, id: &str, names: &[String]) -> Result<()> {
+        self.images.check_replaceable(id)?;
+        for name in names {
+            self.names.check_replaceable(&key(name))?;
+        }
+        Ok(())
+    }
+
     /// Keeps an image; one of the same id is replaced.
     pub(super) fn put(&mut self, id: &str, record: &ImageRecord) -> Result<()> {
         self.images.put(id, record)?;
@@ -176,9 +185,9 @@ impl Records {
         self.damaged.values()
     }
 
-    /// Some damaged record, if there is one.
-    pub(super) fn any_damaged(&self) -> Option<&Damaged> {
-        self.damaged().chain(self.damaged_names.values()).next()
+    /// The damaged records of images and of names.
+    pub(super) fn all_damaged(&self) -> impl Iterator<Item = &Damaged> {
+        self.damaged().chain(self.damaged_names.values())
     }
 
     /// Records that cannot be used now, or are gone though what they are of is not.

@@ -102,6 +102,11 @@ impl ImageStore {
         Ok(images)
     }
 
+    /// How many images and names there are besides those that are listed: their records could not be used when plyd started.
+    pub fn unusable(&self) -> usize {
+        self.records.lock().all_damaged().count()
+    }
+
     /// All images with the chain ids of their layers, the bottom first: keys of snapshots of
     /// [`Owner::Image`](crate::snapshotter::Owner).
     pub fn chains(&self) -> Vec<(Image, Vec<String>)> {
@@ -368,6 +373,10 @@ fn put_all(
     prepared: &[(&archive::ArchivedImage, ImageRecord)],
     undo: &mut Vec<Undo>,
 ) -> Result<()> {
+    // To take back what was not done would take away what was there.
+    for (image, _) in prepared {
+        records.check_replaceable(id_of(image), &image.names)?;
+    }
     for (image, record) in prepared {
         let id = id_of(image);
         if records.image(id).is_none() {
@@ -407,7 +416,7 @@ fn read(records: &Records, id: &str, reference: &str) -> Result<ImageRecord> {
 fn find(records: &Records, reference: &str) -> Result<(Image, Option<String>)> {
     let candidates = reference::candidates(reference)?;
     let short = candidates.too_short;
-    let not_found = || match (short, records.any_damaged()) {
+    let not_found = || match (short, records.all_damaged().next()) {
         (true, _) => Error::ShortPrefix {
             reference: reference.to_owned(),
             shortest: reference::SHORTEST_PREFIX,
@@ -415,6 +424,7 @@ fn find(records: &Records, reference: &str) -> Result<(Image, Option<String>)> {
         (false, Some(damaged)) => Error::NotFoundInSound {
             reference: reference.to_owned(),
             path: damaged.path.clone(),
+            remedy: damaged.remedy,
         },
         (false, None) => Error::NotFound {
             reference: reference.to_owned(),

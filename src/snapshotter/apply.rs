@@ -36,7 +36,7 @@ impl Snapshotter {
         layer: (impl Read + Send, &Expected<'_>),
         observer: &dyn Observer,
     ) -> Result<AppliedLayer> {
-        self.locked(owner, key, |found| {
+        let applied = self.locked(owner, key, |found| {
             self.expect_active(&found)?;
             self.expect_pristine(&found)?;
             let ancestors = self.catalog.ancestors(&found.record)?;
@@ -71,7 +71,10 @@ impl Snapshotter {
                 diff_id: record.diff_id.unwrap_or_default(),
                 tar_bytes: record.tar_bytes,
             })
-        })
+        });
+        // The layer may have been known, and damaged.
+        self.refresh_mounts_and_log();
+        applied
     }
 
     /// Fails if the snapshot has anything of its own, or somebody may be about to write to it.

@@ -5,7 +5,7 @@
 //! name to the index, changes the one record, and takes the old name away, in this order.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -43,7 +43,12 @@ impl Record for SnapshotRecord {
     /// 2 has packed layers.
     const VERSION: u32 = 2;
     const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
+    const LEFT: &'static str = "nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
 }
+
+/// What to do about the record of a layer of an image that no plyd has read since it was damaged.
+const FROM_IMAGE: &str =
+    "`snapctl system repair` makes it anew from what the image says, or says what else to do";
 
 /// A snapshot with its id.
 #[derive(Clone, Debug)]
@@ -153,7 +158,17 @@ impl Catalog {
                 Some(of) => found.push((damaged.known(), Some(of))),
                 None => {
                     let name = self.index.find(&damaged.id)?;
-                    found.push((damaged, name.and_then(|name| parse_name(&name))));
+                    let of = name.and_then(|name| parse_name(&name));
+                    let owner = of.as_ref().map(|of| of.owner);
+                    let damaged = match owner.filter(|_| !damaged.newer) {
+                        None => damaged,
+                        Some(Owner::Image) => Damaged {
+                            remedy: FROM_IMAGE,
+                            ..damaged
+                        },
+                        Some(_) => damaged.advised(SnapshotRecord::LEFT),
+                    };
+                    found.push((damaged, of));
                 }
             }
         }
@@ -258,13 +273,7 @@ impl Catalog {
         let mut next = record.parent.clone();
         while let Some(id) = next {
             // Parents exist before their children, so the chain ends; a forged record cannot loop it.
-            let missing = |problem: &str| Damaged {
-                id: id.clone(),
-                path: PathBuf::from(format!("{id}.record")),
-                problem: problem.to_owned(),
-                remedy: SnapshotRecord::REMEDY,
-                newer: false,
-            };
+            let missing = |problem: &str| self.records.damaged(&id, problem.to_owned());
             if chain.iter().any(|found| found.id == id) {
                 return Err(record::Error::from(missing("it is its own ancestor")).into());
             }
@@ -282,14 +291,25 @@ impl Catalog {
 
     /// All sound snapshots, in order of creation.
     pub(super) fn all(&self) -> Result<Vec<Found>> {
+        Ok(in_order(self.records.list()?.records))
+    }
+
+    /// All sound snapshots, in order of creation, and how many others there are, of which the records cannot be used or are gone.
+    pub(super) fn all_and_unusable(&self) -> Result<(Vec<Found>, usize)> {
+        let mut missing: HashSet<String> = self.changes.lock().known.keys().cloned().collect();
         let listing = self.records.list()?;
-        let mut all: Vec<Found> = listing
-            .records
-            .into_iter()
-            .map(|(id, record)| Found { id, record })
-            .collect();
-        all.sort_by(|a, b| (a.record.created, &a.id).cmp(&(b.record.created, &b.id)));
-        Ok(all)
+        let damaged = listing.damaged.iter().map(|damaged| &damaged.id);
+        for id in listing.records.iter().map(|(id, _)| id).chain(damaged) {
+            missing.remove(id);
+        }
+        if !missing.is_empty() {
+            // Most often removed meanwhile.
+            let changes = self.changes.lock();
+            missing
+                .retain(|id| changes.known.contains_key(id) && self.records.is_unsound(id, true));
+        }
+        let unusable = listing.damaged.len() + missing.len();
+        Ok((in_order(listing.records), unusable))
     }
 
     /// All snapshots; `None` if there are some of which nothing is known. No record is read.
@@ -370,6 +390,13 @@ impl Catalog {
         Ok(())
     }
 
+    /// The packed layer that is counted as the snapshot's. Of a record that was put back since the start it is not: what a
+    /// snapshot has was counted then.
+    pub(super) fn counted(&self, found: &Found) -> Option<LayerName> {
+        let counts = |_: &LayerName| !self.changes.lock().unread.contains(&found.id);
+        found.record.packed.filter(counts)
+    }
+
     /// Fails if the key is taken.
     pub(super) fn check_free(&self, owner: Owner, key: &str) -> Result<()> {
         match self.find(owner, key)? {
@@ -443,6 +470,14 @@ impl Changes {
         self.last_time = now.max(self.last_time.saturating_add(1));
         self.last_time
     }
+}
+
+/// Snapshots in order of creation.
+fn in_order(records: Vec<(String, SnapshotRecord)>) -> Vec<Found> {
+    let all = records.into_iter().map(|(id, record)| Found { id, record });
+    let mut all: Vec<Found> = all.collect();
+    all.sort_by(|a, b| (a.record.created, &a.id).cmp(&(b.record.created, &b.id)));
+    all
 }
 
 /// A time of a record.

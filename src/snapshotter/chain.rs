@@ -1,5 +1,6 @@
 //! What lies below a snapshot: directories, and below them packed layers as one merged view.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -113,17 +114,20 @@ impl Snapshotter {
 
     /// Whether there is a layer: its own, if it is committed, or one below.
     pub(super) fn has_layers(&self, found: &Found) -> Result<bool> {
+        let has = |found: &Found| is_directory(found) || found.record.packed.is_some();
+        // Nearly always, and then no other record is read.
+        if has(found) {
+            return Ok(true);
+        }
         let ancestors = self.catalog.ancestors(&found.record)?;
-        let ancestors: Vec<&Found> = ancestors.iter().collect();
-        let has = |found: &Found| found.record.layer.is_some() || found.record.packed.is_some();
-        Ok(chain(found, &ancestors).any(has))
+        Ok(ancestors.iter().any(has))
     }
 
     /// Whether a layer of the chain is a directory.
     pub(super) fn is_on_directories(&self, found: &Found) -> Result<bool> {
         let ancestors = self.catalog.ancestors(&found.record)?;
         let ancestors: Vec<&Found> = ancestors.iter().collect();
-        Ok(chain(found, &ancestors).any(|found| found.record.layer.is_some()))
+        Ok(chain(found, &ancestors).any(is_directory))
     }
 
     /// The directories of a chain, the topmost first.
@@ -136,15 +140,28 @@ impl Snapshotter {
 
     /// What a packed layer on `parent` lies on, the topmost first. Fails if none can lie there.
     pub(super) fn packed_below(&self, parent: &Found) -> Result<Vec<LayerName>> {
-        if self.is_on_directories(parent)? {
+        let ancestors = self.catalog.ancestors(&parent.record)?;
+        let ancestors: Vec<&Found> = ancestors.iter().collect();
+        if chain(parent, &ancestors).any(is_directory) {
             return Err(Error::NotPacked {
                 key: parent.record.key.clone(),
             });
         }
-        let ancestors = self.catalog.ancestors(&parent.record)?;
-        let ancestors: Vec<&Found> = ancestors.iter().collect();
         Ok(packed_in(parent, &ancestors))
     }
+}
+
+/// The snapshots below one, the nearest first. Parents are older than their children, so the steps are fewer than the
+/// snapshots.
+pub(super) fn ancestors_among<'a>(
+    found: &Found,
+    by_id: &HashMap<&str, &'a Found>,
+    most: usize,
+) -> Vec<&'a Found> {
+    let parent = |found: &Found| by_id.get(found.record.parent.as_deref()?).copied();
+    std::iter::successors(parent(found), |found| parent(found))
+        .take(most)
+        .collect()
 }
 
 /// The packed layers of a chain, the topmost first.
@@ -159,4 +176,9 @@ fn chain<'a>(
     ancestors: &'a [&'a Found],
 ) -> impl Iterator<Item = &'a Found> + use<'a> {
     std::iter::once(found).chain(ancestors.iter().copied())
+}
+
+/// Whether a snapshot's own layer is a directory.
+fn is_directory(found: &Found) -> bool {
+    found.record.layer.is_some()
 }

@@ -86,6 +86,7 @@ impl Snapshotter {
                 (Some(made), layer, usage)
             }
         };
+        let counted = self.catalog.counted(found);
         let updated = self.catalog.update(found, |record| {
             record.key = name.to_owned();
             record.kind = Kind::Committed;
@@ -101,13 +102,13 @@ impl Snapshotter {
             && (updated.is_ok() || !self.catalog.get(&found.id).is_ok_and(is_active))
         {
             made.used();
-            if let Some(applied) = found.record.packed {
+            if let Some(applied) = counted {
                 self.packed.release(applied);
             }
         }
         if untouched.is_some() && updated.is_ok() {
             // A layer of an image that is unpacked, and the view of those below it was mounted for that alone.
-            self.packed.collect_chains();
+            self.packed.collect_useless_views();
         }
         updated
     }

@@ -51,6 +51,7 @@ impl Snapshotter {
         };
         let found = self.catalog.insert(&catalog::new_id(), record)?;
         imported.used();
+        self.refresh_mounts_and_log();
         self.describe(found)
     }
 
@@ -74,6 +75,7 @@ impl Snapshotter {
                 tracing::warn!(snapshot = name, layer = %packed, "a damaged layer is taken in once more");
                 let (stream, expected) = layer;
                 self.packed.restore(packed, stream, expected, observer)?;
+                self.refresh_mounts_and_log();
                 Ok(true)
             }
             _ => Ok(false),
@@ -123,7 +125,8 @@ impl Snapshotter {
         Ok(is_made)
     }
 
-    /// Takes a packed layer in once more, in place of what is damaged of it.
+    /// Takes a packed layer in once more, in place of what is damaged of it. Mounts read that anew after
+    /// [`refresh_mounts`](Self::refresh_mounts).
     pub fn restore_layer(
         &self,
         layer: LayerName,

@@ -51,6 +51,7 @@ mod mounts;
 mod packed;
 mod queries;
 mod recovery;
+mod refresh;
 mod settle;
 mod space;
 #[cfg(test)]
@@ -73,6 +74,7 @@ use locks::Locks;
 use mounts::Mounts;
 pub use packed::HeldLayer;
 use packed::Packed;
+pub use refresh::{Stale, StaleReason};
 pub use space::{Space, Taken};
 pub use types::*;
 use types::{io_error, plyfs_error};
@@ -129,7 +131,7 @@ impl Snapshotter {
         )?;
         let useful = Arc::new(Useful::new(Arc::clone(&catalog)));
         let chains = Arc::clone(&useful);
-        packed.layers().ask_for_chains(chains);
+        packed.layers().set_chains(chains);
         Ok(Self {
             catalog,
             useful,
@@ -260,13 +262,14 @@ impl Snapshotter {
         self.locked(owner, key, |found| {
             self.catalog.check_childless(&found)?;
             self.mounts.unmount(&found.id)?;
+            let counted = self.catalog.counted(&found);
             self.catalog.remove(&found)?;
             let dir = self.data.join(&found.id);
             match found.record.kind {
                 Kind::Committed => commit::discard(&dir, &self.trash),
                 Kind::Active | Kind::View => self.throw_away(&dir),
             }
-            if let Some(layer) = found.record.packed {
+            if let Some(layer) = counted {
                 self.packed.release(layer);
             }
             if let Some(layer) = &found.record.layer

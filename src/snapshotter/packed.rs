@@ -17,7 +17,7 @@ use super::types::*;
 use crate::store::ingest::{self, NewLayer, Settings};
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
-use crate::store::{self, Collector, LayerName};
+use crate::store::{Collector, LayerName};
 
 #[derive(Debug)]
 pub(super) struct Packed {
@@ -215,16 +215,15 @@ impl Packed {
     pub(super) fn hold(&self, name: LayerName) -> Result<HeldLayer<'_>> {
         let mut state = self.state.lock();
         if self.layers.get(name).is_none() {
-            let layer = name.to_string();
-            return Err(store::Error::NoLayer { layer }.into());
+            return Err(self.layers.without(name).into());
         }
         *state.uses.entry(name).or_default() += 1;
         Ok(HeldLayer { packed: self, name })
     }
 
     /// Views that were of use may be so no more.
-    pub(super) fn collect_chains(&self) {
-        self.collector.ask_for_chains();
+    pub(super) fn collect_useless_views(&self) {
+        self.collector.ask_for_views();
     }
 
     /// Waits until what was removed has left the disk.
@@ -317,37 +316,49 @@ impl Drop for Import<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::fs;
+    use std::path::PathBuf;
 
-    use crate::snapshotter::Owner;
-    use crate::snapshotter::tests::{Place, layer};
+    use crate::snapshotter::tests::{Place, layer, prepare};
+    use crate::snapshotter::{Owner, SnapshotInfo, Snapshotter};
+    use crate::store::layers::Expected;
+
+    const OWNER: Owner = Owner::Containerd;
+
+    /// A root with the snapshots "one" and "two" as `make` makes them, where the record of "one" was damaged after plyd had ended;
+    /// that record, and what it was.
+    fn damaged(make: impl Fn(&Snapshotter, &str) -> SnapshotInfo) -> (Place, PathBuf, Vec<u8>) {
+        let place = Place::new();
+        let snapshots = place.open();
+        let id = make(&snapshots, "one").id;
+        make(&snapshots, "two");
+        snapshots.close().unwrap();
+        let record = place.root().join(format!("snapshots/records/{id}.record"));
+        let good = fs::read(&record).unwrap();
+        fs::write(&record, &good[..good.len() / 2]).unwrap();
+        (place, record, good)
+    }
+
+    fn alone(snapshots: &Snapshotter, name: &str) -> SnapshotInfo {
+        layer(snapshots, name, None)
+    }
 
     /// The next import or removal took the layer away, and a record that was put back had lost its content.
     #[test]
     fn the_layer_of_a_damaged_record_stays() {
-        let place = Place::new();
+        let (place, record, good) = damaged(alone);
         let snapshots = place.open();
-        let id = layer(&snapshots, "one", None).id;
-        layer(&snapshots, "two", None);
-        snapshots.close().unwrap();
-        drop(snapshots);
-        let record = place.root().join(format!("snapshots/records/{id}.record"));
-        let good = fs::read(&record).unwrap();
-        fs::write(&record, &good[..good.len() / 2]).unwrap();
-        let snapshots = place.open();
-        layer(&snapshots, "three", None);
+        alone(&snapshots, "three");
         for key in ["three", "two"] {
-            snapshots.remove(Owner::Containerd, key).unwrap();
+            snapshots.remove(OWNER, key).unwrap();
         }
         snapshots.close().unwrap();
         drop(snapshots);
         fs::write(&record, good).unwrap();
         let snapshots = place.open();
         let layers = snapshots.packed_layers();
-        let of_one = snapshots
-            .stat(Owner::Containerd, "one")
-            .unwrap()
-            .packed_layers;
+        let of_one = snapshots.stat(OWNER, "one").unwrap().packed_layers;
         assert!(layers.get(of_one[0]).is_some());
         assert!(layers.verify_layer(of_one[0], true, &()).is_empty());
         // The others go as soon as it is known whose they are.
@@ -357,17 +368,9 @@ mod tests {
     /// They stayed until plyd started again.
     #[test]
     fn layers_of_nobody_go_when_the_last_damaged_record_has_gone() {
-        let place = Place::new();
+        let (place, record, good) = damaged(alone);
         let snapshots = place.open();
-        let id = layer(&snapshots, "one", None).id;
-        layer(&snapshots, "two", None);
-        snapshots.close().unwrap();
-        drop(snapshots);
-        let record = place.root().join(format!("snapshots/records/{id}.record"));
-        let good = fs::read(&record).unwrap();
-        fs::write(&record, &good[..good.len() / 2]).unwrap();
-        let snapshots = place.open();
-        snapshots.remove(Owner::Containerd, "two").unwrap();
+        snapshots.remove(OWNER, "two").unwrap();
         let left = || snapshots.packed_layers().list().len();
         assert!(!snapshots.settle_records());
         assert_eq!(left(), 2);
@@ -377,6 +380,28 @@ mod tests {
         assert_eq!(left(), 2);
         fs::remove_file(&record).unwrap();
         assert!(snapshots.settle_records());
+        assert_eq!(left(), 0);
+    }
+
+    /// With a snapshot that nobody had counted went the layer of another one.
+    #[test]
+    fn a_snapshot_whose_record_was_put_back_takes_no_layer_of_another_along() {
+        let same = |snapshots: &Snapshotter, name: &str| {
+            prepare(snapshots, "work", None);
+            let stream = (&[0; 1024][..], &Expected::default());
+            snapshots.apply_layer(OWNER, "work", stream, &()).unwrap();
+            snapshots
+                .commit(OWNER, name, "work", BTreeMap::new())
+                .unwrap()
+        };
+        let (place, record, good) = damaged(same);
+        let snapshots = place.open();
+        let left = || snapshots.packed_layers().list().len();
+        fs::write(&record, good).unwrap();
+        snapshots.remove(OWNER, "one").unwrap();
+        assert!(snapshots.settle_records());
+        assert_eq!(left(), 1);
+        snapshots.remove(OWNER, "two").unwrap();
         assert_eq!(left(), 0);
     }
 
@@ -390,7 +415,7 @@ mod tests {
         let packed = &snapshots.packed;
         assert_eq!(packed.logical.lock().len(), 2);
         for (key, left) in [("two", 1), ("one", 0)] {
-            snapshots.remove(Owner::Containerd, key).unwrap();
+            snapshots.remove(OWNER, key).unwrap();
             assert_eq!(packed.logical.lock().len(), left);
         }
     }

@@ -34,13 +34,6 @@ impl Snapshotter {
         }
     }
 
-    /// Keys of the snapshots whose content a packed layer is.
-    pub fn keys_of_layer(&self, layer: LayerName) -> Result<Vec<String>> {
-        let all = self.catalog.all()?.into_iter();
-        let of_layer = all.filter(|found| found.record.packed == Some(layer));
-        Ok(of_layer.map(|found| found.record.key).collect())
-    }
-
     /// What of packed layers each mount could not use when it last read it, by the ids of the snapshots. One that does not
     /// answer soon is left out.
     pub fn damage<'a>(
@@ -91,7 +84,12 @@ impl Snapshotter {
     /// Snapshots of one owner, or of all, in order of creation. One whose parent's record is damaged
     /// is left out, and said so in the log.
     pub fn list(&self, owner: Option<Owner>) -> Result<Vec<SnapshotInfo>> {
-        let all = self.catalog.all()?;
+        Ok(self.list_and_unusable(owner)?.0)
+    }
+
+    /// As [`list`](Self::list), and how many records of snapshots, of any owner, cannot be used.
+    pub fn list_and_unusable(&self, owner: Option<Owner>) -> Result<(Vec<SnapshotInfo>, usize)> {
+        let (all, unusable) = self.catalog.all_and_unusable()?;
         let by_id: HashMap<&str, &Found> =
             all.iter().map(|found| (found.id.as_str(), found)).collect();
         let wanted = |found: &&Found| owner.is_none_or(|owner| owner == found.record.owner);
@@ -115,7 +113,7 @@ impl Snapshotter {
             }
             infos.push(self.info(found.clone(), &ancestors));
         }
-        Ok(infos)
+        Ok((infos, unusable))
     }
 
     /// Whether `owner` has a committed snapshot on `parent`, or on nothing, whose labels are `wanted`. Only the

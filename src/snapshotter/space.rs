@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::Snapshotter;
 use super::catalog::Found;
-use super::chain::{self, Below};
+use super::chain::{self, Below, ancestors_among};
 use super::diff::{OwnDirectory, OwnLayer, Sides, lookup, names_in};
 use super::types::*;
 use super::upper;
@@ -124,7 +124,7 @@ impl Snapshotter {
         let mut snapshots = Vec::with_capacity(others.len());
         for (number, found) in (images.len()..).zip(&others) {
             let logical = self.logical(found, &by_id, all.len(), &mut problems);
-            let ancestors = ancestors(found, &by_id, all.len());
+            let ancestors = ancestors_among(found, &by_id, all.len());
             let info = self.info((*found).clone(), &ancestors);
             snapshots.push((info, taken(number, logical, true)));
         }
@@ -223,7 +223,7 @@ impl Snapshotter {
         most: usize,
         problems: &mut Vec<String>,
     ) -> Option<u64> {
-        let ancestors = ancestors(found, by_id, most);
+        let ancestors = ancestors_among(found, by_id, most);
         let root = ancestors.last().copied().unwrap_or(found);
         if root.record.parent.is_some() {
             // That of which the record cannot be used is told.
@@ -297,7 +297,7 @@ impl<'a> Held<'a> {
         let mut holder = Holder::default();
         let mut met = HashSet::new();
         for found in has {
-            let chain = std::iter::once(*found).chain(ancestors(found, by_id, most));
+            let chain = std::iter::once(*found).chain(ancestors_among(found, by_id, most));
             for needed in chain {
                 if !met.insert(&*needed.id) {
                     break;
@@ -318,19 +318,6 @@ impl<'a> Held<'a> {
     fn needs(&self, id: &str) -> &[u32] {
         self.needs.get(id).map_or(&[], Vec::as_slice)
     }
-}
-
-/// The snapshots below one, the nearest first. Parents are older than their children, so the steps are fewer than the
-/// snapshots.
-pub(super) fn ancestors<'a>(
-    found: &Found,
-    by_id: &HashMap<&str, &'a Found>,
-    most: usize,
-) -> Vec<&'a Found> {
-    let parent = |found: &Found| by_id.get(found.record.parent.as_deref()?).copied();
-    std::iter::successors(parent(found), |found| parent(found))
-        .take(most)
-        .collect()
 }
 
 /// What a directory in overlayfs's format changes in the bytes of a tree.

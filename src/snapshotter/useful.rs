@@ -9,17 +9,16 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::Snapshotter;
 use super::catalog::{Catalog, Found};
 use super::types::*;
-use super::{chain, space};
+use super::{Snapshotter, chain};
 use crate::store::ViewKey;
 use crate::store::layers::chains::Chains;
 
 /// Answers from what the records say.
 #[derive(Debug)]
 pub(super) struct Useful {
-    pub(super) catalog: Arc<Catalog>,
+    catalog: Arc<Catalog>,
     /// Keys of the topmost snapshots of images; none if the images are not known.
     tops: Mutex<Option<HashSet<String>>>,
 }
@@ -49,7 +48,7 @@ impl Chains for Useful {
                 || (record.owner == Owner::Image && tops.contains(&record.key))
         };
         let useful = all.iter().filter(|found| is_top(found)).map(|found| {
-            let ancestors = space::ancestors(found, &by_id, all.len());
+            let ancestors = chain::ancestors_among(found, &by_id, all.len());
             let mut layers = chain::packed_in(found, &ancestors);
             layers.reverse();
             ViewKey::of(&layers)

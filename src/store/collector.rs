@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use super::ingest::Observer;
 use super::layers::Layers;
 
-/// How often it looks for memory that is held for nothing.
+/// After how long it looks for memory that is held for nothing where nobody asks for anything.
 const LOOK: Duration = Duration::from_secs(30);
 
 /// Collects in the background. Dropped, it ends the collection under way.
@@ -37,7 +37,7 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Wanted {
     /// Views that are of no use.
-    Chains,
+    Views,
     /// What no layer needs, too.
     All,
 }
@@ -69,8 +69,8 @@ impl Collector {
     }
 
     /// Asks for a collection of views alone and does not wait for it.
-    pub fn ask_for_chains(&self) {
-        self.want(Wanted::Chains);
+    pub fn ask_for_views(&self) {
+        self.want(Wanted::Views);
     }
 
     fn want(&self, what: Wanted) {
@@ -107,29 +107,30 @@ impl Drop for Collector {
 impl Shared {
     fn work(&self, layers: &Layers) {
         loop {
+            // Not with the lock: who asks for something does not wait for it.
+            layers.rest();
             let wanted = {
                 let mut state = self.state.lock();
                 state.working = false;
                 self.changed.notify_all();
-                loop {
-                    if self.cancelled() {
-                        // Nobody waits for what will not be done.
-                        state.wanted = None;
-                        self.changed.notify_all();
-                        return;
-                    }
-                    if let Some(wanted) = state.wanted.take() {
-                        state.working = true;
-                        break wanted;
-                    }
-                    if self.changed.wait_for(&mut state, LOOK).timed_out() {
-                        layers.rest();
-                    }
+                if state.wanted.is_none() && !self.cancelled() {
+                    self.changed.wait_for(&mut state, LOOK);
                 }
+                if self.cancelled() {
+                    // Nobody waits for what will not be done.
+                    state.wanted = None;
+                    self.changed.notify_all();
+                    return;
+                }
+                let Some(wanted) = state.wanted.take() else {
+                    continue;
+                };
+                state.working = true;
+                wanted
             };
             let collected = match wanted {
                 Wanted::All => layers.collect(false, self),
-                Wanted::Chains => layers.collect_chains(),
+                Wanted::Views => layers.collect_useless_views(),
             };
             for error in &collected.errors {
                 tracing::error!(%error, "a collection left something");
@@ -142,5 +143,29 @@ impl Shared {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ingest::Settings;
+    use super::super::layers::Expected;
+    use super::*;
+
+    /// Where something was removed more often than every half minute, it stayed for good.
+    #[test]
+    fn memory_that_is_held_for_nothing_goes_whatever_else_is_collected() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (layers, _) = Layers::open(tmp.path(), Settings::default()).unwrap();
+        let layer = layers.import(&[0; 1024][..], &Expected::default(), &());
+        layers.check(&[layer.unwrap()]).unwrap();
+        let layers = Arc::new(layers);
+        let collector = Collector::start(Arc::clone(&layers)).unwrap();
+        collector.wait_until_idle();
+        assert!(layers.has_merged());
+        layers.forget_time_of_merge();
+        collector.ask();
+        collector.wait_until_idle();
+        assert!(!layers.has_merged());
     }
 }

@@ -76,6 +76,25 @@ impl Compressor {
     pub(super) fn compress(&mut self, content: &[u8]) -> Result<Vec<u8>> {
         self.0.compress(content)
     }
+
+    /// Bytes of memory that making frames of contents of so many bytes takes, without the contents.
+    pub(super) fn memory(level: i32, content: u64) -> Result<u64> {
+        let failed = |code| io::Error::other(zstd_safe::get_error_name(code));
+        let mut context = zstd_safe::CCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
+        let level = zstd_safe::CParameter::CompressionLevel(level);
+        context.set_parameter(level).map_err(failed)?;
+        context
+            .set_pledged_src_size(Some(content))
+            .map_err(failed)?;
+        // Only the start of a frame takes what it needs.
+        let mut out = [0; 64];
+        let mut out = zstd_safe::OutBuffer::around(&mut out[..]);
+        let mut start = zstd_safe::InBuffer::around(&[0]);
+        context
+            .compress_stream(&mut out, &mut start)
+            .map_err(failed)?;
+        Ok(context.sizeof() as u64)
+    }
 }
 
 /// More than this is not kept from one use of the scratch to the next.
@@ -129,6 +148,16 @@ mod tests {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         encoder.write_all(data).unwrap();
         encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn what_compressing_takes_of_memory_grows_with_level_and_content() {
+        let memory = |level, content| Compressor::memory(level, content).unwrap();
+        let small = memory(1, 128 << 10);
+        assert!((100 << 10..1 << 20).contains(&small), "{small}");
+        assert!(memory(22, 128 << 10) > small);
+        let large = memory(22, 16 << 20);
+        assert!((64 << 20..512 << 20).contains(&large), "{large}");
     }
 
     #[test]

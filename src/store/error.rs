@@ -82,6 +82,8 @@ pub enum Error {
     Content {
         /// What is wrong.
         problem: String,
+        /// What became of it and of all others that the same happened to, in words that follow these.
+        cause: String,
     },
     /// Something that an entry of a layer needs cannot be used.
     #[error("{place}: {source}")]

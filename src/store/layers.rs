@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -91,8 +92,10 @@ pub struct Layers {
     damaged: Mutex<Vec<LayerName>>,
     /// Held while the record of a layer that is known goes, and while one is taken for damaged.
     pub(super) removing: Mutex<()>,
-    /// Layers that were found to be damaged since the store was opened.
+    /// Layers that were damaged when they were last examined.
     pub(super) doubted: Mutex<HashSet<LayerName>>,
+    /// Something was mended that mounts may have read before.
+    pub(super) mended: AtomicBool,
     /// Held by a collection.
     pub(super) collecting: Mutex<()>,
     merging: Merging,
@@ -142,6 +145,7 @@ impl Layers {
             damaged: Mutex::new(damaged_names),
             removing: Mutex::new(()),
             doubted: Mutex::default(),
+            mended: AtomicBool::new(false),
             collecting: Mutex::new(()),
             merging: Merging::default(),
             chains: OnceLock::new(),
@@ -346,6 +350,8 @@ impl Layers {
         if diff_id.is_none() && self.known.lock().contains_key(&name) && is_sound() {
             return Ok(name);
         }
+        // Its index and its recipe are that release's, too.
+        self.records.check_replaceable(&name.to_string())?;
         temporary.rename(&self.index_path(name))?;
         if let Some(mut recipe) = recipe {
             recipe.rename(&self.recipe_path(name))?;
@@ -369,11 +375,21 @@ impl Layers {
     }
 
     fn need(&self, name: LayerName) -> Result<()> {
-        if self.known.lock().contains_key(&name) {
-            return Ok(());
+        match self.known.lock().contains_key(&name) {
+            true => Ok(()),
+            false => Err(self.without(name)),
         }
-        Err(Error::NoLayer {
-            layer: name.to_string(),
+    }
+
+    /// Why a layer that is not known is not: it may be there, and its record damaged.
+    pub fn without(&self, name: LayerName) -> Error {
+        let layer = name.to_string();
+        let problem = match self.damaged.lock().contains(&name) {
+            true => self.records.problem_of(&layer),
+            false => None,
+        };
+        problem.map_or(Error::NoLayer { layer }, |damaged| {
+            Error::Record(damaged.into())
         })
     }
 

@@ -4,12 +4,14 @@
 //! its layers, in its place or when it is needed next, a pack that is not in its place any more from what is open of it. All else has
 //! to come from the layer's stream once more. Taking that in again gives the same index and recipe, which replace those that are
 //! there by renames, and brings the contents that are not what they were. Whoever has one of the old files open goes on with that,
-//! and finds the new one with the next file that it opens.
+//! and finds the new one with the next file that it opens; what it has found out about contents before it keeps until it is told
+//! ([`View::refresh`](super::view::View::refresh)).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use super::error::{Error, Result, io_error};
 use super::export::sha256;
@@ -115,6 +117,9 @@ impl Layers {
         }
         // A second copy of something may have turned out to be a bad one.
         mended.errors.extend(objects.purge(tmp, level).err());
+        if !(mended.views.is_empty() && mended.put_back.is_empty() && mended.packs.is_empty()) {
+            self.note_mended();
+        }
         mended
     }
 
@@ -138,6 +143,7 @@ impl Layers {
         let was = self.get(layer);
         let restoring = self.objects().restoring();
         let name = self.import(stream, expected, observer)?;
+        self.note_mended();
         if let (Some(was), Some(now)) = (was, self.get(name))
             && name == layer
             && was.blob.is_some()
@@ -164,9 +170,29 @@ impl Layers {
         Ok(name)
     }
 
-    /// Remembers that a layer is damaged.
-    pub(super) fn doubt(&self, layer: LayerName) {
-        self.doubted.lock().insert(layer);
+    /// Remembers what was found of a layer: that it is damaged, or that it is not.
+    pub(super) fn remember_faults(&self, layer: LayerName, is_damaged: bool) {
+        let mut doubted = self.doubted.lock();
+        if is_damaged {
+            doubted.insert(layer);
+        } else if doubted.remove(&layer) {
+            self.note_mended();
+        }
+    }
+
+    /// Layers that were damaged when they were last examined.
+    pub fn doubted(&self) -> HashSet<LayerName> {
+        self.doubted.lock().clone()
+    }
+
+    /// Says that something was mended that mounts may have read before.
+    pub fn note_mended(&self) {
+        self.mended.store(true, Ordering::Release);
+    }
+
+    /// Whether something was mended that mounts may have read before, since this was last asked.
+    pub fn take_mended(&self) -> bool {
+        self.mended.swap(false, Ordering::AcqRel)
     }
 
     fn mend_record(&self, layer: LayerName) -> Result<()> {

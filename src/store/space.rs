@@ -15,7 +15,7 @@ use super::error::{Error, Result, io_error};
 use super::format::{LayerName, ObjectName};
 use super::layer::index::LayerIndex;
 use super::layers::Layers;
-use super::object::Place;
+use super::object::{Place, is_dir_of_files, object_in};
 use super::usage::{own_bytes, tree_bytes};
 use super::{pack, view};
 
@@ -103,6 +103,8 @@ pub struct Overhead {
     pub packs: u64,
     /// Records and directories.
     pub records: u64,
+    /// What others than plyd have put where packs and objects lie.
+    pub foreign: u64,
 }
 
 /// Sets of holders by numbers, so that an object costs no more than two of these.
@@ -261,7 +263,7 @@ impl Layers {
             let blocks = allocated(&metadata);
             let path = objects.packs().join(&name);
             let Some(id) = pack::PackId::of_file(&name) else {
-                shares.add_unclaimed(blocks);
+                overhead.foreign += tree(&path)?;
                 continue;
             };
             let found = match pack::look_into(&path, id) {
@@ -297,13 +299,22 @@ impl Layers {
         let files = self.objects().files();
         let (dir, dirs) = list(files)?;
         overhead.records += dir;
-        for (name, _) in dirs {
-            let (dir, files) = list(&files.join(name))?;
-            overhead.records += dir;
-            for (name, metadata) in files {
-                let name: Option<ObjectName> = name.parse().ok();
-                let claim = name.and_then(|name| claims.objects.get(&name));
-                claims.give(claim, allocated(&metadata), shares);
+        for (dir, metadata) in dirs {
+            let path = files.join(&dir);
+            if !is_dir_of_files(&dir, metadata.file_type()) {
+                overhead.foreign += tree(&path)?;
+                continue;
+            }
+            let (own, inside) = list(&path)?;
+            overhead.records += own;
+            for (name, metadata) in inside {
+                match object_in(&dir, &name) {
+                    Some(object) => {
+                        let claim = claims.objects.get(&object);
+                        claims.give(claim, allocated(&metadata), shares);
+                    }
+                    None => overhead.foreign += tree(&path.join(name))?,
+                }
             }
         }
         Ok(())
@@ -411,7 +422,8 @@ mod tests {
 
     fn sum(shares: &Shares, overhead: Overhead) -> u64 {
         let of_holders: u64 = shares.of().iter().map(|share| share.on_disk).sum();
-        of_holders + shares.unclaimed() + overhead.views + overhead.packs + overhead.records
+        let overhead = overhead.views + overhead.packs + overhead.records + overhead.foreign;
+        of_holders + shares.unclaimed() + overhead
     }
 
     #[test]
@@ -484,6 +496,58 @@ mod tests {
         // What a store without holders has is nobody's.
         let (shares, overhead) = check(&[]);
         assert!(shares.unclaimed() > overhead.packs);
+    }
+
+    /// It was called uncollected, and a file among the directories of objects kept the store from being opened.
+    #[test]
+    fn what_others_have_put_there_is_told_apart() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join("store");
+        let layers = open(&dir);
+        let base = import(&layers, &[("base", 40), ("big base", 100)]);
+        let object = layers.objects().foreign().unwrap();
+        assert_eq!(object, (Vec::new(), Vec::new()));
+        let own = fs::read_dir(dir.join("objects")).unwrap().next().unwrap();
+        let own = own.unwrap().path();
+        let other = match own.ends_with("00") {
+            true => "11",
+            false => "00",
+        };
+        let packs = [dir.join("packs/note"), dir.join("packs/0.pack")];
+        let files = [
+            dir.join("objects/note"),
+            dir.join("objects/AB"),
+            own.join("note"),
+            // In the directory of another name it is not found.
+            own.join(other.repeat(32)),
+        ];
+        for path in packs.iter().chain(&files) {
+            fs::write(path, vec![7; 10_000]).unwrap();
+        }
+        let tree = dir.join("objects/tree");
+        fs::create_dir(&tree).unwrap();
+        fs::write(tree.join("file"), vec![7; 10_000]).unwrap();
+        let (beside_packs, mut beside_files) = layers.objects().foreign().unwrap();
+        assert_eq!(
+            beside_packs.into_iter().collect::<BTreeSet<_>>(),
+            packs.into()
+        );
+        beside_files.retain(|path| *path != tree);
+        assert_eq!(
+            beside_files.into_iter().collect::<BTreeSet<_>>(),
+            files.into()
+        );
+        drop(layers);
+        let layers = open(&dir);
+        let holders = [holder(&[base], &[base])];
+        let (shares, overhead) = space(&layers, &holders);
+        assert_eq!(shares.unclaimed(), 0);
+        assert!(overhead.foreign >= 7 * 10_000, "{overhead:?}");
+        assert_eq!(sum(&shares, overhead), tree_bytes(&dir).unwrap());
+        let collected = layers.collect(false, &());
+        assert!(collected.errors.is_empty(), "{collected:?}");
+        assert!(collected.orphans.is_empty(), "{collected:?}");
+        assert_eq!(space(&layers, &holders).1, overhead);
     }
 
     #[test]

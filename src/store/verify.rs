@@ -54,7 +54,14 @@ pub(super) struct Examination<'a> {
     objects: u64,
     bytes: u64,
     /// An object of several layers is read once, and its damage told for each.
-    known: HashMap<ObjectName, Option<String>>,
+    known: HashMap<ObjectName, Option<Bad>>,
+}
+
+/// What is wrong with an object, as [`Error::Content`] has it.
+#[derive(Clone, Debug)]
+struct Bad {
+    problem: String,
+    cause: String,
 }
 
 impl Layers {
@@ -77,10 +84,10 @@ impl Layers {
             }
             // Removed meanwhile, it has nothing to be sound.
             if self.get(layer).is_some() || self.damaged().contains(&layer) {
-                for fault in faults {
-                    self.doubt(layer);
-                    told.fault(fault);
+                if deep || !faults.is_empty() {
+                    self.remember_faults(layer, !faults.is_empty());
                 }
+                faults.into_iter().for_each(|fault| told.fault(fault));
             }
             told.sum(done, total, examination.objects, examination.bytes);
         }
@@ -96,6 +103,26 @@ impl Layers {
             error,
         };
         problems.into_iter().map(fault).collect()
+    }
+
+    /// What others than plyd have put where it keeps packs and objects, a sentence for each of the two.
+    pub fn foreign(&self) -> Result<Vec<String>> {
+        let (beside_packs, beside_files) = self.objects().foreign()?;
+        let told = |paths: Vec<PathBuf>| {
+            let first = paths.iter().min()?.display().to_string();
+            Some(match paths.len() {
+                1 => format!(
+                    "{first} is not plyd's: it is neither read nor collected, and can be moved away"
+                ),
+                count => format!(
+                    "{count} files are not plyd's, first {first}: they are neither read nor collected, and can be moved away"
+                ),
+            })
+        };
+        Ok([beside_packs, beside_files]
+            .into_iter()
+            .filter_map(told)
+            .collect())
     }
 
     /// Reads the records of layers, and looks for those that should be there.
@@ -167,7 +194,11 @@ impl Layers {
         deep: bool,
         observer: &dyn Observer,
     ) -> Vec<Fault> {
-        Examination::new(deep, observer).layer(self, layer)
+        let faults = Examination::new(deep, observer).layer(self, layer);
+        if deep && !observer.cancelled() {
+            self.remember_faults(layer, !faults.is_empty());
+        }
+        faults
     }
 }
 
@@ -204,16 +235,20 @@ impl<'a> Examination<'a> {
         }
         let bad = self.bad_objects(layers, &index);
         let mut paths = paths_of(&index, &bad);
-        let bad = bad
-            .into_iter()
-            .map(|(number, problem)| fault(paths.remove(&number), Error::Content { problem }));
+        let bad = bad.into_iter().map(|(number, Bad { problem, cause })| {
+            fault(paths.remove(&number), Error::Content { problem, cause })
+        });
         faults.extend(bad);
         faults
     }
 
     /// The objects of a layer that are not sound, by their numbers.
-    fn bad_objects(&mut self, layers: &Layers, index: &LayerIndex) -> Vec<(u32, String)> {
+    fn bad_objects(&mut self, layers: &Layers, index: &LayerIndex) -> Vec<(u32, Bad)> {
         let mut bad = Vec::new();
+        let told = |error: Error| Bad {
+            problem: error.problem(),
+            cause: cause(&error, layers.objects().packs()),
+        };
         for number in 0..index.object_count() {
             if self.observer.cancelled() {
                 break;
@@ -221,7 +256,7 @@ impl<'a> Examination<'a> {
             let object = match index.object(number) {
                 Ok(object) => object,
                 Err(error) => {
-                    bad.push((number, error.problem()));
+                    bad.push((number, told(error)));
                     continue;
                 }
             };
@@ -231,7 +266,7 @@ impl<'a> Examination<'a> {
                     self.objects += 1;
                     self.bytes += if self.deep { object.size } else { 0 };
                     let checked = self.check_object(layers, &object);
-                    let problem = checked.err().map(|error| error.problem());
+                    let problem = checked.err().map(told);
                     self.known.insert(object.name, problem.clone());
                     problem
                 }
@@ -245,16 +280,40 @@ impl<'a> Examination<'a> {
         let objects = layers.objects();
         match self.deep {
             true => {
-                let place = objects.find(&object.name)?;
-                objects.read(object, place, true).map(drop)
+                let Some(place) = objects.find(&object.name)? else {
+                    let object = object.name.to_string();
+                    return Err(Error::NoObject { object });
+                };
+                objects.read(object, Some(place), true).map(drop)
             }
             false => objects.look_for(&object.name),
         }
     }
 }
 
+/// What an object has in common with others of which the file that they are in is the cause, in words that follow these.
+fn cause(error: &Error, packs: &Path) -> String {
+    let in_pack = |path: &Path| match path.starts_with(packs) {
+        true => format!("in the pack {}", path.display()),
+        false => "in files of their own".to_owned(),
+    };
+    match error {
+        Error::NoObject { .. } => "are in no pack and no file of the store".to_owned(),
+        error @ Error::Io { path, .. } if error.is_not_found() => match path.starts_with(packs) {
+            true => format!("are gone with the pack {}", path.display()),
+            false => "are gone with the files that they were in".to_owned(),
+        },
+        Error::Io { path, source, .. } => format!("{} cannot be read: {source}", in_pack(path)),
+        Error::Damaged { path, .. } => format!("{} are damaged", in_pack(path)),
+        Error::Unsupported { path, .. } => {
+            format!("{} need a newer release of Plywood", in_pack(path))
+        }
+        other => format!("cannot be used: {}", other.problem()),
+    }
+}
+
 /// A path for each of the objects.
-fn paths_of(index: &LayerIndex, bad: &[(u32, String)]) -> HashMap<u32, String> {
+fn paths_of(index: &LayerIndex, bad: &[(u32, Bad)]) -> HashMap<u32, String> {
     let wanted: HashSet<u32> = bad.iter().map(|(number, _)| *number).collect();
     let mut paths = HashMap::new();
     if wanted.is_empty() {

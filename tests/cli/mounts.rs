@@ -56,6 +56,14 @@ fn only_mounts_of_snapshots_are_unmounted() {
         "{}",
         none.stderr
     );
+    let absent = plyd.dir().join("nosuch");
+    let absent = plyd.snapctl(["umount", absent.to_str().unwrap()]);
+    assert_eq!(absent.code, 1);
+    assert!(
+        absent.stderr.contains("nosuch: No such file or directory"),
+        "{}",
+        absent.stderr
+    );
     let foreign = plyd.snapctl(["umount", "/proc"]);
     assert_eq!(foreign.code, 1);
     assert!(

@@ -82,16 +82,17 @@ fn a_bad_command_line_is_2_and_125_where_other_codes_are_the_process_s() {
 
 #[test]
 fn what_was_meant_is_said() {
+    const OPTIONAL: &str = "\"\" is no name; give one, or leave the argument out";
     for (args, words) in [
         (
             &["image", "load", "x.tar"][..],
             "`snapctl image load -i x.tar`",
         ),
         (&["image", "ls", "--jsn"], "did you mean --json?"),
-        (&["run", "--name", "", "image"], "\"\" is no name"),
-        (&["create", "--name=", "image"], "\"\" is no name"),
-        (&["image", "load", "--name", ""], "\"\" is no name"),
-        (&["snapshot", "prepare", "key", ""], "\"\" is no name"),
+        (&["run", "--name", "", "image"], OPTIONAL),
+        (&["create", "--name=", "image"], OPTIONAL),
+        (&["image", "load", "--name", ""], OPTIONAL),
+        (&["snapshot", "prepare", "key", ""], OPTIONAL),
         (&["inspect", ""], "snapctl: CONTAINER: \"\" is no name"),
         (&["logs", "-n", "x", "c"], "is not a number of lines"),
         (&["stop", "-t", "-1", "c"], "is not a number of seconds"),
@@ -103,6 +104,23 @@ fn what_was_meant_is_said() {
         let done = snapctl(args);
         let first = done.stderr.lines().next().unwrap();
         assert!(first.contains(words), "{args:?}: {first}");
+    }
+}
+
+/// It was said to leave out also what has to be there.
+#[test]
+fn what_has_to_be_there_is_not_said_to_be_left_out() {
+    for args in [
+        &["layer", "export", ""][..],
+        &["layer", "inspect", ""],
+        &["mount", "", "/mnt"],
+        &["snapshot", "info", ""],
+        &["image", "rm", ""],
+        &["logs", ""],
+    ] {
+        let done = snapctl(args);
+        let first = done.stderr.lines().next().unwrap();
+        assert!(first.ends_with("\"\" is no name; give one"), "{first}");
     }
 }
 

@@ -41,6 +41,13 @@ impl Mount {
         Self::started_by(mode::plyfs(), target, options)
     }
 
+    /// As `with_options`, with a control socket at `control`.
+    pub fn with_control(target: &Path, options: &str, control: &Path) -> Self {
+        let mut plyfs = mode::plyfs();
+        plyfs.arg("--control").arg(control);
+        Self::started_by(plyfs, target, options)
+    }
+
     /// As `with_options`, by a server that may have no more files open than most shells allow.
     pub fn with_few_files(target: &Path, options: &str) -> Self {
         let plyfs = mode::plyfs();

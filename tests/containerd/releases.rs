@@ -108,7 +108,10 @@ fn damaged_layers_are_restored_from_the_content_store() {
         }
     };
     damage();
-    assert!(host.try_snapctl(&["system", "verify", "--deep"]).is_err());
+    let told = host.try_snapctl(&["system", "verify", "--deep"]);
+    let told = told.unwrap_err();
+    let advice = "; run `snapctl system repair`; if that leaves it, fetch the blob sha256:";
+    assert!(told.contains(advice), "{told}");
     let told = host.snapctl(&["system", "repair"]);
     assert_eq!(
         told.matches("restored from containerd's content store")

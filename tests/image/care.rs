@@ -1,7 +1,6 @@
-//! What an administrator asks of the layer store: what it takes, and to mend it.
+//! What an administrator has mended of the layer store.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -10,135 +9,7 @@ use serde_json::Value;
 
 use super::archive::*;
 use super::common::{Done, PLYD, Plyd};
-
-pub(super) fn load(plyd: &Plyd, image: &[u8]) {
-    let loaded = plyd.piped(["image", "load", "-q"], image);
-    assert_eq!(loaded.code, 0, "{}", loaded.stderr);
-}
-
-fn du(dir: &Path) -> u64 {
-    let du = Command::new("du")
-        .args(["-sx", "--block-size=1"])
-        .arg(dir)
-        .output()
-        .unwrap();
-    let text = String::from_utf8(du.stdout).unwrap();
-    text.split_whitespace().next().unwrap().parse().unwrap()
-}
-
-/// What `system df` says, which is what du says.
-pub(super) fn df(plyd: &Plyd) -> Value {
-    let df = plyd.json(["system", "df", "--json"]);
-    let users = df["users"].as_array().unwrap();
-    let number = |value: &Value| value.as_u64().unwrap();
-    let sum: u64 = users.iter().map(|user| number(&user["on_disk"])).sum();
-    assert_eq!(sum, number(&df["total"]));
-    assert_eq!(sum, du(&plyd.root()), "{df:#}");
-    for user in users.iter().filter(|user| !user["unique"].is_null()) {
-        assert!(
-            number(&user["unique"]) <= number(&user["on_disk"]),
-            "{user}"
-        );
-    }
-    df
-}
-
-pub(super) fn user<'a>(df: &'a Value, kind: &str, name: &str) -> &'a Value {
-    let users = df["users"].as_array().unwrap().iter();
-    let mut found = users.filter(|user| {
-        user["kind"] == kind && user["name"].as_str().unwrap_or_default().contains(name)
-    });
-    found
-        .next()
-        .unwrap_or_else(|| panic!("{kind} {name}: {df:#}"))
-}
-
-#[test]
-fn what_everything_takes_adds_up_to_what_du_says() {
-    let plyd = Plyd::start();
-    df(&plyd);
-    let shared = noise(1, 40 << 10);
-    let large = noise(2, 300 << 10);
-    let base = || Layer::new().file("base", 0o644, &noise(3, 100 << 10));
-    let own = |name: &str, seed, bytes| {
-        Layer::new()
-            .file(name, 0o644, &noise(seed, bytes))
-            .file("shared", 0o644, &shared)
-            .file("large", 0o644, &large)
-    };
-    let image = |name: &str, top: Layer| archive(name, &[Blob::gzip(base()), Blob::gzip(top)]);
-    // The second one's contents that the first has, too, are in the first one's pack.
-    load(&plyd, &image("first", own("one", 4, 30 << 10)));
-    load(&plyd, &image("second", own("two", 5, 60 << 10)));
-    let two = df(&plyd);
-    let bytes = |user: &Value, what: &str| user[what].as_u64().unwrap() >> 10;
-    let (first, second) = (user(&two, "image", "first"), user(&two, "image", "second"));
-    assert_eq!(bytes(first, "logical"), 100 + 30 + 40 + 300);
-    assert_eq!(bytes(second, "logical"), 100 + 60 + 40 + 300);
-    assert!((30..45).contains(&bytes(first, "unique")), "{first}");
-    assert!((60..75).contains(&bytes(second, "unique")), "{second}");
-    let half = (100 + 40 + 300) / 2;
-    assert!(
-        (half + 30..half + 55).contains(&bytes(first, "on_disk")),
-        "{first}"
-    );
-
-    // A snapshot that is written to and mounted, and a committed one.
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    let dir = mnt.to_str().unwrap();
-    plyd.ok(["snapshot", "prepare", "work", "first"]);
-    plyd.ok(["mount", "work", dir]);
-    fs::write(mnt.join("data"), noise(6, 200 << 10)).unwrap();
-    fs::remove_file(mnt.join("large")).unwrap();
-    fs::hard_link(mnt.join("data"), mnt.join("again")).unwrap();
-    assert!(Command::new("sync").status().unwrap().success());
-    let active = df(&plyd);
-    let work = user(&active, "snapshot", "work");
-    assert_eq!(bytes(work, "logical"), 100 + 30 + 40 + 200);
-    assert!((200..250).contains(&bytes(work, "unique")), "{work}");
-    // Nothing comes free of an image that a snapshot stands on.
-    assert_eq!(user(&active, "image", "first")["unique"], 0);
-    plyd.umount(dir);
-    // Not by the helper, which sees to it that nobody reads the layer in a way that moves its access times, as du does.
-    let commit = plyd.piped(["snapshot", "commit", "work", "done"], b"");
-    assert_eq!(commit.code, 0, "{}", commit.stderr);
-    plyd.ok(["snapshot", "prepare", "next", "done"]);
-    let committed = df(&plyd);
-    let done = user(&committed, "snapshot", "done");
-    assert_eq!(bytes(done, "logical"), 100 + 30 + 40 + 200);
-    assert_eq!(done["unique"], 0, "{done}");
-    assert_eq!(bytes(user(&committed, "snapshot", "next"), "logical"), 370);
-
-    // What is dead in a pack that lives on, and what awaits collection.
-    for key in ["next", "done"] {
-        plyd.ok(["snapshot", "rm", key]);
-    }
-    plyd.ok(["image", "rm", "first"]);
-    plyd.ok(["system", "gc"]);
-    let left = df(&plyd);
-    let dead = bytes(user(&left, "uncollected", ""), "on_disk");
-    assert!((30..40).contains(&dead), "{left:#}");
-    let orphan = plyd.root().join("store/objects/00").join("0".repeat(64));
-    fs::create_dir_all(orphan.parent().unwrap()).unwrap();
-    fs::write(&orphan, noise(7, 64 << 10)).unwrap();
-    let dead = bytes(user(&df(&plyd), "uncollected", ""), "on_disk");
-    assert!((94..110).contains(&dead), "{dead}");
-
-    let table = plyd.ok(["system", "df"]);
-    let words = |line: &str| -> Vec<String> {
-        let words = line.split("  ").map(str::trim);
-        words
-            .filter(|word| !word.is_empty())
-            .map(str::to_owned)
-            .collect()
-    };
-    let lines: Vec<_> = table.lines().map(words).collect();
-    assert_eq!(lines[0], ["KIND", "NAME", "LOGICAL", "UNIQUE", "ON DISK"]);
-    assert_eq!(lines.last().unwrap()[0], "total");
-    let total = plyd.ok(["system", "df", "-q"]);
-    assert_eq!(total.trim(), du(&plyd.root()).to_string());
-}
+use super::damage::{flip, load, mount};
 
 /// Every file below a directory of the store, the largest first.
 fn stored(plyd: &Plyd, dir: &str) -> Vec<PathBuf> {
@@ -155,14 +26,6 @@ fn stored(plyd: &Plyd, dir: &str) -> Vec<PathBuf> {
     }
     found.sort();
     found.into_iter().rev().map(|(_, path)| path).collect()
-}
-
-fn flip(path: &Path, at: u64) {
-    let file = fs::File::options().read(true).write(true).open(path);
-    let file = file.unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
 }
 
 /// An image of one layer that is kept in a pack, a file, an index and a recipe.
@@ -192,9 +55,7 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
     );
 
     plyd.ok(["snapshot", "prepare", "work", "whole"]);
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    plyd.ok(["mount", "work", mnt.to_str().unwrap()]);
+    let mnt = mount(&plyd, "work");
     type Break = fn(&mut Plyd);
     let breaks: [(&str, Break); 6] = [
         ("a byte in a pack", |plyd| {
@@ -287,9 +148,7 @@ fn a_pack_that_was_moved_away_is_missed_and_written_anew_from_what_is_open_of_it
     load(&plyd, &image());
     plyd.ok(["system", "verify", "--deep"]);
     plyd.ok(["snapshot", "view", "look", "whole"]);
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    let mnt = mount(&plyd, "look");
     assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
     let pack = stored(&plyd, "packs").remove(0);
     fs::rename(&pack, plyd.dir().join("moved")).unwrap();
@@ -342,7 +201,8 @@ fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
             assert_eq!(verified.code, 1);
             let told = format!("{} is damaged: ", pack.display());
             assert!(
-                verified.stdout.starts_with(&told) && verified.stdout.contains(" 1 damaged"),
+                verified.stdout.starts_with(&told)
+                    && verified.stdout.contains(": 1 pack damaged; "),
                 "{}",
                 verified.stdout
             );
@@ -358,9 +218,7 @@ fn a_pack_with_a_damaged_header_or_table_is_mended_without_an_archive() {
         }
     }
     plyd.ok(["snapshot", "view", "look", "whole"]);
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    let mnt = mount(&plyd, "look");
     assert!(fs::read(mnt.join("small")).unwrap() == noise(1, 40 << 10));
     plyd.ok(["umount", mnt.to_str().unwrap()]);
 }
@@ -380,12 +238,16 @@ fn a_pack_of_a_newer_release_is_left_to_that() {
     let repaired = repair(&plyd, &image());
     assert_eq!(repaired.code, 1);
     let told = format!(
-        "left: {} needs a newer release of Plywood: it uses the features 0x4, which this one does not know: have the newer release repair it",
+        "left: {} needs a newer release of Plywood: it uses the features 0x4, which this one does not know; have the newer release repair it",
         pack.display()
     );
     assert!(repaired.stdout.contains(&told), "{}", repaired.stdout);
     // What it had came from the archive.
-    assert!(repaired.stdout.contains(" 1 left"), "{}", repaired.stdout);
+    assert!(
+        repaired.stdout.contains(" 1 pack left"),
+        "{}",
+        repaired.stdout
+    );
     assert!(fs::read(&pack).unwrap() == bytes);
 }
 
@@ -395,9 +257,7 @@ fn a_mount_reads_what_it_could_not_read_before() {
     let image = image();
     load(&plyd, &image);
     plyd.ok(["snapshot", "view", "look", "whole"]);
-    let mnt = plyd.dir().join("mnt");
-    fs::create_dir(&mnt).unwrap();
-    plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+    let mnt = mount(&plyd, "look");
     flip(&stored(&plyd, "packs")[0], 5000);
     flip(&stored(&plyd, "objects")[0], 5000);
     for name in ["small", "large"] {
@@ -484,9 +344,7 @@ fn when_contents_are_verified_is_a_setting_of_plyd() {
         let plyd = Plyd::start_with(command);
         load(&plyd, &image());
         plyd.ok(["snapshot", "view", "look", "whole"]);
-        let mnt = plyd.dir().join("mnt");
-        fs::create_dir(&mnt).unwrap();
-        plyd.ok(["mount", "look", mnt.to_str().unwrap()]);
+        let mnt = mount(&plyd, "look");
         assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
         flip(&stored(&plyd, "objects")[0], 5000);
         assert_eq!(fs::read(mnt.join("large")).is_err(), seen, "{when}");

@@ -5,16 +5,22 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
+use plywood::fuse::control::ControlClient;
 use plywood::store::ObjectName;
 use plywood::store::ingest::Settings;
 use plywood::store::layers::{Expected, Layers as Store};
 use plywood::store::view::Verify;
 
-use crate::common::mode::kernel_passes;
-use crate::common::{Layers, Mount, errno};
+use crate::common::mode::{Mode, kernel_passes};
+use crate::common::mount::wait_until;
+use crate::common::{Layers, Mount, errno, mapping};
+
+/// More than anything takes.
+const LONG: Duration = Duration::from_secs(60);
 
 fn content(name: &str, bytes: usize) -> Vec<u8> {
     let words = name.bytes().cycle().zip(0u32..);
@@ -71,13 +77,16 @@ impl Packed {
     }
 
     fn mount(&self, more: &str) -> Mount {
-        let options = format!(
+        Mount::with_options(&self.layers.mnt(), &self.options(more))
+    }
+
+    fn options(&self, more: &str) -> String {
+        format!(
             "view={},upperdir={},workdir={},{more}",
             self.view.display(),
             self.layers.upper().display(),
             self.layers.path("work").display()
-        );
-        Mount::with_options(&self.layers.mnt(), &options)
+        )
     }
 
     /// The file that a large content is.
@@ -254,4 +263,78 @@ fn large_contents_are_passed_once_they_were_found_sound() {
     let again = format!("/proc/self/fd/{}", passed.as_raw_fd());
     assert!(File::options().write(true).open(again).is_err());
     assert!(fs::read(packed.object("large")).unwrap() == before);
+}
+
+/// Who had it open went on with what the kernel had kept of it, or with the old file.
+#[test]
+fn what_was_mended_is_read_by_what_is_open_of_it() {
+    const AT: u64 = 500_000;
+    const FILES: [&str; 2] = ["large read", "large written"];
+    const PASSTHROUGH: &str = "passthrough,kernel_features=+passthrough";
+    let rot = |file: &File| {
+        let mut bytes = [0; 3];
+        file.read_exact_at(&mut bytes, AT).unwrap();
+        bytes == *b"rot"
+    };
+    for options in ["", "writeback", "no_open", "no_open,writeback", PASSTHROUGH] {
+        let packed = Packed::new(&FILES);
+        let control = packed.layers.path("control");
+        let more = format!("copy_whole=64K,complete=off,{options}");
+        let mount = Mount::with_control(&packed.layers.mnt(), &packed.options(&more), &control);
+        let passes = match options {
+            "" => Mode::of_run().passes(),
+            PASSTHROUGH => kernel_passes(),
+            _ => false,
+        };
+        for name in FILES {
+            assert!(read(&mount, name).unwrap() == Packed::content(name));
+        }
+        let [reader, beside] = FILES.map(|name| File::open(mount.join(name)).unwrap());
+        let map = mapping::shared(&reader);
+        // Read without requests, it has a second number from now on.
+        let mut options_to_write = File::options();
+        options_to_write.read(true).write(true);
+        let writer = options_to_write.open(mount.join(FILES[1])).unwrap();
+        writer.write_all_at(b"new", 0).unwrap();
+        for name in FILES {
+            let object = packed.object(name);
+            let sound = fs::read(&object).unwrap();
+            let file = File::options().write(true).open(&object);
+            file.unwrap().write_all_at(b"rot", AT).unwrap();
+            let new = packed.layers.path("new");
+            fs::write(&new, sound).unwrap();
+            for file in [&reader, &beside, &writer] {
+                posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+            }
+            let all = match name == FILES[0] {
+                true => [&reader, &reader],
+                false => [&beside, &writer],
+            };
+            assert!(all.into_iter().all(rot), "{options}: {name}");
+            fs::rename(&new, &object).unwrap();
+        }
+        assert!(map[AT as usize..].starts_with(b"rot"), "{options}");
+
+        let (client, _) = ControlClient::connect(&control, LONG).unwrap();
+        client.refresh(LONG).unwrap();
+        // By the kernel alone, the old file is read by whoever joins those who have it open.
+        let joined = File::open(mount.join(FILES[0])).unwrap();
+        for (file, what) in [
+            (&reader, "reader"),
+            (&beside, "beside"),
+            (&joined, "joined"),
+        ] {
+            assert_eq!(rot(file), passes, "{options}: {what}");
+        }
+        assert_eq!(map[AT as usize..].starts_with(b"rot"), passes, "{options}");
+        assert!(!rot(&writer), "{options}");
+        drop((reader, beside, joined, map, writer));
+        assert!(wait_until(|| {
+            read(&mount, FILES[0]).unwrap() == Packed::content(FILES[0])
+        }));
+        let mut written = Packed::content(FILES[1]);
+        written[..3].copy_from_slice(b"new");
+        assert!(read(&mount, FILES[1]).unwrap() == written, "{options}");
+        mount.unmount();
+    }
 }

@@ -376,6 +376,35 @@ for name in names:
     });
 }
 
+/// plyfs notes in an attribute how much of a file is left before it grows, which its mode forbade.
+#[test]
+fn a_user_goes_on_with_a_large_file_that_he_has_open_and_makes_read_only() {
+    const SCRIPT: &str = "import os
+file = os.open('large', os.O_RDWR)
+os.pwrite(file, b'x', 0)
+os.fchmod(file, 0o444)
+os.ftruncate(file, 1000001)
+os.pwrite(file, b'new', 2000000)
+print(os.fstat(file).st_size, os.pread(file, 9, 1999997))
+os.ftruncate(file, 500001)
+os.ftruncate(file, 600000)
+print(os.fstat(file).st_size, os.pread(file, 9, 500000))";
+    in_a_home(|home| {
+        let large = home.layers.lower(0).join("large");
+        fs::write(&large, vec![b'l'; 3_000_000]).unwrap();
+        chown(&large, Some(NOBODY), Some(NOBODY)).unwrap();
+        home.mounted(&home.layers.options());
+        let mnt = home.layers.mnt();
+        let script = format!("cd \"$0\" && exec python3 -c \"{SCRIPT}\" 2>&1");
+        let output = home.run_as(NOBODY, "sh", &["-c", &script, mnt.to_str().unwrap()]);
+        assert_eq!(
+            String::from_utf8(output.stdout).unwrap(),
+            "2000003 b'\\x00\\x00\\x00new'\n600000 b'l\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\n"
+        );
+        home.unmounted();
+    });
+}
+
 /// Passing files through takes a capability on the host: they are served instead.
 #[test]
 fn a_user_who_asks_for_passthrough_is_served() {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 use plywood::store::ingest::{Limits, Settings as Packing};
+use plywood::store::layer::index::{LARGEST_XATTR, LONGEST_PATH};
 use plywood::store::view::Verify;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
@@ -13,15 +14,11 @@ use super::settings::{LargeObjects, Settings};
 
 /// Bytes of the largest content that a pack has room for.
 const LARGEST_PACKED: u64 = 16 << 20;
-/// Contents that are on their way at the same time, at the least, each as large as a packed one may be.
-const CONTENTS_ON_THEIR_WAY: u64 = 8;
 const LEAST_MEMORY: u64 = 8 << 20;
 const MOST_WORKERS: u64 = 256;
-/// What the format has room for: entries and bytes of names in an index, bytes of a path, and of an extended attribute.
+/// Records that a section of an index has room for, and bytes of its names.
 const MOST_ENTRIES: u64 = u32::MAX as u64 - 1;
 const MOST_NAMES: u64 = u32::MAX as u64;
-const LONGEST_PATH: u64 = 4095;
-const LARGEST_XATTR: u64 = 64 << 10;
 
 /// When contents of packed layers are compared with their names.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
@@ -122,20 +119,14 @@ pub fn packing(settings: &Settings) -> Result<Packing, String> {
     within("layer_max_entries", limits.entries, 1, MOST_ENTRIES)?;
     within("layer_max_names", limits.names, 1, MOST_NAMES)?;
     within("layer_max_file", limits.file, 1, i64::MAX as u64)?;
-    within("layer_max_path", limits.path, 1, LONGEST_PATH)?;
-    within("layer_max_xattr", limits.xattr, 1, LARGEST_XATTR)?;
+    within("layer_max_path", limits.path, 1, LONGEST_PATH as u64)?;
+    within("layer_max_xattr", limits.xattr, 1, LARGEST_XATTR as u64)?;
     if !(1..=22).contains(&level) {
         return Err(format!(
             "zstd_level is {level}; it has to be a level of zstd, from 1 (fast) to 22 (small)"
         ));
     }
-    let least = small * (CONTENTS_ON_THEIR_WAY + workers);
-    if memory < least {
-        return Err(format!(
-            "import_memory is {memory}, and with a small_object_limit of {small} and {workers} import_workers an import needs {least} bytes; raise the one or lower the others"
-        ));
-    }
-    Ok(Packing {
+    let packing = Packing {
         small,
         plain: settings.large_objects == Some(LargeObjects::Plain),
         // Both are in range.
@@ -143,7 +134,16 @@ pub fn packing(settings: &Settings) -> Result<Packing, String> {
         workers: workers as usize,
         memory,
         limits,
-    })
+    };
+    let least = packing
+        .least_memory()
+        .map_err(|error| format!("zstd cannot compress with the level {level}: {error}"))?;
+    if memory < least {
+        return Err(format!(
+            "import_memory is {memory}, and with a small_object_limit of {small}, a zstd_level of {level} and {workers} import_workers an import needs {least} bytes; raise the one or lower the others"
+        ));
+    }
+    Ok(packing)
 }
 
 fn within(key: &str, value: u64, least: u64, most: u64) -> Result<(), String> {
@@ -219,8 +219,17 @@ mod tests {
             let problem = read(text).unwrap_err();
             assert!(problem.starts_with(&format!("{key} is ")), "{problem}");
         }
-        let both = read("small_object_limit = \"16M\"\nimport_memory = \"32M\"");
-        assert!(both.unwrap_err().contains("raise the one"));
+        for text in [
+            "small_object_limit = \"16M\"\nimport_memory = \"32M\"",
+            // It took 646 MB.
+            "small_object_limit = \"16M\"\nzstd_level = 22\nimport_workers = 2",
+        ] {
+            let problem = read(text).unwrap_err();
+            assert!(problem.contains("raise the one"), "{problem}");
+        }
+        read("zstd_level = 22\nimport_workers = 2").unwrap();
+        // The default is to do on a host of many processors.
+        read("import_workers = 64").unwrap();
         for text in [
             "import_memory = \"x\"",
             "import_memory = -1",

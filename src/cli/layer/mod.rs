@@ -263,9 +263,10 @@ pub async fn run(command: Command, client: &Client) -> Result<()> {
 }
 
 async fn list(args: LsArgs, client: &Client) -> Result<()> {
-    let layers = client.layers().list(ListLayersRequest {}).await?;
-    let layers = layers.into_inner().layers.into_iter();
-    let layers: Vec<_> = layers.map(LayerView::from).collect();
+    let listed = client.layers().list(ListLayersRequest {}).await?;
+    let listed = listed.into_inner();
+    output::note_unusable(listed.unusable_records);
+    let layers: Vec<_> = listed.layers.into_iter().map(LayerView::from).collect();
     args.format.print(
         &layers,
         &["NAME", "DIFF ID", "ENTRIES", "CONTENT", "INDEX", "USED BY"],

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::super::args::{label, name};
+use super::super::args::{label, name, optional_name};
 use super::super::output::{Cut, ListFormat};
 
 /// Arguments of `snapshot ls`.
@@ -46,7 +46,7 @@ pub struct PrepareArgs {
     #[arg(value_parser = name())]
     pub(super) key: String,
     /// Key of a committed snapshot, or name of an image
-    #[arg(value_parser = name())]
+    #[arg(value_parser = optional_name())]
     pub(super) parent: Option<String>,
     #[command(flatten)]
     pub(super) labels: Labels,

@@ -139,6 +139,7 @@ async fn all(client: &Client, owner: OwnerArg) -> Result<Vec<SnapshotView>> {
         owner: owner.owner.unwrap_or_default(),
     };
     let response = client.snapshots().list(request).await?.into_inner();
+    output::note_unusable(response.unusable_records);
     Ok(response.snapshots.into_iter().map(Into::into).collect())
 }
 

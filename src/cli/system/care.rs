@@ -5,12 +5,13 @@ use std::collections::BTreeSet;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use super::faults::{self, FaultView};
 use super::{GcArgs, VerifyArgs};
 use crate::cli::client::Client;
 use crate::cli::error::{Error, Result};
 use crate::cli::output;
 use crate::grpc::pb::plywood::verify_response::Event;
-use crate::grpc::pb::plywood::{CollectRequest, Fault, VerifyProgress, VerifyRequest};
+use crate::grpc::pb::plywood::{CollectRequest, VerifyProgress, VerifyRequest};
 
 #[derive(Serialize)]
 struct CollectedView {
@@ -83,61 +84,7 @@ struct VerifiedView {
     objects: u64,
     bytes: u64,
     faults: Vec<FaultView>,
-}
-
-#[derive(Serialize)]
-pub(super) struct FaultView {
-    pub(super) layer: String,
-    path: Option<String>,
-    problem: String,
-    snapshots: Vec<String>,
-    kind: String,
-    of: Option<String>,
-    file: Option<String>,
-    layers: Vec<String>,
-    images: Vec<String>,
-    pub(super) advice: Option<String>,
-}
-
-impl From<Fault> for FaultView {
-    fn from(fault: Fault) -> Self {
-        let known = |text: String| Some(text).filter(|text| !text.is_empty());
-        Self {
-            layer: fault.layer,
-            path: known(fault.path),
-            problem: fault.problem,
-            snapshots: fault.snapshots,
-            kind: fault.kind,
-            of: known(fault.of),
-            file: known(fault.file),
-            layers: fault.layers,
-            images: fault.images,
-            advice: known(fault.advice),
-        }
-    }
-}
-
-impl FaultView {
-    /// What is wrong with what; without what to do about it.
-    pub(super) fn line(&self) -> String {
-        if self.layer.is_empty() {
-            return match &self.of {
-                Some(of) => format!("{of}: {}", self.problem),
-                None => self.problem.clone(),
-            };
-        }
-        let layer = output::short(&self.layer);
-        let path = self.path.as_deref().unwrap_or("the layer itself");
-        let of = match self.snapshots.as_slice() {
-            [] => String::new(),
-            snapshots => format!(" (of {})", snapshots.join(", ")),
-        };
-        match self.kind.as_str() {
-            // It names itself.
-            "record" => format!("layer {layer}{of}: {}", self.problem),
-            _ => format!("layer {layer}{of}: {path}: {}", self.problem),
-        }
-    }
+    notes: Vec<String>,
 }
 
 pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
@@ -149,24 +96,23 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
         false => ProgressBar::new(0).with_style(style()),
     };
     let mut sum = VerifyProgress::default();
-    let mut faults: Vec<FaultView> = Vec::new();
+    let (mut found, mut told) = (Vec::new(), 0);
+    let mut notes = Vec::new();
     while let Some(answer) = events.message().await? {
         match answer.event {
+            // Follows what is damaged of a layer.
             Some(Event::Progress(progress)) => {
+                if !args.json && !args.quiet {
+                    let lines = faults::lines(&found[told..]);
+                    bar.suspend(|| output::lines_out(&lines))?;
+                    told = found.len();
+                }
                 bar.set_length(progress.layers_total);
                 bar.set_position(progress.layers);
                 sum = progress;
             }
-            Some(Event::Fault(fault)) => {
-                let fault = FaultView::from(fault);
-                if !args.json && !args.quiet {
-                    let advice = fault.advice.iter();
-                    let advice: String = advice.map(|advice| format!("; {advice}")).collect();
-                    let line = output::printable(&format!("{}{advice}", fault.line()));
-                    bar.suspend(|| output::lines_out(&[line]))?;
-                }
-                faults.push(fault);
-            }
+            Some(Event::Fault(fault)) => found.push(FaultView::from(fault)),
+            Some(Event::Note(note)) => notes.push(note),
             None => {}
         }
     }
@@ -174,16 +120,17 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
     if sum.layers < sum.layers_total {
         return Err(Error::Protocol("a verification"));
     }
-    let damaged = !faults.is_empty();
+    let damaged = !found.is_empty();
     if args.json {
         output::json(&VerifiedView {
             layers: sum.layers,
             objects: sum.objects,
             bytes: sum.bytes,
-            faults,
+            faults: found,
+            notes,
         })?;
     } else if args.quiet {
-        let mut layers: BTreeSet<_> = faults.iter().map(|fault| &*fault.layer).collect();
+        let mut layers: BTreeSet<_> = found.iter().map(|fault| &*fault.layer).collect();
         layers.remove("");
         output::lines_out(&layers.into_iter().collect::<Vec<_>>())?;
     } else {
@@ -196,11 +143,15 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             false if args.deep => "",
             false => "; what the contents are was not read, `--deep` does",
         };
+        let notes = notes
+            .iter()
+            .map(|note| output::printable(&format!("note: {note}")));
+        output::lines_out(&notes.collect::<Vec<_>>())?;
         output::lines_out(&[format!(
             "{} with {}{read}: {} damaged{how}",
             output::count(sum.layers, "layer"),
             output::count(sum.objects, "content"),
-            faults.len()
+            faults::sum(&found)
         )])?;
     }
     if damaged {

@@ -1,6 +1,7 @@
 //! `snapctl system`.
 
 mod care;
+mod faults;
 mod repair;
 mod space;
 
@@ -35,6 +36,7 @@ records       what is known of all of these, with indexes and directories
 containers    bundles and logs
 uncollected   what nothing has: it awaits `snapctl system gc`, or is being loaded
 undivided     what damage keeps from being told apart; it is there only then
+other         what plyd has not put there
 
 Where damage hides whose something is, the figures that hang on that are `?`, stderr says what is damaged, and the
 exit code is 1. The total is right all the same.

@@ -7,7 +7,8 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::RepairArgs;
-use super::care::{FaultView, style};
+use super::care::style;
+use super::faults::{self, FaultView};
 use crate::cli::archive::Source;
 use crate::cli::client::Client;
 use crate::cli::error::{Error, Result};
@@ -86,7 +87,7 @@ pub(super) async fn repair(args: RepairArgs, client: &Client) -> Result<()> {
             output::count(view.layers, "layer"),
             output::count(view.objects, "content"),
             view.mended.len(),
-            view.left.len()
+            faults::sum(&view.left)
         )])?;
     }
     if view.left.is_empty() {
@@ -129,19 +130,16 @@ async fn receive(
                     layer: Some(mended.layer).filter(|layer| !layer.is_empty()),
                 });
             }
-            Some(Event::Left(fault)) => {
-                let left = FaultView::from(fault);
-                if !quiet {
-                    let advice = left.advice.as_deref().unwrap_or_default();
-                    let line = format!("left: {}: {advice}", left.line());
-                    output::lines_out(&[output::printable(&line)])?;
-                }
-                view.left.push(left);
-            }
+            Some(Event::Left(fault)) => view.left.push(FaultView::from(fault)),
             None => {}
         }
     }
     progress.finish();
+    if !quiet {
+        let lines = faults::lines(&view.left).into_iter();
+        let lines: Vec<_> = lines.map(|line| format!("left: {line}")).collect();
+        output::lines_out(&lines)?;
+    }
     if sum.layers < sum.layers_total {
         return Err(Error::Protocol("a repair"));
     }

@@ -261,8 +261,10 @@ impl Partial {
         let file = Object::Open(self.upper.as_fd());
         match xattr::set(file, self.mark, &mark_with(limit), libc::XATTR_REPLACE) {
             Ok(()) => self.map.was_marked(limit),
-            // A sync needs no room.
-            Err(Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG) => self.make_durable()?,
+            // A sync needs no room, nor leave to write a file that is read-only by now.
+            Err(Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG | Errno::EACCES) => {
+                self.make_durable()?
+            }
             // A completion has failed between taking the mark away and the end: that it is gone is to reach the disk before.
             Err(Errno::ENODATA) => self.make_durable()?,
             Err(errno) => {

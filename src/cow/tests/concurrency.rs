@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -183,19 +184,25 @@ fn readers_see_the_old_content_or_the_new_while_a_file_is_copied_up() {
     assert!(fixture.upper().join("f").exists());
 }
 
-/// The kernel was told of it, and kept it for good.
-#[test]
-fn a_lent_mode_is_told_to_nobody() {
-    let mut fixture = Fixture::new(1, |_| {});
+/// Makes a file that its owner may not write.
+fn read_only(fixture: &Fixture, name: &str) -> NodeId {
+    fixture.write(name, "text").unwrap();
+    let node = fixture.node(name);
     let set = SetAttr {
         perm: Some(0o444),
         ..SetAttr::default()
     };
+    let done = fixture.union().setattr(node, None, &set, &Caller::ROOT);
+    done.unwrap();
+    node
+}
+
+/// The kernel was told of it, and kept it for good.
+#[test]
+fn a_lent_mode_is_told_to_nobody() {
+    let mut fixture = Fixture::new(1, |_| {});
     for name in ["known", "new"] {
-        fixture.write(name, "text").unwrap();
-        let node = fixture.node(name);
-        let done = fixture.union().setattr(node, None, &set, &Caller::ROOT);
-        done.unwrap();
+        read_only(&fixture, name);
     }
     fixture.reopen();
     let (union, known) = (fixture.union(), fixture.node("known"));
@@ -222,15 +229,9 @@ fn a_lent_mode_is_told_to_nobody() {
 #[test]
 fn nobody_else_lends_or_tells_a_mode_meanwhile() {
     let fixture = Fixture::new(1, |_| {});
-    fixture.write("f", "text").unwrap();
-    let set = SetAttr {
-        perm: Some(0o444),
-        ..SetAttr::default()
-    };
-    let (union, node) = (fixture.union(), fixture.node("f"));
-    union.setattr(node, None, &set, &Caller::ROOT).unwrap();
+    read_only(&fixture, "f");
     let file = File::open(fixture.upper().join("f")).unwrap();
-    let upper = union.upper.as_ref().unwrap();
+    let upper = fixture.union().upper.as_ref().unwrap();
     let perm = || file.metadata().unwrap().mode() & 0o7777;
     let tries = Cell::new(0);
     let done = upper.permitted(Object::Open(file.as_fd()), lend::WRITE, || {
@@ -245,4 +246,33 @@ fn nobody_else_lends_or_tells_a_mode_meanwhile() {
     assert_eq!(done, Ok((0o644, false)));
     assert_eq!((perm(), tries.get()), (0o444, 2));
     assert!(upper.modes.try_write().is_some());
+}
+
+/// Who had lent it lacked it, and put back a mode without the set-id bits that the data had cost the file meanwhile.
+#[test]
+fn a_mode_that_is_lent_is_not_put_back_after_data_was_brought_up() {
+    let fixture = Fixture::new(1, |_| {});
+    let union = fixture.union();
+    let node = union.node(read_only(&fixture, "f")).unwrap();
+    let file = File::open(fixture.upper().join("f")).unwrap();
+    let perm = || file.metadata().unwrap().mode() & 0o7777;
+    let upper = union.upper.as_ref().unwrap();
+    let meeting = Barrier::new(2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            meeting.wait();
+            let _turn = upper.modes.write();
+            let _lent = Lent::new(Object::Open(file.as_fd()), lend::WRITE).unwrap();
+            meeting.wait();
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(perm(), 0o644);
+        });
+        let bring_up = || {
+            meeting.wait();
+            meeting.wait();
+            Ok(())
+        };
+        union.quietly(&node, file.as_fd(), bring_up).unwrap();
+    });
+    assert_eq!(perm(), 0o444);
 }

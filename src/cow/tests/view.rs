@@ -219,3 +219,53 @@ fn a_small_content_is_held_while_somebody_has_the_file_open() {
         assert_eq!(is_held(), stays, "{name}");
     }
 }
+
+/// What was opened of a file was kept, and what was found out about its content, after the content was mended.
+#[test]
+fn a_refreshed_union_reads_and_compares_once_more() {
+    let mut noise = vec![0; 200_000];
+    blake3::Hasher::new().finalize_xof().fill(&mut noise);
+    let packed = Packed::new(|builder| {
+        file(builder, "large", &noise);
+        file(builder, "partly", &noise[1..]);
+        file(builder, "written", b"old");
+    });
+    let union = packed.open();
+    write(&union, "written", 0, b"new");
+    write(&union, "partly", 0, b"new");
+    let mut partly = noise[1..].to_vec();
+    partly[..3].copy_from_slice(b"new");
+    assert!(read(&union, "large") == noise && read(&union, "partly") == partly);
+    let mut objects = Vec::new();
+    for entry in std::fs::read_dir(packed.base.path().join("store/objects")).unwrap() {
+        for entry in std::fs::read_dir(entry.unwrap().path()).unwrap() {
+            objects.push(entry.unwrap().path());
+        }
+    }
+    assert_eq!(objects.len(), 2);
+    let flip = || {
+        for path in &objects {
+            let mut bytes = std::fs::read(path).unwrap();
+            // Past the first chunk of each.
+            let at = bytes
+                .windows(32)
+                .position(|window| *window == noise[150_000..150_032]);
+            bytes[at.unwrap() + 50] ^= 1;
+            std::fs::write(path, bytes).unwrap();
+        }
+    };
+    flip();
+    assert!(read(&union, "large") != noise && read(&union, "partly") != partly);
+    let nodes = union.refresh();
+    for (path, shows) in [("large", true), ("partly", true), ("written", false)] {
+        assert_eq!(nodes.contains(&find(&union, path).node), shows, "{path}");
+    }
+    for path in ["large", "partly"] {
+        let node = find(&union, path).node;
+        let mut buffer = vec![0; noise.len()];
+        let error = union.read(node, None, 0, &mut buffer).unwrap_err();
+        assert_eq!(error.errno, libc::EIO, "{path}: {error}");
+    }
+    flip();
+    assert!(read(&union, "large") == noise && read(&union, "partly") == partly);
+}

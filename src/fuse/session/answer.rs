@@ -1,8 +1,8 @@
 //! How the outcome of an operation becomes a reply.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 use fuser::{
     BackingId, Errno, FileAttr, Generation, INodeNo, ReplyAttr, ReplyEmpty, ReplyEntry, ReplyWrite,
@@ -13,6 +13,7 @@ use crate::cow::union::Error;
 use crate::cow::{Attr, Entry, NodeId};
 use crate::fuse::convert::{self, FOREVER};
 use crate::fuse::passing::{Passing, Second};
+use crate::fuse::repeats::Repeats;
 
 /// Runs a handler; a panic in it drops the reply, which fuser then answers with EIO.
 pub fn guarded(operation: &'static str, handler: impl FnOnce()) {
@@ -26,13 +27,18 @@ pub fn guarded(operation: &'static str, handler: impl FnOnce()) {
 
 /// The errno of a failed operation; what is the host's fault rather than the caller's is logged.
 pub fn errno(error: &Error) -> Errno {
-    if matches!(
+    static SAID: LazyLock<Repeats> = LazyLock::new(Repeats::default);
+    let is_hosts = matches!(
         error.errno,
         libc::EIO | libc::ENOSYS | libc::EUCLEAN | libc::ESTALE
-    ) {
-        tracing::warn!(%error, "an operation failed");
-    } else {
-        tracing::debug!(%error, "an operation failed");
+    );
+    let admitted = is_hosts.then(|| SAID.admit(&error.to_string(), Instant::now()));
+    match admitted.flatten() {
+        Some(0) => tracing::warn!(%error, "an operation failed"),
+        Some(missed) => {
+            tracing::warn!(%error, "an operation failed, and {missed} like it since that was said last");
+        }
+        None => tracing::debug!(%error, "an operation failed"),
     }
     convert::errno(error.errno)
 }

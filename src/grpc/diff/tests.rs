@@ -24,22 +24,20 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Digest of no bytes.
 const NOTHING: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
-/// A containerd that tells what it is asked and gives out leases, but does not answer anything of contents.
+/// Leases or contents of a containerd that tells what it is asked and gives out leases, but does not answer anything of
+/// contents.
 #[derive(Clone)]
-struct Leases(UnboundedSender<String>);
+struct Containerd<const LEASES: bool>(UnboundedSender<String>);
 
-#[derive(Clone)]
-struct Contents(UnboundedSender<String>);
-
-impl NamedService for Leases {
+impl NamedService for Containerd<true> {
     const NAME: &'static str = "containerd.services.leases.v1.Leases";
 }
 
-impl NamedService for Contents {
+impl NamedService for Containerd<false> {
     const NAME: &'static str = "containerd.services.content.v1.Content";
 }
 
-impl TowerService<http::Request<Body>> for Leases {
+impl<const LEASES: bool> TowerService<http::Request<Body>> for Containerd<LEASES> {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = BoxFuture<Self::Response, Infallible>;
@@ -50,45 +48,38 @@ impl TowerService<http::Request<Body>> for Leases {
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let asked = self.0.clone();
-        Box::pin(async move {
-            let is_create = request.uri().path().ends_with("/Create");
-            if is_create {
-                let mut server = Grpc::new(ProstCodec::default());
-                let create = service_fn(move |request: Request<leases::CreateRequest>| {
-                    let told = asked.send(format!("create {}", request.get_ref().id));
-                    async move {
-                        told.unwrap();
-                        Ok::<_, Status>(Response::new(leases::CreateResponse::default()))
-                    }
-                });
-                return Ok(server.unary(create, request).await);
-            }
-            let mut server = Grpc::new(ProstCodec::default());
-            let delete = service_fn(move |request: Request<leases::DeleteRequest>| {
-                let told = asked.send(format!("delete {}", request.get_ref().id));
-                async move {
-                    told.unwrap();
-                    Ok::<_, Status>(Response::new(()))
-                }
-            });
-            Ok(server.unary(delete, request).await)
-        })
-    }
-}
-
-impl TowerService<http::Request<Body>> for Contents {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let (_, what) = request.uri().path().rsplit_once('/').unwrap();
-        self.0.send(what.to_owned()).unwrap();
-        Box::pin(std::future::pending())
+        let what = what.to_owned();
+        Box::pin(async move {
+            match what.as_str() {
+                "Create" => {
+                    let create = service_fn(move |request: Request<leases::CreateRequest>| {
+                        let told = asked.send(format!("create {}", request.get_ref().id));
+                        async move {
+                            told.unwrap();
+                            Ok::<_, Status>(Response::new(leases::CreateResponse::default()))
+                        }
+                    });
+                    let mut server = Grpc::new(ProstCodec::default());
+                    Ok(server.unary(create, request).await)
+                }
+                "Delete" => {
+                    let delete = service_fn(move |request: Request<leases::DeleteRequest>| {
+                        let told = asked.send(format!("delete {}", request.get_ref().id));
+                        async move {
+                            told.unwrap();
+                            Ok::<_, Status>(Response::new(()))
+                        }
+                    });
+                    let mut server = Grpc::new(ProstCodec::default());
+                    Ok(server.unary(delete, request).await)
+                }
+                _ => {
+                    asked.send(what).unwrap();
+                    std::future::pending().await
+                }
+            }
+        })
     }
 }
 
@@ -97,8 +88,8 @@ fn containerd(socket: &Path) -> UnboundedReceiver<String> {
     let (tell, asked) = unbounded_channel();
     let listener = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
     let server = tonic::transport::Server::builder()
-        .add_service(Leases(tell.clone()))
-        .add_service(Contents(tell))
+        .add_service(Containerd::<true>(tell.clone()))
+        .add_service(Containerd::<false>(tell))
         .serve_with_incoming(listener);
     tokio::spawn(async { server.await.unwrap() });
     asked

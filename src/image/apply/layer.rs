@@ -14,6 +14,7 @@ use crate::cow::{
     Caller, FileKind, NodeId, SetAttr, SetTime, SetXattrMode, Timestamp, Union, union,
 };
 use crate::store::ingest;
+use crate::store::layer::index::LARGEST_XATTR;
 
 const BUFFER: usize = 1 << 20;
 const WHITEOUT: &[u8] = b".wh.";
@@ -21,8 +22,6 @@ const WHITEOUT: &[u8] = b".wh.";
 const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 const LONGEST_NAME: usize = 255;
-/// What setxattr(2) takes.
-const LARGEST_XATTR: usize = 64 << 10;
 /// The last second that fits in 64 bits of nanoseconds; containerd takes later ones for damage.
 const LATEST_SECOND: i64 = i64::MAX / 1_000_000_000;
 

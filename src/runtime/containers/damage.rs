@@ -37,6 +37,11 @@ impl Containers {
         Ok(found)
     }
 
+    /// How many containers there are besides those that are known: their records could not be used when plyd started.
+    pub fn unusable(&self) -> usize {
+        self.0.table.lock().damaged.len()
+    }
+
     /// Writes records anew that cannot be used, or are gone, of containers that are known all the same; says what they are of,
     /// in words.
     pub async fn mend_records(&self) -> Result<Vec<String>> {

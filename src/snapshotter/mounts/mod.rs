@@ -23,6 +23,7 @@
 mod copies;
 mod end;
 mod process;
+mod refresh;
 mod seal;
 
 use std::collections::HashMap;

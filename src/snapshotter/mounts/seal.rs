@@ -69,9 +69,16 @@ impl Mounts {
     }
 }
 
+const LEFT: &str = " (left)";
+
 /// The name of a mount that goes on after its snapshot was committed.
 fn left_of(id: &str) -> String {
-    format!("{id} (left)")
+    format!("{id}{LEFT}")
+}
+
+/// The snapshot of a mount, also if that goes on after its snapshot was committed.
+pub(super) fn snapshot_of(name: &str) -> &str {
+    name.strip_suffix(LEFT).unwrap_or(name)
 }
 
 impl Live {

@@ -65,6 +65,23 @@ fn unpack_image(snapshots: &Snapshotter) {
     }
 }
 
+/// Layers on each other, the lowest first, as `image load` has them; each has a file of its own name.
+fn load(snapshots: &Snapshotter, names: &[&str]) {
+    let mut parent = None;
+    for name in names {
+        let stream = tar([*name], None);
+        let layer = (&*stream, &Expected::default());
+        let labels = BTreeMap::new();
+        snapshots
+            .commit_layer(Owner::Image, name, parent.as_ref(), labels, layer, &())
+            .unwrap();
+        parent = Some(ParentRef {
+            owner: Owner::Image,
+            key: (*name).to_owned(),
+        });
+    }
+}
+
 /// The views on the disk.
 fn views(place: &Place) -> HashSet<PathBuf> {
     let dir = fs::read_dir(place.root().join("store/views")).unwrap();
@@ -95,21 +112,10 @@ fn a_layer_costs_its_own_entries_however_many_lie_below_it() {
     prepare(&snapshots, "container", Some("10"));
     look(&snapshots, "container");
     assert_eq!(merged(), BASE as u64 + 10);
-    // As `image load` has it.
-    let mut parent = None;
-    for number in 0..5 {
-        let (name, file) = (format!("image{number}"), format!("other{number}"));
-        let stream = tar([&*file], None);
-        let layer = (&*stream, &Expected::default());
-        let labels = BTreeMap::new();
-        snapshots
-            .commit_layer(Owner::Image, &name, parent.as_ref(), labels, layer, &())
-            .unwrap();
-        parent = Some(ParentRef {
-            owner: Owner::Image,
-            key: name,
-        });
-    }
+    load(
+        &snapshots,
+        &["image0", "image1", "image2", "image3", "image4"],
+    );
     assert_eq!(merged(), BASE as u64 + 15);
     assert_eq!(views(&place).len(), 1);
 }
@@ -203,19 +209,7 @@ fn what_is_of_use_is_told_by_what_was_read_once() {
 fn the_top_of_an_image_keeps_its_view_whatever_lies_on_it() {
     let place = Place::new();
     let snapshots = place.open();
-    let mut parent = None;
-    for name in ["base", "top"] {
-        let stream = tar([name], None);
-        let layer = (&*stream, &Expected::default());
-        let labels = BTreeMap::new();
-        snapshots
-            .commit_layer(Owner::Image, name, parent.as_ref(), labels, layer, &())
-            .unwrap();
-        parent = Some(ParentRef {
-            owner: Owner::Image,
-            key: name.to_owned(),
-        });
-    }
+    load(&snapshots, &["base", "top"]);
     let found = snapshots.catalog.resolve(Owner::Image, "base").unwrap();
     snapshots.below(&found).unwrap();
     snapshots.set_tops(Some(HashSet::from(["base".to_owned()])));

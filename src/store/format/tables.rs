@@ -247,7 +247,7 @@ impl Tables {
         let start = self.texts.len() as u64;
         if start + text.len() as u64 > u64::from(u32::MAX) {
             return Err(refused(
-                b"(all entries)",
+                b"",
                 "link targets and extended attributes have more than 4 GiB together",
             ));
         }
@@ -398,7 +398,7 @@ pub(in crate::store) fn next(bytes: &[u8], section: Section) -> Result<u32> {
     match u32::try_from(bytes.len() / section.record()) {
         Ok(number) if number < u32::MAX - 2 => Ok(number),
         _ => Err(refused(
-            b"(all entries)",
+            b"",
             format!("there are more than 4 billion records of the section {section:?}"),
         )),
     }

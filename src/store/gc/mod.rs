@@ -147,7 +147,7 @@ impl Layers {
     }
 
     /// Collects only views that are of no use, which does not look at what lies in the store.
-    pub fn collect_chains(&self) -> Collected {
+    pub fn collect_useless_views(&self) -> Collected {
         let _one_at_a_time = self.collecting.lock();
         let mut collected = Collected::default();
         self.collect_useless(false, &mut collected);

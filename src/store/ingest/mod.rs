@@ -18,6 +18,7 @@ mod source;
 use std::io::{self, Read};
 use std::path::Path;
 
+use super::compression::Compressor;
 use super::error::{Error, Result, printable, refused};
 use super::format::Time;
 use super::format::tables::Extent;
@@ -85,13 +86,29 @@ pub struct Settings {
     pub limits: Limits,
 }
 
+/// Threads that hash and compress, unless more are asked for: each takes a megabyte, and one hands over what they do.
+const MOST_DEFAULT_WORKERS: usize = 32;
+
+impl Settings {
+    /// Bytes of memory with which an import can do: contents on their way, each as large as a packed one may be, one more for each
+    /// worker, and what the workers need for compressing them.
+    pub fn least_memory(&self) -> io::Result<u64> {
+        const ON_THEIR_WAY: u64 = 8;
+        let workers = self.workers as u64;
+        let compressing = Compressor::memory(self.level, self.small.max(1))?;
+        Ok(self.small * (ON_THEIR_WAY + workers) + compressing * workers)
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
             small: 128 << 10,
             plain: false,
             level: 1,
-            workers: std::thread::available_parallelism().map_or(1, usize::from),
+            workers: std::thread::available_parallelism()
+                .map_or(1, usize::from)
+                .min(MOST_DEFAULT_WORKERS),
             memory: 256 << 20,
             limits: Limits::default(),
         }
@@ -220,8 +237,9 @@ impl<R: Read> Layer<'_, R> {
             let problem = format!("its extended attribute {name} has more than {most}");
             return Err(refused(&entry.path, problem));
         }
-        let bad = |(name, value): &&(Vec<u8>, Vec<u8>)| name == CAPABILITY && !is_capability(value);
-        if entry.xattrs.iter().any(|xattr| bad(&xattr)) {
+        let is_bad =
+            |(name, value): &(Vec<u8>, Vec<u8>)| name == CAPABILITY && !is_capability(value);
+        if entry.xattrs.iter().any(is_bad) {
             let problem =
                 "its extended attribute security.capability is none that the kernel knows";
             return Err(refused(&entry.path, problem));

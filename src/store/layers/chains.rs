@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -14,14 +15,12 @@ use super::Layers;
 use crate::store::error::Result;
 use crate::store::format::{LayerName, Time, ViewKey};
 use crate::store::layer::index::Attributes;
-use crate::store::view::Merged;
+use crate::store::view::{MISSING_DIRECTORY, Merged};
 
 /// How long a tree waits for the next layer.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Objects of the largest tree that waits. Each takes about 250 bytes.
-const MOST_OBJECTS: usize = 250_000;
-/// Mode of a root that no layer mentions.
-const ROOT_MODE: u16 = 0o755;
+/// Bytes of the largest tree that waits, which are a quarter of a million objects of usual names.
+const LARGEST: usize = 64 << 20;
 
 /// Who knows which chains may be mounted soon.
 pub trait Chains: fmt::Debug + Send + Sync {
@@ -47,8 +46,10 @@ impl fmt::Debug for Merging {
 impl Merging {
     /// Keeps a tree for the next layer on it, unless it is too large to keep.
     pub(super) fn keep(&self, merged: Merged) {
-        if merged.objects() <= MOST_OBJECTS {
-            *self.waiting.lock() = Some((merged, Instant::now()));
+        if merged.bytes() <= LARGEST {
+            let before = self.waiting.lock().replace((merged, Instant::now()));
+            // Not with the lock: there may be many objects.
+            drop(before);
         }
     }
 
@@ -100,7 +101,7 @@ impl Layers {
             }
         }
         Ok(Attributes {
-            mode: libc::S_IFDIR as u16 | ROOT_MODE,
+            mode: libc::S_IFDIR as u16 | MISSING_DIRECTORY,
             uid: 0,
             gid: 0,
             mtime: Time::default(),
@@ -117,8 +118,8 @@ impl Layers {
         drop(late);
     }
 
-    /// Has a collection take away the views that are of no use. All are until this is called.
-    pub fn ask_for_chains(&self, chains: std::sync::Arc<dyn Chains>) {
+    /// Says who knows which views are of use. Until then no collection takes one for useless.
+    pub fn set_chains(&self, chains: Arc<dyn Chains>) {
         // There is one who knows.
         let _ = self.chains.set(chains);
     }
@@ -139,5 +140,17 @@ impl Layers {
         self.merging
             .entries
             .load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Whether a tree waits for the next layer.
+    pub(in crate::store) fn has_merged(&self) -> bool {
+        self.merging.waiting.lock().is_some()
+    }
+
+    /// As if the tree that waits had done so for as long as one does.
+    pub(in crate::store) fn forget_time_of_merge(&self) {
+        if let Some((_, since)) = &mut *self.merging.waiting.lock() {
+            *since = since.checked_sub(PATIENCE).unwrap();
+        }
     }
 }

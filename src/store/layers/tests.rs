@@ -401,6 +401,7 @@ fn every_damaged_byte_of_a_store_is_an_error_or_changes_nothing() {
                             Error::Damaged { .. }
                                 | Error::Unsupported { .. }
                                 | Error::NoLayer { .. }
+                                | Error::Entry { .. }
                         ),
                     "{} byte {at}: {error}",
                     path.display()

@@ -31,6 +31,8 @@ pub(super) struct OpenPacks {
     used: VecDeque<OpenPack>,
     /// Those that were found astray, the last one at the end.
     astray: VecDeque<OpenPack>,
+    /// Those among the used ones that were not on the disk any more when somebody looked.
+    gone: BTreeSet<PackId>,
 }
 
 impl OpenPacks {
@@ -49,6 +51,25 @@ impl OpenPacks {
         }
         keep(&mut self.astray, found);
         None
+    }
+
+    /// For who reads on what it has open, once the store was mended: closes packs in whose places other files lie, and notes
+    /// those in whose places nothing does.
+    pub(super) fn refresh(&mut self, path_of: impl Fn(PackId) -> PathBuf) {
+        self.gone.clear();
+        self.used.retain(|(id, file)| {
+            let path = path_of(*id);
+            let is_gone = !path.exists();
+            if is_gone {
+                self.gone.insert(*id);
+            }
+            is_gone || lies_at(file, &path)
+        });
+    }
+
+    /// Whether a pack that may be open was not on the disk any more when the store was last mended.
+    pub(super) fn is_gone(&self, id: PackId) -> bool {
+        self.gone.contains(&id)
     }
 
     /// Keeps one that was opened.
@@ -138,8 +159,9 @@ impl Objects {
             }
             Err(error) => (false, error.is_not_found()),
         };
-        let is_worse = is_worse && !open.is_empty();
-        if is_worse {
+        if is_as_good {
+            self.open.lock().forget_astray(|astray| astray == id);
+        } else if is_worse && !open.is_empty() {
             let new = tmp.join(format!("again-{:032x}", rand::random::<u128>()));
             let written = copy(file, &new).and_then(|()| fs::rename(&new, &path));
             if written.is_err() {
@@ -148,14 +170,11 @@ impl Objects {
             }
             written.map_err(io_error("make", &path))?;
             sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))?;
-        }
-        if is_worse {
             // Also what was in its place till now, which may be in use.
             self.open.lock().forget(id);
-        } else if is_as_good {
-            self.open.lock().forget_astray(|astray| astray == id);
+            return Ok(Some(path));
         }
-        Ok(is_worse.then_some(path))
+        Ok(None)
     }
 
     /// What is known to be in a pack and can be read from `file`.

@@ -7,6 +7,7 @@
 mod astray;
 mod check;
 mod file;
+mod foreign;
 mod framed;
 mod restore;
 mod sweep;
@@ -34,6 +35,7 @@ use astray::OpenPacks;
 pub(super) use check::Bits;
 pub use check::{Check, FrameChecks, Verify};
 pub(super) use file::{FileWriter, FrameWriter, NewFile};
+pub(super) use foreign::{is_dir_of_files, object_in};
 use framed::FrameCache;
 pub use framed::Framed;
 pub(super) use framed::{FRAME, Frame, LARGEST as LARGEST_FRAMED};
@@ -122,7 +124,8 @@ pub struct Objects {
     /// Read when it is first needed.
     places: RwLock<Option<HashMap<ObjectName, Place>>>,
     open: Mutex<OpenPacks>,
-    frames: Arc<FrameCache>,
+    /// Those who have an object open keep the one that was here then.
+    frames: Mutex<Arc<FrameCache>>,
     /// Whether it is this process that collects, and so knows all places.
     collects: bool,
     /// What must not be collected, though no layer may name it yet.
@@ -144,7 +147,7 @@ impl Objects {
             files: dir.join("objects"),
             places: RwLock::new(None),
             open: Mutex::default(),
-            frames: Arc::default(),
+            frames: Mutex::default(),
             collects: false,
             relied: Mutex::default(),
             restorations: AtomicUsize::new(0),
@@ -196,7 +199,7 @@ impl Objects {
             };
             match fs::metadata(&path) {
                 Ok(_) => return Ok(()),
-                Err(failed) => error = io_error("look for", &path)(failed),
+                Err(failed) => error = io_error("open", &path)(failed),
             }
             tried = Some(place);
         }
@@ -213,6 +216,12 @@ impl Objects {
     pub fn open(&self, object: &Object, place: Option<Place>, check: &Check) -> Result<Content> {
         let mut tried = None;
         let mut next = place;
+        if let Some(Place::Packed { pack, .. }) = place
+            && self.open.lock().is_gone(pack)
+        {
+            // What is open of it may be what was mended elsewhere since, or all that is left.
+            next = self.find(&object.name)?.or(place);
+        }
         let mut error = None;
         let mut loaded = false;
         // A collection may bring the object to another pack between a look and a try, but not often.
@@ -306,7 +315,8 @@ impl Objects {
         let mut file = self.open_at(&path).map_err(io_error("open", &path))?;
         let length = file.metadata().map_err(io_error("look at", &path))?.len();
         if length != object.size {
-            let framed = Framed::open(&path, file, length, object, check, &self.frames)?;
+            let frames = Arc::clone(&self.frames.lock());
+            let framed = Framed::open(&path, file, length, object, check, &frames)?;
             return Ok(Content::Framed(Arc::new(framed)));
         }
         if check.is_due() {
@@ -421,6 +431,13 @@ impl Objects {
         Ok(())
     }
 
+    /// Forgets where objects were found and what was read of them, because the process that changes the store has mended it.
+    pub(super) fn refresh(&self) {
+        *self.places.write() = None;
+        *self.frames.lock() = Arc::default();
+        self.open.lock().refresh(|id| self.pack_path(id));
+    }
+
     /// Whether a pack has come or gone since the places were read.
     fn is_out_of_date(&self) -> bool {
         *self.read_at.lock() != self.changed_at()
@@ -463,12 +480,9 @@ impl Objects {
                 Err(error) => return Err(error),
             }
         }
-        for dir in names(&self.files)? {
-            for name in names(&self.files.join(dir))? {
-                if let Ok(name) = name.parse() {
-                    places.insert(name, Place::File);
-                }
-            }
+        for dir in self.file_dirs()? {
+            let files = self.files_in(&dir)?.into_iter();
+            places.extend(files.map(|name| (name, Place::File)));
         }
         Ok(places)
     }

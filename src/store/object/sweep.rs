@@ -137,11 +137,6 @@ impl Objects {
             .collect())
     }
 
-    /// The directories that objects which are files lie in.
-    pub(in crate::store) fn file_dirs(&self) -> Result<Vec<String>> {
-        names(&self.files)
-    }
-
     /// The place of a pack.
     pub(in crate::store) fn pack_path(&self, id: PackId) -> PathBuf {
         self.packs.join(id.file_name())
@@ -291,12 +286,8 @@ impl Objects {
         dry: bool,
         told: &mut dyn FnMut(PathBuf, u64),
     ) -> Result<()> {
-        let dir = self.files.join(dir);
-        let mut dead: Vec<ObjectName> = names(&dir)?
-            .iter()
-            .filter_map(|name| name.parse().ok())
-            .filter(|name| !live.contains(name))
-            .collect();
+        let mut dead = self.files_in(dir)?;
+        dead.retain(|name| !live.contains(name));
         {
             let mut places = self.places.write();
             let relied = self.relied.lock();

@@ -1,4 +1,5 @@
 mod packs;
+mod refresh;
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -276,29 +277,29 @@ fn a_pack_with_a_damaged_header_loses_nothing_that_can_be_read() {
     }
 }
 
+/// The view of the layer of `FILES`, as a plyfs opens it.
+fn view_of(store: &Store, verify: Verify) -> View {
+    let chain = [store.layer];
+    let made = store.layers.view(&chain, verify).unwrap();
+    let objects = Arc::new(Objects::new(store.dir.path()));
+    View::open(made.path(), ViewKey::of(&chain), objects, verify).unwrap()
+}
+
+fn read(view: &View, name: &str) -> Result<Vec<u8>> {
+    let root = view.inode(View::ROOT)?;
+    let entry = view.lookup(&root, name.as_bytes())?.unwrap();
+    let inode = view.inode(entry.inode)?;
+    let file = view.open_file(&inode)?;
+    let mut bytes = vec![0; inode.size as usize];
+    view.read_at(&file, &mut bytes, 0)?;
+    Ok(bytes)
+}
+
 #[test]
 fn an_open_view_reads_what_was_restored() {
     let store = Store::new();
-    let chain = [store.layer];
-    let path = store
-        .layers
-        .view(&chain, Verify::First)
-        .unwrap()
-        .path()
-        .to_owned();
-    // As a plyfs opens it.
-    let objects = Arc::new(Objects::new(store.dir.path()));
-    let key = ViewKey::of(&chain);
-    let view = View::open(&path, key, objects, Verify::First).unwrap();
-    let read = |name: &str| {
-        let root = view.inode(View::ROOT).unwrap();
-        let entry = view.lookup(&root, name.as_bytes()).unwrap().unwrap();
-        let inode = view.inode(entry.inode).unwrap();
-        let file = view.open_file(&inode)?;
-        let mut bytes = vec![0; inode.size as usize];
-        view.read_at(&file, &mut bytes, 0)?;
-        Ok::<_, Error>(bytes)
-    };
+    let view = view_of(&store, Verify::First);
+    let read = |name: &str| read(&view, name);
     for at in [500, 4000] {
         flip(&store.file("packs"), at);
     }

@@ -54,6 +54,11 @@ impl Effort {
         within(self.held, most, problem)
     }
 
+    /// What was kept so.
+    pub(super) fn held(&self) -> usize {
+        self.held as usize
+    }
+
     /// An object has so many bytes of extended attributes.
     pub(super) fn attributes(&self, bytes: usize) -> Result<(), &'static str> {
         let problem = "it has more than 1 MiB of extended attributes";

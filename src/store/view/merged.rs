@@ -37,9 +37,9 @@ impl Merged {
         &self.layers
     }
 
-    /// Objects that were ever made in it: what it takes in memory grows with them.
-    pub(in crate::store) fn objects(&self) -> usize {
-        self.tree.len()
+    /// About how many bytes it takes in memory.
+    pub(in crate::store) fn bytes(&self) -> usize {
+        self.tree.bytes()
     }
 
     /// Says in the log what of the topmost layer no mount will show.
@@ -65,7 +65,7 @@ impl Merged {
         let number = u16::try_from(self.layers.len()).ok();
         let Some(number) = number.filter(|number| usize::from(*number) < MOST_LAYERS) else {
             let problem = format!("a chain of more than {MOST_LAYERS} layers is too long");
-            return Err(refused(b"(all entries)", problem));
+            return Err(refused(b"", problem));
         };
         self.tree.apply(layer, number)?;
         self.layers.push(layer.name());

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::error::{Result, damaged, io_error};
 use super::format::index_file::{IndexFile, Kind, Section};
@@ -36,6 +36,7 @@ pub(super) use build::{build, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
 pub(super) use merged::Merged;
+pub(super) use tree::MISSING_DIRECTORY;
 
 /// A name in a directory of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,12 +101,43 @@ pub struct View {
     file: IndexFile,
     objects: Arc<Objects>,
     verify: Verify,
-    /// Objects that were compared with their names as a whole, and what is known of the others, which are in frames.
-    verified: Bits,
-    frames: Mutex<HashMap<u32, Arc<FrameChecks>>>,
+    /// Another one takes its place when the store was mended: what is found out till then of what was opened before counts for nothing.
+    known: RwLock<Arc<Known>>,
     /// Objects that could not be used when they were last read, and their number for whoever only asks for that.
     damaged: Mutex<HashSet<u32>>,
     damage: AtomicUsize,
+}
+
+/// What is known of contents by the numbers of their objects.
+#[derive(Debug)]
+struct Known {
+    /// Those that were compared with their names as a whole.
+    verified: Bits,
+    /// The others, which are in frames.
+    frames: Mutex<HashMap<u32, Arc<FrameChecks>>>,
+}
+
+impl Known {
+    /// Nothing, of as many objects as `file` has.
+    fn nothing(file: &IndexFile) -> Arc<Self> {
+        Arc::new(Self {
+            verified: Bits::new(u64::from(file.count(Section::Objects))),
+            frames: Mutex::default(),
+        })
+    }
+
+    /// Has all who read an object, at once or one after the other, know the same of its frames.
+    fn share(&self, number: u32, framed: &mut Arc<Framed>) {
+        let mut frames = self.frames.lock();
+        let known = frames
+            .entry(number)
+            .or_insert_with(|| Arc::clone(framed.checks()));
+        // Nobody else has yet what was just opened.
+        let is_shared = Arc::get_mut(framed).is_some_and(|framed| framed.share(known));
+        if !is_shared {
+            *known = Arc::clone(framed.checks());
+        }
+    }
 }
 
 impl AsFd for View {
@@ -125,13 +157,11 @@ impl View {
         if file.identity().key != key.0 {
             return Err(file.damaged("it is the view of another chain"));
         }
-        let verified = Bits::new(u64::from(file.count(Section::Objects)));
         let view = Self {
+            known: RwLock::new(Known::nothing(&file)),
             file,
             objects,
             verify,
-            verified,
-            frames: Mutex::default(),
             damaged: Mutex::default(),
             damage: AtomicUsize::new(0),
         };
@@ -333,6 +363,14 @@ impl View {
         self.file.verify_all()
     }
 
+    /// Has contents be compared once more when they are read next, and looked for where they are now, as if the view was opened only
+    /// then: the process that changes the store has mended it. Whoever has a file open goes on with what that was. Of the
+    /// index nothing is forgotten: a page that was mended is seen as it is, and one that was not may be sound in what is read of it.
+    pub fn refresh(&self) {
+        self.objects.refresh();
+        *self.known.write() = Known::nothing(&self.file);
+    }
+
     /// Whether something that was read of its index was not sound when it was last read.
     pub fn is_damaged(&self) -> bool {
         self.file.is_damaged()
@@ -362,39 +400,27 @@ impl View {
     fn content(&self, number: u32) -> Result<Content> {
         let object = self.file.object(number)?;
         let place = self.place(number, &object)?;
+        let known = Arc::clone(&self.known.read());
         let check = Check::Parts {
             verify: self.verify,
-            known: self.verified.get(u64::from(number)),
-            frames: self.frames.lock().get(&number).cloned(),
+            known: known.verified.get(u64::from(number)),
+            frames: known.frames.lock().get(&number).cloned(),
         };
         let mut content = self.objects.open(&object, place, &check);
         match &mut content {
             Ok(Content::Framed(framed)) => {
-                self.share(number, framed);
+                known.share(number, framed);
                 self.note(number, !framed.checks().has_failed());
             }
             Ok(Content::Bytes(_) | Content::File(_)) => {
                 self.note(number, true);
                 if self.verify == Verify::First {
-                    self.verified.set(u64::from(number));
+                    known.verified.set(u64::from(number));
                 }
             }
             Err(_) => self.note(number, false),
         }
         content
-    }
-
-    /// Has all who read an object, at once or one after the other, know the same of its frames.
-    fn share(&self, number: u32, framed: &mut Arc<Framed>) {
-        let mut frames = self.frames.lock();
-        let known = frames
-            .entry(number)
-            .or_insert_with(|| Arc::clone(framed.checks()));
-        // Nobody else has yet what was just opened.
-        let is_shared = Arc::get_mut(framed).is_some_and(|framed| framed.share(known));
-        if !is_shared {
-            *known = Arc::clone(framed.checks());
-        }
     }
 
     /// Notes whether an object could be used.

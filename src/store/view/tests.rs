@@ -540,3 +540,32 @@ fn what_entries_ask_for_is_bounded_by_their_number() {
     }
     refused(stream, "d: it has more than 1 MiB of extended attributes");
 }
+
+/// Few objects with much of their own stayed in memory as a small tree does.
+#[test]
+fn a_tree_that_takes_much_memory_does_not_wait_for_the_next_layer() {
+    let fixture = Fixture::new();
+    let mut stream = Stream::new();
+    for number in 0..600u32 {
+        let value = [&number.to_le_bytes()[..], &[7; 60_000]].concat();
+        stream = stream.xattrs(&[("user.a", &value)]);
+        stream = stream.file(&number.to_string(), "");
+    }
+    let waits = |stream: Stream| {
+        let layer = fixture.import(stream);
+        fixture.layers.check(&[layer]).unwrap();
+        fixture.layers.has_merged()
+    };
+    assert!(!waits(stream));
+    assert!(waits(Stream::new().file("f", "")));
+    // Whatever it is that is long.
+    let bytes = |stream: Stream| {
+        let layer = fixture.import(stream);
+        fixture.layers.merge(&[layer]).unwrap().bytes()
+    };
+    let little = bytes(Stream::new().link("l", "t"));
+    let long = bytes(Stream::new().link("l", &"t".repeat(81)));
+    assert_eq!(long - little, 80);
+    let long = bytes(Stream::new().link(&"l".repeat(61), "t"));
+    assert_eq!(long - little, 60);
+}

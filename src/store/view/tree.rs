@@ -22,9 +22,11 @@ use crate::store::layer::index::{Action, LONGEST_PATH, LayerEntry, LayerIndex, i
 /// As containerd's resolver.
 const MOST_LINKS: usize = 255;
 /// Mode of a directory that no layer mentions.
-const MISSING_DIRECTORY: u16 = 0o755;
+pub(in crate::store) const MISSING_DIRECTORY: u16 = 0o755;
 /// Bytes that an extended attribute takes beside its name and its value.
 pub(super) const XATTR: usize = 96;
+/// Bytes that a node takes with its place in a directory, beside what has as many as its layer says.
+const NODE: usize = 250;
 /// Not the number of a layer.
 const NO_LAYER: u16 = u16::MAX;
 
@@ -90,6 +92,8 @@ pub(super) struct Tree {
     /// Hard links of the layer at hand that go to what it has not listed yet.
     forward: Forward,
     left_out: Option<LeftOut>,
+    /// Bytes of the names, targets of links and maps of sparse files that were ever in it.
+    texts: usize,
     effort: Effort,
 }
 
@@ -106,6 +110,7 @@ impl Tree {
             removed: HashSet::new(),
             forward: Forward::default(),
             left_out: None,
+            texts: 0,
             effort: Effort::default(),
         }
     }
@@ -118,6 +123,11 @@ impl Tree {
     /// Nodes that were ever made.
     pub(super) fn len(&self) -> usize {
         self.nodes.len()
+    }
+
+    /// About how many bytes it takes in memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.nodes.len() * NODE + self.texts + self.effort.held()
     }
 
     /// A set of extended attributes, in order of their names.
@@ -200,6 +210,7 @@ impl Tree {
             layer,
             written: layer,
         };
+        self.texts += name.len();
         if let Some(directory) = self.directory_mut(above) {
             directory.children.insert(Box::from(*name), child);
         }
@@ -353,6 +364,7 @@ impl Tree {
                 layer,
                 written: if again { layer } else { NO_LAYER },
             };
+            self.texts += name.len();
             if let Some(above) = self.directory_mut(directory) {
                 above.children.insert(name.into(), child);
             }
@@ -452,6 +464,12 @@ impl Tree {
         let id = u32::try_from(self.nodes.len()).ok();
         let id = id.filter(|id| *id < u32::MAX - 2);
         let id = id.ok_or_else(|| Fault::Refused("there are too many entries".to_owned()))?;
+        self.texts += match &node.body {
+            Body::Directory(directory) => directory.name.len(),
+            Body::Symlink(target) => target.len(),
+            Body::Sparse(extents, objects) => size_of_val(&**extents) + size_of_val(&**objects),
+            Body::Whole(_) | Body::Other => 0,
+        };
         self.nodes.push(node);
         Ok(id)
     }
@@ -459,15 +477,21 @@ impl Tree {
 
 impl Node {
     fn directory(directory: Directory) -> Self {
+        let mode = libc::S_IFDIR as u16 | MISSING_DIRECTORY;
+        Self::unmentioned(mode, Body::Directory(directory))
+    }
+
+    /// One of which no entry gives attributes.
+    fn unmentioned(mode: u16, body: Body) -> Self {
         Self {
-            mode: libc::S_IFDIR as u16 | MISSING_DIRECTORY,
+            mode,
             uid: 0,
             gid: 0,
             mtime: Time::default(),
             atime: Time::default(),
             xattrs: 0,
             size: 0,
-            body: Body::Directory(directory),
+            body,
         }
     }
 }

@@ -8,7 +8,6 @@ use std::collections::HashMap;
 
 use super::{Body, Fault, Id, Node, ROOT, Tree};
 use crate::store::error::Result;
-use crate::store::format::Time;
 use crate::store::layer::index::{LayerEntry, LayerIndex};
 
 /// The links of one layer.
@@ -44,16 +43,7 @@ impl Forward {
 impl Tree {
     /// A node that stands in for the target of the hard link `entry`.
     pub(super) fn stand_in(&mut self, entry: &LayerEntry) -> Result<Id, Fault> {
-        let node = self.add(Node {
-            mode: libc::S_IFREG as u16,
-            uid: 0,
-            gid: 0,
-            mtime: Time::default(),
-            atime: Time::default(),
-            xattrs: 0,
-            size: 0,
-            body: Body::Other,
-        })?;
+        let node = self.add(Node::unmentioned(libc::S_IFREG as u16, Body::Other))?;
         self.forward.by_node.insert(node, self.forward.links.len());
         self.forward.links.push(Link {
             entry: entry.clone(),
