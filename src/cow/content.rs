@@ -31,7 +31,8 @@ impl Union {
         let node = self.node(node)?;
         let size = self.attr_of_node(&node)?.size;
         let mut parts = Vec::new();
-        let stored = match node.in_upper() {
+        // Of what others may be writing nobody knows what will lie below when it is read.
+        let stored = match node.in_upper() || self.reads_upper {
             true => None,
             false => Self::data_of(&node)?,
         };

@@ -234,9 +234,9 @@ impl Union {
                 sealed,
             }
         } else {
-            let lower = node.place.read().lowers.last().cloned();
-            match lower {
-                Some(lower) => Backing::Lower(lower.object.open()?),
+            let lowers = node.place.read().lowers.clone();
+            match lowers.first().zip(lowers.last()) {
+                Some((top, data)) => Backing::Lower(top.object.open_over(&*data.object)?),
                 // Copied up since we looked.
                 None if node.in_upper() => return self.io(node, write),
                 None => return Err(Errno::EIO.into()),

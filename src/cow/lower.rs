@@ -100,6 +100,11 @@ pub trait LowerObject: Send + Sync {
     fn xattr_names(&self) -> Result<Vec<OsString>>;
     /// Opens a regular file for reading.
     fn open(&self) -> Result<Arc<dyn LowerFile>>;
+    /// Opens a regular file for reading whose data the layers below have as `data`, which is the object itself if they have
+    /// none of it.
+    fn open_over(&self, data: &dyn LowerObject) -> Result<Arc<dyn LowerFile>> {
+        data.open()
+    }
     /// Which inode of a merged view it is, if the layer is one, and, of a regular file, where its content lies.
     fn stored(&self) -> Result<Option<Stored>> {
         Ok(None)

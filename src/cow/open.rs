@@ -86,7 +86,8 @@ impl Union {
             )?;
         }
         let mut lowers: Vec<Box<dyn Lower>> = Vec::new();
-        let opened = DirLower::open_all(&config.lowers, family, &budget);
+        let work = config.lower_work.as_deref();
+        let opened = DirLower::open_all(&config.lowers, work, family, &budget);
         for (path, opened) in config.lowers.iter().zip(opened) {
             let lower = opened.map_err(|source| OpenError::Lower {
                 path: path.clone(),
@@ -145,6 +146,7 @@ impl Union {
             busy_count: std::sync::atomic::AtomicUsize::new(0),
             on_side_effect: std::sync::OnceLock::new(),
             lowers,
+            reads_upper: config.lower_work.is_some(),
             upper,
         };
         union.add_root(&config)?;

@@ -40,6 +40,8 @@ pub struct Union {
     pub(super) origin_numbers: bool,
     /// The topmost first.
     pub(super) lowers: Vec<Box<dyn Lower>>,
+    /// The topmost is the upper of others (`UnionConfig::lower_work`).
+    pub(super) reads_upper: bool,
     pub(super) upper: Option<Upper>,
     pub(super) numbers: Numbers,
     pub(super) table: Table,

@@ -1,7 +1,7 @@
 //! What lies below a snapshot: directories, and below them packed layers as one merged view.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::catalog::Found;
@@ -18,6 +18,8 @@ pub(super) struct Below {
     pub(super) lowers: Vec<PathBuf>,
     /// The packed ones, which lie below all directories.
     pub(super) view: Option<Arc<View>>,
+    /// The work directory of the topmost directory, if that is the upper of an active snapshot, which may be mounted.
+    pub(super) work: Option<PathBuf>,
 }
 
 impl Below {
@@ -29,9 +31,18 @@ impl Below {
     pub(super) fn union(self) -> UnionConfig {
         UnionConfig {
             lowers: self.lowers,
+            lower_work: self.work,
             view: self.view,
             ..UnionConfig::default()
         }
+    }
+
+    /// These with the upper of the active snapshot in `dir` on top, to be read whoever uses it.
+    pub(super) fn under_upper(&self, dir: &Path) -> Self {
+        let mut all = self.clone();
+        all.lowers.insert(0, dir.join("upper"));
+        all.work = Some(dir.join("work"));
+        all
     }
 }
 
@@ -74,6 +85,7 @@ impl Snapshotter {
         Ok(Below {
             lowers: self.lowers_in(found, &ancestors),
             view: self.packed.view(packed_in(found, &ancestors))?,
+            work: None,
         })
     }
 

@@ -4,9 +4,10 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::types::{Error, Kind, Owner, Result, io_error, plyfs_error};
+use super::types::{Kind, Owner, Result, io_error, plyfs_error};
 use super::{Found, Snapshotter};
-use crate::cow::export::{Links, copy_index, copy_layer, copy_view, escaped};
+use crate::cow::Union;
+use crate::cow::export::{Links, copy_index, copy_layer, copy_upper, copy_view, escaped};
 
 /// Directories that kernel overlayfs mounts.
 #[derive(Clone, Debug)]
@@ -58,14 +59,11 @@ impl Snapshotter {
 
     fn export_into(&self, found: &Found, dir: &Path) -> Result<ExportedOverlay> {
         let mut links = Links::default();
-        let copy = |from: &Path, to: &Path, links: &mut Links| -> Result<(), Error> {
-            copy_layer(from, to, links).map_err(io_error("copy", from))
-        };
         let below = self.below(found)?;
         let mut lowers = Vec::new();
         for layer in &below.lowers {
             let to = dir.join(format!("lower{}", lowers.len()));
-            copy(layer, &to, &mut links)?;
+            copy_layer(layer, &to, &mut links).map_err(io_error("copy", layer))?;
             lowers.push(to);
         }
         if let Some(view) = &below.view {
@@ -79,18 +77,17 @@ impl Snapshotter {
         if active {
             let data = self.data.join(&found.id);
             let from = data.join("upper");
-            // A file that is copied up in part has holes where the copy would have no map to tell of them.
-            self.complete_partial(found)?;
             self.mounts.flush(&found.id).map_err(plyfs_error(
                 "flush the mount of",
                 &from,
                 &found.record.key,
             ))?;
             let (to, work) = (dir.join("upper"), dir.join("work"));
-            copy(&from, &to, &mut links)?;
-            let index = data.join("work/index");
-            match index.exists() && !below.is_empty() {
-                true => copy_index(&index, below.view.as_deref(), &work, &links)
+            let shown = Union::open(below.under_upper(&data).union())?;
+            copy_upper(&from, &to, &mut links, &shown).map_err(io_error("copy", &from))?;
+            let original = data.join("work");
+            match original.join("index").exists() && !below.is_empty() {
+                true => copy_index(&original, below.view.as_deref(), &work, &links)
                     .map_err(io_error("copy the index of hard links of", &from))?,
                 false => fs::create_dir(&work).map_err(io_error("make", &work))?,
             }

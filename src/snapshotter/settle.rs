@@ -33,14 +33,6 @@ impl Snapshotter {
             .map_err(|error| failed(io::Error::from_raw_os_error(error.errno)))
     }
 
-    /// As `complete`, if there are files that are copied up in part: without their maps nobody can read those.
-    pub(super) fn complete_partial(&self, found: &Found) -> Result<()> {
-        match self.has_partial(found)? {
-            true => self.complete(found),
-            false => Ok(()),
-        }
-    }
-
     fn has_partial(&self, found: &Found) -> Result<bool> {
         // While there is one, this keeps kernel overlayfs from the upper (`docs/chunks.md`).
         let incompat = self.data.join(&found.id).join("work/work/incompat");

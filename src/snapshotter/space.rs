@@ -254,30 +254,31 @@ impl Snapshotter {
     }
 
     fn logical_of(&self, found: &Found, ancestors: &[&Found]) -> Result<u128> {
-        let mut lowers = self.lowers_in(found, ancestors);
-        let upper = self.data.join(&found.id).join("upper");
-        if found.record.kind == Kind::Active && !upper::is_empty(&upper)? {
-            lowers.insert(0, upper);
-        }
+        let lowers = self.lowers_in(found, ancestors);
+        let dir = self.data.join(&found.id);
+        let has_upper = found.record.kind == Kind::Active && !upper::is_empty(&dir.join("upper"))?;
         let mut chain = chain::packed_in(found, ancestors);
-        if lowers.is_empty() {
+        if lowers.is_empty() && !has_upper {
             chain.reverse();
             return self.packed.logical(&chain);
         }
-        let below = Below {
-            lowers: lowers.split_off(1),
+        let mut all = Below {
+            lowers,
             view: self.packed.view(chain.clone())?,
+            work: None,
         };
-        let own = &lowers[0];
+        if has_upper {
+            all = all.under_upper(&dir);
+        }
         // What it has itself is little, and what lies below was counted before.
-        if below.lowers.is_empty()
-            && let Some(change) = Change::of(own, below.clone())?
+        if all.lowers.len() == 1
+            && let Some(change) = Change::of(&all)?
         {
             chain.reverse();
             let before = self.packed.logical(&chain)?;
             return Ok(before.saturating_add_signed(change));
         }
-        count(&union_on(own, below)?)
+        count(&Union::open(all.union())?)
     }
 }
 
@@ -319,11 +320,6 @@ impl<'a> Held<'a> {
     }
 }
 
-fn union_on(own: &Path, mut below: Below) -> Result<Union> {
-    below.lowers.insert(0, own.to_owned());
-    Ok(Union::open(below.union())?)
-}
-
 /// What a directory in overlayfs's format changes in the bytes of a tree.
 struct Change<'a> {
     own: OwnLayer,
@@ -342,13 +338,18 @@ struct Pair {
 }
 
 impl Change<'_> {
-    /// Of `own` on what lies `below`. `None` if a file with several names is involved, which this cannot count.
-    fn of(own: &Path, below: Below) -> Result<Option<i128>> {
+    /// Of the one directory of `all` on the packed layers. `None` if a file with several names is involved, which this cannot
+    /// count.
+    fn of(all: &Below) -> Result<Option<i128>> {
+        let below = Below {
+            view: all.view.clone(),
+            ..Below::default()
+        };
         let old = match below.is_empty() {
             true => None,
-            false => Some(Union::open(below.clone().union())?),
+            false => Some(Union::open(below.union())?),
         };
-        let new = union_on(own, below)?;
+        let new = Union::open(all.clone().union())?;
         let sides = Sides::new(&new, old);
         let (new, old) = sides.roots();
         let root = Pair {
@@ -358,7 +359,7 @@ impl Change<'_> {
             unrelated: false,
         };
         let mut change = Change {
-            own: OwnLayer::open(own)?,
+            own: OwnLayer::open(&all.lowers[0])?,
             sides,
             waiting: vec![root],
             bytes: 0,

@@ -4,6 +4,7 @@
 //! - `content`: names, sizes and bytes.
 //! - `usage`: what it takes on disk.
 //! - `times`: when everything was changed.
+//! - `dirtied`: bytes of large files that are written to for the first time while somebody looks.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -51,6 +52,7 @@ macro_rules! in_every_mode {
 }
 
 mod content;
+mod dirtied;
 mod times;
 mod usage;
 

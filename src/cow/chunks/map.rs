@@ -183,8 +183,19 @@ impl Map {
         write_all(fd, &bytes, 0)
     }
 
-    /// Reads a map. None: nothing of it has reached the disk, so nothing that it knew was durable.
+    /// Reads a map, to write it from now on. None: nothing of it has reached the disk, so nothing that it knew was durable.
     pub(super) fn load(fd: BorrowedFd<'_>, run: Run) -> Result<Option<Self>> {
+        let Some((map, is_same_run)) = Self::read(fd, run)? else {
+            return Ok(None);
+        };
+        if !is_same_run {
+            map.store_live(fd)?;
+        }
+        Ok(Some(map))
+    }
+
+    /// As `load`, and changes nothing. Answers as well whether it was written in this run.
+    pub(super) fn read(fd: BorrowedFd<'_>, run: Run) -> Result<Option<(Self, bool)>> {
         let stat = fs::fstat(fd)?;
         let len = usize::try_from(stat.st_size).unwrap_or(usize::MAX);
         if len > MAX_BYTES {
@@ -240,10 +251,12 @@ impl Map {
             false => (durable.bits.clone(), durable.limit),
         };
         let map = Self::with(run, shift, covers, live, durable);
-        if !is_same_run {
-            map.store_live(fd)?;
-        }
-        Ok(Some(map))
+        Ok(Some((map, is_same_run)))
+    }
+
+    /// Bytes from `limit` on are the upper's for whoever reads by this one; its file stays as it is.
+    pub(super) fn narrow(&self, limit: u64) {
+        self.limit.fetch_min(limit, Ordering::AcqRel);
     }
 
     /// The bits before the word of which run they are, so that they never count for another.

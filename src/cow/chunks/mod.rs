@@ -9,9 +9,11 @@
 //! - `map`: the format, and what holds after a crash;
 //! - `partial`: the content of such a file: reading, writing, cutting, syncing;
 //! - `store`: the directory of the maps;
-//! - `complete`: how a file begins to be one, and how it ends.
+//! - `complete`: how a file begins to be one, and how it ends;
+//! - `foreign`: such a file of somebody else's upper, for reading.
 
 mod complete;
+mod foreign;
 mod map;
 mod partial;
 mod store;
@@ -22,6 +24,7 @@ use std::sync::{Arc, OnceLock};
 use nix::errno::Errno;
 
 use super::error::{Context, Error, Result};
+pub(super) use foreign::{content_over, mark_of};
 pub(super) use partial::Partial;
 pub(super) use store::{Maps, features_of_others};
 
@@ -134,12 +137,15 @@ impl Marked {
 pub(super) fn check_lower_mark(value: &[u8], path: impl FnOnce() -> String) -> Result<()> {
     match Marked::of(value)? {
         Marked::Metacopy => Ok(()),
-        Marked::Partial { .. } => Err(Error::new(Errno::EIO)).with_context(|| {
-            format!(
-                "{} is copied up in part; mount its layer as an upper and unmount it, which completes it",
-                path()
-            )
-        }),
+        Marked::Partial { .. } => Err(without_map(&path())),
+    }
+}
+
+/// Of a file that is copied up in part, in a layer.
+pub(super) fn without_map(path: &str) -> Error {
+    Error {
+        errno: libc::EIO,
+        context: format!("{path} is copied up in part; mount its layer as an upper and unmount it, which completes it").into(),
     }
 }
 

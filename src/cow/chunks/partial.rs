@@ -21,6 +21,13 @@ use super::{Marked, mark_with};
 use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
 
+/// The two files and the map that say which of them has a byte.
+pub(super) struct Halves<'a> {
+    pub(super) upper: BorrowedFd<'a>,
+    pub(super) lower: &'a dyn LowerFile,
+    pub(super) map: &'a Map,
+}
+
 /// An open, incompletely copied file.
 pub(in super::super) struct Partial {
     pub(super) upper: OwnedFd,
@@ -46,7 +53,79 @@ fn seek_within(end: u64, seek: impl FnOnce() -> Result<i64>, none: u64) -> Resul
     }
 }
 
+impl Halves<'_> {
+    /// Fills `buf` from `offset`; fewer bytes only at the end.
+    pub(super) fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let end = offset.saturating_add(buf.len() as u64);
+        let mut at = offset;
+        let mut done = 0;
+        while at < end {
+            let (stop, lower) = self.map.run(at, end);
+            let len = usize::try_from(stop - at).unwrap_or(usize::MAX);
+            let part = &mut buf[done..done + len];
+            let n = if lower {
+                let n = self.lower.read_at(part, at)?;
+                if n < len {
+                    return Err(Error::new(Errno::EIO))
+                        .context("a lower file is shorter than it was");
+                }
+                n
+            } else {
+                fs::pread_full(self.upper, part, at)?
+            };
+            done += n;
+            if n < len {
+                break;
+            }
+            at = stop;
+        }
+        Ok(done)
+    }
+
+    /// `SEEK_DATA` and `SEEK_HOLE`.
+    pub(super) fn seek(&self, offset: i64, whence: i32) -> Result<i64> {
+        let size = attr_of(&fs::fstat(self.upper)?).size;
+        let mut at = u64::try_from(offset).map_err(|_| Errno::ENXIO)?;
+        if at >= size {
+            return Err(Errno::ENXIO.into());
+        }
+        while at < size {
+            let (stop, lower) = self.map.run(at, size);
+            // Past the last data of a file there is a hole and no more data.
+            let none = if whence == libc::SEEK_HOLE { at } else { stop };
+            let found = if lower {
+                let offset = signed(at)?;
+                seek_within(stop, || self.lower.seek(offset, whence), none)?
+            } else {
+                self.seek_upper(at, stop, whence, none)?
+            };
+            if found < stop {
+                return signed(found);
+            }
+            at = stop;
+        }
+        if whence == libc::SEEK_HOLE {
+            signed(size)
+        } else {
+            Err(Errno::ENXIO.into())
+        }
+    }
+
+    fn seek_upper(&self, at: u64, end: u64, whence: i32, none: u64) -> Result<u64> {
+        let offset = signed(at)?;
+        seek_within(end, || Ok(fs::lseek(self.upper, offset, whence)?), none)
+    }
+}
+
 impl Partial {
+    fn halves(&self) -> Halves<'_> {
+        Halves {
+            upper: self.upper.as_fd(),
+            lower: &*self.lower,
+            map: &self.map,
+        }
+    }
+
     /// The copy in the upper.
     pub(in super::super) fn upper_fd(&self) -> BorrowedFd<'_> {
         self.upper.as_fd()
@@ -82,7 +161,7 @@ impl Partial {
         let mut at = 0;
         while let Some(start) = self.map.next_lower(at) {
             let (end, _) = self.map.run(start, limit);
-            let data = self.seek_upper(start, end, libc::SEEK_DATA, end)?;
+            let data = self.halves().seek_upper(start, end, libc::SEEK_DATA, end)?;
             if data < end {
                 self.empty(start, end);
             }
@@ -101,15 +180,6 @@ impl Partial {
         }
     }
 
-    fn seek_upper(&self, at: u64, end: u64, whence: i32, none: u64) -> Result<u64> {
-        let offset = signed(at)?;
-        seek_within(
-            end,
-            || Ok(fs::lseek(self.upper.as_fd(), offset, whence)?),
-            none,
-        )
-    }
-
     /// Whether a part of the lower could not be read: it is to be opened again.
     pub(in super::super) fn lower_has_failed(&self) -> bool {
         self.lower.has_failed()
@@ -117,30 +187,7 @@ impl Partial {
 
     /// Fills `buf` from `offset`; fewer bytes only at the end.
     pub(in super::super) fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        let end = offset.saturating_add(buf.len() as u64);
-        let mut at = offset;
-        let mut done = 0;
-        while at < end {
-            let (stop, lower) = self.map.run(at, end);
-            let len = usize::try_from(stop - at).unwrap_or(usize::MAX);
-            let part = &mut buf[done..done + len];
-            let n = if lower {
-                let n = self.lower.read_at(part, at)?;
-                if n < len {
-                    return Err(Error::new(Errno::EIO))
-                        .context("a lower file is shorter than it was");
-                }
-                n
-            } else {
-                fs::pread_full(self.upper.as_fd(), part, at)?
-            };
-            done += n;
-            if n < len {
-                break;
-            }
-            at = stop;
-        }
-        Ok(done)
+        self.halves().read_at(buf, offset)
     }
 
     /// Whether a chunk that has anything of `offset..end` in it is the lower's.
@@ -333,31 +380,7 @@ impl Partial {
 
     /// `SEEK_DATA` and `SEEK_HOLE`.
     pub(in super::super) fn seek(&self, offset: i64, whence: i32) -> Result<i64> {
-        let size = self.size()?;
-        let mut at = u64::try_from(offset).map_err(|_| Errno::ENXIO)?;
-        if at >= size {
-            return Err(Errno::ENXIO.into());
-        }
-        while at < size {
-            let (stop, lower) = self.map.run(at, size);
-            // Past the last data of a file there is a hole and no more data.
-            let none = if whence == libc::SEEK_HOLE { at } else { stop };
-            let found = if lower {
-                let offset = signed(at)?;
-                seek_within(stop, || self.lower.seek(offset, whence), none)?
-            } else {
-                self.seek_upper(at, stop, whence, none)?
-            };
-            if found < stop {
-                return signed(found);
-            }
-            at = stop;
-        }
-        if whence == libc::SEEK_HOLE {
-            signed(size)
-        } else {
-            Err(Errno::ENXIO.into())
-        }
+        self.halves().seek(offset, whence)
     }
 
     /// Makes the content durable: the data, and then the map's word for it.

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
@@ -88,6 +89,24 @@ fn names(dir: BorrowedFd<'_>) -> Result<Vec<OsString>, Errno> {
         names.push(entry.name.to_owned());
     })?;
     Ok(names)
+}
+
+/// The map of a file of an upper that somebody else may be writing to, opened for reading; none if there is no such map.
+pub(super) fn foreign_map(work: &Path, name: &OsStr) -> Result<Option<OwnedFd>> {
+    let path = work.join("work").join(INCOMPAT).join(DIRECTORY).join(name);
+    match fs::open_path(&path, libc::O_RDONLY) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(Errno::ENOENT) => Ok(None),
+        Err(errno) => Err(errno).context("opening a chunk map"),
+    }
+}
+
+/// Of a file with a mark.
+pub(super) fn missing_map() -> Error {
+    Error {
+        errno: libc::EIO,
+        context: "the chunk map of an incompletely copied file is missing; use the work directory that belongs to the upper directory".into(),
+    }
 }
 
 /// What others have put into `work/incompat`: names of features without which the upper is not to be used
@@ -177,10 +196,7 @@ impl Maps {
     ) -> Result<(OwnedFd, Arc<Map>)> {
         let mut open = self.open.lock();
         let Some(fd) = open.file(name)? else {
-            return Err(Error {
-                errno: libc::EIO,
-                context: "the chunk map of an incompletely copied file is missing; use the work directory that belongs to the upper directory".into(),
-            });
+            return Err(missing_map());
         };
         if let Some(map) = open.map(name, fd.as_fd(), self.run)? {
             return Ok((fd, map));

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use self::object::DirObject;
+pub(super) use self::object::HostFile;
 use super::adopt;
 use super::attr::{attr_of, statfs_of};
 use super::error::Result;
@@ -35,6 +36,8 @@ struct Layer {
     /// Owners and modes lie in this attribute.
     stat_override: Option<StatOverride>,
     path: PathBuf,
+    /// It is the upper of others, which may write to it, with this work directory.
+    work: Option<PathBuf>,
 }
 
 /// A host directory as a lower layer.
@@ -44,9 +47,11 @@ pub(super) struct DirLower {
 }
 
 impl DirLower {
-    /// Opens the layers at `paths`, through private read-only mounts where that is allowed.
+    /// Opens the layers at `paths`, through private read-only mounts where that is allowed. With `work`, the first is the
+    /// upper of others.
     pub(super) fn open_all(
         paths: &[PathBuf],
+        work: Option<&Path>,
         family: XattrFamily,
         budget: &Arc<Budget>,
     ) -> Vec<std::io::Result<Self>> {
@@ -61,12 +66,17 @@ impl DirLower {
         let mut mounts = mounts.into_iter();
         paths
             .iter()
-            .map(|path| Self::open(path, mounts.next().flatten(), family, budget))
+            .enumerate()
+            .map(|(n, path)| {
+                let work = work.filter(|_| n == 0);
+                Self::open(path, work, mounts.next().flatten(), family, budget)
+            })
             .collect()
     }
 
     fn open(
         path: &Path,
+        work: Option<&Path>,
         mount: Option<OwnedFd>,
         family: XattrFamily,
         budget: &Arc<Budget>,
@@ -100,6 +110,7 @@ impl DirLower {
             foreign: dialect.is_none(),
             stat_override,
             path: path.to_owned(),
+            work: work.map(Path::to_owned),
         });
         let root = Arc::new(DirObject::root(Arc::clone(&layer), attr));
         Ok(Self { layer, root })

@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use nix::errno::Errno;
 
 use super::super::attr::{attr_of, kind_of_dirent};
-use super::super::chunks::check_lower_mark;
+use super::super::chunks::{check_lower_mark, content_over};
 use super::super::error::{Context, Error, Result};
 use super::super::fdcache::Slot;
 use super::super::lower::{DirMarks, ListedKind, LowerEntry, LowerFile, LowerObject};
@@ -106,12 +106,15 @@ impl DirObject {
         {
             Ok(())
         } else {
-            Err(Error::new(Errno::EIO)).with_context(|| {
-                format!(
-                    "{} was replaced while it is a lower layer",
-                    self.host_path().display()
-                )
-            })
+            Err(self.was_replaced())
+        }
+    }
+
+    fn was_replaced(&self) -> Error {
+        let path = self.host_path();
+        Error {
+            errno: libc::EIO,
+            context: format!("{} was replaced while it is a lower layer", path.display()).into(),
         }
     }
 
@@ -299,9 +302,10 @@ impl LowerObject for DirObject {
         let directory = self.directory()?;
         let hidden = directory.hidden.contains(name);
         let absent = || Ok(hidden.then_some(LowerEntry::Whiteout));
-        if directory.names.binary_search(&hash(name)).is_err()
-            || directory.marks_by_name.contains(name)
-        {
+        // Others may have made it since.
+        let may_be_new = self.layer.work.is_some();
+        let is_listed = may_be_new || directory.names.binary_search(&hash(name)).is_ok();
+        if !is_listed || directory.marks_by_name.contains(name) {
             return absent();
         }
         let dir = self.dir_fd()?;
@@ -394,8 +398,10 @@ impl LowerObject for DirObject {
     }
 
     fn metacopy(&self) -> Result<Option<DirMarks>> {
+        // A directory that others write to may be so since it was looked at.
+        let is_live = self.layer.work.is_some();
         let impure = match &self.parent {
-            Some(parent) => parent.directory()?.impure,
+            Some(parent) => is_live || parent.directory()?.impure,
             None => false,
         };
         if !impure {
@@ -404,7 +410,9 @@ impl LowerObject for DirObject {
         let Some(mark) = self.get_xattr(self.layer.family.metacopy())? else {
             return Ok(None);
         };
-        check_lower_mark(&mark, || self.host_path().display().to_string())?;
+        if !is_live {
+            check_lower_mark(&mark, || self.host_path().display().to_string())?;
+        }
         let redirect = self.get_xattr(self.layer.family.redirect())?;
         Ok(Some(DirMarks {
             opaque: false,
@@ -450,6 +458,21 @@ impl LowerObject for DirObject {
         }))
     }
 
+    fn open_over(&self, data: &dyn LowerObject) -> Result<Arc<dyn LowerFile>> {
+        let Some(work) = &self.layer.work else {
+            return data.open();
+        };
+        let file = self.open()?;
+        let below = || {
+            let attr = data.attr()?;
+            if (data.number_space(), attr.ino) == (self.layer.dev, self.attr.ino) {
+                return Err(self.was_replaced());
+            }
+            Ok((data.open()?, attr.size))
+        };
+        content_over(file, work, self.layer.family, below)
+    }
+
     fn protection(&self) -> Result<&'static str> {
         self.with_object(flags::protection)
     }
@@ -464,11 +487,22 @@ impl LowerObject for DirObject {
 }
 
 /// An open file of the host.
-struct HostFile {
+pub(in super::super) struct HostFile {
     fd: OwnedFd,
-    /// It never changes, so the end of the file needs no second read to be known.
+    /// When it was found. A layer never changes, so the end of the file needs no second read to be known.
     size: u64,
     sealed: bool,
+}
+
+impl HostFile {
+    /// One of this length, which somebody may write to by way of it.
+    pub(in super::super) fn new(fd: OwnedFd, size: u64) -> Self {
+        Self {
+            fd,
+            size,
+            sealed: false,
+        }
+    }
 }
 
 impl LowerFile for HostFile {

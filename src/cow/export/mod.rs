@@ -3,8 +3,9 @@
 //! What only holds where a layer lies now is left out: file handles of other layers, and plywood's own marks.
 //! Whiteouts, opaque marks, redirects and files without data stay as they are, and so do escaped attributes. The
 //! index of hard links is made anew, because it names the lower files by their handles. Packed layers become one
-//! directory.
+//! directory. Files that are copied up in part have all their data in the copy, and no map.
 
+mod file;
 mod view;
 
 use std::collections::HashMap;
@@ -18,10 +19,12 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+use self::file::Over;
 use super::attr::{attr_of, timespec};
 use super::copyup::type_bits;
 use super::origin::Origin;
 use super::types::{Attr, FileKind, XattrFamily};
+use super::union::Union;
 use super::view_lower;
 use crate::store::view::View;
 use crate::sys::fs::{self, Object};
@@ -39,9 +42,19 @@ pub struct Links {
 
 pub use view::copy_view;
 
-/// Copies the layer at `from` to `to`, which must not exist. A file that changes meanwhile is copied as it is
-/// found; the caller has seen to it that what was written before is there.
+/// Copies the layer at `from` to `to`, which must not exist.
 pub fn copy_layer(from: &Path, to: &Path, links: &mut Links) -> io::Result<()> {
+    copy_tree(from, to, links, None)
+}
+
+/// As `copy_layer`, of the upper of a union that is `shown`, with that directory as its topmost lower and the upper's work
+/// directory. Others may write meanwhile: each file is copied as it is found, in part or not; the caller has seen to it that what
+/// was written before is there.
+pub fn copy_upper(from: &Path, to: &Path, links: &mut Links, shown: &Union) -> io::Result<()> {
+    copy_tree(from, to, links, Some(shown))
+}
+
+fn copy_tree(from: &Path, to: &Path, links: &mut Links, shown: Option<&Union>) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(to)?;
     let (tree, _mount) = quiet_tree(from)?;
     // Depth first, so that a directory gets its times after everything in it was made.
@@ -54,17 +67,19 @@ pub fn copy_layer(from: &Path, to: &Path, links: &mut Links) -> io::Result<()> {
         let target = open_dir(&to.join(&path))?;
         if filled {
             let attr = attr_of(&fs::fstat(source.as_fd())?);
-            copy_metadata(
-                Object::Open(source.as_fd()),
-                Object::Open(target.as_fd()),
-                &attr,
-            )?;
+            let source = Object::Open(source.as_fd());
+            copy_metadata(source, Object::Open(target.as_fd()), &attr, is_bound)?;
             continue;
         }
         pending.push((path.clone(), true));
         for name in names(source.as_fd())? {
             let at = path.join(&name);
-            if copy_entry(source.as_fd(), target.as_fd(), &name, &to.join(&at), links)? {
+            let over = match shown {
+                Some(union) => Over::Shown(union, &at),
+                None => Over::Layer(from.join(&at)),
+            };
+            let dirs = (source.as_fd(), target.as_fd());
+            if copy_entry(dirs, &name, &to.join(&at), links, &over)? {
                 pending.push((at, false));
             }
         }
@@ -96,14 +111,44 @@ fn names(dir: BorrowedFd<'_>) -> Result<Vec<OsString>, Errno> {
     Ok(names)
 }
 
-/// Copies one entry; whether it is a directory, which is still empty then.
+/// Copies one entry; whether it is a directory, which is still empty then. `over` says where it is, if
+/// it is a file that is copied up in part.
 fn copy_entry(
-    from: BorrowedFd<'_>,
-    to: BorrowedFd<'_>,
+    (from, to): (BorrowedFd<'_>, BorrowedFd<'_>),
     name: &OsStr,
     path: &Path,
     links: &mut Links,
-) -> Result<bool, Errno> {
+    over: &Over<'_>,
+) -> io::Result<bool> {
+    /// Nobody renames or replaces a file so often within so short a time.
+    const TRIES: usize = 20;
+    for _ in 1..TRIES {
+        match try_entry((from, to), name, path, links, over) {
+            Err(error) if is_gone(&error) => match fs::unlinkat(to, name) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(errno) => return Err(errno.into()),
+            },
+            done => return done,
+        }
+    }
+    try_entry((from, to), name, path, links, over)
+}
+
+/// Whether what was looked at is not there any more.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOENT | libc::ESTALE | libc::ENOTDIR)
+    )
+}
+
+fn try_entry(
+    (from, to): (BorrowedFd<'_>, BorrowedFd<'_>),
+    name: &OsStr,
+    path: &Path,
+    links: &mut Links,
+    over: &Over<'_>,
+) -> io::Result<bool> {
     let stat = match fs::fstatat(from, name) {
         // Removed since the listing.
         Err(Errno::ENOENT) => return Ok(false),
@@ -114,78 +159,39 @@ fn copy_entry(
         fs::mkdirat(to, name, 0o700)?;
         return Ok(true);
     }
-    if attr.nlink > 1 {
-        let key = (stat.st_dev, stat.st_ino);
-        if let Some(first) = links.of_files.get(&key) {
-            let first = fs::open_path(first, libc::O_PATH | libc::O_NOFOLLOW)?;
-            fs::link_fd(first.as_fd(), to, name)?;
-            return Ok(false);
-        }
-        links.of_files.insert(key, path.to_owned());
+    let key = (stat.st_dev, stat.st_ino);
+    if attr.nlink > 1
+        && let Some(first) = links.of_files.get(&key)
+    {
+        let first = fs::open_path(first, libc::O_PATH | libc::O_NOFOLLOW)?;
+        fs::link_fd(first.as_fd(), to, name)?;
+        return Ok(false);
     }
     let (source, target) = (Object::Entry(from, name), Object::Entry(to, name));
     match attr.kind {
-        FileKind::Regular => {
-            let quiet = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOATIME;
-            let content = fs::openat(from, name, quiet, 0)?;
-            if attr_of(&fs::fstat(content.as_fd())?).kind != FileKind::Regular {
-                // Replaced since it was looked at.
-                return Err(Errno::ESTALE);
-            }
-            let flags = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
-            let copy = fs::openat(to, name, flags, 0o600)?;
-            copy_content(content.as_fd(), copy.as_fd(), attr.size)?;
+        FileKind::Regular => file::copy((from, to), name, stat.st_ino, over)?,
+        FileKind::Symlink => {
+            fs::symlinkat(&source.readlink()?, to, name)?;
+            copy_metadata(source, target, &attr, is_bound)?;
         }
-        FileKind::Symlink => fs::symlinkat(&source.readlink()?, to, name)?,
-        kind => fs::mknodat(to, name, type_bits(kind) | 0o600, attr.rdev)?,
+        kind => {
+            fs::mknodat(to, name, type_bits(kind) | 0o600, attr.rdev)?;
+            copy_metadata(source, target, &attr, is_bound)?;
+        }
     }
-    copy_metadata(source, target, &attr)?;
+    if attr.nlink > 1 {
+        links.of_files.insert(key, path.to_owned());
+    }
     Ok(false)
 }
 
-/// Shares the content where the host can, else copies what is no hole.
-fn copy_content(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> Result<(), Errno> {
-    if fs::clone_content(from, to).is_ok() {
-        return Ok(());
-    }
-    fs::ftruncate(to, size)?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    loop {
-        let data = match fs::lseek(from, at, libc::SEEK_DATA) {
-            Err(Errno::ENXIO) => return Ok(()),
-            // A file system that cannot tell: all is data.
-            Err(Errno::EINVAL) => at,
-            data => data?,
-        };
-        let end = match fs::lseek(from, data, libc::SEEK_HOLE) {
-            Err(Errno::EINVAL | Errno::ENXIO) => i64::try_from(size).unwrap_or(i64::MAX),
-            end => end?,
-        };
-        at = data;
-        while at < end {
-            let offset = u64::try_from(at).map_err(|_| Errno::EIO)?;
-            let most = usize::try_from(end - at).unwrap_or(usize::MAX);
-            let most = most.min(buffer.len());
-            let got = fs::pread_full(from, &mut buffer[..most], offset)?;
-            if got == 0 {
-                return Ok(());
-            }
-            let mut done = 0;
-            while done < got {
-                let wrote = fs::pwrite_full(to, &buffer[done..got], offset + done as u64)?;
-                if wrote == 0 {
-                    return Err(Errno::ENOSPC);
-                }
-                done += wrote;
-            }
-            at += i64::try_from(got).map_err(|_| Errno::EIO)?;
-        }
-    }
-}
-
-/// Owner, mode, attributes and times, in the order in which none undoes another.
-fn copy_metadata(from: Object<'_>, to: Object<'_>, attr: &Attr) -> Result<(), Errno> {
+/// Owner, mode, attributes but those `left_out`, and times, in the order in which none undoes another.
+fn copy_metadata(
+    from: Object<'_>,
+    to: Object<'_>,
+    attr: &Attr,
+    left_out: impl Fn(&OsStr) -> bool,
+) -> Result<(), Errno> {
     to.chown(Some(attr.uid), Some(attr.gid))?;
     if attr.kind != FileKind::Symlink {
         to.chmod(u32::from(attr.perm))?;
@@ -195,7 +201,7 @@ fn copy_metadata(from: Object<'_>, to: Object<'_>, attr: &Attr) -> Result<(), Er
         names => names?,
     };
     for name in names {
-        if is_bound(&name) {
+        if left_out(&name) {
             continue;
         }
         match xattr::get(from, &name) {
@@ -221,14 +227,19 @@ fn is_bound(name: &OsStr) -> bool {
 }
 
 /// Makes the index below `work` for an upper that was copied with `links`, from the index of the
-/// original. The lower layers are on its file system, and in `view`.
-pub fn copy_index(index: &Path, view: Option<&View>, work: &Path, links: &Links) -> io::Result<()> {
+/// original, which has the work directory `original`. The lower layers are on its file system, and in `view`.
+pub fn copy_index(
+    original: &Path,
+    view: Option<&View>,
+    work: &Path,
+    links: &Links,
+) -> io::Result<()> {
     let family = XattrFamily::Trusted;
     let to = work.join("index");
     for dir in [work, &to] {
         DirBuilder::new().mode(0o700).create(dir)?;
     }
-    let (source, target) = (open_dir(index)?, open_dir(&to)?);
+    let (source, target) = (open_dir(&original.join("index"))?, open_dir(&to)?);
     for name in names(source.as_fd())? {
         let entry = Object::Entry(source.as_fd(), &name);
         let stat = entry.stat()?;
@@ -253,7 +264,8 @@ pub fn copy_index(index: &Path, view: Option<&View>, work: &Path, links: &Links)
         let Some(copy) = copy else {
             continue;
         };
-        let copy = fs::open_path(copy, libc::O_PATH | libc::O_NOFOLLOW)?;
+        let lower = copy;
+        let copy = fs::open_path(lower, libc::O_PATH | libc::O_NOFOLLOW)?;
         let origin = Origin {
             uuid: handle::fs_uuid(target.as_fd()),
             handle: handle::of(Object::Path(copy.as_fd()))?,
@@ -269,7 +281,12 @@ pub fn copy_index(index: &Path, view: Option<&View>, work: &Path, links: &Links)
             // Its names are all in the lower layers.
             None => {
                 let mut own = Links::default();
-                copy_entry(source.as_fd(), target.as_fd(), &name, &to, &mut own)?;
+                let over = Over::Copied {
+                    work: original,
+                    lower,
+                };
+                let dirs = (source.as_fd(), target.as_fd());
+                copy_entry(dirs, &name, &to, &mut own, &over)?;
                 fs::renameat2(target.as_fd(), &name, target.as_fd(), &indexed, 0)?;
             }
         }

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use super::foreign::read_by_others;
 use super::*;
 
 pub(super) const CHUNK: u64 = 4096;
@@ -330,6 +331,7 @@ fn every_operation_does_what_it_does_on_a_plain_file() {
             }
             let size = fixture.find(name).unwrap().attr.size;
             assert_eq!(size, model.len() as u64);
+            assert!(read_by_others(&fixture, name) == model, "by others");
         }
         assert!(read_all(&fixture, name) == model, "at the end");
         reopen_as(&mut fixture, config.clone(), knows_run);
@@ -466,6 +468,7 @@ fn a_cut_file_that_has_grown_shows_nothing_old_after_a_power_cut_and_waits_for_n
             (8 * CHUNK).to_le_bytes()
         );
         restart(&fixture);
+        assert!(read_by_others(&fixture, "f") == expected, "{size}");
         reopen(&mut fixture, durable.clone());
         assert!(read_all(&fixture, "f") == expected, "{size}");
         // As after a kill.

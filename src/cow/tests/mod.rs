@@ -5,6 +5,7 @@ mod chunk_maps;
 mod chunks;
 mod concurrency;
 mod copyup;
+mod foreign;
 mod kernel;
 mod limits;
 mod metacopy;

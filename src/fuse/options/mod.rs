@@ -373,6 +373,7 @@ impl Options {
         };
         UnionConfig {
             lowers,
+            lower_work: None,
             view: None,
             upper,
             xattr_family: if self.user_xattr {

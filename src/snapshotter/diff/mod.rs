@@ -121,11 +121,11 @@ impl Snapshotter {
 
     /// The layers of the tree that a snapshot shows.
     fn shown(&self, found: &Found) -> Result<Below> {
-        let dir = self.data.join(&found.id);
-        let mut all = self.below(found)?;
-        if found.record.kind == Kind::Active {
-            all.lowers.insert(0, dir.join("upper"));
-        }
+        let (dir, below) = (self.data.join(&found.id), self.below(found)?);
+        let mut all = match found.record.kind {
+            Kind::Active => below.under_upper(&dir),
+            Kind::View | Kind::Committed => below,
+        };
         if all.is_empty() {
             all.lowers.push(dir.join("empty"));
         }
@@ -135,33 +135,34 @@ impl Snapshotter {
     /// As `shown`, with all that was written to a mount.
     fn shown_now(&self, found: &Found) -> Result<Below> {
         if found.record.kind == Kind::Active {
-            self.bring_up(found)?;
+            self.flushed(found)?;
         }
         self.shown(found)
     }
 
     /// Brings to the upper of an active snapshot what its mount knows, and answers where it is.
-    fn bring_up(&self, found: &Found) -> Result<PathBuf> {
+    fn flushed(&self, found: &Found) -> Result<PathBuf> {
         let upper = self.data.join(&found.id).join("upper");
         let flushed = self.mounts.flush(&found.id);
         flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
-        // What was flushed may be a part of a file.
-        self.complete_partial(found)?;
         Ok(upper)
     }
 
     fn changes_of(&self, found: &Found) -> Result<Vec<Change>> {
         let mut below = self.below(found)?;
-        let own = match found.record.kind {
+        let (own, all) = match found.record.kind {
             Kind::View => return Ok(Vec::new()),
             Kind::Committed if found.record.layer.is_none() => {
                 return self.diff_packed(found);
             }
-            Kind::Committed => below.lowers.remove(0),
-            Kind::Active => self.bring_up(found)?,
+            Kind::Committed => {
+                let all = below.clone();
+                (below.lowers.remove(0), all)
+            }
+            Kind::Active => (self.flushed(found)?, self.shown(found)?),
         };
         let below_own = self.diff_packed(found)?;
-        let new = Union::open(with_own(&own, &below).union())?;
+        let new = Union::open(all.union())?;
         changes(&own, &new, below, below_own, Directories::Changed)
     }
 }
@@ -306,7 +307,7 @@ mod tests {
     fn directory(path: &Path) -> Below {
         Below {
             lowers: vec![path.to_owned()],
-            view: None,
+            ..Below::default()
         }
     }
 

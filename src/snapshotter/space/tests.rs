@@ -61,9 +61,10 @@ fn what_a_snapshot_changes_is_counted_as_all_of_it_is() {
         let snapshots = place.open();
         let upper = prepared(&snapshots, linked).dir;
         let config = snapshots.union_config(Owner::Snapctl, "work").unwrap();
-        let below = Below {
-            lowers: Vec::new(),
+        let all = Below {
+            lowers: vec![upper],
             view: config.view.clone(),
+            work: None,
         };
         let before = snapshots
             .packed
@@ -71,8 +72,8 @@ fn what_a_snapshot_changes_is_counted_as_all_of_it_is() {
         let before = before.unwrap();
         assert_eq!(before, 127 << 10);
         let check = |countable: bool| {
-            let whole = count(&union_on(&upper, below.clone()).unwrap()).unwrap();
-            let change = Change::of(&upper, below.clone()).unwrap();
+            let whole = count(&Union::open(all.clone().union()).unwrap()).unwrap();
+            let change = Change::of(&all).unwrap();
             assert_eq!(change.is_some(), countable);
             if let Some(change) = change {
                 assert_eq!(before.saturating_add_signed(change), whole);
