@@ -111,17 +111,16 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
             );
         }
         let mended = repair(&plyd, &image);
-        assert_eq!(mended.code, 0, "{what}: {}{}", mended.stdout, mended.stderr);
-        assert!(
-            mended.stdout.contains(" 1 mended, 0 left"),
-            "{what}: {}",
-            mended.stdout
-        );
-        assert_eq!(
-            plyd.snapctl(["system", "verify", "--deep"]).code,
-            0,
-            "{what}"
-        );
+        // Packs were written anew since this view was built, so it cannot be written in its place, and the mount keeps it.
+        let (code, left) = match what {
+            "a damaged view" => (1, "1 mount left"),
+            _ => (0, "0 left"),
+        };
+        let told = format!(" 1 mended, {left}\n");
+        assert!(mended.stdout.ends_with(&told), "{what}: {}", mended.stdout);
+        assert_eq!(mended.code, code, "{what}: {}", mended.stderr);
+        let verified = plyd.snapctl(["system", "verify", "--deep"]);
+        assert_eq!(verified.code, code, "{what}: {}", verified.stdout);
         // Nothing of the archive is left, nor of what was replaced.
         assert!(
             fs::read_dir(plyd.root().join("images/spool"))
