@@ -31,10 +31,9 @@ impl Union {
         let node = self.node(node)?;
         let size = self.attr_of_node(&node)?.size;
         let mut parts = Vec::new();
-        // Of what others may be writing nobody knows what will lie below when it is read.
-        let stored = match node.in_upper() || self.reads_upper {
+        let stored = match node.in_upper() {
             true => None,
-            false => Self::data_of(&node)?,
+            false => self.data_of(&node)?,
         };
         let Some(stored) = stored else {
             self.own_parts(&node, 0, size, &mut parts)?;
@@ -84,11 +83,13 @@ impl Union {
     }
 
     /// What the store knows of the data of a file that has not come up.
-    fn data_of(node: &Node) -> Result<Option<Stored>> {
-        let last = node.place.read().lowers.last().cloned();
-        match last {
-            Some(data) => data.object.stored(),
-            None => Ok(None),
+    fn data_of(&self, node: &Node) -> Result<Option<Stored>> {
+        let lowers = node.place.read().lowers.clone();
+        match &*lowers {
+            // Of a copy that others may be writing to nobody knows how much will lie below when it is read.
+            [_, _, ..] if self.reads_upper => Ok(None),
+            [.., data] => data.object.stored(),
+            [] => Ok(None),
         }
     }
 

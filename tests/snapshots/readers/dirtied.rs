@@ -51,8 +51,12 @@ fn diff(place: &Place) -> BTreeMap<String, Vec<u8>> {
     snapshots
         .write_layer(OWNER, "work", &mut stream, None)
         .unwrap();
+    files_in(&stream)
+}
+
+fn files_in(stream: &[u8]) -> BTreeMap<String, Vec<u8>> {
     let mut told = BTreeMap::new();
-    for entry in tar::Archive::new(&*stream).entries().unwrap() {
+    for entry in tar::Archive::new(stream).entries().unwrap() {
         let mut entry = entry.unwrap();
         let name = entry.path().unwrap().to_str().unwrap().to_owned();
         let mut content = Vec::new();
@@ -116,6 +120,23 @@ fn check(options: &str) {
             }
         }
     });
+    // Only what was written tells it from the file of the image.
+    let left = place.prepare("left", Some("base"));
+    let time = fs::metadata(left.join(name(0)))
+        .unwrap()
+        .modified()
+        .unwrap();
+    let file = File::options().write(true).open(root.join(name(0)));
+    file.unwrap().set_modified(time).unwrap();
+    let mut stream = Vec::new();
+    let written =
+        (place.snapshots).write_difference(OWNER, Some("left"), "work", &mut stream, None);
+    written.unwrap();
+    check_told(
+        &files_in(&stream),
+        FILES,
+        &format!("{options}: against another"),
+    );
     // Whoever looks changes nothing: what the mount has copied up in part it goes on with.
     let upper = place.snapshots.stat(OWNER, "work").unwrap().upper_dir;
     let mark = mark_of(&upper.unwrap().join(name(0)));
