@@ -297,7 +297,7 @@ impl<'a> Examination<'a> {
                 };
                 objects.read(object, Some(place), true).map(drop)
             }
-            false => objects.look_for(&object.name),
+            false => objects.look_for(object),
         }
     }
 }

@@ -463,6 +463,26 @@ fn what_cannot_be_mended_is_removed_with_what_builds_on_it() {
     assert_eq!(plyd.snapctl(["system", "repair"]).code, 0);
 }
 
+/// As a disk that was full, or a copy that broke off, leaves them; only reading found out.
+#[test]
+fn what_is_too_short_is_missed_without_reading_contents() {
+    let plyd = Plyd::start();
+    let image = image();
+    load(&plyd, &image);
+    for of in ["objects", "packs"] {
+        let path = stored(&plyd, of).remove(0);
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(if of == "packs" { 300 } else { 0 }).unwrap();
+        let verified = plyd.snapctl(["system", "verify"]);
+        assert_eq!(verified.code, 1, "{of}: {}", verified.stdout);
+        let told = "is damaged: it is too short to have";
+        assert!(verified.stdout.contains(told), "{of}: {}", verified.stdout);
+        load(&plyd, &image);
+        let verified = plyd.snapctl(["system", "verify", "--deep"]);
+        assert_eq!(verified.code, 0, "{of}: {}", verified.stdout);
+    }
+}
+
 /// It said that all was there, as it knew of the file from before.
 #[test]
 fn what_is_gone_is_missed_without_reading_contents() {

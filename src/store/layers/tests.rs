@@ -472,8 +472,10 @@ fn make(dir: &Path, things: &[(Vec<u8>, Thing)]) {
     let mut last = None;
     for (at, (path, thing)) in things.iter().enumerate() {
         let path = dir.join(OsStr::from_bytes(path));
-        // What is in the way stays: the tree is random anyway.
-        if path.exists() || fs::create_dir_all(path.parent().unwrap()).is_err() {
+        // What is in the way stays: the tree is random anyway. A link in the way would lead out of it.
+        let mut way = path.ancestors().take_while(|above| *above != dir);
+        let leads_away = way.any(|above| above.is_symlink());
+        if leads_away || path.exists() || fs::create_dir_all(path.parent().unwrap()).is_err() {
             continue;
         }
         let made = match thing {

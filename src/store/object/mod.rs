@@ -183,24 +183,31 @@ impl Objects {
         Ok(place)
     }
 
-    /// Looks on the disk for the file that an object is in, or for the pack; an error if it is not there.
-    pub(super) fn look_for(&self, name: &ObjectName) -> Result<()> {
+    /// Looks on the disk for the file that an object is in, or for the pack; an error if it is not there, or too short for it to be
+    /// in it.
+    pub(super) fn look_for(&self, object: &Object) -> Result<()> {
         let mut tried = None;
         let mut error = Error::NoObject {
-            object: name.to_string(),
+            object: object.name.to_string(),
         };
         // A collection may bring it to another pack meanwhile.
-        while let Some(place) = self.find(name)?
+        while let Some(place) = self.find(&object.name)?
             && tried != Some(place)
         {
-            let path = match place {
-                Place::File => self.path_of(name),
-                Place::Packed { pack, .. } => self.packs.join(pack.file_name()),
+            let (path, least) = match place {
+                // Compressed, it may be far shorter than its content.
+                Place::File => (self.path_of(&object.name), object.size.min(1)),
+                Place::Packed {
+                    pack,
+                    offset,
+                    stored,
+                } => (self.pack_path(pack), offset + u64::from(stored)),
             };
-            match fs::metadata(&path) {
-                Ok(_) => return Ok(()),
-                Err(failed) => error = io_error("open", &path)(failed),
-            }
+            error = match fs::metadata(&path) {
+                Ok(found) if found.len() >= least => return Ok(()),
+                Ok(_) => damaged(&path, format!("it is too short to have {}", object.name)),
+                Err(failed) => io_error("open", &path)(failed),
+            };
             tried = Some(place);
         }
         Err(error)
