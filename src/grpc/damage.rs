@@ -61,7 +61,7 @@ impl Stores<'_> {
                         view.error.problem(),
                         or_unknown(mounted)
                     ),
-                    "mount that again, a container by stopping and starting it".to_owned(),
+                    "mount that again: stop and start a container, or unmount a snapshot, STATE/mounts/ID/root last, and mount it anew".to_owned(),
                 ),
                 (false, "") => (
                     "view",
