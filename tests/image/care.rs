@@ -477,7 +477,7 @@ fn what_is_too_short_is_missed_without_reading_contents() {
         assert_eq!(verified.code, 1, "{of}: {}", verified.stdout);
         let told = "is damaged: it is too short to have";
         assert!(verified.stdout.contains(told), "{of}: {}", verified.stdout);
-        load(&plyd, &image);
+        assert_eq!(repair(&plyd, &image).code, 0, "{of}");
         let verified = plyd.snapctl(["system", "verify", "--deep"]);
         assert_eq!(verified.code, 0, "{of}: {}", verified.stdout);
     }
