@@ -107,6 +107,19 @@ impl Service {
         .await
     }
 
+    /// Refuses what is to be told by somebody who looks at the mount: without that a file is only seen to be changed under the
+    /// names that it was changed by.
+    async fn check_links(&self, snapshot: &SnapshotInfo) -> Result<(), Status> {
+        let (snapshotter, key) = (Arc::clone(&self.snapshotter), snapshot.key.clone());
+        match blocking(move || snapshotter.has_changed_links(OWNER, &key)).await? {
+            true => Err(Status::unimplemented(format!(
+                "a file of an image that has several names was changed in the snapshot {:?}; a differ that walks through the mount tells all of them, or a commit does",
+                snapshot.key
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// The snapshot that these mounts, as Prepare answered them, are of.
     async fn snapshot_of(&self, mounts: Vec<types::Mount>) -> Result<SnapshotInfo, Status> {
         let foreign = || Status::unimplemented("the mounts are not those of a snapshot of plyd");
@@ -193,6 +206,9 @@ impl api::diff_server::Diff for Service {
             false => Some(self.snapshot_of(request.left).await?),
         };
         let right = self.snapshot_of(request.right).await?;
+        for side in left.iter().chain([&right]) {
+            self.check_links(side).await?;
+        }
         let caller = Caller::new(&headers, &right.key)?;
         let step = self.step_between(left.clone(), right.clone()).await?;
         let epoch = request.source_date_epoch.map(|time| Time {

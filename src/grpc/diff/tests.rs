@@ -391,3 +391,46 @@ async fn what_was_written_to_the_left_side_is_compared_too() {
         );
     }
 }
+
+/// Only the name that it was written by was in the layer, and the others stayed what they were.
+#[tokio::test]
+async fn a_changed_file_with_several_names_is_left_to_who_sees_all_of_them() {
+    let tmp = tempfile::tempdir().unwrap();
+    let socket = tmp.path().join("containerd.sock");
+    let (_told, written) = writable_containerd(&socket);
+    let (snapshotter, service) = service(tmp.path(), &socket);
+    let base = snapshotter.prepare(OWNER, "n/extract", None, Default::default());
+    let upper = base.unwrap().upper_dir.unwrap();
+    for name in ["a", "one"] {
+        std::fs::write(upper.join(name), "old").unwrap();
+    }
+    std::fs::hard_link(upper.join("a"), upper.join("b")).unwrap();
+    let committed = snapshotter.commit(OWNER, "n/base", "n/extract", Default::default());
+    committed.unwrap();
+    let parent = snapshotter::ParentRef {
+        owner: OWNER,
+        key: "n/base".to_owned(),
+    };
+    let made = snapshotter.prepare(OWNER, "n/work", Some(&parent), Default::default());
+    let work = made.unwrap();
+    let write = |name: &str| {
+        let config = snapshotter.union_config(OWNER, "n/work").unwrap();
+        let union = Union::open(config).unwrap();
+        let node = union.lookup(NodeId::ROOT, name.as_ref()).unwrap().node;
+        union.write(node, None, 0, b"new", None).unwrap();
+    };
+    let request = || {
+        Request::new(api::DiffRequest {
+            right: vec![mount_of(tmp.path(), &work)],
+            media_type: PLAIN_LAYER.to_owned(),
+            ..api::DiffRequest::default()
+        })
+    };
+    write("one");
+    service.diff(request()).await.unwrap();
+    assert!(!std::mem::take(&mut *written.lock()).is_empty());
+    write("a");
+    let refused = service.diff(request()).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::Unimplemented, "{refused}");
+    assert!(written.lock().is_empty());
+}
