@@ -283,8 +283,11 @@ impl Layers {
         // pass for a view.
         let mut temporary = self.write_temporary("view", |file| built.write(file))?;
         // In its place, if that can be, for who has it mounted.
-        if is_damaged && self.restore_view_from(&path, temporary.path())? {
-            return View::open(&path, key, Arc::clone(&self.objects), verify);
+        if is_damaged
+            && self.restore_view_from(&path, temporary.path())?
+            && let Ok(view) = View::open(&path, key, Arc::clone(&self.objects), verify)
+        {
+            return Ok(view);
         }
         let _unused = self.set_aside(&path)?;
         // It may be of no use to anybody but the caller, who has it once it is open.

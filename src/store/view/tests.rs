@@ -362,6 +362,11 @@ fn a_view_is_built_once_and_again_when_it_is_damaged() {
     let other = fixture.layers.view(&chain[..1], Verify::First).unwrap();
     let objects = Arc::clone(fixture.layers.objects());
     assert!(View::open(&path, other.key(), objects, Verify::First).is_err());
+    // What lies there is whole, and of another chain.
+    fs::copy(other.path(), &path).unwrap();
+    let view = fixture.layers.view(&chain, Verify::First).unwrap();
+    assert_eq!(tree(&view), ["/a = 1", "/b = 2"]);
+    assert_eq!(fs::read(&path).unwrap(), good);
 }
 
 #[test]
