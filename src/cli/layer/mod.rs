@@ -41,7 +41,7 @@ Examples:
     Inspect(InspectArgs),
     /// Write the tar stream of a packed layer, bit for bit as it came
     #[command(
-        after_help = "Its diff id is compared on the way; when that or anything else fails, no file is left.
+        after_help = "Its diff id is compared on the way; when that or anything else fails, no file is made, and\none that was there stays as it was.
 
 Examples:
   snapctl layer export 3f1c -o layer.tar

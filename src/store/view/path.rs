@@ -7,10 +7,14 @@ impl View {
     /// The error, with the path of the inode that it is of and the layer that wrote it, as far as the view can tell.
     pub fn of_inode(&self, inode: u32, error: Error) -> Error {
         match self.path_of(inode) {
-            Ok(Some((path, layer))) => match (path.strip_prefix(b"/"), self.layer(layer)) {
-                (Some(path), Ok(layer)) => error.of_entry(layer, path),
-                _ => error.of(path.escape_ascii().to_string()),
-            },
+            Ok(Some((path, layer))) => {
+                // The root's is empty.
+                let path = path.strip_prefix(b"/").unwrap_or_default();
+                match self.layer(layer) {
+                    Ok(layer) => error.of_entry(layer, path),
+                    Err(_) => error.of(format!("/{}", path.escape_ascii())),
+                }
+            }
             // The view itself is what is damaged, and the error names it.
             _ => error.of(format!("inode {inode} of the view {}", self.key())),
         }
