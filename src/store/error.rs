@@ -117,6 +117,15 @@ impl Error {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
+    /// Whether something is not what was written, or the disk cannot read it, and not that something else kept it from being
+    /// read.
+    pub(super) fn is_damage(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => source.raw_os_error() == Some(libc::EIO),
+            _ => true,
+        }
+    }
+
     /// What is wrong, without what to do about it: for who says that for several at once.
     pub fn problem(&self) -> String {
         match self {
@@ -188,6 +197,17 @@ mod tests {
             refused(b"a", "it ends early").to_string(),
             "the layer cannot be used: a: it ends early"
         );
+    }
+
+    /// A repair without descriptors left would have removed sound views.
+    #[test]
+    fn what_cannot_be_opened_is_not_damaged_for_that() {
+        let failed = |errno| {
+            let source = io::Error::from_raw_os_error(errno);
+            io_error("open", Path::new("view"))(source).is_damage()
+        };
+        assert!(failed(libc::EIO) && damaged(Path::new("view"), "it is cut off").is_damage());
+        assert!(!failed(libc::EMFILE) && !failed(libc::ENOMEM));
     }
 
     #[test]

@@ -284,7 +284,7 @@ impl Layers {
         let mut temporary = self.write_temporary("view", |file| built.write(file))?;
         // In its place, if that can be, for who has it mounted.
         if is_damaged
-            && self.restore_view_from(&path, temporary.path())?
+            && self.restore_view_from(&path, temporary.path())
             && let Ok(view) = View::open(&path, key, Arc::clone(&self.objects), verify)
         {
             return Ok(view);

@@ -298,14 +298,19 @@ impl Layers {
             key,
             layers,
             replaced,
-            ..
+            error,
         } in bad
         {
+            // It may be sound: nobody could look, for want of descriptors or memory.
+            if !error.is_damage() {
+                mended.errors.push(error);
+                continue;
+            }
             let chain = chains.get(&key).or(layers.as_ref());
             // Most often a layer is damaged, too, or packs were written anew since it was built.
             let is_restored = chain.is_some_and(|chain| {
                 self.restore_view(&path, chain).unwrap_or_else(|error| {
-                    tracing::debug!(%error, "a view cannot be restored in its place");
+                    tracing::debug!(%error, "a view cannot be built again");
                     false
                 })
             });
@@ -326,13 +331,18 @@ impl Layers {
     fn restore_view(&self, path: &Path, chain: &[LayerName]) -> Result<bool> {
         let built = view::build(&self.merge(chain)?, self.objects())?;
         let temporary = self.write_temporary("view", |file| built.write(file))?;
-        self.restore_view_from(path, temporary.path())
+        Ok(self.restore_view_from(path, temporary.path()))
     }
 
-    /// Writes what is damaged of the view at `path` as it is in another file; says whether that is whole then.
-    pub(super) fn restore_view_from(&self, path: &Path, other: &Path) -> Result<bool> {
-        let other = File::open(other).map_err(io_error("open", other))?;
-        index_file::restore(path, Kind::View, &other)
+    /// Writes what is damaged of the view at `path` as it is in another file; says whether that is whole then. A disk that cannot
+    /// read a page may not write it either; another file takes the place then.
+    pub(super) fn restore_view_from(&self, path: &Path, other: &Path) -> bool {
+        let other = File::open(other).map_err(io_error("open", other));
+        let restored = other.and_then(|other| index_file::restore(path, Kind::View, &other));
+        restored.unwrap_or_else(|error| {
+            tracing::debug!(%error, "a view cannot be restored in its place");
+            false
+        })
     }
 
     fn drop_view(&self, path: &Path) -> Result<ViewCure> {
