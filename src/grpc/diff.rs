@@ -68,6 +68,22 @@ async fn awaited<T: Send + 'static>(
     blocking(move || work(&until)).await
 }
 
+/// Refuses what is to be told by somebody who looks at the mount: without that a file is only seen to be changed under the names
+/// that it was changed by.
+fn check_links<'a>(
+    snapshotter: &Snapshotter,
+    snapshots: impl Iterator<Item = &'a SnapshotInfo>,
+) -> Result<(), Status> {
+    for SnapshotInfo { key, .. } in snapshots {
+        if snapshotter.has_changed_links(OWNER, key)? {
+            return Err(Status::unimplemented(format!(
+                "a file of an image that has several names was changed in the snapshot {key:?}; a differ that walks through the mount tells all of them, or a commit does"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// The service.
 pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
@@ -105,19 +121,6 @@ impl Service {
             Ok::<_, Status>(committed.filter(|committed| committed.parent == below))
         })
         .await
-    }
-
-    /// Refuses what is to be told by somebody who looks at the mount: without that a file is only seen to be changed under the
-    /// names that it was changed by.
-    async fn check_links(&self, snapshot: &SnapshotInfo) -> Result<(), Status> {
-        let (snapshotter, key) = (Arc::clone(&self.snapshotter), snapshot.key.clone());
-        match blocking(move || snapshotter.has_changed_links(OWNER, &key)).await? {
-            true => Err(Status::unimplemented(format!(
-                "a file of an image that has several names was changed in the snapshot {:?}; a differ that walks through the mount tells all of them, or a commit does",
-                snapshot.key
-            ))),
-            false => Ok(()),
-        }
     }
 
     /// The snapshot that these mounts, as Prepare answered them, are of.
@@ -206,9 +209,6 @@ impl api::diff_server::Diff for Service {
             false => Some(self.snapshot_of(request.left).await?),
         };
         let right = self.snapshot_of(request.right).await?;
-        for side in left.iter().chain([&right]) {
-            self.check_links(side).await?;
-        }
         let caller = Caller::new(&headers, &right.key)?;
         let step = self.step_between(left.clone(), right.clone()).await?;
         let epoch = request.source_date_epoch.map(|time| Time {
@@ -226,6 +226,8 @@ impl api::diff_server::Diff for Service {
         let snapshotter = Arc::clone(&self.snapshotter);
         let labels = request.labels;
         let made = blocking(move || {
+            let sides = || left.iter().chain([&right]);
+            check_links(&snapshotter, sides())?;
             let made = compression.write(content::pieces(pieces), |out| {
                 let left = left.as_ref().map(|left| &*left.key);
                 match step {
@@ -233,6 +235,8 @@ impl api::diff_server::Diff for Service {
                     None => snapshotter.write_difference(OWNER, left, &right.key, out, epoch),
                 }
             })?;
+            // Neither may it have become so meanwhile.
+            check_links(&snapshotter, sides())?;
             let digest = made.digest.clone();
             let mut labels = labels;
             labels.insert(UNCOMPRESSED.to_owned(), made.diff_id.clone());
