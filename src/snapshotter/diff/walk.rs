@@ -52,6 +52,8 @@ pub(super) struct Walk<'a> {
     pub(super) steps: Vec<Step>,
     /// Files with several names that are among the steps.
     linked: HashSet<NodeId>,
+    /// Names that say nothing new, unless another name of the same file does.
+    same: Vec<(NodeId, Step)>,
 }
 
 /// A directory to compare; a lookup of its nodes is held.
@@ -94,12 +96,19 @@ impl<'a> Walk<'a> {
             waiting: vec![root],
             steps: Vec::new(),
             linked: HashSet::new(),
+            same: Vec::new(),
         })
     }
 
     /// What was found, once there is nothing left to compare.
-    pub(super) fn finish(self) -> Result<(Vec<Step>, CopiedLinks)> {
+    pub(super) fn finish(mut self) -> Result<(Vec<Step>, CopiedLinks)> {
         check_links(self.sides.new, &self.links, &self.linked)?;
+        let linked = &self.linked;
+        let told = self
+            .same
+            .into_iter()
+            .filter(|(file, _)| linked.contains(file));
+        self.steps.extend(told.map(|(_, step)| step));
         Ok((self.steps, self.links))
     }
 
@@ -177,15 +186,21 @@ impl<'a> Walk<'a> {
             }
         };
         if let Some(kind) = kind {
-            if let Some(new) = new.filter(|new| !is_dir(new) && new.attr.nlink > 1) {
-                self.linked.insert(new.node);
-            }
             let path = path.clone();
-            self.steps.push(Step {
+            let step = Step {
                 change: Change { path, kind },
                 was_directory: old.as_ref().is_some_and(is_dir),
                 is_directory: new.as_ref().is_some_and(is_dir),
-            });
+            };
+            match new.filter(|new| !is_dir(new) && new.attr.nlink > 1) {
+                Some(new) if self.is_same(&new, old.as_ref())? => {
+                    self.same.push((new.node, step));
+                }
+                linked => {
+                    self.linked.extend(linked.map(|new| new.node));
+                    self.steps.push(step);
+                }
+            }
         }
         let old_dir = old.filter(is_dir);
         let other_dir = match (&new, &old_dir, own) {
@@ -230,6 +245,19 @@ impl<'a> Walk<'a> {
             (_, Some(union)) => Ok(xattrs_of(sides.new, new.node)? != xattrs_of(union, old.node)?),
             (_, None) => Ok(false),
         }
+    }
+
+    /// Whether a file of the own layer is what it was below in all but the number of its names: one of them was removed.
+    fn is_same(&self, new: &Entry, old: Option<&Entry>) -> Result<bool> {
+        let sides = &self.sides;
+        let (Some(old), Some(union)) = (old, &sides.old) else {
+            return Ok(false);
+        };
+        let of_new = sides.new.data_identity(new.node)?;
+        Ok(of_new.is_some()
+            && of_new == union.lower_identity(old.node)?
+            && !looks_different(&new.attr, &old.attr)
+            && xattrs_of(sides.new, new.node)? == xattrs_of(union, old.node)?)
     }
 
     /// Whether what looks the same are two objects of the layers below: a directory with the one was put where a directory

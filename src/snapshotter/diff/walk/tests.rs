@@ -145,7 +145,7 @@ type Case = (
     &'static [&'static str],
 );
 
-const CASES: [Case; 15] = [
+const CASES: [Case; 18] = [
     (
         "written",
         |union| write(union, "d/a"),
@@ -188,6 +188,27 @@ const CASES: [Case; 15] = [
             );
         },
         &["l/", "l/one", "l/two = l/one"],
+    ),
+    (
+        "only a name removed",
+        |union| unlink(union, "d/b"),
+        &["d/", "d/.wh.b"],
+    ),
+    (
+        "only a name removed, another in use",
+        |union| {
+            find(union, "e/c");
+            unlink(union, "d/b");
+        },
+        &["d/", "d/.wh.b"],
+    ),
+    (
+        "a name removed and another put in the place of a file",
+        |union| {
+            unlink(union, "d/b");
+            rename(union, "d/a", "alone");
+        },
+        &["alone", "d/", "d/.wh.a", "d/.wh.b", "e/", "e/c = alone"],
     ),
     (
         "a name removed",
