@@ -3,9 +3,6 @@
 
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
-use super::chunks::Marked;
 use super::error::Result;
 use super::file::Backing;
 use super::lower::Stored;
@@ -78,25 +75,6 @@ impl Union {
         match self.topmost_lower(node)? {
             Some(top) => Ok(Some((top.object.number_space(), top.object.attr()?.ino))),
             None => Ok(None),
-        }
-    }
-
-    /// What tells the object of the lower layers that has the data of a file from all others, if the file is one of somebody
-    /// else's upper and has nothing of its data there.
-    pub fn data_identity(&self, node: NodeId) -> Result<Option<(u64, u64)>> {
-        let lowers = self.node(node)?.place.read().lowers.clone();
-        let (copy, data) = match &*lowers {
-            [copy, .., data] if self.reads_upper && copy.layer == 0 => (&copy.object, &data.object),
-            _ => return Ok(None),
-        };
-        match copy.xattr(self.family.metacopy()) {
-            Ok(mark) if matches!(Marked::of(&mark)?, Marked::Metacopy) => {
-                Ok(Some((data.number_space(), data.attr()?.ino)))
-            }
-            // It may have come up since.
-            Ok(_) => Ok(None),
-            Err(error) if error.is(Errno::ENODATA) => Ok(None),
-            Err(error) => Err(error),
         }
     }
 

@@ -6,17 +6,18 @@
 //! names that lead to them.
 
 use std::collections::{BTreeSet, HashSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::error::{Error, Result};
+use super::chunks::Marked;
+use super::error::Result;
 use super::lookup::Found;
 use super::lower::{LowerEntry, LowerObject, Ways};
 use super::node::LowerAt;
 use super::origin::Origin;
-use super::types::NodeId;
+use super::types::{FileKind, NodeId};
 use super::union::Union;
 
 /// The lower files with several names of which somebody else's upper has had copies at some moment.
@@ -86,6 +87,30 @@ impl Union {
         }
     }
 
+    /// Whether a file is a copy of that object of the lower layers and has no data that its upper could have changed. Its attributes may
+    /// be others.
+    pub fn has_data_of(&self, node: NodeId, object: (u64, u64)) -> Result<bool> {
+        let node = self.node(node)?;
+        let lowers = node.place.read().lowers.clone();
+        let (copy, data) = match &*lowers {
+            [copy, rest @ ..] if self.reads_upper && copy.layer == 0 => {
+                (&*copy.object, rest.last())
+            }
+            _ => return Ok(false),
+        };
+        if let Some(data) = data {
+            let mark = mark_of(copy, self.family.metacopy())?;
+            let mark = mark.as_deref().map(Marked::of).transpose()?;
+            let of_data = (data.object.number_space(), data.object.attr()?.ino);
+            return Ok(of_data == object && matches!(mark, Some(Marked::Metacopy)));
+        }
+        if node.kind == FileKind::Regular && copy.attr()?.size > 0 {
+            return Ok(false);
+        }
+        let (space, ino) = object;
+        Ok(self.copied_from(copy)? == Some(self.numbers.of(space, ino)))
+    }
+
     /// Puts in the place of a lower file that was found the copy that another name of it has led to.
     pub(super) fn find_copy_of_others(&self, found: &mut Found) -> Result<()> {
         if self.index_of_others.is_none() {
@@ -142,24 +167,22 @@ impl Union {
 
     /// The number of the file below that a copy was made of.
     fn copied_from(&self, copy: &dyn LowerObject) -> Result<Option<NodeId>> {
-        let mark = |name| match copy.xattr(name) {
-            Ok(value) => Ok(Some(value)),
-            Err(error) if is_absent(&error) => Ok(None),
-            Err(error) => Err(error),
-        };
-        let origin = mark(self.family.origin())?;
+        let origin = mark_of(copy, self.family.origin())?;
         let origin = origin.as_deref().and_then(Origin::decode);
         if let Some(id) = origin.and_then(|origin| self.number_of_origin(&origin)) {
             return Ok(Some(id));
         }
-        let noted = mark(self.family.origin_number())?;
+        let noted = mark_of(copy, self.family.origin_number())?;
         Ok(noted.and_then(|noted| self.number_noted(&noted)))
     }
 }
 
-/// It has no such mark, or is gone since it was found.
-fn is_absent(error: &Error) -> bool {
-    [Errno::ENODATA, Errno::EOPNOTSUPP, Errno::ENOENT]
-        .into_iter()
-        .any(|errno| error.is(errno))
+/// The value of a mark; `None` if there is none, or what had it is gone since it was found.
+fn mark_of(object: &dyn LowerObject, name: &OsStr) -> Result<Option<Vec<u8>>> {
+    let absent = [Errno::ENODATA, Errno::EOPNOTSUPP, Errno::ENOENT];
+    match object.xattr(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if absent.into_iter().any(|errno| error.is(errno)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }

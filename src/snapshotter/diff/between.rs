@@ -104,7 +104,7 @@ impl Comparison<'_> {
         Ok(())
     }
 
-    /// The names of a shared directory that are not, or lead to such.
+    /// The names of a shared directory that are not shared, or lead to such.
     fn names_to_links(&self, at: &Pair) -> Result<BTreeSet<OsString>> {
         let mut names = self.sides.new.names_to_links(&self.links, at.new)?;
         if let Some((union, old)) = self.sides.old.as_ref().zip(at.old) {

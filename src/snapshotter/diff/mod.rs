@@ -2,7 +2,9 @@
 //!
 //! Both sides are opened as unions of read-only layers: the one with the snapshot's own layer on top,
 //! the other without. Names come from the own layer; only below a directory that does not simply
-//! merge with the one below it (opaque, or redirected) are both sides listed in full.
+//! merge with the one below it (opaque, or redirected) are both sides listed in full. A file of the layers
+//! below that has several names is changed under all of them: those that the own layer has not are found
+//! by the index in the snapshot's work directory.
 //!
 //! This reads the own layer as what the upper of an active snapshot always is, a directory in
 //! overlayfs format that its container may change meanwhile, and takes a committed one for the same, unless it is

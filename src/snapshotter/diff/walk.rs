@@ -253,10 +253,11 @@ impl<'a> Walk<'a> {
         let (Some(old), Some(union)) = (old, &sides.old) else {
             return Ok(false);
         };
-        let of_new = sides.new.data_identity(new.node)?;
-        Ok(of_new.is_some()
-            && of_new == union.lower_identity(old.node)?
-            && !looks_different(&new.attr, &old.attr)
+        let Some(object) = union.lower_identity(old.node)? else {
+            return Ok(false);
+        };
+        Ok(!looks_different(&new.attr, &old.attr)
+            && sides.new.has_data_of(new.node, object)?
             && xattrs_of(sides.new, new.node)? == xattrs_of(union, old.node)?)
     }
 

@@ -85,6 +85,7 @@ fn fill(dir: &Path) {
         ("l/one", 200_000, &["l/two"]),
         ("alone", 10, &[]),
         ("same/file", 10, &[]),
+        ("same/empty", 0, &["d/empty"]),
     ] {
         fs::write(dir.join(name), vec![b'0'; size]).unwrap();
         for link in links {
@@ -145,7 +146,7 @@ type Case = (
     &'static [&'static str],
 );
 
-const CASES: [Case; 18] = [
+const CASES: [Case; 19] = [
     (
         "written",
         |union| write(union, "d/a"),
@@ -193,6 +194,14 @@ const CASES: [Case; 18] = [
         "only a name removed",
         |union| unlink(union, "d/b"),
         &["d/", "d/.wh.b"],
+    ),
+    (
+        "only a name removed of what has no data",
+        |union| {
+            unlink(union, "s2");
+            unlink(union, "same/empty");
+        },
+        &[".wh.s2", "same/", "same/.wh.empty"],
     ),
     (
         "only a name removed, another in use",
