@@ -397,22 +397,22 @@ fn so_are_those_of_either_side_of_a_comparison() {
             apply(&snapshots, &copy, &written(&snapshots, &key));
             commit(&snapshots, &format!("committed {key}"), &copy);
         }
-        for (left, (of_left, ..)) in cases.iter().enumerate() {
-            for (right, (of_right, ..)) in cases.iter().enumerate() {
-                let [of_left, of_right] = [of_left, of_right].map(|of| format!("{of}, {below}"));
-                let mut stream = Vec::new();
-                let told =
-                    snapshots.write_difference(OWNER, Some(&of_left), &of_right, &mut stream, None);
-                told.unwrap();
-                let key = format!("{of_left} to {of_right}");
-                if left == right {
-                    assert_eq!(stream, [0; 1024], "{key}");
-                }
-                prepare(&snapshots, &key, Some(&format!("committed {of_left}")));
-                apply(&snapshots, &key, &stream);
-                assert_eq!(tree(&open(&snapshots, &key)), shown[right], "{key}");
-                snapshots.remove(OWNER, &key).unwrap();
+        let count = cases.len();
+        for (left, right) in (0..count).flat_map(|n| [(0, n), (n, 0), (n, n), (n, (n + 7) % count)])
+        {
+            let [of_left, of_right] = [left, right].map(|n| format!("{}, {below}", cases[n].0));
+            let mut stream = Vec::new();
+            let told =
+                snapshots.write_difference(OWNER, Some(&of_left), &of_right, &mut stream, None);
+            told.unwrap();
+            let key = format!("{of_left} to {of_right}");
+            if left == right {
+                assert_eq!(stream, [0; 1024], "{key}");
             }
+            prepare(&snapshots, &key, Some(&format!("committed {of_left}")));
+            apply(&snapshots, &key, &stream);
+            assert_eq!(tree(&open(&snapshots, &key)), shown[right], "{key}");
+            snapshots.remove(OWNER, &key).unwrap();
         }
     }
 }
