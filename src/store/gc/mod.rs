@@ -297,6 +297,12 @@ impl Layers {
             if self.needs_view(&path) {
                 continue;
             }
+            // Nobody who mounts has to wait where nothing goes.
+            let _looking = self.looking.lock();
+            if self.needs_view(&path) {
+                // Built again meanwhile.
+                continue;
+            }
             let claimed = view::claim(&path).and_then(|unused| match unused {
                 Some(unused) => Ok(Some(unused)),
                 None => view::objects_of(&path).map(|objects| {

@@ -1,0 +1,131 @@
+//! Tests of what becomes of a view that several want at once, or that the disk cannot read.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::store::error::Error;
+use crate::store::ingest::Settings;
+use crate::store::layers::{Expected, Layers};
+use crate::store::view::{Verify, View};
+use crate::store::{LayerName, ViewKey};
+
+/// Longer than anything here takes, where nothing keeps it from going on.
+const MOMENT: Duration = Duration::from_millis(300);
+
+/// A store with one layer of so many empty files.
+fn store(dir: &Path, files: usize) -> (Layers, LayerName) {
+    let (layers, _) = Layers::open(dir, Settings::default()).unwrap();
+    let mut builder = tar::Builder::new(Vec::new());
+    for number in 0..files {
+        let mut header = tar::Header::new_ustar();
+        header.set_mode(0o644);
+        let name = format!("file {number}");
+        builder
+            .append_data(&mut header, name, std::io::empty())
+            .unwrap();
+    }
+    let stream = builder.into_inner().unwrap();
+    let name = layers.import(&*stream, &Expected::default(), &()).unwrap();
+    (layers, name)
+}
+
+fn place(layers: &Layers, chain: &[LayerName]) -> PathBuf {
+    layers.views().join(format!("{}.view", ViewKey::of(chain)))
+}
+
+/// How many names the file of a view has.
+fn names(view: &View) -> u64 {
+    nix::sys::stat::fstat(view).unwrap().st_nlink
+}
+
+/// Two that mounted one chain at a time each built its view. The second took the name from the first, which was mounted by then,
+/// and what it names was not looked for by any collection.
+#[test]
+fn a_view_that_was_built_and_mounted_meanwhile_is_not_replaced() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (layers, name) = store(tmp.path(), 20_000);
+    let chain = [name];
+    let path = place(&layers, &chain);
+    layers.view(&chain, Verify::First).unwrap();
+    let built = fs::read(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    let is_writing = || fs::read_dir(layers.tmp()).unwrap().next().is_some();
+    let mounted = thread::scope(|scope| {
+        let second = scope.spawn(|| layers.view(&chain, Verify::First).unwrap());
+        while !is_writing() {
+            thread::yield_now();
+        }
+        // It has found none, and what it builds has no name yet.
+        let looking = layers.looking.lock();
+        thread::sleep(MOMENT);
+        fs::write(&path, &built).unwrap();
+        let mounted = View::open_stored(&path, Verify::First).unwrap();
+        drop(looking);
+        second.join().unwrap();
+        mounted
+    });
+    assert_eq!(names(&mounted), 1);
+    assert_eq!(fs::read_dir(layers.views()).unwrap().count(), 1);
+}
+
+/// A repair or a collection has found a damaged view, and before it takes that away somebody builds another in its place, and is
+/// about to mount that.
+#[test]
+fn a_view_that_was_built_again_meanwhile_is_not_taken_away() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (layers, name) = store(tmp.path(), 10);
+    let chain = [name];
+    let path = place(&layers, &chain);
+    layers.view(&chain, Verify::First).unwrap();
+    let built = fs::read(&path).unwrap();
+    type Take = fn(&Layers);
+    let takers: [Take; 2] = [
+        |layers| drop(layers.mend(&HashMap::new(), &())),
+        |layers| drop(layers.collect(false, &())),
+    ];
+    for take in takers {
+        let mut damaged = built.clone();
+        damaged[100] ^= 1;
+        fs::write(&path, damaged).unwrap();
+        thread::scope(|scope| {
+            let looking = layers.looking.lock();
+            let taker = scope.spawn(|| take(&layers));
+            let begun = Instant::now();
+            while begun.elapsed() < MOMENT {
+                assert!(path.exists() && !taker.is_finished());
+                thread::yield_now();
+            }
+            fs::write(&path, &built).unwrap();
+            drop(looking);
+            taker.join().unwrap();
+        });
+        assert!(path.exists());
+    }
+}
+
+/// Such a chain was mounted by nobody before a repair, and one whose view was only not what was written by everybody.
+#[test]
+fn a_view_that_the_disk_cannot_read_is_built_again() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (layers, name) = store(tmp.path(), 10);
+    let path = place(&layers, &[name]);
+    // Its first byte is in no part of a process, and reading that is EIO.
+    symlink("/proc/self/mem", &path).unwrap();
+    let failed = View::open(
+        &path,
+        ViewKey::of(&[name]),
+        layers.objects().clone(),
+        Verify::First,
+    );
+    let failed = failed.unwrap_err();
+    assert!(
+        matches!(&failed, Error::Io { source, .. } if source.raw_os_error() == Some(libc::EIO))
+    );
+    let view = layers.view(&[name], Verify::First).unwrap();
+    view.verify().unwrap();
+    assert!(!path.is_symlink());
+}
