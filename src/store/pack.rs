@@ -309,7 +309,9 @@ fn header_of(file: &File) -> io::Result<Option<[u8; HEADER]>> {
     let Some(header) = header_at(file, 0)? else {
         return Ok(None);
     };
-    let is_sound = header[..8] == *MAGIC && header[56..] == short_sum(&header[..56]);
+    let is_sound = header[..8] == *MAGIC
+        && header[56..] == short_sum(&header[..56])
+        && Record(&header).is_zero(10, 16);
     Ok(is_sound.then_some(header))
 }
 
@@ -333,6 +335,7 @@ fn table_of(file: &File, length: u64) -> io::Result<Option<Vec<(Object, Slot)>>>
     let (count, start) = (fields.u64(8), fields.u64(16));
     let bytes = count.checked_mul(TABLE_ENTRY as u64);
     if fields.array::<8>(0) != *END_MAGIC
+        || !fields.is_zero(24, 32)
         || bytes.and_then(|bytes| start.checked_add(bytes)) != Some(end_at)
     {
         return Ok(None);
