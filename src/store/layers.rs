@@ -552,6 +552,8 @@ fn check(what: &'static str, expected: Option<&str>, found: &[u8; 32]) -> Result
 #[cfg(test)]
 mod made;
 #[cfg(test)]
+mod streams;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod views;
