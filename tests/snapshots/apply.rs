@@ -32,8 +32,8 @@ use super::common::{PATIENCE, PLYD, Plyd};
 use super::crash::{assert_tidy, names};
 
 /// Of the layer's large file.
-const LARGE: usize = 4 << 20;
-const SMALL_FILES: u64 = 100;
+const LARGE: usize = 1 << 20;
+const SMALL_FILES: u64 = 50;
 /// Bytes of the blob in a message.
 const PIECE: usize = 64 << 10;
 /// So many have to be cut off once they have all of the blob, however fast the machine.
@@ -202,7 +202,7 @@ impl Fixture {
 /// When plyd dies: it was given that part of the blob, in hundredths, so long ago.
 fn moments() -> impl Iterator<Item = (usize, Duration)> {
     let within = [0, 1, 50, 99].map(|part| (part, 10));
-    let behind = (0..).map(|round| (100, 20 * (round % 20)));
+    let behind = (0..).map(|round| (100, 15 * (round % 20)));
     let all = within.into_iter().chain(behind);
     all.map(|(part, delay)| (part, Duration::from_millis(delay)))
 }
