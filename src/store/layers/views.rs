@@ -16,17 +16,16 @@ use crate::store::{LayerName, ViewKey};
 /// Longer than anything here takes, where nothing keeps it from going on.
 const MOMENT: Duration = Duration::from_millis(300);
 
-/// A store with one layer of so many empty files.
+/// A store with one layer of so many empty files and one that is not.
 fn store(dir: &Path, files: usize) -> (Layers, LayerName) {
     let (layers, _) = Layers::open(dir, Settings::default()).unwrap();
     let mut builder = tar::Builder::new(Vec::new());
-    for number in 0..files {
+    let empty = (0..files).map(|number| (format!("file {number}"), &b""[..]));
+    for (name, content) in empty.chain([("full".to_owned(), &b"content"[..])]) {
         let mut header = tar::Header::new_ustar();
         header.set_mode(0o644);
-        let name = format!("file {number}");
-        builder
-            .append_data(&mut header, name, std::io::empty())
-            .unwrap();
+        header.set_size(content.len() as u64);
+        builder.append_data(&mut header, name, content).unwrap();
     }
     let stream = builder.into_inner().unwrap();
     let name = layers.import(&*stream, &Expected::default(), &()).unwrap();
@@ -128,4 +127,26 @@ fn a_view_that_the_disk_cannot_read_is_built_again() {
     let view = layers.view(&[name], Verify::First).unwrap();
     view.verify().unwrap();
     assert!(!path.is_symlink());
+}
+
+/// Nobody could look at it, for want of descriptors or memory: that is no reason to take it away.
+#[test]
+fn a_view_that_could_not_be_looked_at_is_not_collected() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (layers, name) = store(tmp.path(), 10);
+    let path = place(&layers, &[name]);
+    // It can be locked, and reading it is EINVAL.
+    symlink("/proc/self/clear_refs", &path).unwrap();
+    let collected = layers.collect(false, &());
+    assert_eq!(collected.orphans, []);
+    assert!(path.is_symlink());
+    // Nor does anybody say that it is not mounted, as long as something goes by that.
+    layers.remove(name).unwrap();
+    let collected = layers.collect(false, &());
+    let told: Vec<_> = collected.errors.iter().map(ToString::to_string).collect();
+    assert!(
+        told.iter().any(|error| error.contains("Invalid argument")),
+        "{told:?}"
+    );
+    assert!(path.is_symlink());
 }

@@ -1,3 +1,4 @@
+mod descriptors;
 mod packs;
 mod refresh;
 
