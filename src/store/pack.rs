@@ -63,6 +63,11 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// Where what is stored of the object ends.
+    pub(super) fn end(self) -> u64 {
+        self.offset + HEADER as u64 + u64::from(self.stored)
+    }
+
     /// Bytes of the object with its header and what follows it up to the next one.
     pub(super) fn bytes(self) -> u64 {
         let stored = u64::from(self.stored);

@@ -106,6 +106,32 @@ fn a_view_that_was_built_again_meanwhile_is_not_taken_away() {
     }
 }
 
+/// What the collection had listed under its name was gone when it looked, and under the other name it had not listed it.
+#[test]
+fn a_repair_gives_no_view_another_name_while_a_collection_looks_for_them() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (layers, name) = store(tmp.path(), 10);
+    let path = place(&layers, &[name]);
+    layers.view(&[name], Verify::First).unwrap();
+    let mounted = View::open_stored(&path, Verify::First).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[100] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    thread::scope(|scope| {
+        let collecting = layers.collecting.lock();
+        let mending = scope.spawn(|| layers.mend(&HashMap::new(), &()));
+        let begun = Instant::now();
+        while begun.elapsed() < MOMENT {
+            assert!(path.exists() && !mending.is_finished());
+            thread::yield_now();
+        }
+        drop(collecting);
+        assert_eq!(mending.join().unwrap().views.len(), 1);
+    });
+    assert!(!path.exists());
+    assert_eq!(names(&mounted), 1);
+}
+
 /// Such a chain was mounted by nobody before a repair, and one whose view was only not what was written by everybody.
 #[test]
 fn a_view_that_the_disk_cannot_read_is_built_again() {
