@@ -1,7 +1,8 @@
 //! Tests of what becomes of a view that several want at once, or that the disk cannot read.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -12,6 +13,7 @@ use crate::store::ingest::Settings;
 use crate::store::layers::{Expected, Layers};
 use crate::store::view::{Verify, View};
 use crate::store::{LayerName, ViewKey};
+use crate::sys::fs::lock_shared;
 
 /// Longer than anything here takes, where nothing keeps it from going on.
 const MOMENT: Duration = Duration::from_millis(300);
@@ -153,6 +155,54 @@ fn a_view_that_the_disk_cannot_read_is_built_again() {
     let view = layers.view(&[name], Verify::First).unwrap();
     view.verify().unwrap();
     assert!(!path.is_symlink());
+}
+
+/// Of a plyd that was taken back to an earlier release.
+#[test]
+fn a_view_of_a_newer_release_stays_for_who_has_it_mounted_and_is_built_anew() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (layers, name) = store(tmp.path(), 10);
+    let path = place(&layers, &[name]);
+    layers.view(&[name], Verify::First).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    // An incompatible feature, and the sum of the header.
+    bytes[32] |= 4;
+    let sum = blake3::hash(&bytes[..992]);
+    bytes[992..1024].copy_from_slice(sum.as_bytes());
+    fs::write(&path, &bytes).unwrap();
+    let mounted = File::open(&path).unwrap();
+    lock_shared(mounted.as_fd()).unwrap();
+    let refused = View::open_stored(&path, Verify::First).unwrap_err();
+    let told = format!("{} needs a newer release of Plywood", path.display());
+    assert!(refused.to_string().starts_with(&told), "{refused}");
+
+    layers
+        .view(&[name], Verify::First)
+        .unwrap()
+        .verify()
+        .unwrap();
+    let views = || fs::read_dir(layers.views()).unwrap();
+    let aside = views().map(|entry| entry.unwrap().path());
+    let aside: Vec<_> = aside.filter(|found| *found != path).collect();
+    assert_eq!(aside.len(), 1);
+    assert!(fs::read(&aside[0]).unwrap() == bytes);
+    // Nobody here knows what that needs.
+    layers.remove(name).unwrap();
+    let collected = layers.collect(false, &());
+    let removed: Vec<_> = collected
+        .orphans
+        .iter()
+        .map(|orphan| &orphan.path)
+        .collect();
+    assert_eq!(removed, [&path]);
+    let told: Vec<_> = collected.errors.iter().map(ToString::to_string).collect();
+    assert!(
+        told.len() == 1 && told[0].contains("needs a newer release"),
+        "{told:?}"
+    );
+    drop(mounted);
+    assert_eq!(layers.collect(false, &()).orphans.len(), 2);
+    assert_eq!(views().count(), 0);
 }
 
 /// Nobody could look at it, for want of descriptors or memory: that is no reason to take it away.
