@@ -314,18 +314,17 @@ fn header_of(file: &File) -> io::Result<Option<[u8; HEADER]>> {
     let Some(header) = header_at(file, 0)? else {
         return Ok(None);
     };
-    let is_sound = header[..8] == *MAGIC
-        && header[56..] == short_sum(&header[..56])
-        && Record(&header).is_zero(10, 16);
+    let is_sound = header[..8] == *MAGIC && header[56..] == short_sum(&header[..56]);
     Ok(is_sound.then_some(header))
 }
 
-/// The read-only compatible features that a sound header has; `None` if it is that of another pack.
+/// The read-only compatible features that a sound header has; `None` if it is that of another pack, or has something where zeros
+/// have to be.
 fn features_of(header: &[u8; HEADER], path: &Path, id: PackId) -> Result<Option<u64>> {
     let fields = Record(header);
     check_features(path, fields.u16(8), fields.u64(32))?;
     // Of a pack that has another's name nobody knows more than of one without a header.
-    let is_it = fields.array::<16>(40) == id.0;
+    let is_it = fields.array::<16>(40) == id.0 && fields.is_zero(10, 16);
     Ok(is_it.then(|| fields.u64(24)))
 }
 
