@@ -4,6 +4,7 @@
 //! - `care`: the store's repair;
 //! - `damage`: views and records that are not what they were;
 //! - `good`: what is accepted, and what comes of it;
+//! - `healed`: what comes whole with something else, or because somebody put it back;
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
 //! - `pages`: what the kernel keeps of what was damaged;
@@ -28,6 +29,8 @@ mod common;
 mod damage;
 #[path = "image/good.rs"]
 mod good;
+#[path = "image/healed.rs"]
+mod healed;
 #[path = "image/hostile.rs"]
 mod hostile;
 #[path = "common/mapping.rs"]

@@ -34,6 +34,7 @@ impl Snapshotter {
     /// has a layer which is known to be damaged still is not asked.
     pub fn refresh_mounts(&self) -> Result<Vec<Stale>> {
         let layers = self.packed_layers();
+        layers.settle_healed();
         if !layers.take_mended() {
             return Ok(Vec::new());
         }

@@ -197,8 +197,23 @@ impl Layers {
     }
 
     /// Takes in the layer that `stream` is: a tar, plain or compressed with gzip or zstd. It exists, and is
-    /// durable, when this returns; when it fails, nothing of it exists.
+    /// durable, when this returns; when it fails, nothing of it exists. Contents that are known to be damaged, or are not where they
+    /// should be, come anew with it, for all layers.
     pub fn import(
+        &self,
+        stream: impl Read + Send,
+        expected: &Expected<'_>,
+        observer: &dyn Observer,
+    ) -> Result<LayerName> {
+        // What was replaced is remembered as long as this is held.
+        let _importing = self.objects.importing();
+        let name = self.take_in(stream, expected, observer)?;
+        self.settle_healed();
+        Ok(name)
+    }
+
+    /// As [`import`](Self::import), for who does himself what follows when something was healed.
+    pub(super) fn take_in(
         &self,
         stream: impl Read + Send,
         expected: &Expected<'_>,
@@ -238,6 +253,7 @@ impl Layers {
         let made = ingest::collect(&self.objects, &self.tmp, &self.settings, fill)?;
         let index = made.index.finish(&made.stored.contents)?;
         let name = self.keep(index, made.stored, None)?;
+        self.settle_healed();
         Ok(Made {
             name,
             inodes: made.inodes,

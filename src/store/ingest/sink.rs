@@ -184,7 +184,7 @@ impl Sink<'_> {
 
     /// The number of a content that the store has.
     pub(super) fn known(&mut self, object: Object) -> Result<u32> {
-        if self.objects.find_for_import(&object)?.is_none() {
+        if self.objects.find_to_name(&object.name)?.is_none() {
             return Err(Error::NoObject {
                 object: object.name.to_string(),
             });
