@@ -9,6 +9,7 @@
 //! - `packed`: what stands on packed layers;
 //! - `pages`: what the kernel keeps of what was damaged;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
+//! - `records`: records that are made anew;
 //! - `service`: the Images service of a running plyd, also killed in the middle;
 //! - `space`: what the store takes;
 //! - `told`: what a user is told of damage.
@@ -42,6 +43,8 @@ mod packed;
 mod pages;
 #[path = "image/real.rs"]
 mod real;
+#[path = "image/records.rs"]
+mod records;
 #[path = "image/service.rs"]
 mod service;
 #[path = "image/space.rs"]

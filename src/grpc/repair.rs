@@ -208,6 +208,7 @@ impl Repair {
     /// Whether an archive might mend something.
     fn needs_archive(&self, patients: &Patients) -> Result<bool, Status> {
         Ok(!patients.is_empty()
+            || !self.snapshotter.damaged_records()?.is_empty()
             || !self.snapshotter.packed_layers().without_blob().is_empty()
             || !self
                 .images

@@ -43,8 +43,13 @@ impl Record for SnapshotRecord {
     /// 2 has packed layers.
     const VERSION: u32 = 2;
     const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
-    const LEFT: &'static str = "nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
+    const LEFT: &'static str = "nothing here tells what it said: if it is of an image's layer, `snapctl system repair -i` with the archive of the image makes it anew; else restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
 }
+
+/// What to do about a record that is of no image's layer and that a repair has left.
+const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
+/// What to do about the record of a layer of an image that a repair has left.
+const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup, or delete the file to give up the layer and what builds on it, and start plyd again";
 
 /// What to do about the record of a layer of an image that no plyd has read since it was damaged.
 const FROM_IMAGE: &str =
@@ -164,9 +169,10 @@ impl Catalog {
                         None => damaged,
                         Some(Owner::Image) => Damaged {
                             remedy: FROM_IMAGE,
+                            left: LEFT_OF_IMAGE,
                             ..damaged
                         },
-                        Some(_) => damaged.advised(SnapshotRecord::LEFT),
+                        Some(_) => damaged.advised(LEFT_OF_OTHERS),
                     };
                     found.push((damaged, of));
                 }
@@ -193,8 +199,46 @@ impl Catalog {
         Ok(written)
     }
 
-    /// Records `record`, of the layer `at` of an image with the keys `chain`, in place of one that cannot be used and of which it is
-    /// certain that it was this one's: the layer above says so, or the index. Answers whether there is such a one.
+    /// Id of a record that cannot be used and of which it is certain that it was that of the layer `at` of an image with the keys
+    /// `chain`: the layer above says so, or the index, or what can still be read of it.
+    pub(super) fn damaged_id(
+        &self,
+        owner: Owner,
+        chain: &[String],
+        at: usize,
+    ) -> Result<Option<String>> {
+        self.damaged_of(&self.changes.lock(), owner, chain, at)
+    }
+
+    fn damaged_of(
+        &self,
+        changes: &Changes,
+        owner: Owner,
+        chain: &[String],
+        at: usize,
+    ) -> Result<Option<String>> {
+        let Some(key) = chain.get(at) else {
+            return Ok(None);
+        };
+        let above = chain.get(at + 1).and_then(|key| changes.of(owner, key));
+        let id = match above {
+            Some(above) => above.parent.clone(),
+            None => self.index.get(&name(owner, key))?,
+        };
+        let id = id.or_else(|| {
+            // As a record begins.
+            let text = format!("{{\"owner\":\"{owner}\",\"key\":\"{key}\",");
+            let mut unread = changes.unread.iter();
+            unread.find(|id| self.records.has_text(id, &text)).cloned()
+        });
+        Ok(id.filter(|id| {
+            let problem = self.records.problem_of(id);
+            !changes.known.contains_key(id) && problem.is_some_and(|damaged| !damaged.newer)
+        }))
+    }
+
+    /// Records `record`, of the layer `at` of an image with the keys `chain`, in place of one that cannot be used.
+    /// Answers whether there is such a one.
     pub(super) fn replace_damaged(
         &self,
         mut record: SnapshotRecord,
@@ -202,24 +246,12 @@ impl Catalog {
         at: usize,
     ) -> Result<bool> {
         let mut changes = self.changes.lock();
-        let name = name(record.owner, &record.key);
-        let above = chain
-            .get(at + 1)
-            .and_then(|key| changes.of(record.owner, key));
-        let id = match above {
-            Some(above) => above.parent.clone(),
-            None => self.index.get(&name)?,
-        };
-        let Some(id) = id else {
+        let Some(id) = self.damaged_of(&changes, record.owner, chain, at)? else {
             return Ok(false);
         };
-        let problem = self.records.problem_of(&id);
-        if changes.known.contains_key(&id) || problem.is_none_or(|damaged| damaged.newer) {
-            return Ok(false);
-        }
         record.created = changes.time_between(&record, &id, chain, at);
         record.updated = record.created;
-        self.index.insert(&name, &id)?;
+        self.index.insert(&name(record.owner, &record.key), &id)?;
         self.records.put(&id, &record)?;
         changes.unread.remove(&id);
         changes.known.insert(id, record);
@@ -244,6 +276,16 @@ impl Catalog {
             .get(&id)?
             .filter(|record| record.owner == owner && record.key == key)
             .map(|record| Found { id, record }))
+    }
+
+    /// The id of the snapshot `key` of `owner`, whose record need not be one that can be used.
+    pub(super) fn id_of(&self, owner: Owner, key: &str) -> Result<Option<String>> {
+        let id = self.index.get(&name(owner, key))?;
+        let changes = self.changes.lock();
+        Ok(id.filter(|id| match changes.known.get(id) {
+            Some(record) => record.owner == owner && record.key == key,
+            None => changes.unread.contains(id),
+        }))
     }
 
     /// The record of that id.

@@ -215,6 +215,24 @@ impl<T: Record> RecordDir<T> {
         self.get(id).err().map(|error| self.because(id, error))
     }
 
+    /// Whether the file of the record `id`, which need not be one that can be used, has that text.
+    pub fn has_text(&self, id: &str, text: &str) -> bool {
+        let bytes = self
+            .path(id)
+            .and_then(|path| match fs::symlink_metadata(&path) {
+                Ok(meta) if meta.len() <= LARGEST_FILE => {
+                    fs::read(&path).map_err(io_error("read", &path))
+                }
+                _ => Ok(Vec::new()),
+            });
+        // Where it cannot be read, nobody can tell.
+        bytes.is_ok_and(|bytes| {
+            bytes
+                .windows(text.len())
+                .any(|found| found == text.as_bytes())
+        })
+    }
+
     /// Whether the record `id` is a newer release's, which is left to that.
     pub fn is_newer(&self, id: &str) -> bool {
         self.problem_of(id).is_some_and(|damaged| damaged.newer)

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use super::archive::*;
 use super::care::stored;
 use super::common::Plyd;
-use super::damage::{flip, load, mount};
+use super::damage::{assert_sound, flip, load, mount};
 
 const SMALL: u64 = 1;
 const LARGE: u64 = 2;
@@ -27,11 +27,6 @@ fn with_shared(name: &str) -> Vec<u8> {
         .file("large", 0o644, &large())
         .file("name", 0o644, name.as_bytes());
     archive(name, &[Blob::gzip(layer)])
-}
-
-fn assert_sound(plyd: &Plyd) {
-    let verified = plyd.snapctl(["system", "verify", "--deep"]);
-    assert_eq!(verified.code, 0, "{}{}", verified.stdout, verified.stderr);
 }
 
 /// What damages contents, and whether that is found out only by reading them.
