@@ -350,6 +350,16 @@ impl Layers {
         Ok(was)
     }
 
+    /// Makes contents durable and brings them to their places.
+    pub(super) fn keep_contents(&self, stored: Stored) -> Result<()> {
+        let Stored { pack, files, .. } = stored;
+        let pack = (!pack.is_empty()).then(|| pack.seal()).transpose()?;
+        for file in &files {
+            file.sync()?;
+        }
+        self.objects.publish(pack, files)
+    }
+
     /// Makes everything durable, and last of all the record.
     fn keep(
         &self,
@@ -357,13 +367,7 @@ impl Layers {
         stored: Stored,
         stream: Option<(Temporary, Digests)>,
     ) -> Result<LayerName> {
-        let Stored { pack, files, .. } = stored;
-        let pack = (!pack.is_empty()).then(|| pack.seal()).transpose()?;
-        for file in &files {
-            file.sync()?;
-        }
-        self.objects.publish(pack, files)?;
-
+        self.keep_contents(stored)?;
         let all = index.objects();
         let (objects, content_bytes) =
             (all.len() as u32, all.iter().map(|object| object.size).sum());

@@ -3,9 +3,12 @@
 //! What follows from something else is made from that: a record of a layer from what is known of it or from its index, a view from
 //! its layers, in its place or when it is needed next, a pack that is not in its place any more from what is open of it. All else has
 //! to come from the layer's stream once more. Taking that in again gives the same index and recipe, which replace those that are
-//! there by renames, and brings the contents that are not what they were. Whoever has one of the old files open goes on with that,
+//! there by renames, and brings the contents that are not what they were. Contents alone come out of any stream that has them, for
+//! they are known by their names. Whoever has one of the old files open goes on with that,
 //! and finds the new one with the next file that it opens; what it has found out about contents before it keeps until it is told
 //! ([`View::refresh`](super::view::View::refresh)).
+
+mod pick;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -22,6 +25,8 @@ use super::layer::index::LayerIndex;
 use super::layers::{Expected, LayerRecord, Layers};
 use super::verify::{BadView, Examination, Reads};
 use super::view;
+
+pub use pick::Lacking;
 
 /// What was mended without a source.
 #[derive(Debug, Default)]

@@ -3,11 +3,12 @@
 use std::fs;
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::archive::*;
 use super::care::stored;
-use super::common::Plyd;
-use super::damage::{assert_sound, flip, load, mount};
+use super::common::{Done, Plyd};
+use super::damage::{assert_sound, flip, load, mount, parse};
 
 const SMALL: u64 = 1;
 const LARGE: u64 = 2;
@@ -140,4 +141,93 @@ fn a_commit_brings_damaged_contents_anew() {
     let commit = plyd.piped(["snapshot", "commit", "work", "done"], b"");
     assert_eq!(commit.code, 0, "{}", commit.stderr);
     assert_sound(&plyd);
+}
+
+/// A repair took contents only from the very layer that was damaged.
+#[test]
+fn contents_that_a_layer_lacks_come_from_any_layer_of_an_archive() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &with_shared("first"));
+    plyd.ok(["snapshot", "prepare", "work"]);
+    let mnt = mount(&plyd, "work");
+    fs::write(mnt.join("copy"), noise(3, 50 << 10)).unwrap();
+    plyd.umount(&mnt);
+    let commit = plyd.piped(["snapshot", "commit", "work", "done"], b"");
+    assert_eq!(commit.code, 0, "{}", commit.stderr);
+    plyd.ok(["snapshot", "view", "look", "first"]);
+    plyd.ok(["snapshot", "view", "own", "done"]);
+    let mounts = ["look", "own"].map(|key| mount(&plyd, key));
+    // Each lacks something that is in one of the others, and that is all that these have in common.
+    let of = |name: &str, files: &[(&str, &[u8])]| {
+        let layers = files.iter().map(|(path, content)| {
+            let layer = Layer::new().file("x", 0o600, path.as_bytes());
+            Blob::zstd(layer.file(path, 0o600, content))
+        });
+        archive(name, &layers.collect::<Vec<_>>())
+    };
+    let (small, large, own) = (small(), large(), noise(3, 50 << 10));
+    // Of the same lengths, and not wanted.
+    let (other_small, other_large) = (noise(8, small.len()), noise(9, large.len()));
+    let parts: [(&str, &[u8]); 6] = [
+        ("a", &other_small),
+        ("b", &small),
+        ("c", &other_large),
+        ("d", &large),
+        ("e", &own),
+        ("f", b"first"),
+    ];
+    let all = of("rebuilt", &parts);
+    let some = of("part", &parts[..3]);
+    for (what, _, damage) in DAMAGES {
+        match what {
+            "bytes" => {
+                for pack in stored(&plyd, "packs") {
+                    flip(&pack, 5000);
+                }
+                flip(&stored(&plyd, "objects")[0], 5000);
+            }
+            _ => {
+                damage(&mut plyd);
+                for pack in stored(&plyd, "packs") {
+                    fs::remove_file(pack).unwrap();
+                }
+                // What was moved away may be open.
+                plyd.signal(Signal::SIGTERM);
+                plyd.launch();
+            }
+        }
+        let lost = plyd.snapctl(["system", "repair"]);
+        assert_eq!(lost.code, 1, "{what}: {}", lost.stdout);
+        let number = |done: &Done| -> usize {
+            let left = parse(done)["left"].clone();
+            let left = left.as_array().unwrap().iter();
+            left.filter(|fault| fault["kind"] == "content").count()
+        };
+        let before = number(&plyd.snapctl(["system", "repair", "--json"]));
+        let partly = plyd.piped(["system", "repair", "-i", "-", "--json"], &some);
+        assert_eq!(number(&partly), before - 1, "{what}: {}", partly.stdout);
+        let mended = plyd.piped(["system", "repair", "-i", "-"], &all);
+        assert_eq!(mended.code, 0, "{what}: {}", mended.stdout);
+        let told = " lacked came with other layers\n";
+        assert_eq!(mended.stdout.matches(told).count(), 2, "{}", mended.stdout);
+        assert!(mended.stderr.contains("searching "), "{}", mended.stderr);
+        assert_sound(&plyd);
+        // Nothing else of the archive was kept.
+        let collected = plyd.json(["system", "gc", "--json"]);
+        assert_eq!(collected["files"], Value::Array(Vec::new()), "{what}");
+        assert_eq!(stored(&plyd, "objects").len(), 1, "{what}");
+        assert_eq!(plyd.ok(["image", "ls", "-q"]).lines().count(), 1, "{what}");
+        assert!(
+            fs::read(mounts[0].join("small")).unwrap() == small,
+            "{what}"
+        );
+        assert!(
+            fs::read(mounts[0].join("large")).unwrap() == large,
+            "{what}"
+        );
+        assert!(fs::read(mounts[1].join("copy")).unwrap() == own, "{what}");
+    }
+    for mnt in &mounts {
+        plyd.umount(mnt);
+    }
 }
