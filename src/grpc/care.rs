@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tonic::Status;
 
@@ -57,6 +58,13 @@ fn verify(
 impl Client<'_> {
     fn verify(&self, deep: bool) -> Result<(), Status> {
         let stores = self.stores;
+        let put_back = stores.take_put_back(&Handle::current())?;
+        for what in &put_back {
+            tracing::info!("verify: {what}");
+        }
+        if !put_back.is_empty() {
+            stores.snapshotter.refresh_mounts_and_log();
+        }
         let layers = stores.snapshotter.packed_layers();
         let with_damaged_record = layers.damaged();
         for layer in unknown_layers(stores.snapshotter) {

@@ -1,6 +1,7 @@
 //! Damage that is nobody's contents, in words: merged views, and the records of snapshots, images and containers.
 
 mod layers;
+mod put_back;
 
 use std::collections::HashMap;
 use std::path::Path;

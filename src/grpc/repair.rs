@@ -63,6 +63,9 @@ impl Repair {
     }
 
     fn repair(&self, archive: Option<(Archive, u64)>) -> Result<(), Status> {
+        for what in self.stores().take_put_back(&self.runtime)? {
+            self.mended(None, what);
+        }
         match self.snapshotter.mend_index() {
             Ok(0) => {}
             Ok(1) => self.mended(

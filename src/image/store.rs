@@ -142,6 +142,16 @@ impl ImageStore {
             .collect()
     }
 
+    /// Takes in records that somebody has put back since plyd started; says what they are of, in words.
+    pub fn take_put_back(&self) -> Vec<String> {
+        let mut records = self.records.lock();
+        let taken = records.take_put_back();
+        if !taken.is_empty() {
+            self.tell_tops(&records);
+        }
+        taken
+    }
+
     /// Writes records anew of which all is known and that cannot be used, or are gone; says what they are of, in words.
     pub fn mend_records(&self) -> Result<Vec<String>> {
         let mut records = self.records.lock();

@@ -42,14 +42,14 @@ impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
     /// 2 has packed layers.
     const VERSION: u32 = 2;
-    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
-    const LEFT: &'static str = "nothing here tells what it said: if it is of an image's layer, `snapctl system repair -i` with the archive of the image makes it anew; else restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again";
+    const LEFT: &'static str = "nothing here tells what it said: if it is of an image's layer, `snapctl system repair -i` with the archive of the image makes it anew; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
 }
 
 /// What to do about a record that is of no image's layer and that a repair has left.
-const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
+const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
 /// What to do about the record of a layer of an image that a repair has left.
-const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup, or delete the file to give up the layer and what builds on it, and start plyd again";
+const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give up the layer and what builds on it and start plyd again";
 
 /// What to do about the record of a layer of an image that no plyd has read since it was damaged.
 const FROM_IMAGE: &str =
@@ -256,6 +256,57 @@ impl Catalog {
         changes.unread.remove(&id);
         changes.known.insert(id, record);
         Ok(true)
+    }
+
+    /// Takes records as they are on the disk of which nothing is known, as they could not be used when plyd started, or were not there,
+    /// if `is_there` says that of what they stand for. `count` is told of each before it can be found; whose they are is
+    /// answered. One whose name another snapshot has got since is left, and one whose parent is not known.
+    pub(super) fn take_put_back(
+        &self,
+        is_there: impl Fn(&Found) -> bool,
+        count: impl Fn(&SnapshotRecord),
+    ) -> Result<Vec<ParentRef>> {
+        let mut changes = self.changes.lock();
+        let all = in_order(self.records.list()?.records).into_iter();
+        let mut new: Vec<Found> = all
+            .filter(|found| !changes.known.contains_key(&found.id))
+            .collect();
+        let mut taken = Vec::new();
+        // Parents may follow their children where clocks were set back.
+        loop {
+            let known = |id: &String| changes.known.contains_key(id);
+            let next = new.iter().position(|Found { record, .. }| {
+                record.parent.as_ref().is_none_or(known)
+                    && changes.of(record.owner, &record.key).is_none()
+            });
+            let Some(found) = next.map(|next| new.remove(next)) else {
+                break;
+            };
+            if !is_there(&found) {
+                tracing::warn!(
+                    snapshot = found.record.key,
+                    "its record was put back, but what it stands for is not there"
+                );
+                continue;
+            }
+            let Found { id, record } = found;
+            self.index.insert(&name(record.owner, &record.key), &id)?;
+            count(&record);
+            changes.last_time = changes.last_time.max(record.updated);
+            changes.unread.remove(&id);
+            taken.push(ParentRef {
+                owner: record.owner,
+                key: record.key.clone(),
+            });
+            changes.known.insert(id, record);
+        }
+        for left in new {
+            tracing::warn!(
+                snapshot = left.record.key,
+                "its record was put back, but its name is another's now, or its parent is not there"
+            );
+        }
+        Ok(taken)
     }
 
     /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use super::Snapshotter;
-use super::catalog::{self, SnapshotRecord};
+use super::catalog::{self, Found, SnapshotRecord};
 use super::packed::HeldLayer;
 use super::types::*;
 use crate::store::LayerName;
@@ -189,6 +189,25 @@ impl Snapshotter {
             self.packed.settle();
         }
         settled
+    }
+
+    /// Takes in records that somebody has put back since plyd started; answers of which snapshots. Those of packed layers have to be
+    /// known before. What was kept because of them is settled by [`settle_records`](Self::settle_records).
+    pub fn take_put_back(&self) -> Result<Vec<ParentRef>> {
+        let is_there = |found: &Found| match (&found.record.layer, found.record.packed) {
+            (Some(layer), _) => self.layers.contains(layer),
+            (None, Some(packed)) if found.record.kind == Kind::Committed => {
+                let layers = self.packed.layers();
+                layers.get(packed).is_some() || layers.damaged().contains(&packed)
+            }
+            (None, _) => self.data.join(&found.id).exists(),
+        };
+        let count = |record: &SnapshotRecord| {
+            if let Some(layer) = record.packed {
+                self.packed.count(layer);
+            }
+        };
+        self.catalog.take_put_back(is_there, count)
     }
 
     /// Puts the names into the index that it has lost; says how many.

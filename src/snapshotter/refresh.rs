@@ -74,7 +74,7 @@ impl Snapshotter {
     }
 
     /// The same, for who has nobody to tell.
-    pub(super) fn refresh_mounts_and_log(&self) {
+    pub fn refresh_mounts_and_log(&self) {
         match self.refresh_mounts() {
             Ok(stale) => {
                 for Stale { id, why, .. } in stale {

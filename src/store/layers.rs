@@ -450,6 +450,17 @@ impl Layers {
         self.damaged.lock().clone()
     }
 
+    /// Takes the record of a layer as it is on the disk, of one whose record could not be used; says whether it can be now.
+    pub(super) fn take_record(&self, name: LayerName) -> bool {
+        let _none_goes = self.removing.lock();
+        let Ok(Some(record)) = self.records.get(&name.to_string()) else {
+            return false;
+        };
+        self.known.lock().insert(name, record);
+        self.damaged.lock().retain(|damaged| *damaged != name);
+        true
+    }
+
     /// Records a layer of which everything is there.
     pub(super) fn put_record(&self, name: LayerName, record: LayerRecord) -> Result<()> {
         self.records.put(&name.to_string(), &record)?;

@@ -46,7 +46,7 @@ pub trait Record: Serialize + DeserializeOwned {
     /// Version of the payload's meaning; a higher one is refused on reading.
     const VERSION: u32;
     /// What to do about a file that cannot be used.
-    const REMEDY: &'static str = "restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
+    const REMEDY: &'static str = "restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again";
     /// The same once a repair could not make it anew.
     const LEFT: &'static str = Self::REMEDY;
 }

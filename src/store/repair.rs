@@ -9,6 +9,7 @@
 //! ([`View::refresh`](super::view::View::refresh)).
 
 mod pick;
+mod put_back;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -27,6 +28,7 @@ use super::verify::{BadView, Examination, Reads};
 use super::view;
 
 pub use pick::Lacking;
+pub use put_back::PutBack;
 
 /// What was mended without a source.
 #[derive(Debug, Default)]
@@ -184,7 +186,7 @@ impl Layers {
         if !self.objects().take_healed() {
             return;
         }
-        tracing::info!("contents that were damaged or missing have come anew with a layer");
+        tracing::info!("contents that were damaged or missing are there again");
         self.note_mended();
         let purged = {
             let _no_collection = self.collecting.lock();

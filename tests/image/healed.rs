@@ -8,7 +8,8 @@ use serde_json::Value;
 use super::archive::*;
 use super::care::stored;
 use super::common::{Done, Plyd};
-use super::damage::{assert_sound, flip, load, mount, parse};
+use super::damage::{assert_sound, break_record, flip, image, load, mount, parse};
+use super::told::{records, restart};
 
 const SMALL: u64 = 1;
 const LARGE: u64 = 2;
@@ -83,7 +84,7 @@ fn an_image_that_has_damaged_contents_brings_them_anew_for_all() {
         assert_eq!(info["damaged_contents"], 0, "{what}");
         let told = plyd
             .log()
-            .contains("contents that were damaged or missing have come anew with a layer");
+            .contains("contents that were damaged or missing are there again");
         // Of what is gone before plyd starts nobody has asked yet.
         assert_eq!(
             told,
@@ -229,5 +230,141 @@ fn contents_that_a_layer_lacks_come_from_any_layer_of_an_archive() {
     }
     for mnt in &mounts {
         plyd.umount(mnt);
+    }
+}
+
+/// It was missed until plyd was started again, though it was there.
+#[test]
+fn a_pack_and_a_file_that_were_put_back_are_used_without_a_restart() {
+    for command in ["verify", "repair"] {
+        let mut plyd = Plyd::start();
+        load(&plyd, &with_shared("first"));
+        let away = ["packs", "objects"].map(|dir| stored(&plyd, dir).remove(0));
+        restart(&mut plyd, |plyd| {
+            for (number, path) in away.iter().enumerate() {
+                fs::rename(path, plyd.dir().join(format!("away {number}"))).unwrap();
+            }
+        });
+        plyd.ok(["snapshot", "view", "look", "first"]);
+        let mnt = mount(&plyd, "look");
+        for name in ["small", "large"] {
+            let error = fs::read(mnt.join(name)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EIO), "{name}");
+        }
+        assert_eq!(plyd.snapctl(["system", command]).code, 1);
+        // Nothing goes meanwhile.
+        plyd.ok(["system", "gc"]);
+        for (number, path) in away.iter().enumerate() {
+            fs::rename(plyd.dir().join(format!("away {number}")), path).unwrap();
+        }
+        plyd.ok(["system", "gc"]);
+        let told = plyd.ok(["system", command]);
+        let pack = format!("the pack {} was put back", away[0].display());
+        let file = "the file of a large content was put back while plyd ran, and is used now";
+        match command {
+            "repair" => assert!(told.contains(&pack) && told.contains(file), "{told}"),
+            _ => {
+                let log = plyd.log();
+                assert!(log.contains(&pack) && log.contains(file), "{log}");
+            }
+        }
+        assert!(fs::read(mnt.join("small")).unwrap() == small());
+        assert!(fs::read(mnt.join("large")).unwrap() == large());
+        assert_sound(&plyd);
+        // It is told once.
+        let told = plyd.ok(["system", "repair"]);
+        assert!(told.ends_with(": 0 mended, 0 left\n"), "{told}");
+        plyd.umount(&mnt);
+    }
+}
+
+/// A record that was restored from a backup was used after the next start of plyd only.
+#[test]
+fn records_that_were_put_back_are_used_without_a_restart() {
+    for command in ["verify", "repair"] {
+        let mut plyd = Plyd::start();
+        plyd.load_busybox();
+        let image = image("whole");
+        load(&plyd, &image);
+        plyd.ok(["snapshot", "prepare", "work", "whole"]);
+        let box_id = plyd.ok([
+            "run",
+            "-d",
+            "--name",
+            "box",
+            "localhost/busybox",
+            "sleep",
+            "1000",
+        ]);
+        let root = plyd.json([
+            "snapshot",
+            "info",
+            "--owner",
+            "container",
+            box_id.trim(),
+            "--json",
+        ]);
+        let root = root["id"].as_str().unwrap();
+        let mut broken = records(&plyd, box_id.trim()).to_vec();
+        broken.push(plyd.root().join(format!("snapshots/records/{root}.record")));
+        let layers = plyd.ok(["layer", "ls", "--json"]);
+        let state = |plyd: &Plyd| {
+            let lists = [
+                &["image", "ls", "--json"][..],
+                &["ps", "-a", "--json"],
+                &["snapshot", "tree", "--json"],
+                &["layer", "ls", "--json"],
+            ];
+            lists.map(|list| {
+                let done = plyd.snapctl(list);
+                assert_eq!(done.stderr, "", "{list:?}");
+                done.stdout
+            })
+        };
+        let before = state(&plyd);
+        let mut good = Vec::new();
+        restart(&mut plyd, |_| {
+            good = broken.iter().map(|path| break_record(path)).collect();
+        });
+        assert!(plyd.ok(["ps", "-q"]).is_empty());
+        let found = plyd.snapctl(["system", "verify", "--json"]);
+        assert_eq!(
+            parse(&found)["faults"].as_array().unwrap().len(),
+            6,
+            "{found:?}"
+        );
+        for (path, good) in broken.iter().zip(&good) {
+            fs::write(path, good).unwrap();
+        }
+        let told = plyd.ok(["system", command]);
+        if command == "repair" {
+            let told = told.matches(" was put back while plyd ran, and is used now\n");
+            assert_eq!(told.count(), 6);
+        }
+        assert_eq!(state(&plyd), before, "{command}");
+        assert_eq!(plyd.ok(["layer", "ls", "--json"]), layers);
+        assert_eq!(
+            plyd.ok(["exec", "box", "cat", "/etc/image-name"]),
+            "busybox from Debian\n"
+        );
+        let told = plyd.ok(["system", "repair"]);
+        assert!(told.ends_with(": 0 mended, 0 left\n"), "{told}");
+        // Nothing is counted twice, nor too little.
+        plyd.ok(["image", "rm", "-f", "whole"]);
+        assert_eq!(
+            plyd.json(["layer", "ls", "--json"])
+                .as_array()
+                .unwrap()
+                .len(),
+            4
+        );
+        let mnt = mount(&plyd, "work");
+        assert_eq!(fs::read(mnt.join("file 7")).unwrap(), b"file 7");
+        plyd.umount(&mnt);
+        plyd.ok(["rm", "-f", "box"]);
+        plyd.ok(["snapshot", "rm", "work"]);
+        plyd.ok(["image", "rm", "localhost/busybox"]);
+        assert_eq!(plyd.ok(["layer", "ls", "-q"]), "");
+        assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), "");
     }
 }

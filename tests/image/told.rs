@@ -10,7 +10,7 @@ use super::archive::*;
 use super::common::Plyd;
 use super::damage::{NAME, break_record, files, image, load, newer, parse};
 
-fn restart(plyd: &mut Plyd, meanwhile: impl FnOnce(&Plyd)) {
+pub fn restart(plyd: &mut Plyd, meanwhile: impl FnOnce(&Plyd)) {
     plyd.signal(Signal::SIGTERM);
     meanwhile(plyd);
     plyd.launch();
@@ -130,7 +130,7 @@ fn of_what_was_made_here_it_is_said_that_a_repair_knows_more() {
 }
 
 /// Where the records of a store lie of which one each is to be damaged.
-fn records(plyd: &Plyd, container: &str) -> [PathBuf; 5] {
+pub fn records(plyd: &Plyd, container: &str) -> [PathBuf; 5] {
     let of = |key: &str, field: &str| {
         let info = plyd.json(["snapshot", "info", key, "--json"]);
         let value = &info[field];
@@ -262,8 +262,8 @@ fn it_is_said_what_became_of_a_record_and_what_the_user_must_do() {
         good = break_record(&snapshot);
         break_record(&image);
     });
-    let of_snapshot = "; nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
-    let of_image = "; `snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup, or delete the file to give the image up, and start plyd again";
+    let of_snapshot = "; nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
+    let of_image = "; `snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give the image up and start plyd again";
     for command in ["verify", "repair"] {
         let told = plyd.snapctl(["system", command]);
         assert_eq!(told.code, 1);

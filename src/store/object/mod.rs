@@ -9,6 +9,7 @@ mod check;
 mod file;
 mod foreign;
 mod framed;
+mod put_back;
 mod restore;
 mod sweep;
 
@@ -64,7 +65,14 @@ pub enum Place {
 
 impl Place {
     fn is_in(self, id: PackId) -> bool {
-        matches!(self, Self::Packed { pack, .. } if pack == id)
+        self.pack() == Some(id)
+    }
+
+    fn pack(self) -> Option<PackId> {
+        match self {
+            Self::Packed { pack, .. } => Some(pack),
+            Self::File => None,
+        }
     }
 
     pub(super) fn packed(pack: PackId, slot: Slot) -> Self {
