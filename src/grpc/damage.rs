@@ -266,6 +266,7 @@ fn record_fault(damaged: &Damaged, of: String, advice: &str) -> api::Fault {
         problem: damaged.fact(),
         advice: advice.to_owned(),
         of,
+        newer: damaged.newer,
         ..api::Fault::default()
     }
 }
@@ -278,13 +279,19 @@ pub(super) fn key_of(snapshot: &SnapshotInfo) -> ViewKey {
 
 /// What is told of a fault of what is no layer's. `advice` says what to do.
 pub(super) fn pack_fault(fault: &store::verify::Fault, advice: &str) -> api::Fault {
+    use store::Error::{Damaged, Io, Unsupported};
+    let newer = matches!(fault.error, Unsupported { .. });
+    let advice = if newer { NEWER } else { advice };
+    let file = match &fault.error {
+        Io { path, .. } | Damaged { path, .. } | Unsupported { path, .. } => shown_path(path),
+        _ => String::new(),
+    };
     api::Fault {
         kind: kind_of(fault).to_owned(),
+        file,
         problem: fault.error.problem(),
-        advice: match fault.error {
-            store::Error::Unsupported { .. } => NEWER.to_owned(),
-            _ => advice.to_owned(),
-        },
+        advice: advice.to_owned(),
+        newer,
         ..api::Fault::default()
     }
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::archive::*;
 use super::common::Plyd;
-use super::damage::{NAME, break_record, files, image, load, newer, parse};
+use super::damage::{NAME, break_record, files, flip, image, load, newer, parse};
 
 pub fn restart(plyd: &mut Plyd, meanwhile: impl FnOnce(&Plyd)) {
     plyd.signal(Signal::SIGTERM);
@@ -400,4 +400,56 @@ fn what_is_not_plyds_is_called_that() {
         plyd.json(["system", "verify", "--json"])["notes"],
         serde_json::json!([])
     );
+}
+
+/// It printed nothing but layers, so that a script took the rest for whole.
+#[test]
+fn quiet_names_all_that_is_damaged_and_left() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    plyd.ok(["snapshot", "mounts", "work"]);
+    let layers = plyd.ok(["layer", "ls", "-q"]);
+    let quiet = |plyd: &Plyd, command: &str| {
+        let done = plyd.snapctl(["system", command, "-q"]);
+        assert_eq!(done.code, 1, "{done:?}");
+        assert_eq!(done.stderr, "");
+        done.stdout
+    };
+    let shown = |path: &Path| format!("{}\n", path.display());
+    let view = files(&plyd, "store/views", ".view").remove(0);
+    flip(&view, fs::metadata(&view).unwrap().len() / 2);
+    assert_eq!(quiet(&plyd, "verify"), shown(&view));
+    plyd.ok(["system", "repair", "-q"]);
+    // What keeps a view that was replaced.
+    flip(&view, 100);
+    let left = quiet(&plyd, "repair");
+    let kept = files(&plyd, "store/views", ".aside").remove(0);
+    assert_eq!(left, shown(&kept));
+    plyd.ok(["snapshot", "rm", "work"]);
+    let image = files(&plyd, "images/records", ".record").remove(0);
+    let packs = files(&plyd, "store/packs", ".pack");
+    let good = fs::read(&image).unwrap();
+    restart(&mut plyd, |_| fs::write(&image, newer(&good)).unwrap());
+    for command in ["verify", "repair"] {
+        assert_eq!(quiet(&plyd, command), shown(&image), "{command}");
+    }
+    let told = plyd.snapctl(["system", "verify"]).stdout;
+    let sum = ": 1 record damaged; a newer release of Plywood wrote it, and `snapctl system repair` leaves it to that\n";
+    assert!(told.ends_with(sum), "{told}");
+    flip(&packs[0], 3);
+    assert_eq!(
+        quiet(&plyd, "verify"),
+        format!("{}{}", shown(&image), shown(&packs[0]))
+    );
+    let told = plyd.snapctl(["system", "verify"]).stdout;
+    let sum = ": 1 pack, 1 record damaged; `snapctl system repair` mends it, or says what would, and leaves to a newer release of Plywood what that wrote\n";
+    assert!(told.ends_with(sum), "{told}");
+    for pack in &packs {
+        fs::remove_file(pack).unwrap();
+    }
+    let mut all: Vec<_> = layers.lines().collect();
+    all.push(image.to_str().unwrap());
+    all.sort_unstable();
+    assert_eq!(quiet(&plyd, "verify").lines().collect::<Vec<_>>(), all);
 }

@@ -116,7 +116,7 @@ pub struct VerifyArgs {
     /// Print a JSON object
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
-    /// Print the names of damaged layers only
+    /// Print the names of what is damaged only: of layers, or else paths of files
     #[arg(short, long)]
     quiet: bool,
 }
@@ -130,7 +130,7 @@ pub struct RepairArgs {
     /// Print a JSON object
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
-    /// Print the names of the layers that are left only
+    /// Print the names of what is left only: of layers, or else paths of files, or else keys of mounted snapshots
     #[arg(short, long)]
     quiet: bool,
 }
