@@ -1,6 +1,7 @@
 //! Damage that is nobody's contents, in words: merged views, and the records of snapshots, images and containers.
 
 mod layers;
+mod log;
 mod put_back;
 
 use std::collections::HashMap;
@@ -18,6 +19,7 @@ use crate::store::record::Damaged;
 use crate::store::{self, LayerName, ViewKey};
 
 pub(super) use layers::{KnownLayer, KnownLayers};
+pub(super) use log::DamageLog;
 
 /// What to do about what a newer release has written.
 pub(super) const NEWER: &str = "have the newer release repair it";

@@ -14,7 +14,7 @@ use tonic::Status;
 
 use super::care;
 use super::content::Content;
-use super::damage::{self, KnownLayer, Stores};
+use super::damage::{self, DamageLog, KnownLayer, Stores};
 use super::images::{Archive, progress_message};
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
@@ -30,6 +30,8 @@ use api::repair_response::Event;
 
 /// One call of Repair.
 pub(super) struct Repair {
+    /// What is left. Written before the client hears that this is the end.
+    pub(super) log: Mutex<DamageLog>,
     pub(super) snapshotter: Arc<Snapshotter>,
     pub(super) images: Arc<ImageStore>,
     pub(super) containers: Containers,
@@ -330,6 +332,9 @@ impl Repair {
     }
 
     fn tell(&self, event: Event) {
+        if let Event::Left(fault) = &event {
+            self.log.lock().add(fault);
+        }
         // Whoever has gone is noticed by `cancelled`.
         let _ = self
             .answers

@@ -453,3 +453,44 @@ fn quiet_names_all_that_is_damaged_and_left() {
     all.sort_unstable();
     assert_eq!(quiet(&plyd, "verify").lines().collect::<Vec<_>>(), all);
 }
+
+/// There was nothing of it.
+#[test]
+fn the_log_has_what_was_found_mended_and_left() {
+    let plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    let record = files(&plyd, "images/records", ".record").remove(0);
+    break_record(&record);
+    for pack in files(&plyd, "store/packs", ".pack") {
+        fs::remove_file(pack).unwrap();
+    }
+    let warned = |before: usize| -> Vec<String> {
+        let log = plyd.log()[before..].to_owned();
+        let lines = log.lines().filter(|line| line.contains(" WARN "));
+        lines.map(str::to_owned).collect()
+    };
+    for (command, what) in [("verify", "verify found: "), ("repair", "repair left: ")] {
+        let before = plyd.log().len();
+        assert_eq!(plyd.snapctl(["system", command]).code, 1);
+        let told = warned(before);
+        let of = |words: &str| {
+            let lines = told.iter();
+            lines
+                .filter(|line| line.contains(what) && line.contains(words))
+                .count()
+        };
+        assert_eq!(told.len(), 3, "{told:#?}");
+        assert_eq!(of("300 contents are gone with the pack "), 1, "{told:#?}");
+        assert_eq!(of("/base: "), 1, "{told:#?}");
+        assert_eq!(of(record.to_str().unwrap()), 1, "{told:#?}");
+    }
+    let before = plyd.log().len();
+    let mended = plyd.piped(["system", "repair", "-i", "-"], &image("whole"));
+    assert_eq!(mended.code, 0, "{}", mended.stdout);
+    assert_eq!(warned(before), [""; 0]);
+    let log = plyd.log()[before..].to_owned();
+    let told = log
+        .lines()
+        .filter(|line| line.contains(" INFO ") && line.contains("repair: the "));
+    assert_eq!(told.count(), 3, "{log}");
+}
