@@ -1,3 +1,4 @@
+mod heal;
 mod packs;
 mod refresh;
 
