@@ -5,10 +5,12 @@
 //! - `damage`: views and records that are not what they were;
 //! - `disks`: views on a disk that is full or read-only;
 //! - `good`: what is accepted, and what comes of it;
+//! - `healed`: what comes whole with something else, or because somebody put it back;
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `packed`: what stands on packed layers;
 //! - `pages`: what the kernel keeps of what was damaged;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
+//! - `records`: records that are made anew;
 //! - `service`: the Images service of a running plyd, also killed in the middle;
 //! - `space`: what the store takes;
 //! - `told`: what a user is told of damage.
@@ -31,6 +33,8 @@ mod damage;
 mod disks;
 #[path = "image/good.rs"]
 mod good;
+#[path = "image/healed.rs"]
+mod healed;
 #[path = "image/hostile.rs"]
 mod hostile;
 #[path = "common/mapping.rs"]
@@ -42,6 +46,8 @@ mod packed;
 mod pages;
 #[path = "image/real.rs"]
 mod real;
+#[path = "image/records.rs"]
+mod records;
 #[path = "image/service.rs"]
 mod service;
 #[path = "image/space.rs"]

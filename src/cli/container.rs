@@ -156,6 +156,9 @@ fn state(container: &Container) -> String {
         // What went wrong is in `inspect`.
         ContainerStatus::Created if container.error.is_empty() => "created".to_owned(),
         ContainerStatus::Created => "created, its start failed".to_owned(),
+        ContainerStatus::Running if container.root_unknown => {
+            "running, but how its root is cannot be told".to_owned()
+        }
         ContainerStatus::Running if !container.error.is_empty() => {
             "running, but its root has failed".to_owned()
         }

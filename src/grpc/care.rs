@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::damage::{self, KnownLayer, KnownLayers, Stores};
+use super::damage::{self, DamageLog, KnownLayer, KnownLayers, Stores};
 use super::pb::plywood as api;
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
@@ -47,6 +49,7 @@ fn verify(
         layers: OnceLock::new(),
         answers,
         gone: AtomicBool::new(false),
+        log: Mutex::new(DamageLog::new("verify found")),
     };
     if let Err(status) = client.verify(deep) {
         // A client that has gone does not hear it.
@@ -57,6 +60,13 @@ fn verify(
 impl Client<'_> {
     fn verify(&self, deep: bool) -> Result<(), Status> {
         let stores = self.stores;
+        let put_back = stores.take_put_back(&Handle::current())?;
+        for what in &put_back {
+            tracing::info!("verify: {what}");
+        }
+        if !put_back.is_empty() {
+            stores.snapshotter.refresh_mounts_and_log();
+        }
         let layers = stores.snapshotter.packed_layers();
         let with_damaged_record = layers.damaged();
         for layer in unknown_layers(stores.snapshotter) {
@@ -112,6 +122,8 @@ pub(super) fn unknown_layers(snapshotter: &Snapshotter) -> BTreeSet<LayerName> {
 }
 
 struct Client<'a> {
+    /// Written before the client hears that this is the end.
+    log: Mutex<DamageLog>,
     stores: Stores<'a>,
     /// Read when the first layer is found damaged.
     layers: OnceLock<Option<KnownLayers>>,
@@ -134,6 +146,9 @@ impl Client<'_> {
     }
 
     fn answer(&self, event: api::verify_response::Event) {
+        if let api::verify_response::Event::Fault(fault) = &event {
+            self.log.lock().add(fault);
+        }
         let answer = api::VerifyResponse { event: Some(event) };
         if self.answers.blocking_send(Ok(answer)).is_err() {
             self.gone.store(true, Ordering::Release);

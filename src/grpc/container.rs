@@ -327,7 +327,12 @@ fn into_log(record: Record) -> api::LogsResponse {
 }
 
 fn into_message(container: Container) -> api::Container {
-    let Container { id, record, state } = container;
+    let Container {
+        id,
+        record,
+        state,
+        root_unknown,
+    } = container;
     let status = match state.status {
         state::Status::Created => api::ContainerStatus::Created,
         state::Status::Running => api::ContainerStatus::Running,
@@ -350,6 +355,7 @@ fn into_message(container: Container) -> api::Container {
         tty: record.tty,
         auto_remove: record.auto_remove,
         error: state.error,
+        root_unknown,
     }
 }
 

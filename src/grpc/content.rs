@@ -168,6 +168,21 @@ impl Content {
         }
     }
 
+    /// Digests of all blobs of a namespace, and their bytes.
+    pub(super) async fn list(&self, caller: &Caller) -> Result<Vec<(String, u64)>, Status> {
+        let request = caller.request(api::ListContentRequest {
+            filters: Vec::new(),
+        });
+        let channel = self.connect().await?;
+        let mut answers = Self::client(channel).list(request).await?.into_inner();
+        let mut blobs = Vec::new();
+        while let Some(answer) = answers.message().await? {
+            let found = answer.info.into_iter();
+            blobs.extend(found.map(|info| (info.digest, info.size.cast_unsigned())));
+        }
+        Ok(blobs)
+    }
+
     /// Sends a blob, piece by piece, from when its first piece is wanted and for as long as somebody reads it.
     pub(super) async fn read(
         &self,

@@ -1,6 +1,8 @@
 //! Damage that is nobody's contents, in words: merged views, and the records of snapshots, images and containers.
 
 mod layers;
+mod log;
+mod put_back;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -17,6 +19,7 @@ use crate::store::record::Damaged;
 use crate::store::{self, LayerName, ViewKey};
 
 pub(super) use layers::{KnownLayer, KnownLayers};
+pub(super) use log::DamageLog;
 
 /// What to do about what a newer release has written.
 pub(super) const NEWER: &str = "have the newer release repair it";
@@ -265,6 +268,7 @@ fn record_fault(damaged: &Damaged, of: String, advice: &str) -> api::Fault {
         problem: damaged.fact(),
         advice: advice.to_owned(),
         of,
+        newer: damaged.newer,
         ..api::Fault::default()
     }
 }
@@ -277,13 +281,19 @@ pub(super) fn key_of(snapshot: &SnapshotInfo) -> ViewKey {
 
 /// What is told of a fault of what is no layer's. `advice` says what to do.
 pub(super) fn pack_fault(fault: &store::verify::Fault, advice: &str) -> api::Fault {
+    use store::Error::{Damaged, Io, Unsupported};
+    let newer = matches!(fault.error, Unsupported { .. });
+    let advice = if newer { NEWER } else { advice };
+    let file = match &fault.error {
+        Io { path, .. } | Damaged { path, .. } | Unsupported { path, .. } => shown_path(path),
+        _ => String::new(),
+    };
     api::Fault {
         kind: kind_of(fault).to_owned(),
+        file,
         problem: fault.error.problem(),
-        advice: match fault.error {
-            store::Error::Unsupported { .. } => NEWER.to_owned(),
-            _ => advice.to_owned(),
-        },
+        advice: advice.to_owned(),
+        newer,
         ..api::Fault::default()
     }
 }

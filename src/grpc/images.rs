@@ -225,6 +225,7 @@ pub(super) fn progress_message(progress: Progress) -> api::LoadProgress {
         Phase::Unpacking => "unpacking",
         Phase::Exists => "exists",
         Phase::Restoring => "restoring",
+        Phase::Searching => "searching",
     };
     api::LoadProgress {
         phase: phase.to_owned(),

@@ -1,13 +1,10 @@
 //! The part of `plywood.v1.System` that makes damaged layers whole.
-//!
-//! Where a layer's stream comes from: an archive that the client sends, or containerd's content store.
 
 mod mounts;
 mod records;
+mod sources;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -16,15 +13,15 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::care;
-use super::content::{self, Caller, Content};
-use super::damage::{self, KnownLayer, Stores};
+use super::content::Content;
+use super::damage::{self, DamageLog, KnownLayer, Stores};
 use super::images::{Archive, progress_message};
 use super::pb::plywood as api;
 use crate::image::{self, ImageStore};
 use crate::runtime::containers::Containers;
-use crate::snapshotter::{Owner, Snapshotter};
+use crate::snapshotter::Snapshotter;
 use crate::store::ingest::Observer;
-use crate::store::layers::{Expected, Layers};
+use crate::store::layers::Layers;
 use crate::store::repair::{Mended, ViewCure};
 use crate::store::verify::{Fault, Told};
 use crate::store::{self, LayerName, ViewKey};
@@ -33,6 +30,8 @@ use api::repair_response::Event;
 
 /// One call of Repair.
 pub(super) struct Repair {
+    /// What is left. Written before the client hears that this is the end.
+    pub(super) log: Mutex<DamageLog>,
     pub(super) snapshotter: Arc<Snapshotter>,
     pub(super) images: Arc<ImageStore>,
     pub(super) containers: Containers,
@@ -66,6 +65,9 @@ impl Repair {
     }
 
     fn repair(&self, archive: Option<(Archive, u64)>) -> Result<(), Status> {
+        for what in self.stores().take_put_back(&self.runtime)? {
+            self.mended(None, what);
+        }
         match self.snapshotter.mend_index() {
             Ok(0) => {}
             Ok(1) => self.mended(
@@ -97,9 +99,14 @@ impl Repair {
                 .images
                 .with_layers(&mut archive, total, self, |layers| {
                     self.restore_from_archive(&mut patients, layers);
+                    self.restore_from_containerd(&mut patients)?;
+                    self.pick_from_archive(&patients, layers);
                     self.learn_blobs(layers);
+                    Ok(())
                 });
-            let ((), records, all) = restored.map_err(Status::from)?;
+            let (done, records, all): (Result<(), Status>, _, _) =
+                restored.map_err(Status::from)?;
+            done?;
             for of in records {
                 let what = format!("the record of {of} was made anew from the archive");
                 self.mended(None, what);
@@ -113,8 +120,10 @@ impl Repair {
                     ..api::Fault::default()
                 }));
             }
+        } else {
+            self.restore_from_containerd(&mut patients)?;
         }
-        self.restore_from_containerd(&mut patients)?;
+        self.pick_from_containerd(&patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
         self.mend_without_source(Layers::mend)?;
         self.snapshotter.settle_records();
@@ -208,6 +217,7 @@ impl Repair {
     /// Whether an archive might mend something.
     fn needs_archive(&self, patients: &Patients) -> Result<bool, Status> {
         Ok(!patients.is_empty()
+            || !self.snapshotter.damaged_records()?.is_empty()
             || !self.snapshotter.packed_layers().without_blob().is_empty()
             || !self
                 .images
@@ -261,82 +271,6 @@ impl Repair {
             }
         }
         Ok(patients)
-    }
-
-    fn restore_from_archive(&self, patients: &mut Patients, layers: &HashMap<String, PathBuf>) {
-        patients.retain(|layer, patient| {
-            let path = patient.known.diff_id.as_ref().and_then(|id| layers.get(id));
-            let Some(path) = path else {
-                patient
-                    .reasons
-                    .push("the archive does not have it".to_owned());
-                return true;
-            };
-            let expected = Expected {
-                blob: None,
-                diff_id: patient.known.diff_id.as_deref(),
-            };
-            let restored = File::open(path)
-                .map_err(|error| error.to_string())
-                .and_then(|file| {
-                    let restored = self
-                        .snapshotter
-                        .restore_layer(*layer, file, &expected, self);
-                    restored.map_err(|error| error.to_string())
-                });
-            !self.is_restored(*layer, patient, restored, "the archive")
-        });
-    }
-
-    fn restore_from_containerd(&self, patients: &mut Patients) -> Result<(), Status> {
-        if patients
-            .values()
-            .all(|patient| patient.known.blob.is_none())
-        {
-            return Ok(());
-        }
-        let snapshots = self.snapshotter.list(Some(Owner::Containerd))?;
-        let namespaces: BTreeSet<String> = snapshots
-            .into_iter()
-            .filter_map(|snapshot| Some(snapshot.key.split_once('/')?.0.to_owned()))
-            .collect();
-        patients.retain(|layer, patient| {
-            let Some(blob) = patient.known.blob.clone() else {
-                return true;
-            };
-            for namespace in &namespaces {
-                let restored = self.fetch(*layer, namespace, &blob);
-                if self.is_restored(*layer, patient, restored, "containerd's content store") {
-                    return false;
-                }
-            }
-            true
-        });
-        Ok(())
-    }
-
-    /// Restores a layer from a blob of containerd's.
-    fn fetch(&self, layer: LayerName, namespace: &str, blob: &str) -> Result<(), String> {
-        let caller = Caller::of_namespace(namespace)
-            .ok_or_else(|| format!("{namespace:?} is no namespace of containerd"))?;
-        let (source, stream) = content::pipe();
-        let (content, digest) = (self.content.clone(), blob.to_owned());
-        let read = self
-            .runtime
-            .spawn(async move { content.read(&caller, &digest, source).await });
-        let expected = Expected {
-            blob: Some(blob),
-            diff_id: None,
-        };
-        let restored = self
-            .snapshotter
-            .restore_layer(layer, stream, &expected, self);
-        let read = self.runtime.block_on(read);
-        match (read, restored) {
-            // The reason, of which the other end only knows that there is one.
-            (Ok(Err(status)), Err(_)) => Err(status.message().to_owned()),
-            (_, restored) => restored.map_err(|error| error.to_string()),
-        }
     }
 
     /// Notes what came of a try. What was taken in has to be found whole, too.
@@ -398,6 +332,9 @@ impl Repair {
     }
 
     fn tell(&self, event: Event) {
+        if let Event::Left(fault) = &event {
+            self.log.lock().add(fault);
+        }
         // Whoever has gone is noticed by `cancelled`.
         let _ = self
             .answers

@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::care;
 use super::content::Content;
-use super::damage::Stores;
+use super::damage::{DamageLog, Stores};
 use super::images::Archive;
 use super::pb::plywood as api;
 use super::repair::Repair;
@@ -109,6 +110,7 @@ impl api::system_server::System for Service {
             content: self.content.clone(),
             runtime: tokio::runtime::Handle::current(),
             answers,
+            log: Mutex::new(DamageLog::new("repair left")),
         };
         tokio::task::spawn_blocking(move || repair.run(archive));
         Ok(Response::new(ReceiverStream::new(answered)))

@@ -42,7 +42,7 @@ pub(super) struct ImageRecord {
 impl Record for ImageRecord {
     const KIND: &'static str = "image";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup, or delete the file to give the image up, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give the image up and start plyd again";
 }
 
 /// A name, as it is kept.
@@ -56,7 +56,7 @@ pub(super) struct NameRecord {
 impl Record for NameRecord {
     const KIND: &'static str = "image-name";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with an archive that gives the name makes it anew; only without that restore it from a backup, or delete the file to give the name up, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with an archive that gives the name makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give the name up and start plyd again";
 }
 
 /// All records, and what of them is looked at often.
@@ -188,6 +188,30 @@ impl Records {
     /// The damaged records of images and of names.
     pub(super) fn all_damaged(&self) -> impl Iterator<Item = &Damaged> {
         self.damaged().chain(self.damaged_names.values())
+    }
+
+    /// Takes records as they are on the disk that could not be used when plyd started, if they can be now; says what they are of, in
+    /// words.
+    pub(super) fn take_put_back(&mut self) -> Vec<String> {
+        let mut taken = Vec::new();
+        for id in self.damaged.keys().cloned().collect::<Vec<_>>() {
+            if let Ok(Some(record)) = self.images.get(&id) {
+                self.damaged.remove(&id);
+                self.know(id.clone(), &record);
+                taken.push(self.words(&id));
+            }
+        }
+        for id in self.damaged_names.keys().cloned().collect::<Vec<_>>() {
+            let Ok(Some(NameRecord { name, image })) = self.names.get(&id) else {
+                continue;
+            };
+            self.damaged_names.remove(&id);
+            if self.known.contains_key(&image) || self.damaged.contains_key(&image) {
+                taken.push(format!("the name {name} of an image"));
+                self.by_name.insert(name, image);
+            }
+        }
+        taken
     }
 
     /// Records that cannot be used now, or are gone though what they are of is not.

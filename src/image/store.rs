@@ -88,7 +88,7 @@ impl ImageStore {
         let by_diff_id = layers.map(|layer| (layer.diff_id.clone(), layer.file.path.clone()));
         let done = work(&by_diff_id.collect());
         let mut mended = Vec::new();
-        let restored = self.restore_records(&archived, &mut mended);
+        let restored = self.restore_records(&archived, &mut mended, observer);
         Ok((done, mended, restored))
     }
 
@@ -142,6 +142,16 @@ impl ImageStore {
             .collect()
     }
 
+    /// Takes in records that somebody has put back since plyd started; says what they are of, in words.
+    pub fn take_put_back(&self) -> Vec<String> {
+        let mut records = self.records.lock();
+        let taken = records.take_put_back();
+        if !taken.is_empty() {
+            self.tell_tops(&records);
+        }
+        taken
+    }
+
     /// Writes records anew of which all is known and that cannot be used, or are gone; says what they are of, in words.
     pub fn mend_records(&self) -> Result<Vec<String>> {
         let mut records = self.records.lock();
@@ -168,11 +178,22 @@ impl ImageStore {
         &self,
         archived: &[archive::ArchivedImage],
         mended: &mut Vec<String>,
+        observer: &dyn Observer,
     ) -> Result<()> {
         for image in archived {
             let id = id_of(image);
             let chain_ids = unpack::chain_ids(image.layers.iter().map(|l| l.diff_id.as_str()));
             let _pin = self.unpacker.pin(&chain_ids);
+            let shown = image.names.first().map_or(id, String::as_str);
+            for (at, layer) in image.layers.iter().enumerate() {
+                if self
+                    .unpacker
+                    .restore_record(layer, &chain_ids, at, observer)?
+                {
+                    let chain_id = &chain_ids[at];
+                    mended.push(format!("the layer with the chain id {chain_id} of {shown}"));
+                }
+            }
             let Some(size) = self.unpacker.size(&chain_ids)? else {
                 continue;
             };
@@ -184,8 +205,7 @@ impl ImageStore {
             };
             if is_among(&images, id) {
                 records.put(id, &record_of(image, chain_ids, size))?;
-                let name = image.names.first().map_or(id, String::as_str);
-                mended.push(format!("the image {name}"));
+                mended.push(format!("the image {shown}"));
             }
             for name in &image.names {
                 if is_among(&names, &records::key(name)) && records.image(id).is_some() {

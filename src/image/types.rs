@@ -141,6 +141,8 @@ pub enum Phase {
     Exists,
     /// A layer that is there already was damaged, and is taken in once more.
     Restoring,
+    /// Looking through a layer for contents that others lack.
+    Searching,
 }
 
 /// How far a load has come.

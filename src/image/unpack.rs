@@ -111,9 +111,11 @@ impl Unpacker {
     ) -> Result<u64> {
         let mut parent: Option<&String> = None;
         let mut size = 0;
-        for (layer, chain_id) in layers.iter().zip(chain_ids) {
+        for (at, (layer, chain_id)) in layers.iter().zip(chain_ids).enumerate() {
             let turn = self.turn(chain_id, observer)?;
-            if self.exists(chain_id)? {
+            if self.restore_record(layer, chain_ids, at, observer)? {
+                self.snapshotter.settle_records();
+            } else if self.exists(chain_id)? {
                 if !self.heal(layer, chain_id, observer)? {
                     observer.progress(Progress {
                         phase: Phase::Exists,
@@ -284,6 +286,38 @@ impl Unpacker {
             Ok(healed) => Ok(healed),
             Err(snapshotter::Error::Store(error)) => Err(worded(error, layer)),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Makes the record of the layer `at` of a chain anew if it cannot be used, and takes the layer in for that if it is not whole;
+    /// says whether it did.
+    pub(super) fn restore_record(
+        &self,
+        layer: &ArchivedLayer,
+        chain_ids: &[String],
+        at: usize,
+        observer: &dyn Observer,
+    ) -> Result<bool> {
+        let path = &layer.file.path;
+        let file = File::open(path).map_err(io_error("open", path))?;
+        let expected = Expected {
+            blob: None,
+            diff_id: Some(&layer.diff_id),
+        };
+        let restored = self.snapshotter.restore_record_from(
+            chain_ids,
+            at,
+            (file, &expected),
+            &Told {
+                layer,
+                phase: Phase::Restoring,
+                observer,
+            },
+        );
+        match restored {
+            Err(snapshotter::Error::NotPacked { .. }) => Ok(false),
+            Err(snapshotter::Error::Store(error)) => Err(worded(error, layer)),
+            restored => Ok(restored?),
         }
     }
 

@@ -4,6 +4,8 @@
 //! entry that leads nowhere or astray is a miss and nothing worse. A change therefore adds the new
 //! name to the index, changes the one record, and takes the old name away, in this order.
 
+mod damage;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -42,13 +44,9 @@ impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
     /// 2 has packed layers.
     const VERSION: u32 = 2;
-    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
-    const LEFT: &'static str = "nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again";
+    const LEFT: &'static str = "nothing here tells what it said: if it is of an image's layer, `snapctl system repair -i` with the archive of the image makes it anew; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
 }
-
-/// What to do about the record of a layer of an image that no plyd has read since it was damaged.
-const FROM_IMAGE: &str =
-    "`snapctl system repair` makes it anew from what the image says, or says what else to do";
 
 /// A snapshot with its id.
 #[derive(Clone, Debug)]
@@ -136,104 +134,6 @@ impl Catalog {
         Ok(lost)
     }
 
-    /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
-    pub(super) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
-        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
-        let damaged = self.records.examine(known)?;
-        let mut found = Vec::new();
-        for damaged in damaged {
-            let of = {
-                // Nobody removes it meanwhile.
-                let changes = self.changes.lock();
-                let known = changes.known.get(&damaged.id);
-                if !self.records.is_unsound(&damaged.id, known.is_some()) {
-                    continue;
-                }
-                known.map(|record| ParentRef {
-                    owner: record.owner,
-                    key: record.key.clone(),
-                })
-            };
-            match of {
-                Some(of) => found.push((damaged.known(), Some(of))),
-                None => {
-                    let name = self.index.find(&damaged.id)?;
-                    let of = name.and_then(|name| parse_name(&name));
-                    let owner = of.as_ref().map(|of| of.owner);
-                    let damaged = match owner.filter(|_| !damaged.newer) {
-                        None => damaged,
-                        Some(Owner::Image) => Damaged {
-                            remedy: FROM_IMAGE,
-                            ..damaged
-                        },
-                        Some(_) => damaged.advised(SnapshotRecord::LEFT),
-                    };
-                    found.push((damaged, of));
-                }
-            }
-        }
-        Ok(found)
-    }
-
-    /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
-    pub(super) fn rewrite(&self) -> Result<Vec<ParentRef>> {
-        let mut written = Vec::new();
-        let damaged = self.damaged()?.into_iter();
-        for (damaged, _) in damaged.filter(|(damaged, _)| !damaged.newer) {
-            let changes = self.changes.lock();
-            let Some(record) = changes.known.get(&damaged.id) else {
-                continue;
-            };
-            self.records.put(&damaged.id, record)?;
-            written.push(ParentRef {
-                owner: record.owner,
-                key: record.key.clone(),
-            });
-        }
-        Ok(written)
-    }
-
-    /// Records `record`, of the layer `at` of an image with the keys `chain`, in place of one that cannot be used and of which it is
-    /// certain that it was this one's: the layer above says so, or the index. Answers whether there is such a one.
-    pub(super) fn replace_damaged(
-        &self,
-        mut record: SnapshotRecord,
-        chain: &[String],
-        at: usize,
-    ) -> Result<bool> {
-        let mut changes = self.changes.lock();
-        let name = name(record.owner, &record.key);
-        let above = chain
-            .get(at + 1)
-            .and_then(|key| changes.of(record.owner, key));
-        let id = match above {
-            Some(above) => above.parent.clone(),
-            None => self.index.get(&name)?,
-        };
-        let Some(id) = id else {
-            return Ok(false);
-        };
-        let problem = self.records.problem_of(&id);
-        if changes.known.contains_key(&id) || problem.is_none_or(|damaged| damaged.newer) {
-            return Ok(false);
-        }
-        record.created = changes.time_between(&record, &id, chain, at);
-        record.updated = record.created;
-        self.index.insert(&name, &id)?;
-        self.records.put(&id, &record)?;
-        changes.unread.remove(&id);
-        changes.known.insert(id, record);
-        Ok(true)
-    }
-
-    /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.
-    pub(super) fn is_complete(&self) -> bool {
-        let mut changes = self.changes.lock();
-        let is_gone = |id: &str| matches!(self.records.get(id), Ok(None));
-        changes.unread.retain(|id| !is_gone(id));
-        changes.unread.is_empty()
-    }
-
     /// The snapshot `key` of `owner`.
     pub(super) fn find(&self, owner: Owner, key: &str) -> Result<Option<Found>> {
         let Some(id) = self.index.get(&name(owner, key))? else {
@@ -244,6 +144,16 @@ impl Catalog {
             .get(&id)?
             .filter(|record| record.owner == owner && record.key == key)
             .map(|record| Found { id, record }))
+    }
+
+    /// The id of the snapshot `key` of `owner`, whose record need not be one that can be used.
+    pub(super) fn id_of(&self, owner: Owner, key: &str) -> Result<Option<String>> {
+        let id = self.index.get(&name(owner, key))?;
+        let changes = self.changes.lock();
+        Ok(id.filter(|id| match changes.known.get(id) {
+            Some(record) => record.owner == owner && record.key == key,
+            None => changes.unread.contains(id),
+        }))
     }
 
     /// The record of that id.

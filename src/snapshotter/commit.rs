@@ -39,7 +39,7 @@ impl Snapshotter {
         if name.is_empty() {
             return Err(Error::EmptyKey);
         }
-        self.locked(owner, key, |found| {
+        let committed = self.locked(owner, key, |found| {
             self.expect_active(&found)?;
             if name != key {
                 self.catalog.check_free(owner, name)?;
@@ -52,7 +52,10 @@ impl Snapshotter {
                 self.mounts.end_sealed(&found.id);
             }
             self.describe(committed?)
-        })
+        });
+        // It may have had contents that were known, and damaged.
+        self.refresh_mounts_and_log();
+        committed
     }
 
     /// Of a snapshot on packed layers, or on nothing.

@@ -5,11 +5,12 @@ use std::io::Read;
 use std::sync::Arc;
 
 use super::Snapshotter;
-use super::catalog::{self, SnapshotRecord};
+use super::catalog::{self, Found, SnapshotRecord};
 use super::packed::HeldLayer;
 use super::types::*;
 use crate::store::LayerName;
 use crate::store::ingest::{Observer, Settings};
+use crate::store::layer::LayerId;
 use crate::store::layers::{Expected, Layers};
 
 impl Snapshotter {
@@ -85,17 +86,6 @@ impl Snapshotter {
     /// Makes the record of a layer of an image anew, if it cannot be used and the packed layer is there: `chain` are the chain ids
     /// of the image, `at` the place of the layer in it. Answers whether it did.
     pub fn restore_record(&self, chain: &[String], at: usize, diff_id: &str) -> Result<bool> {
-        let owner = Owner::Image;
-        let Some(key) = chain.get(at) else {
-            return Ok(false);
-        };
-        let parent = match at.checked_sub(1).and_then(|below| chain.get(below)) {
-            None => None,
-            Some(below) => match self.catalog.find(owner, below)? {
-                Some(found) => Some(found.id),
-                None => return Ok(false),
-            },
-        };
         let expected = Expected {
             blob: None,
             diff_id: Some(diff_id),
@@ -103,26 +93,80 @@ impl Snapshotter {
         let Some(packed) = self.packed.layers().known(&expected) else {
             return Ok(false);
         };
+        let Some(mut record) = self.record_to_restore(chain, at)? else {
+            return Ok(false);
+        };
         // Kept until the record says the same.
         let held = self.packed.hold(packed)?;
-        let record = SnapshotRecord {
-            owner,
-            key: key.clone(),
-            kind: Kind::Committed,
-            parent,
-            labels: BTreeMap::new(),
-            created: 0,
-            updated: 0,
-            layer: None,
-            packed: Some(packed),
-            usage: Some(self.packed.usage(packed)),
-        };
+        record.packed = Some(packed);
+        record.usage = Some(self.packed.usage(packed));
         let is_made = self.catalog.replace_damaged(record, chain, at)?;
         if is_made {
             // It is the record's now.
             std::mem::forget(held);
         }
         Ok(is_made)
+    }
+
+    /// As [`restore_record`](Self::restore_record), also if the packed layer is damaged or missing: `layer` is its stream and what
+    /// that has to be, as for [`commit_layer`](Self::commit_layer).
+    pub fn restore_record_from(
+        &self,
+        chain: &[String],
+        at: usize,
+        layer: (impl Read + Send, &Expected<'_>),
+        observer: &dyn Observer,
+    ) -> Result<bool> {
+        let Some(mut record) = self.record_to_restore(chain, at)? else {
+            return Ok(false);
+        };
+        let below = match at.checked_sub(1) {
+            None => Vec::new(),
+            Some(below) => {
+                self.packed_below(&self.catalog.resolve(Owner::Image, &chain[below])?)?
+            }
+        };
+        let (stream, expected) = layer;
+        let imported = self.packed.import(below, stream, expected, observer)?;
+        record.packed = Some(imported.name);
+        record.usage = Some(imported.usage);
+        let is_made = self.catalog.replace_damaged(record, chain, at)?;
+        if is_made {
+            imported.used();
+        }
+        self.refresh_mounts_and_log();
+        Ok(is_made)
+    }
+
+    /// The record of a layer of an image, but for its packed layer, if the one that is there cannot be used. One of a layer that
+    /// an earlier plyd left as a directory cannot be told.
+    fn record_to_restore(&self, chain: &[String], at: usize) -> Result<Option<SnapshotRecord>> {
+        let owner = Owner::Image;
+        let Some(id) = self.catalog.damaged_id(owner, chain, at)? else {
+            return Ok(None);
+        };
+        if self.layers.contains(&LayerId(id)) {
+            return Ok(None);
+        }
+        let parent = match at.checked_sub(1) {
+            None => None,
+            Some(below) => match self.catalog.find(owner, &chain[below])? {
+                Some(found) => Some(found.id),
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(SnapshotRecord {
+            owner,
+            key: chain[at].clone(),
+            kind: Kind::Committed,
+            parent,
+            labels: BTreeMap::new(),
+            created: 0,
+            updated: 0,
+            layer: None,
+            packed: None,
+            usage: None,
+        }))
     }
 
     /// Takes a packed layer in once more, in place of what is damaged of it. Mounts read that anew after
@@ -145,6 +189,25 @@ impl Snapshotter {
             self.packed.settle();
         }
         settled
+    }
+
+    /// Takes in records that somebody has put back since plyd started; answers of which snapshots. Those of packed layers have to be
+    /// known before. What was kept because of them is settled by [`settle_records`](Self::settle_records).
+    pub fn take_put_back(&self) -> Result<Vec<ParentRef>> {
+        let is_there = |found: &Found| match (&found.record.layer, found.record.packed) {
+            (Some(layer), _) => self.layers.contains(layer),
+            (None, Some(packed)) if found.record.kind == Kind::Committed => {
+                let layers = self.packed.layers();
+                layers.get(packed).is_some() || layers.damaged().contains(&packed)
+            }
+            (None, _) => self.data.join(&found.id).exists(),
+        };
+        let count = |record: &SnapshotRecord| {
+            if let Some(layer) = record.packed {
+                self.packed.count(layer);
+            }
+        };
+        self.catalog.take_put_back(is_there, count)
     }
 
     /// Puts the names into the index that it has lost; says how many.

@@ -240,6 +240,11 @@ impl Packed {
         })
     }
 
+    /// A snapshot has the layer that was not counted.
+    pub(super) fn count(&self, name: LayerName) {
+        *self.state.lock().uses.entry(name).or_default() += 1;
+    }
+
     /// A snapshot has the layer no more.
     pub(super) fn release(&self, name: LayerName) {
         let mut state = self.state.lock();

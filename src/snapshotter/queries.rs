@@ -52,6 +52,16 @@ impl Snapshotter {
             .collect()
     }
 
+    /// Whether the snapshot is mounted, and what serves it lives. Of all records only its own has to be known, if that.
+    pub fn is_served(&self, owner: Owner, key: &str) -> Result<bool> {
+        let id = self.catalog.id_of(owner, key)?;
+        let id = id.ok_or_else(|| Error::NotFound {
+            owner,
+            key: key.to_owned(),
+        })?;
+        Ok(self.mounts.point(&id).is_some())
+    }
+
     /// Records that cannot be used now, or are gone though their snapshots are not, each with whose it is if that can be told.
     pub fn damaged_records(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
         self.catalog.damaged()

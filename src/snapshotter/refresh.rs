@@ -34,6 +34,7 @@ impl Snapshotter {
     /// has a layer which is known to be damaged still is not asked.
     pub fn refresh_mounts(&self) -> Result<Vec<Stale>> {
         let layers = self.packed_layers();
+        layers.settle_healed();
         if !layers.take_mended() {
             return Ok(Vec::new());
         }
@@ -73,7 +74,7 @@ impl Snapshotter {
     }
 
     /// The same, for who has nobody to tell.
-    pub(super) fn refresh_mounts_and_log(&self) {
+    pub fn refresh_mounts_and_log(&self) {
         match self.refresh_mounts() {
             Ok(stale) => {
                 for Stale { id, why, .. } in stale {

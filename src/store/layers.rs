@@ -197,8 +197,23 @@ impl Layers {
     }
 
     /// Takes in the layer that `stream` is: a tar, plain or compressed with gzip or zstd. It exists, and is
-    /// durable, when this returns; when it fails, nothing of it exists.
+    /// durable, when this returns; when it fails, nothing of it exists. Contents that are known to be damaged, or are not where they
+    /// should be, come anew with it, for all layers.
     pub fn import(
+        &self,
+        stream: impl Read + Send,
+        expected: &Expected<'_>,
+        observer: &dyn Observer,
+    ) -> Result<LayerName> {
+        // What was replaced is remembered as long as this is held.
+        let _importing = self.objects.importing();
+        let name = self.take_in(stream, expected, observer)?;
+        self.settle_healed();
+        Ok(name)
+    }
+
+    /// As [`import`](Self::import), for who does himself what follows when something was healed.
+    pub(super) fn take_in(
         &self,
         stream: impl Read + Send,
         expected: &Expected<'_>,
@@ -238,6 +253,7 @@ impl Layers {
         let made = ingest::collect(&self.objects, &self.tmp, &self.settings, fill)?;
         let index = made.index.finish(&made.stored.contents)?;
         let name = self.keep(index, made.stored, None)?;
+        self.settle_healed();
         Ok(Made {
             name,
             inodes: made.inodes,
@@ -335,6 +351,16 @@ impl Layers {
         Ok(was)
     }
 
+    /// Makes contents durable and brings them to their places.
+    pub(super) fn keep_contents(&self, stored: Stored) -> Result<()> {
+        let Stored { pack, files, .. } = stored;
+        let pack = (!pack.is_empty()).then(|| pack.seal()).transpose()?;
+        for file in &files {
+            file.sync()?;
+        }
+        self.objects.publish(pack, files)
+    }
+
     /// Makes everything durable, and last of all the record.
     fn keep(
         &self,
@@ -342,13 +368,7 @@ impl Layers {
         stored: Stored,
         stream: Option<(Temporary, Digests)>,
     ) -> Result<LayerName> {
-        let Stored { pack, files, .. } = stored;
-        let pack = (!pack.is_empty()).then(|| pack.seal()).transpose()?;
-        for file in &files {
-            file.sync()?;
-        }
-        self.objects.publish(pack, files)?;
-
+        self.keep_contents(stored)?;
         let all = index.objects();
         let (objects, content_bytes) =
             (all.len() as u32, all.iter().map(|object| object.size).sum());
@@ -429,6 +449,17 @@ impl Layers {
     /// Layers whose records could not be used when the store was opened, and have not been made anew since.
     pub fn damaged(&self) -> Vec<LayerName> {
         self.damaged.lock().clone()
+    }
+
+    /// Takes the record of a layer as it is on the disk, of one whose record could not be used; says whether it can be now.
+    pub(super) fn take_record(&self, name: LayerName) -> bool {
+        let _none_goes = self.removing.lock();
+        let Ok(Some(record)) = self.records.get(&name.to_string()) else {
+            return false;
+        };
+        self.known.lock().insert(name, record);
+        self.damaged.lock().retain(|damaged| *damaged != name);
+        true
     }
 
     /// Records a layer of which everything is there.

@@ -46,7 +46,7 @@ pub trait Record: Serialize + DeserializeOwned {
     /// Version of the payload's meaning; a higher one is refused on reading.
     const VERSION: u32;
     /// What to do about a file that cannot be used.
-    const REMEDY: &'static str = "restore it from a backup, or delete the file to give up what it stands for, and start plyd again";
+    const REMEDY: &'static str = "restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again";
     /// The same once a repair could not make it anew.
     const LEFT: &'static str = Self::REMEDY;
 }
@@ -213,6 +213,24 @@ impl<T: Record> RecordDir<T> {
     /// What is wrong with the record `id`, if it is there.
     pub fn problem_of(&self, id: &str) -> Option<Damaged> {
         self.get(id).err().map(|error| self.because(id, error))
+    }
+
+    /// Whether the file of the record `id`, which need not be one that can be used, has that text.
+    pub fn has_text(&self, id: &str, text: &str) -> bool {
+        let bytes = self
+            .path(id)
+            .and_then(|path| match fs::symlink_metadata(&path) {
+                Ok(meta) if meta.len() <= LARGEST_FILE => {
+                    fs::read(&path).map_err(io_error("read", &path))
+                }
+                _ => Ok(Vec::new()),
+            });
+        // Where it cannot be read, nobody can tell.
+        bytes.is_ok_and(|bytes| {
+            bytes
+                .windows(text.len())
+                .any(|found| found == text.as_bytes())
+        })
     }
 
     /// Whether the record `id` is a newer release's, which is left to that.

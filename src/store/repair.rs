@@ -3,9 +3,13 @@
 //! What follows from something else is made from that: a record of a layer from what is known of it or from its index, a view from
 //! its layers, in its place or when it is needed next, a pack that is not in its place any more from what is open of it. All else has
 //! to come from the layer's stream once more. Taking that in again gives the same index and recipe, which replace those that are
-//! there by renames, and brings the contents that are not what they were. Whoever has one of the old files open goes on with that,
+//! there by renames, and brings the contents that are not what they were. Contents alone come out of any stream that has them, for
+//! they are known by their names. Whoever has one of the old files open goes on with that,
 //! and finds the new one with the next file that it opens; what it has found out about contents before it keeps until it is told
 //! ([`View::refresh`](super::view::View::refresh)).
+
+mod pick;
+mod put_back;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -21,8 +25,11 @@ use super::format::{LayerName, ViewKey};
 use super::ingest::{self, Observer};
 use super::layer::index::LayerIndex;
 use super::layers::{Expected, LayerRecord, Layers};
-use super::verify::{BadView, Examination};
+use super::verify::{BadView, Examination, Reads};
 use super::view::{self, Verify, View};
+
+pub use pick::Lacking;
+pub use put_back::PutBack;
 
 /// What was mended without a source.
 #[derive(Debug, Default)]
@@ -127,9 +134,12 @@ impl Layers {
     /// Whether a layer can be relied on: its record, index and recipe are sound and its contents are there. These are read only if the
     /// layer was found to be damaged before.
     pub fn is_whole(&self, layer: LayerName) -> bool {
-        let deep = self.doubted.lock().contains(&layer);
+        let reads = match self.doubted.lock().contains(&layer) {
+            true => Reads::All,
+            false => Reads::Nothing,
+        };
         let is_recorded = self.get(layer).is_some() && self.has_sound_record(&layer.to_string());
-        is_recorded && Examination::new(deep, &()).layer(self, layer).is_empty()
+        is_recorded && Examination::new(reads, &()).layer(self, layer).is_empty()
     }
 
     /// Takes in the stream of a layer once more, in place of what is damaged of it; nothing of it is believed that is not read.
@@ -143,7 +153,7 @@ impl Layers {
     ) -> Result<LayerName> {
         let was = self.get(layer);
         let restoring = self.objects().restoring();
-        let name = self.import(stream, expected, observer)?;
+        let name = self.take_in(stream, expected, observer)?;
         self.note_mended();
         if let (Some(was), Some(now)) = (was, self.get(name))
             && name == layer
@@ -169,6 +179,29 @@ impl Layers {
             self.doubted.lock().remove(&layer);
         }
         Ok(name)
+    }
+
+    /// If contents that were damaged or missing have come with a layer: takes their bad copies off the disk, and finds out which
+    /// layers are whole with them.
+    pub fn settle_healed(&self) {
+        if !self.objects().take_healed() {
+            return;
+        }
+        tracing::info!("contents that were damaged or missing are there again");
+        self.note_mended();
+        let purged = {
+            let _no_collection = self.collecting.lock();
+            self.objects().purge(self.tmp(), self.settings().level)
+        };
+        if let Err(error) = purged {
+            tracing::warn!(%error, "a damaged copy of a content stays beside the good one");
+        }
+        let mut examination = Examination::new(Reads::Doubted, &());
+        for layer in self.doubted() {
+            if examination.layer(self, layer).is_empty() {
+                self.doubted.lock().remove(&layer);
+            }
+        }
     }
 
     /// Remembers what was found of a layer: that it is damaged, or that it is not.

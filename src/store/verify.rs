@@ -51,12 +51,32 @@ pub trait Told: Observer {
 
 /// A look at layers, one after the other.
 pub(super) struct Examination<'a> {
-    deep: bool,
+    reads: Reads,
     observer: &'a dyn Observer,
     objects: u64,
     bytes: u64,
     /// An object of several layers is read once, and its damage told for each.
     known: HashMap<ObjectName, Option<Bad>>,
+}
+
+/// Which contents are read and compared with their names. Of others it is looked whether their files are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// None of them.
+    Nothing,
+    /// Those that were damaged or missing when they were last looked at.
+    Doubted,
+    /// All of them.
+    All,
+}
+
+impl Reads {
+    fn of(deep: bool) -> Self {
+        match deep {
+            true => Self::All,
+            false => Self::Nothing,
+        }
+    }
 }
 
 /// What is wrong with an object, as [`Error::Content`] has it.
@@ -77,7 +97,7 @@ impl Layers {
         let recorded = self.list().into_iter().map(|(layer, _)| layer);
         let layers: Vec<_> = recorded.chain(self.damaged()).collect();
         let total = layers.len() as u64;
-        let mut examination = Examination::new(deep, told);
+        let mut examination = Examination::new(Reads::of(deep), told);
         told.sum(0, total, 0, 0);
         for (done, layer) in (1..).zip(layers) {
             let faults = examination.layer(self, layer);
@@ -205,7 +225,7 @@ impl Layers {
         deep: bool,
         observer: &dyn Observer,
     ) -> Vec<Fault> {
-        let faults = Examination::new(deep, observer).layer(self, layer);
+        let faults = Examination::new(Reads::of(deep), observer).layer(self, layer);
         if deep && !observer.cancelled() {
             self.remember_faults(layer, !faults.is_empty());
         }
@@ -214,10 +234,10 @@ impl Layers {
 }
 
 impl<'a> Examination<'a> {
-    /// With `deep`, contents are read.
-    pub(super) fn new(deep: bool, observer: &'a dyn Observer) -> Self {
+    /// Nothing was looked at yet.
+    pub(super) fn new(reads: Reads, observer: &'a dyn Observer) -> Self {
         Self {
-            deep,
+            reads,
             observer,
             objects: 0,
             bytes: 0,
@@ -275,7 +295,10 @@ impl<'a> Examination<'a> {
                 Some(known) => known.clone(),
                 None => {
                     self.objects += 1;
-                    self.bytes += if self.deep { object.size } else { 0 };
+                    self.bytes += match self.reads {
+                        Reads::All => object.size,
+                        Reads::Nothing | Reads::Doubted => 0,
+                    };
                     let checked = self.check_object(layers, &object);
                     let problem = checked.err().map(told);
                     self.known.insert(object.name, problem.clone());
@@ -289,16 +312,25 @@ impl<'a> Examination<'a> {
 
     fn check_object(&self, layers: &Layers, object: &Object) -> Result<()> {
         let objects = layers.objects();
-        match self.deep {
-            true => {
-                let Some(place) = objects.find(&object.name)? else {
-                    let object = object.name.to_string();
-                    return Err(Error::NoObject { object });
-                };
-                objects.read(object, Some(place), true).map(drop)
-            }
-            false => objects.look_for(object),
+        let has_to_read = match self.reads {
+            Reads::Nothing => false,
+            Reads::Doubted => objects.is_doubted(&object.name),
+            Reads::All => true,
+        };
+        let found = match objects.find(&object.name) {
+            Ok(Some(place)) if has_to_read => objects.read(object, Some(place), true).map(drop),
+            Ok(Some(_)) => objects.look_for(object),
+            Ok(None) => Err(Error::NoObject {
+                object: object.name.to_string(),
+            }),
+            Err(error) => Err(error),
+        };
+        match &found {
+            Ok(()) if has_to_read => objects.trust(&object.name),
+            Ok(()) => {}
+            Err(_) => objects.doubt(object.name),
         }
+        found
     }
 }
 

@@ -135,6 +135,53 @@ fn damaged_layers_are_restored_from_the_content_store() {
     assert!(told.contains("fetch the blob sha256:"), "{told}");
 }
 
+/// Nobody knows the blob of such a layer, nor its diff id; the image had to be loaded once more beside it.
+#[test]
+fn layers_that_came_as_files_get_contents_from_blobs_of_the_content_store_and_from_an_archive() {
+    // The installed release, which unpacks through the mount.
+    let host = Host::start();
+    let busybox = super::image::busybox(&host.dir);
+    let busybox = busybox.to_str().unwrap();
+    host.try_ctr(&["images", "import", "--snapshotter", "plywood", busybox])
+        .unwrap();
+    let damage = || {
+        for pack in host.files("store/packs") {
+            let file = std::fs::File::options().write(true).open(pack).unwrap();
+            file.write_all_at(&[0xff; 64], 130).unwrap();
+        }
+        let dirs = host.files("store/objects").into_iter();
+        for file in dirs.flat_map(|dir| std::fs::read_dir(dir).unwrap()) {
+            let file = file.unwrap().path();
+            let file = std::fs::File::options().write(true).open(file).unwrap();
+            file.set_len(100).unwrap();
+        }
+        host.try_snapctl(&["system", "verify", "--deep"])
+            .unwrap_err()
+    };
+    let told = damage();
+    let advice =
+        "; run `snapctl system repair`; if that leaves it, get the archive of its image, or of ";
+    assert!(told.contains(advice), "{told}");
+    let mended = |told: &str| told.contains(" lacked came with other layers\n");
+    let told = host.snapctl(&["system", "repair"]);
+    assert!(mended(&told), "{told}");
+    host.snapctl(&["system", "verify", "--deep"]);
+
+    damage();
+    for blob in host.ctr(&["content", "ls"]).lines() {
+        if blob.contains("containerd.io/uncompressed=") {
+            let digest = blob.split_whitespace().next().unwrap();
+            host.ctr(&["content", "rm", digest]);
+        }
+    }
+    let told = host.try_snapctl(&["system", "repair"]).unwrap_err();
+    assert!(told.contains("left: layer"), "{told}");
+    let told = host.snapctl(&["system", "repair", "-i", busybox]);
+    assert!(mended(&told), "{told}");
+    host.snapctl(&["system", "verify", "--deep"]);
+    assert_eq!(host.snapctl(&["image", "ls", "-q"]), "");
+}
+
 fn imports_and_runs(host: &Host, line: &Line) {
     let server = host.ctr(&["version"]);
     let (_, server) = server.split_once("Server:").unwrap();

@@ -12,7 +12,7 @@ use super::common::{Done, PLYD, Plyd};
 use super::damage::{flip, load, mount};
 
 /// Every file below a directory of the store, the largest first.
-fn stored(plyd: &Plyd, dir: &str) -> Vec<PathBuf> {
+pub fn stored(plyd: &Plyd, dir: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut waiting = vec![plyd.root().join("store").join(dir)];
     while let Some(dir) = waiting.pop() {

@@ -60,7 +60,7 @@ pub fn parse(done: &Done) -> Value {
 }
 
 /// What verification finds, which has to be something.
-fn faults(plyd: &Plyd) -> Vec<Value> {
+pub fn faults(plyd: &Plyd) -> Vec<Value> {
     let verified = plyd.snapctl(["system", "verify", "--json"]);
     assert_eq!(verified.code, 1, "{}", verified.stdout);
     let faults = parse(&verified)["faults"].as_array().unwrap().clone();
@@ -69,7 +69,7 @@ fn faults(plyd: &Plyd) -> Vec<Value> {
     faults
 }
 
-fn assert_sound(plyd: &Plyd) {
+pub fn assert_sound(plyd: &Plyd) {
     let verified = plyd.snapctl(["system", "verify", "--deep"]);
     assert_eq!(verified.code, 0, "{}{}", verified.stdout, verified.stderr);
 }
@@ -416,155 +416,6 @@ fn what_changes_while_it_is_looked_at_is_not_damage() {
             assert_sound(&plyd);
         }
     });
-}
-
-/// It was told by two lines of which one was wrong, and a repair lost the blob's digest.
-#[test]
-fn a_record_that_is_damaged_when_plyd_starts_is_told_once_and_made_anew_with_its_blob() {
-    let mut plyd = Plyd::start();
-    let archive = image("whole");
-    load(&plyd, &archive);
-    plyd.ok(["snapshot", "prepare", "work", "whole"]);
-    let layers = plyd.json(["layer", "ls", "--json"]);
-    let blobs = |layers: &Value| -> Vec<Value> {
-        let layers = layers.as_array().unwrap().iter();
-        layers.map(|layer| layer["blob"].clone()).collect()
-    };
-    let good = blobs(&layers);
-    assert!(good.iter().all(Value::is_string), "{layers:#}");
-    let records = files(&plyd, "store/records", ".record");
-    let restart = |plyd: &mut Plyd| {
-        plyd.signal(Signal::SIGTERM);
-        for record in &records {
-            break_record(record);
-        }
-        let before = plyd.log().len();
-        plyd.launch();
-        plyd.log()[before..].to_owned()
-    };
-    let log = restart(&mut plyd);
-    for record in &records {
-        let told: Vec<_> = log
-            .lines()
-            .filter(|line| line.contains(record.file_stem().unwrap().to_str().unwrap()))
-            .collect();
-        assert_eq!(told.len(), 1, "{log}");
-        let sentence = format!(
-            "the record {} cannot be used: its checksum does not match its content; `snapctl system repair` makes it anew, or says what would",
-            record.display()
-        );
-        assert!(told[0].contains(&sentence), "{}", told[0]);
-    }
-    assert!(!log.contains("is missing"), "{log}");
-    assert_eq!(faults(&plyd).len(), 2);
-    let mended = plyd.ok(["system", "repair"]);
-    assert!(mended.contains(" 2 mended, 0 left"), "{mended}");
-    for (blob, record) in good.iter().zip(&records) {
-        let line = format!(
-            "the record of the layer {} was made anew from its index; the digest of its blob, {}, is the one that the image {NAME} gives",
-            record.file_stem().unwrap().to_str().unwrap(),
-            blob.as_str().unwrap()
-        );
-        assert!(mended.contains(&line), "{mended}");
-    }
-    assert_eq!(blobs(&plyd.json(["layer", "ls", "--json"])), good);
-    assert_sound(&plyd);
-
-    // Nobody who knows: that is told, with what would help, and it does.
-    plyd.ok(["image", "rm", "-f", "whole"]);
-    restart(&mut plyd);
-    let mended = plyd.ok(["system", "repair"]);
-    let line = "is not known any more, for no image here has the layer; `snapctl system repair -i`";
-    assert_eq!(mended.matches(line).count(), 2, "{mended}");
-    let lost = plyd.json(["layer", "ls", "--json"]);
-    assert!(blobs(&lost).iter().all(Value::is_null), "{lost:#}");
-    let mended = plyd.piped(["system", "repair", "-i", "-"], &archive);
-    assert_eq!(mended.code, 0, "{}", mended.stderr);
-    assert!(
-        mended.stdout.contains(" 2 mended, 0 left"),
-        "{}",
-        mended.stdout
-    );
-    assert_eq!(blobs(&plyd.json(["layer", "ls", "--json"])), good);
-    assert_sound(&plyd);
-}
-
-/// Such a record could not be mended, and whoever deleted it, as he was told to, could not load the image again: what built on the
-/// snapshot was in the way.
-#[test]
-fn the_records_of_an_images_layers_are_made_anew_from_the_image() {
-    let mut plyd = Plyd::start();
-    load(&plyd, &image("whole"));
-    plyd.ok(["snapshot", "prepare", "work", "whole"]);
-    // In order of creation.
-    let listed = plyd.ok(["snapshot", "ls", "-q"]);
-    let tree = plyd.ok(["snapshot", "tree"]);
-    let mut records = files(&plyd, "snapshots/records", ".record");
-    let text = |path: &Path| fs::read_to_string(path).unwrap();
-    records.retain(|path| text(path).contains("\"image\""));
-    records.sort_by_key(|path| !text(path).contains("\"parent\":null"));
-    assert_eq!(records.len(), 2);
-    let good = fs::read(&records[1]).unwrap();
-    let (lower, upper) = records.split_at(1);
-    for (broken, lose_index) in [
-        (lower, false),
-        (upper, false),
-        (&records[..], false),
-        (lower, true),
-        (upper, true),
-    ] {
-        plyd.signal(Signal::SIGTERM);
-        broken.iter().for_each(|record| drop(break_record(record)));
-        if lose_index {
-            fs::remove_dir_all(plyd.root().join("index")).unwrap();
-        }
-        plyd.launch();
-        let told = "or if it is of an image's layer; else restore ";
-        assert!(plyd.log().contains(told), "{}", plyd.log());
-        // What is of a layer stays while nobody can say that it has a snapshot.
-        let other = Layer::new().file("x", 0o644, b"x");
-        load(&plyd, &archive("other", &[Blob::gzip(other)]));
-        plyd.ok(["image", "rm", "other"]);
-        assert_eq!(faults(&plyd).len(), broken.len());
-        let repaired = plyd.snapctl(["system", "repair"]);
-        let made = repaired
-            .stdout
-            .matches("was made anew from what the image says\n");
-        // Which record that of the upper layer was only the index can tell.
-        let is_known = !(lose_index && broken == upper);
-        assert_eq!(made.count(), if is_known { broken.len() } else { 0 });
-        assert_eq!(repaired.code, i32::from(!is_known), "{}", repaired.stdout);
-        if is_known {
-            assert_sound(&plyd);
-            assert_eq!(plyd.ok(["snapshot", "tree"]), tree);
-            assert_eq!(plyd.ok(["snapshot", "ls", "-q"]), listed);
-        }
-    }
-    plyd.signal(Signal::SIGTERM);
-    fs::write(&upper[0], &good).unwrap();
-    plyd.launch();
-    assert_sound(&plyd);
-    let mnt = mount(&plyd, "work");
-    assert_eq!(fs::read(mnt.join("file 7")).unwrap(), b"file 7");
-    plyd.umount(&mnt);
-
-    // What was kept because of a record goes when that is whole again, and so does what is removed later.
-    let other = Layer::new().file("x", 0o644, b"x");
-    load(&plyd, &archive("other", &[Blob::gzip(other)]));
-    plyd.signal(Signal::SIGTERM);
-    break_record(&lower[0]);
-    plyd.launch();
-    plyd.ok(["image", "rm", "other"]);
-    let left = || files(&plyd, "store/layers", ".index").len();
-    assert_eq!(left(), 3);
-    plyd.ok(["system", "repair"]);
-    assert_eq!(left(), 2);
-    plyd.ok(["snapshot", "rm", "work"]);
-    plyd.ok(["image", "rm", "whole"]);
-    assert_eq!(left(), 0);
-    plyd.ok(["system", "gc"]);
-    assert_eq!(files(&plyd, "store/records", ".record").len(), 0);
-    assert_eq!(files(&plyd, "store/packs", "").len(), 0);
 }
 
 /// A record as a newer release writes it.

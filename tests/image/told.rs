@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use super::archive::*;
 use super::common::Plyd;
-use super::damage::{NAME, break_record, files, image, load, newer, parse};
+use super::damage::{NAME, break_record, files, flip, image, load, newer, parse};
 
-fn restart(plyd: &mut Plyd, meanwhile: impl FnOnce(&Plyd)) {
+pub fn restart(plyd: &mut Plyd, meanwhile: impl FnOnce(&Plyd)) {
     plyd.signal(Signal::SIGTERM);
     meanwhile(plyd);
     plyd.launch();
@@ -130,7 +130,7 @@ fn of_what_was_made_here_it_is_said_that_a_repair_knows_more() {
 }
 
 /// Where the records of a store lie of which one each is to be damaged.
-fn records(plyd: &Plyd, container: &str) -> [PathBuf; 5] {
+pub fn records(plyd: &Plyd, container: &str) -> [PathBuf; 5] {
     let of = |key: &str, field: &str| {
         let info = plyd.json(["snapshot", "info", key, "--json"]);
         let value = &info[field];
@@ -262,8 +262,8 @@ fn it_is_said_what_became_of_a_record_and_what_the_user_must_do() {
         good = break_record(&snapshot);
         break_record(&image);
     });
-    let of_snapshot = "; nothing here tells what it said: restore it from a backup, or delete the file to give up the snapshot and what builds on it, and start plyd again";
-    let of_image = "; `snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup, or delete the file to give the image up, and start plyd again";
+    let of_snapshot = "; nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
+    let of_image = "; `snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give the image up and start plyd again";
     for command in ["verify", "repair"] {
         let told = plyd.snapctl(["system", command]);
         assert_eq!(told.code, 1);
@@ -400,4 +400,97 @@ fn what_is_not_plyds_is_called_that() {
         plyd.json(["system", "verify", "--json"])["notes"],
         serde_json::json!([])
     );
+}
+
+/// It printed nothing but layers, so that a script took the rest for whole.
+#[test]
+fn quiet_names_all_that_is_damaged_and_left() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    plyd.ok(["snapshot", "prepare", "work", "whole"]);
+    plyd.ok(["snapshot", "mounts", "work"]);
+    let layers = plyd.ok(["layer", "ls", "-q"]);
+    let quiet = |plyd: &Plyd, command: &str| {
+        let done = plyd.snapctl(["system", command, "-q"]);
+        assert_eq!(done.code, 1, "{done:?}");
+        assert_eq!(done.stderr, "");
+        done.stdout
+    };
+    let shown = |path: &Path| format!("{}\n", path.display());
+    let view = files(&plyd, "store/views", ".view").remove(0);
+    flip(&view, fs::metadata(&view).unwrap().len() / 2);
+    assert_eq!(quiet(&plyd, "verify"), shown(&view));
+    plyd.ok(["system", "repair", "-q"]);
+    // What keeps a view that was replaced.
+    flip(&view, 100);
+    let left = quiet(&plyd, "repair");
+    let kept = files(&plyd, "store/views", ".aside").remove(0);
+    assert_eq!(left, shown(&kept));
+    plyd.ok(["snapshot", "rm", "work"]);
+    let image = files(&plyd, "images/records", ".record").remove(0);
+    let packs = files(&plyd, "store/packs", ".pack");
+    let good = fs::read(&image).unwrap();
+    restart(&mut plyd, |_| fs::write(&image, newer(&good)).unwrap());
+    for command in ["verify", "repair"] {
+        assert_eq!(quiet(&plyd, command), shown(&image), "{command}");
+    }
+    let told = plyd.snapctl(["system", "verify"]).stdout;
+    let sum = ": 1 record damaged; a newer release of Plywood wrote it, and `snapctl system repair` leaves it to that\n";
+    assert!(told.ends_with(sum), "{told}");
+    flip(&packs[0], 3);
+    assert_eq!(
+        quiet(&plyd, "verify"),
+        format!("{}{}", shown(&image), shown(&packs[0]))
+    );
+    let told = plyd.snapctl(["system", "verify"]).stdout;
+    let sum = ": 1 pack, 1 record damaged; `snapctl system repair` mends it, or says what would, and leaves to a newer release of Plywood what that wrote\n";
+    assert!(told.ends_with(sum), "{told}");
+    for pack in &packs {
+        fs::remove_file(pack).unwrap();
+    }
+    let mut all: Vec<_> = layers.lines().collect();
+    all.push(image.to_str().unwrap());
+    all.sort_unstable();
+    assert_eq!(quiet(&plyd, "verify").lines().collect::<Vec<_>>(), all);
+}
+
+/// There was nothing of it.
+#[test]
+fn the_log_has_what_was_found_mended_and_left() {
+    let plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    let record = files(&plyd, "images/records", ".record").remove(0);
+    break_record(&record);
+    for pack in files(&plyd, "store/packs", ".pack") {
+        fs::remove_file(pack).unwrap();
+    }
+    let warned = |before: usize| -> Vec<String> {
+        let log = plyd.log()[before..].to_owned();
+        let lines = log.lines().filter(|line| line.contains(" WARN "));
+        lines.map(str::to_owned).collect()
+    };
+    for (command, what) in [("verify", "verify found: "), ("repair", "repair left: ")] {
+        let before = plyd.log().len();
+        assert_eq!(plyd.snapctl(["system", command]).code, 1);
+        let told = warned(before);
+        let of = |words: &str| {
+            let lines = told.iter();
+            lines
+                .filter(|line| line.contains(what) && line.contains(words))
+                .count()
+        };
+        assert_eq!(told.len(), 3, "{told:#?}");
+        assert_eq!(of("300 contents are gone with the pack "), 1, "{told:#?}");
+        assert_eq!(of("/base: "), 1, "{told:#?}");
+        assert_eq!(of(record.to_str().unwrap()), 1, "{told:#?}");
+    }
+    let before = plyd.log().len();
+    let mended = plyd.piped(["system", "repair", "-i", "-"], &image("whole"));
+    assert_eq!(mended.code, 0, "{}", mended.stdout);
+    assert_eq!(warned(before), [""; 0]);
+    let log = plyd.log()[before..].to_owned();
+    let told = log
+        .lines()
+        .filter(|line| line.contains(" INFO ") && line.contains("repair: the "));
+    assert_eq!(told.count(), 3, "{log}");
 }

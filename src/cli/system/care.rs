@@ -1,7 +1,5 @@
 //! `snapctl system gc` and `verify`.
 
-use std::collections::BTreeSet;
-
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -130,16 +128,14 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
             notes,
         })?;
     } else if args.quiet {
-        let mut layers: BTreeSet<_> = found.iter().map(|fault| &*fault.layer).collect();
-        layers.remove("");
-        output::lines_out(&layers.into_iter().collect::<Vec<_>>())?;
+        output::lines_out(&faults::names(&found))?;
     } else {
         let read = match args.deep {
             true => format!(", {} read", output::size(sum.bytes)),
             false => String::new(),
         };
         let how = match damaged {
-            true => "; `snapctl system repair` mends it, or says what would",
+            true => faults::remedy(&found),
             false if args.deep => "",
             false => "; what the contents are was not read, `--deep` does",
         };

@@ -20,6 +20,7 @@ pub(super) struct FaultView {
     layers: Vec<String>,
     images: Vec<String>,
     advice: Option<String>,
+    newer: bool,
 }
 
 impl From<Fault> for FaultView {
@@ -37,6 +38,7 @@ impl From<Fault> for FaultView {
             layers: fault.layers,
             images: fault.images,
             advice: known(fault.advice),
+            newer: fault.newer,
         }
     }
 }
@@ -45,6 +47,19 @@ impl FaultView {
     /// Whether both are contents of one layer that were lost together.
     fn is_like(&self, other: &Self) -> bool {
         self.cause.is_some() && (&self.layer, &self.cause) == (&other.layer, &other.cause)
+    }
+
+    /// What names it: a layer, or else a file, or else the snapshot that is mounted.
+    fn name(&self) -> &str {
+        let name = match &*self.layer {
+            "" => self
+                .file
+                .as_deref()
+                .or(self.snapshots.first().map(String::as_str)),
+            layer => Some(layer),
+        };
+        // The index of names.
+        name.or(self.of.as_deref()).unwrap_or(&self.kind)
     }
 
     /// What is wrong with what, of this and of others that are like it, `number` in all, and what to do.
@@ -93,6 +108,27 @@ pub(super) fn lines(faults: &[FaultView]) -> Vec<String> {
     }
     let lines = told.into_iter().map(|(first, number)| first.line(number));
     lines.collect()
+}
+
+/// What names each thing that is damaged, once, in order.
+pub(super) fn names(faults: &[FaultView]) -> Vec<String> {
+    let names: BTreeSet<_> = faults.iter().map(|fault| printable(fault.name())).collect();
+    names.into_iter().collect()
+}
+
+/// What a repair can do about what was found, in words that follow that; empty for nothing.
+pub(super) fn remedy(faults: &[FaultView]) -> &'static str {
+    let newer = faults.iter().filter(|fault| fault.newer).count();
+    match (newer, faults.len() - newer) {
+        (0, 0) => "",
+        (0, _) => "; `snapctl system repair` mends it, or says what would",
+        (_, 0) => {
+            "; a newer release of Plywood wrote it, and `snapctl system repair` leaves it to that"
+        }
+        _ => {
+            "; `snapctl system repair` mends it, or says what would, and leaves to a newer release of Plywood what that wrote"
+        }
+    }
 }
 
 /// How many of what there are, as `2 contents of 1 layer, 1 record`; `0` for none.
@@ -206,5 +242,48 @@ mod tests {
         ];
         assert_eq!(sum(&faults), "1 layer, 1 merged view, 2 records, 1 mount");
         assert_eq!(lines(&faults[..2]), ["layer a: it is gone", "it is gone"]);
+    }
+
+    /// Nothing was printed of views, records and packs.
+    #[test]
+    fn everything_has_a_name() {
+        let fault = |kind: &str, layer: &str, file: &str, snapshot: &str| {
+            FaultView::from(Fault {
+                kind: kind.to_owned(),
+                layer: layer.to_owned(),
+                file: file.to_owned(),
+                snapshots: vec![snapshot.to_owned()],
+                ..Fault::default()
+            })
+        };
+        let faults = [
+            fault("record", "b", "/records/b", "work"),
+            fault("content", "a", "", "work"),
+            fault("content", "a", "", "work"),
+            fault("view", "", "/views/one", "work"),
+            fault("mount", "", "", "work"),
+            of_kind("index", ""),
+        ];
+        assert_eq!(names(&faults), ["/views/one", "a", "b", "index", "work"]);
+        assert_eq!(names(&[]), [""; 0]);
+    }
+
+    /// A repair was said to mend what it leaves to another release.
+    #[test]
+    fn what_a_newer_release_wrote_is_left_to_that() {
+        let newer = |newer| {
+            FaultView::from(Fault {
+                newer,
+                ..Fault::default()
+            })
+        };
+        let mends = |faults: &[FaultView]| {
+            let told = remedy(faults);
+            (told.contains("mends it"), told.contains("newer release"))
+        };
+        assert_eq!(mends(&[]), (false, false));
+        assert_eq!(mends(&[newer(false)]), (true, false));
+        assert_eq!(mends(&[newer(true), newer(true)]), (false, true));
+        assert_eq!(mends(&[newer(true), newer(false)]), (true, true));
     }
 }

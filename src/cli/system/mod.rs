@@ -67,7 +67,7 @@ Examples:
     /// Make whole what is damaged of layers and records
     #[command(
         after_help = "Reads everything first. What can be made from something else is made anew; layers are taken in again
-from the archive, or else from containerd's content store. Mounts go on, and read what was mended.
+from the archive, or else from containerd's content store, and contents from any layer there that has them. Mounts go on, and read what was mended.
 Exits with 1 if something is left, with a line for each: what it is, and what would mend it.
 
 Examples:
@@ -116,7 +116,7 @@ pub struct VerifyArgs {
     /// Print a JSON object
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
-    /// Print the names of damaged layers only
+    /// Print the names of what is damaged only: of layers, or else paths of files
     #[arg(short, long)]
     quiet: bool,
 }
@@ -130,7 +130,7 @@ pub struct RepairArgs {
     /// Print a JSON object
     #[arg(long, conflicts_with = "quiet")]
     json: bool,
-    /// Print the names of the layers that are left only
+    /// Print the names of what is left only: of layers, or else paths of files, or else keys of mounted snapshots
     #[arg(short, long)]
     quiet: bool,
 }

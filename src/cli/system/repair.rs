@@ -77,10 +77,7 @@ pub(super) async fn repair(args: RepairArgs, client: &Client) -> Result<()> {
     if args.json {
         output::json(&view)?;
     } else if args.quiet {
-        let mut layers: Vec<_> = view.left.iter().map(|left| &*left.layer).collect();
-        layers.retain(|layer| !layer.is_empty());
-        layers.dedup();
-        output::lines_out(&layers)?;
+        output::lines_out(&faults::names(&view.left))?;
     } else {
         output::lines_out(&[format!(
             "{} with {} looked at: {} mended, {} left",

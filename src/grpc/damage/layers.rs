@@ -172,7 +172,11 @@ impl KnownLayer {
             ([], _, _, Some(diff_id)) => Some(format!(
                 "get the archive of an image with the layer {diff_id} and give it to `snapctl system repair -i`"
             )),
-            ([], _, _, None) => None,
+            // Of an image that containerd has unpacked through the mount, most often.
+            ([], Some(_), None, None) => Some(
+                "get the archive of its image, or of another with the same files, and give it to `snapctl system repair -i`; if it was made here and no image has that, remove the snapshot and make it again".to_owned(),
+            ),
+            ([], None, _, None) => None,
         }
     }
 }

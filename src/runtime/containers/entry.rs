@@ -18,6 +18,8 @@ pub struct Container {
     pub record: ContainerRecord,
     /// How it is.
     pub state: RunState,
+    /// It runs, and whether its root can be used cannot be told; the state's error says why.
+    pub root_unknown: bool,
 }
 
 /// A container in the table.
@@ -114,17 +116,22 @@ impl Entry {
     /// As it is, with a word about its root if that has failed under it.
     pub(super) fn look(&self, roots: &dyn Roots) -> Container {
         let mut state = self.state();
+        let mut root_unknown = false;
         if state.status == Status::Running {
             match roots.is_served(&self.id) {
                 Ok(true) => {}
                 Ok(false) => state.error = format!("{ROOT_IS_GONE}; stop it and start it again"),
-                Err(error) => state.error = format!("how its root is cannot be told: {error}"),
+                Err(error) => {
+                    root_unknown = true;
+                    state.error = format!("how its root is cannot be told: {error}");
+                }
             }
         }
         Container {
             id: self.id.clone(),
             record: self.record.clone(),
             state,
+            root_unknown,
         }
     }
 }

@@ -20,7 +20,7 @@ pub enum Error {
     },
     /// None that is known, and there are some of which nothing is.
     #[error(
-        "there is no container {reference:?} among those whose records can be read, and the record {path} cannot be; restore it from a backup, or delete the file to give up what it stands for, and start plyd again"
+        "there is no container {reference:?} among those whose records can be read, and the record {path} cannot be; restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again"
     )]
     NotFoundInSound {
         /// What was asked for.

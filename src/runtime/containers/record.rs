@@ -41,5 +41,5 @@ pub struct ContainerRecord {
 impl Record for ContainerRecord {
     const KIND: &'static str = "container";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "restore it from a backup, or delete the file to give the container up, and start plyd again";
+    const REMEDY: &'static str = "restore it from a backup and run `snapctl system repair`, or delete the file to give the container up and start plyd again";
 }

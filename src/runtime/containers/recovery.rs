@@ -78,6 +78,46 @@ impl Containers {
         Ok(())
     }
 
+    /// Takes in records that could not be used when plyd started, if they can be now; says of which containers, in words. One whose name
+    /// another container has got since is left.
+    pub async fn take_put_back(&self) -> Result<Vec<String>> {
+        let this = self.clone();
+        let found = blocking(move || {
+            let damaged: Vec<String> = this.0.table.lock().damaged.keys().cloned().collect();
+            let records = damaged.into_iter().filter_map(|id| {
+                let record = this.0.records.get(&id).ok()??;
+                Some((id, record))
+            });
+            Ok(records.collect::<Vec<_>>())
+        })
+        .await?;
+        let mut taken = Vec::new();
+        for (id, record) in found {
+            let entry = Arc::new(Entry::new(id.clone(), record, RunState::default()));
+            let name = entry.record.name.clone();
+            {
+                let mut table = self.0.table.lock();
+                let mut entries = table.entries.values();
+                let is_taken = entries.any(|other| other.record.name == name);
+                if is_taken || table.reserved.contains(&name) {
+                    tracing::warn!(
+                        container = id,
+                        name,
+                        "its record was put back, but its name is another's now"
+                    );
+                    continue;
+                }
+                table.damaged.remove(&id);
+                table.entries.insert(id, Arc::clone(&entry));
+            }
+            if let Err(error) = self.rediscover(&entry).await {
+                tracing::error!(container = entry.id, %error, "cannot find out how it is");
+            }
+            taken.push(format!("the container {name}"));
+        }
+        Ok(taken)
+    }
+
     async fn rediscover(&self, entry: &Arc<Entry>) -> Result<()> {
         let _held = entry.lock.lock().await;
         match self.ask_shim(entry).await {

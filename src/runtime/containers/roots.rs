@@ -50,7 +50,7 @@ impl Roots for Snapshotter {
     }
 
     fn is_served(&self, id: &str) -> snapshotter::Result<bool> {
-        Ok(self.stat(Owner::Container, id)?.mount.is_some())
+        self.is_served(Owner::Container, id)
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod entries;
 mod large;
+mod pick;
 pub(super) mod recipe;
 mod sink;
 mod source;
@@ -29,6 +30,7 @@ use super::tar::{Entry, Kind, Reader};
 
 pub(super) use entries::collect;
 pub use entries::{NewContent, NewLayer};
+pub(super) use pick::{Wanted, pick};
 pub(super) use sink::Stored;
 pub(super) use source::Digests;
 

@@ -59,11 +59,30 @@ pub(super) struct Sink<'a> {
     tmp: &'a Path,
     small: u64,
     plain: bool,
-    seen: &'a Mutex<HashSet<ObjectName>>,
+    news: &'a News<'a>,
     jobs: Sender<Job>,
     done: Sender<Done>,
     files: Vec<NewFile>,
     contents: u32,
+}
+
+/// What tells which contents are to be kept.
+struct News<'a> {
+    objects: &'a Objects,
+    /// Those that this layer has brought.
+    seen: Mutex<HashSet<ObjectName>>,
+    /// Of others none is kept.
+    only: Option<&'a HashSet<ObjectName>>,
+}
+
+impl News<'_> {
+    /// Whether neither the store nor this layer has brought the content yet, and it is wanted.
+    fn is_new(&self, object: &Object) -> Result<bool> {
+        let is_wanted = self.only.is_none_or(|only| only.contains(&object.name));
+        Ok(is_wanted
+            && self.objects.find_for_import(object)?.is_none()
+            && self.seen.lock().insert(object.name))
+    }
 }
 
 /// A content that is being handed over.
@@ -82,11 +101,26 @@ pub(super) fn with_sink<T, E: From<Error>>(
     settings: &Settings,
     fill: impl FnOnce(&mut Sink<'_>) -> Result<T, E>,
 ) -> Result<(T, Stored), E> {
+    with_sink_of(objects, None, tmp, settings, fill)
+}
+
+/// As [`with_sink`]; of contents that are not in `only` none is kept.
+pub(super) fn with_sink_of<T, E: From<Error>>(
+    objects: &Objects,
+    only: Option<&HashSet<ObjectName>>,
+    tmp: &Path,
+    settings: &Settings,
+    fill: impl FnOnce(&mut Sink<'_>) -> Result<T, E>,
+) -> Result<(T, Stored), E> {
     // A quarter of the memory for contents on the way to the workers, as much on the way from them.
     let depth = (settings.memory / 4 / settings.small.max(1)).clamp(2, MOST_WAITING) as usize;
     let (to_workers, jobs) = bounded::<Job>(depth);
     let (to_writer, done) = bounded::<Done>(depth);
-    let seen = Mutex::new(HashSet::new());
+    let news = News {
+        objects,
+        seen: Mutex::default(),
+        only,
+    };
     let pack = PackWriter::create(tmp)?;
     let spawned = |error| io_error("start a thread for", tmp)(error);
     thread::scope(|scope| {
@@ -97,12 +131,10 @@ pub(super) fn with_sink<T, E: From<Error>>(
         let mut workers = Vec::new();
         for _ in 0..settings.workers.max(1) {
             let (jobs, to_writer) = (jobs.clone(), to_writer.clone());
-            let seen = &seen;
+            let news = &news;
             let worker = thread::Builder::new()
                 .name("layer-worker".to_owned())
-                .spawn_scoped(scope, move || {
-                    work(objects, seen, settings.level, &jobs, &to_writer)
-                })
+                .spawn_scoped(scope, move || work(news, settings.level, &jobs, &to_writer))
                 .map_err(spawned)?;
             workers.push(worker);
         }
@@ -112,7 +144,7 @@ pub(super) fn with_sink<T, E: From<Error>>(
             tmp,
             small: settings.small,
             plain: settings.plain,
-            seen: &seen,
+            news: &news,
             jobs: to_workers,
             done: to_writer,
             files: Vec::new(),
@@ -175,7 +207,7 @@ impl Sink<'_> {
     /// Keeps a large content if it is new. Whether somebody listens.
     fn file(&mut self, number: u32, file: NewFile) -> Result<bool> {
         let object = file.object;
-        if is_new(self.objects, self.seen, &object)? {
+        if self.news.is_new(&object)? {
             file.start_writing();
             self.files.push(file);
         }
@@ -184,7 +216,7 @@ impl Sink<'_> {
 
     /// The number of a content that the store has.
     pub(super) fn known(&mut self, object: Object) -> Result<u32> {
-        if self.objects.find_for_import(&object)?.is_none() {
+        if self.objects.find_to_name(&object.name)?.is_none() {
             return Err(Error::NoObject {
                 object: object.name.to_string(),
             });
@@ -249,23 +281,12 @@ impl Incoming {
     }
 }
 
-/// Whether neither the store nor this layer has brought the content yet.
-fn is_new(objects: &Objects, seen: &Mutex<HashSet<ObjectName>>, object: &Object) -> Result<bool> {
-    Ok(objects.find_for_import(object)?.is_none() && seen.lock().insert(object.name))
-}
-
-fn work(
-    objects: &Objects,
-    seen: &Mutex<HashSet<ObjectName>>,
-    level: i32,
-    jobs: &Receiver<Job>,
-    to_writer: &Sender<Done>,
-) -> Result<()> {
+fn work(news: &News<'_>, level: i32, jobs: &Receiver<Job>, to_writer: &Sender<Done>) -> Result<()> {
     let compressing = |error| io_error("compress an object for", Path::new("a pack"))(error);
     let mut compressor = Compressor::new(level).map_err(compressing)?;
     for job in jobs {
         #[cfg(test)]
-        let _noted = tests::Compressing::begin(objects);
+        let _noted = tests::Compressing::begin(news.objects);
         let (number, content) = match job {
             Job::Content { number, content } => (number, content),
             Job::Frame {
@@ -282,7 +303,7 @@ fn work(
             name: ObjectName::of(&content),
             size: content.len() as u64,
         };
-        let new = if is_new(objects, seen, &object)? {
+        let new = if news.is_new(&object)? {
             let encoded = Encoded::new(object, content, &mut compressor);
             Some(encoded.map_err(compressing)?)
         } else {

@@ -9,16 +9,17 @@ mod check;
 mod file;
 mod foreign;
 mod framed;
+mod put_back;
 mod restore;
 mod sweep;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -64,7 +65,14 @@ pub enum Place {
 
 impl Place {
     fn is_in(self, id: PackId) -> bool {
-        matches!(self, Self::Packed { pack, .. } if pack == id)
+        self.pack() == Some(id)
+    }
+
+    fn pack(self) -> Option<PackId> {
+        match self {
+            Self::Packed { pack, .. } => Some(pack),
+            Self::File => None,
+        }
     }
 
     pub(super) fn packed(pack: PackId, slot: Slot) -> Self {
@@ -133,6 +141,10 @@ pub struct Objects {
     /// Restorations under way, and what they have found not to be what it was.
     restorations: AtomicUsize,
     distrusted: Mutex<Vec<(ObjectName, Place)>>,
+    /// Objects that were damaged or missing when they were last looked at.
+    doubted: Mutex<HashSet<ObjectName>>,
+    /// Something was brought anew that was damaged or missing.
+    healed: AtomicBool,
     /// The directory of the files, through a mount that is read-only.
     sealed: OnceLock<OwnedFd>,
     /// When the directory of the packs had changed last before the places were read.
@@ -152,6 +164,8 @@ impl Objects {
             relied: Mutex::default(),
             restorations: AtomicUsize::new(0),
             distrusted: Mutex::default(),
+            doubted: Mutex::default(),
+            healed: AtomicBool::new(false),
             sealed: OnceLock::new(),
             read_at: Mutex::default(),
         }
@@ -432,9 +446,11 @@ impl Objects {
         for dir in dirs {
             sync_dir(&dir).map_err(io_error("make durable", &dir))?;
         }
+        let names: Vec<ObjectName> = found.iter().map(|(name, _)| *name).collect();
         if let Some(places) = &mut *self.places.write() {
             places.extend(found);
         }
+        self.note_brought(&names);
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! How objects that are not what they were are replaced.
 //!
 //! While a restoration is under way an import relies on no object that it has not read: one that does not have its name is
-//! taken for missing and brought again. What was replaced leaves the disk with the pack or the file that it was
+//! taken for missing and brought again. At other times it reads those that were damaged when they were last looked at, and looks
+//! for the files of the others. What was replaced leaves the disk with the pack or the file that it was
 //! in, whose other objects go into another pack; otherwise the next who reads the tables of all packs might find the bad
 //! copy first. Where the pack has to stay, what other packs have goes before it.
 //!
@@ -28,15 +29,10 @@ pub(in crate::store) struct Restoring<'a>(&'a Objects);
 
 impl Drop for Restoring<'_> {
     fn drop(&mut self) {
-        if self.0.restorations.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return;
-        }
-        // What nothing has come in place of is where it was: maybe it can be read another time.
-        let distrusted = std::mem::take(&mut *self.0.distrusted.lock());
-        if let Some(places) = &mut *self.0.places.write() {
-            for (name, place) in distrusted {
-                places.entry(name).or_insert(place);
-            }
+        self.0.restorations.fetch_sub(1, Ordering::AcqRel);
+        let is_importing = self.0.relied.lock().is_importing();
+        if !is_importing {
+            self.0.give_back();
         }
     }
 }
@@ -48,13 +44,66 @@ impl Objects {
         Restoring(self)
     }
 
+    /// Once neither a restoration nor an import is under way: what nothing has come in place of is where it was. Maybe it can be
+    /// read another time.
+    pub(super) fn give_back(&self) {
+        if self.restorations.load(Ordering::Acquire) > 0 {
+            return;
+        }
+        let mut places = self.places.write();
+        let distrusted = std::mem::take(&mut *self.distrusted.lock());
+        if let Some(places) = &mut *places {
+            for (name, place) in distrusted {
+                places.entry(name).or_insert(place);
+            }
+        }
+    }
+
+    /// Whether an object was damaged or missing when it was last looked at.
+    pub(in crate::store) fn is_doubted(&self, name: &ObjectName) -> bool {
+        self.doubted.lock().contains(name)
+    }
+
+    /// Remembers that an object is damaged or missing.
+    pub(in crate::store) fn doubt(&self, name: ObjectName) {
+        self.doubted.lock().insert(name);
+    }
+
+    /// Remembers that an object is what it was.
+    pub(in crate::store) fn trust(&self, name: &ObjectName) {
+        self.doubted.lock().remove(name);
+    }
+
+    /// These are in the store now.
+    pub(super) fn note_brought(&self, names: &[ObjectName]) {
+        let mut doubted = self.doubted.lock();
+        // Each of them is looked at.
+        let healed = names.iter().filter(|name| doubted.remove(name)).count();
+        if healed > 0 {
+            self.healed.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether something was brought anew that was damaged or missing, since this was last asked.
+    pub(in crate::store) fn take_healed(&self) -> bool {
+        self.healed.swap(false, Ordering::AcqRel)
+    }
+
     /// Whether an import may rely on the object at `place`.
     pub(super) fn is_trusted(&self, object: &Object, place: Place) -> bool {
-        if self.restorations.load(Ordering::Acquire) == 0
-            || self.read_from(object, place, true).is_ok()
-        {
+        let has_to_read =
+            self.restorations.load(Ordering::Acquire) > 0 || self.is_doubted(&object.name);
+        let is_good = match has_to_read {
+            true => self.read_from(object, place, true).is_ok(),
+            false => self.look_for(object).is_ok(),
+        };
+        if is_good {
+            if has_to_read {
+                self.trust(&object.name);
+            }
             return true;
         }
+        self.doubt(object.name);
         if let Some(places) = &mut *self.places.write()
             && places.get(&object.name) == Some(&place)
         {
@@ -64,8 +113,10 @@ impl Objects {
         false
     }
 
-    /// Takes what was replaced since the restoration began off the disk. To be called while no collection is under way.
+    /// Takes off the disk what was replaced by restorations and imports that are under way. To be called while no collection is.
     pub(in crate::store) fn purge(&self, tmp: &Path, level: i32) -> Result<()> {
+        // What is kept of a pack is read.
+        let _restoring = self.restoring();
         let replaced: Vec<(ObjectName, Place)> = {
             let places = self.places.read();
             let known = |name: &ObjectName| {

@@ -18,7 +18,6 @@ use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 
 use super::restore::remove;
 use super::{Content, Objects, Place, names};
@@ -44,6 +43,10 @@ pub(super) struct Relied {
 }
 
 impl Relied {
+    pub(super) fn is_importing(&self) -> bool {
+        self.imports > 0
+    }
+
     /// Whether neither an import nor a collection is under way.
     pub(super) fn is_idle(&self) -> bool {
         self.imports == 0 && self.collections == 0
@@ -62,9 +65,15 @@ pub(in crate::store) struct Importing<'a>(&'a Objects);
 
 impl Drop for Importing<'_> {
     fn drop(&mut self) {
-        let mut relied = self.0.relied.lock();
-        relied.imports -= 1;
-        relied.forget_if_idle();
+        let is_last = {
+            let mut relied = self.0.relied.lock();
+            relied.imports -= 1;
+            relied.forget_if_idle();
+            !relied.is_importing()
+        };
+        if is_last {
+            self.0.give_back();
+        }
     }
 }
 
@@ -106,13 +115,18 @@ impl Objects {
 
     /// Where an object is, for an import, which relies on it from now on.
     pub(in crate::store) fn find_for_import(&self, object: &Object) -> Result<Option<Place>> {
-        let name = &object.name;
-        // Reads them if that was not done.
-        if let Some(place) = self.find(name)?
+        if let Some(place) = self.find(&object.name)?
             && !self.is_trusted(object, place)
         {
             return Ok(None);
         }
+        self.find_to_name(&object.name)
+    }
+
+    /// As [`find_for_import`](Self::find_for_import), of one that the import cannot bring, so that it may well be damaged.
+    pub(in crate::store) fn find_to_name(&self, name: &ObjectName) -> Result<Option<Place>> {
+        // Reads the places if that was not done.
+        self.find(name)?;
         let places = self.places.read();
         let found = places.as_ref().and_then(|places| places.get(name).copied());
         if found.is_some() {
@@ -241,8 +255,8 @@ impl Objects {
                     Place::File => self.path_of(name).try_exists().unwrap_or(true),
                 }
         });
-        // A restoration has taken away places that it may give back.
-        if self.restorations.load(Ordering::Acquire) == 0 {
+        // Places that were taken away may be given back.
+        if self.distrusted.lock().is_empty() {
             let is_known = |id| places.values().any(|place| place.is_in(id));
             self.open.lock().forget_astray(|id| !is_known(id));
         }

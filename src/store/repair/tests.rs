@@ -1,4 +1,5 @@
 mod descriptors;
+mod heal;
 mod packs;
 mod refresh;
 

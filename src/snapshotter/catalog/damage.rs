@@ -1,0 +1,195 @@
+//! Records that cannot be used: whose they are, and how they are made anew or found again.
+
+use super::{Catalog, Changes, Found, SnapshotRecord, in_order, name, parse_name};
+use crate::snapshotter::types::*;
+use crate::store::record::Damaged;
+
+/// What to do about a record that is of no image's layer and that a repair has left.
+const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
+/// What to do about the record of a layer of an image that a repair has left.
+const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give up the layer and what builds on it and start plyd again";
+
+/// What to do about the record of a layer of an image that no plyd has read since it was damaged.
+const FROM_IMAGE: &str =
+    "`snapctl system repair` makes it anew from what the image says, or says what else to do";
+
+impl Catalog {
+    /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
+    pub(in crate::snapshotter) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
+        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
+        let damaged = self.records.examine(known)?;
+        let mut found = Vec::new();
+        for damaged in damaged {
+            let of = {
+                // Nobody removes it meanwhile.
+                let changes = self.changes.lock();
+                let known = changes.known.get(&damaged.id);
+                if !self.records.is_unsound(&damaged.id, known.is_some()) {
+                    continue;
+                }
+                known.map(|record| ParentRef {
+                    owner: record.owner,
+                    key: record.key.clone(),
+                })
+            };
+            match of {
+                Some(of) => found.push((damaged.known(), Some(of))),
+                None => {
+                    let name = self.index.find(&damaged.id)?;
+                    let of = name.and_then(|name| parse_name(&name));
+                    let owner = of.as_ref().map(|of| of.owner);
+                    let damaged = match owner.filter(|_| !damaged.newer) {
+                        None => damaged,
+                        Some(Owner::Image) => Damaged {
+                            remedy: FROM_IMAGE,
+                            left: LEFT_OF_IMAGE,
+                            ..damaged
+                        },
+                        Some(_) => damaged.advised(LEFT_OF_OTHERS),
+                    };
+                    found.push((damaged, of));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
+    pub(in crate::snapshotter) fn rewrite(&self) -> Result<Vec<ParentRef>> {
+        let mut written = Vec::new();
+        let damaged = self.damaged()?.into_iter();
+        for (damaged, _) in damaged.filter(|(damaged, _)| !damaged.newer) {
+            let changes = self.changes.lock();
+            let Some(record) = changes.known.get(&damaged.id) else {
+                continue;
+            };
+            self.records.put(&damaged.id, record)?;
+            written.push(ParentRef {
+                owner: record.owner,
+                key: record.key.clone(),
+            });
+        }
+        Ok(written)
+    }
+
+    /// Id of a record that cannot be used and of which it is certain that it was that of the layer `at` of an image with the keys
+    /// `chain`: the layer above says so, or the index, or what can still be read of it.
+    pub(in crate::snapshotter) fn damaged_id(
+        &self,
+        owner: Owner,
+        chain: &[String],
+        at: usize,
+    ) -> Result<Option<String>> {
+        self.damaged_of(&self.changes.lock(), owner, chain, at)
+    }
+
+    fn damaged_of(
+        &self,
+        changes: &Changes,
+        owner: Owner,
+        chain: &[String],
+        at: usize,
+    ) -> Result<Option<String>> {
+        let Some(key) = chain.get(at) else {
+            return Ok(None);
+        };
+        let above = chain.get(at + 1).and_then(|key| changes.of(owner, key));
+        let id = match above {
+            Some(above) => above.parent.clone(),
+            None => self.index.get(&name(owner, key))?,
+        };
+        let id = id.or_else(|| {
+            // As a record begins.
+            let text = format!("{{\"owner\":\"{owner}\",\"key\":\"{key}\",");
+            let mut unread = changes.unread.iter();
+            unread.find(|id| self.records.has_text(id, &text)).cloned()
+        });
+        Ok(id.filter(|id| {
+            !changes.known.contains_key(id)
+                && self
+                    .records
+                    .problem_of(id)
+                    .is_some_and(|damaged| !damaged.newer)
+        }))
+    }
+
+    /// Records `record`, of the layer `at` of an image with the keys `chain`, in place of one that cannot be used.
+    /// Answers whether there is such a one.
+    pub(in crate::snapshotter) fn replace_damaged(
+        &self,
+        mut record: SnapshotRecord,
+        chain: &[String],
+        at: usize,
+    ) -> Result<bool> {
+        let mut changes = self.changes.lock();
+        let Some(id) = self.damaged_of(&changes, record.owner, chain, at)? else {
+            return Ok(false);
+        };
+        record.created = changes.time_between(&record, &id, chain, at);
+        record.updated = record.created;
+        self.index.insert(&name(record.owner, &record.key), &id)?;
+        self.records.put(&id, &record)?;
+        changes.unread.remove(&id);
+        changes.known.insert(id, record);
+        Ok(true)
+    }
+
+    /// Takes records as they are on the disk of which nothing is known, as they could not be used when plyd started, or were not there,
+    /// if `is_there` says that of what they stand for. `count` is told of each before it can be found; whose they are is
+    /// answered. One whose name another snapshot has got since is left, and one whose parent is not known.
+    pub(in crate::snapshotter) fn take_put_back(
+        &self,
+        is_there: impl Fn(&Found) -> bool,
+        count: impl Fn(&SnapshotRecord),
+    ) -> Result<Vec<ParentRef>> {
+        let mut changes = self.changes.lock();
+        let all = in_order(self.records.list()?.records).into_iter();
+        let mut new: Vec<Found> = all
+            .filter(|found| !changes.known.contains_key(&found.id))
+            .collect();
+        let mut taken = Vec::new();
+        // Parents may follow their children where clocks were set back.
+        loop {
+            let known = |id: &String| changes.known.contains_key(id);
+            let next = new.iter().position(|Found { record, .. }| {
+                record.parent.as_ref().is_none_or(known)
+                    && changes.of(record.owner, &record.key).is_none()
+            });
+            let Some(found) = next.map(|next| new.remove(next)) else {
+                break;
+            };
+            if !is_there(&found) {
+                tracing::warn!(
+                    snapshot = found.record.key,
+                    "its record was put back, but what it stands for is not there"
+                );
+                continue;
+            }
+            let Found { id, record } = found;
+            self.index.insert(&name(record.owner, &record.key), &id)?;
+            count(&record);
+            changes.last_time = changes.last_time.max(record.updated);
+            changes.unread.remove(&id);
+            taken.push(ParentRef {
+                owner: record.owner,
+                key: record.key.clone(),
+            });
+            changes.known.insert(id, record);
+        }
+        for left in new {
+            tracing::warn!(
+                snapshot = left.record.key,
+                "its record was put back, but its name is another's now, or its parent is not there"
+            );
+        }
+        Ok(taken)
+    }
+
+    /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.
+    pub(in crate::snapshotter) fn is_complete(&self) -> bool {
+        let mut changes = self.changes.lock();
+        let is_gone = |id: &str| matches!(self.records.get(id), Ok(None));
+        changes.unread.retain(|id| !is_gone(id));
+        changes.unread.is_empty()
+    }
+}

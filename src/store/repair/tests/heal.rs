@@ -1,0 +1,116 @@
+//! Contents that come with other layers, or are put back.
+
+use super::*;
+use crate::store::format::tables::Object;
+
+fn name_of(file: &str) -> ObjectName {
+    ObjectName::of(&content(file))
+}
+
+/// Damages `a`, which two layers have, `b` and a large content, and finds that out.
+fn damaged() -> Store {
+    let store = Store::new();
+    for at in [200, 3500] {
+        flip(&store.file("packs"), at);
+    }
+    flip(&store.file("objects"), 200);
+    assert_eq!(store.faults(), 4);
+    store
+}
+
+fn import(store: &Store, stream: &[u8]) -> Result<LayerName> {
+    store.layers.import(stream, &Expected::default(), &())
+}
+
+#[test]
+fn an_import_brings_damaged_contents_for_all_layers() {
+    let store = damaged();
+    assert_eq!(store.layers.doubted().len(), 2);
+    let new = import(&store, &stream(&["a", "b", "large one", "large two"])).unwrap();
+    // Nothing has looked at them since.
+    assert_eq!(store.layers.doubted().len(), 0);
+    assert!(store.layers.take_mended());
+    assert_eq!(store.faults(), 0);
+    assert!(store.layers.verify_layer(new, true, &()).is_empty());
+    store.assert_whole();
+}
+
+/// What it did not trust would be lost, though maybe it can be read another time.
+#[test]
+fn an_import_that_fails_leaves_damaged_contents_where_they_were() {
+    let store = damaged();
+    let all = stream(&["a", "new"]);
+    let place = || store.layers.objects().find(&name_of("a")).unwrap();
+    let before = place();
+    assert!(before.is_some());
+    assert!(import(&store, &all[..all.len() / 2]).is_err());
+    assert_eq!(place(), before);
+    assert_eq!(store.faults(), 4);
+    import(&store, &all).unwrap();
+    assert_ne!(place(), before);
+    assert_eq!(store.faults(), 2);
+}
+
+/// A layer that is made of entries may name what is damaged: it has no other copy of it.
+#[test]
+fn a_damaged_content_can_be_named() {
+    let store = damaged();
+    let object = Object {
+        name: name_of("a"),
+        size: content("a").len() as u64,
+    };
+    let made = store.layers.make(|layer| layer.known(object).map(drop));
+    made.unwrap();
+}
+
+#[test]
+fn contents_come_out_of_any_stream() {
+    let store = damaged();
+    let layers = &store.layers;
+    let mut lacking = layers.lacking([store.layer, store.other]);
+    assert_eq!(lacking.len(), 3);
+    let mut pick = |names: &[&str], cut: usize| {
+        let stream = stream(names);
+        let picked = layers.pick(&stream[..stream.len() - cut], &mut lacking, &());
+        (picked.is_ok(), lacking.len())
+    };
+    assert_eq!(pick(&["b", "c", "large three"], 0), (true, 2));
+    assert_eq!(pick(&["x", "a", "y"], 5000), (false, 2));
+    assert_eq!(pick(&["x", "a", "large three"], 0), (true, 1));
+    assert_eq!(
+        pick(&["large one", "a", "large two", "large one"], 0),
+        (true, 0)
+    );
+    // Nothing else was kept.
+    store.assert_whole();
+}
+
+#[test]
+fn what_is_put_back_is_found() {
+    let store = Store::new();
+    let (pack, file) = (store.file("packs"), store.file("objects"));
+    let away = [&pack, &file].map(|path| (path.clone(), path.with_extension("away")));
+    for (path, away) in &away {
+        fs::rename(path, away).unwrap();
+    }
+    let store = store.reopen();
+    let none = store.layers.take_put_back().unwrap();
+    assert!(none.packs.is_empty() && none.files == 0);
+    assert_eq!(store.faults(), 4);
+    // One of them has come in another way meanwhile.
+    import(&store, &stream(&["b"])).unwrap();
+    let b = store.layers.objects().find(&name_of("b")).unwrap();
+    for (path, away) in &away {
+        fs::rename(away, path).unwrap();
+    }
+    assert!(store.layers.take_mended());
+    let found = store.layers.take_put_back().unwrap();
+    assert_eq!((found.packs, found.files), (vec![pack], 1));
+    assert!(store.layers.take_mended());
+    assert_eq!(store.layers.objects().find(&name_of("b")).unwrap(), b);
+    assert_eq!(store.layers.doubted().len(), 0);
+    assert_eq!(store.faults(), 0);
+    let again = store.layers.take_put_back().unwrap();
+    assert!(again.packs.is_empty() && again.files == 0);
+    assert_eq!(store.reopen().faults(), 0);
+}
