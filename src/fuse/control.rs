@@ -11,7 +11,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -129,10 +129,12 @@ pub struct Controlled {
     pub stop: Box<dyn Fn() + Send + Sync>,
 }
 
-/// The listening socket. Its file is removed when this is dropped.
+/// The listening socket. Its file is removed when this is dropped, unless another has taken its place.
 pub struct ControlServer {
     listener: OwnedFd,
     path: PathBuf,
+    /// Device and inode of the file, which no other has as long as the socket is there.
+    identity: (u64, u64),
 }
 
 impl ControlServer {
@@ -152,6 +154,7 @@ impl ControlServer {
         Ok(Self {
             listener,
             path: path.to_owned(),
+            identity: identity(path)?,
         })
     }
 
@@ -178,9 +181,16 @@ impl ControlServer {
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
-        // A successor may have replaced it; then there is nothing of ours to remove, and no harm done by trying.
-        let _ = fs::remove_file(&self.path);
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            // The next who binds it replaces what stays.
+            let _ = fs::remove_file(&self.path);
+        }
     }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let found = fs::symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
 }
 
 fn serve_in_thread(connection: OwnedFd, controlled: Arc<Controlled>) {
@@ -435,7 +445,6 @@ fn limit(socket: &OwnedFd, timeout: Duration) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::os::unix::fs::MetadataExt;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
@@ -490,6 +499,17 @@ mod tests {
         fs::create_dir(&deep).unwrap();
         let path = deep.join("control");
         let _server = serve(&path);
+        ControlClient::connect(&path, SOON).unwrap();
+    }
+
+    /// The end of a plyfs took the socket from another that had been started in its place.
+    #[test]
+    fn a_socket_that_has_taken_the_place_of_one_outlives_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control");
+        let first = serve(&path);
+        let _second = serve(&path);
+        drop(first);
         ControlClient::connect(&path, SOON).unwrap();
     }
 
