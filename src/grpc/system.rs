@@ -185,6 +185,7 @@ impl api::system_server::System for Service {
                 damaged_contents: damage.values().map(|damage| damage.contents).sum(),
                 damaged_mounts: damage.values().filter(is_damaged).count() as u64,
                 damaged_views: damage.values().filter(|damage| damage.view).count() as u64,
+                damaged_mounts_ended: snapshotter.damaged_and_ended(),
                 damaged_records: stores.damaged_records(),
             }))
         })

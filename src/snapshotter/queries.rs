@@ -52,6 +52,12 @@ impl Snapshotter {
             .collect()
     }
 
+    /// How many mounts have ended that could not read something of packed layers, since plyd was started or such layers were
+    /// last mended.
+    pub fn damaged_and_ended(&self) -> u64 {
+        self.mounts.damaged_and_ended()
+    }
+
     /// Records that cannot be used now, or are gone though their snapshots are not, each with whose it is if that can be told.
     pub fn damaged_records(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
         self.catalog.damaged()

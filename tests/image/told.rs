@@ -129,9 +129,8 @@ fn of_what_was_made_here_it_is_said_that_a_repair_knows_more() {
     }
 }
 
-/// A plyd with an image of busybox, of which all small files are lost.
-fn with_lost_files() -> Plyd {
-    let mut plyd = Plyd::start();
+/// An image of busybox.
+fn lost() -> Vec<u8> {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].map(fs::read);
     let busybox = busybox.into_iter().find_map(Result::ok);
     let layer = Layer::new()
@@ -147,7 +146,13 @@ fn with_lost_files() -> Plyd {
         .dir("etc", 0o755)
         .file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")
         .file("etc/group", 0o644, b"root:x:0:\n");
-    load(&plyd, &archive("lost", &[Blob::gzip(layer)]));
+    archive("lost", &[Blob::gzip(layer)])
+}
+
+/// A plyd with that image, of which all small files are lost.
+fn with_lost_files() -> Plyd {
+    let mut plyd = Plyd::start();
+    load(&plyd, &lost());
     // None is open then.
     restart(&mut plyd, |plyd| {
         for pack in files(plyd, "store/packs", ".pack") {
@@ -195,6 +200,62 @@ fn a_container_that_runs_as_numbers_starts_without_its_passwd() {
         let args = ["run", "--rm", "-u", "0:0", "-v", &volume];
         assert_eq!(plyd.ok(args.into_iter().chain(cat)), "own passwd\n");
     }
+}
+
+/// Its plyfs had said so in a log that went with the mount, and `system info` forgot it.
+#[test]
+fn what_a_container_could_not_read_is_known_after_its_end() {
+    let plyd = with_lost_files();
+    let ended = || plyd.json(["system", "info", "--json"])["damaged_mounts_ended"].clone();
+    let sound = [
+        "run",
+        "--rm",
+        "-u",
+        "0:0",
+        "-v",
+        "/etc:/etc",
+        "lost",
+        "sh",
+        "-c",
+        "exit 0",
+    ];
+    assert_eq!(plyd.snapctl(sound).code, 0);
+    for times in 1..3 {
+        let cat = [
+            "run",
+            "--rm",
+            "-u",
+            "0:0",
+            "lost",
+            "busybox",
+            "cat",
+            "/bin/script",
+        ];
+        assert_eq!(plyd.snapctl(cat).code, 1);
+        assert_eq!(ended(), times);
+    }
+    let line = plyd
+        .log()
+        .lines()
+        .find(|line| line.contains("/bin/script of the layer "))
+        .map(str::to_owned);
+    let line = line.expect("plyd's log has it");
+    let objects = plyd.root().join("store/objects");
+    for words in [
+        " WARN ",
+        "had said: ",
+        &*objects.to_string_lossy(),
+        "I/O error",
+    ] {
+        assert!(line.contains(words), "{line}");
+    }
+    let told = plyd.ok(["system", "info"]);
+    let words = "something in 2 mounts since ended (plyd's log names it); `snapctl system repair` mends them";
+    assert!(told.contains(words), "{told}");
+    // What nobody could read any more is forgotten when it can be read again.
+    let mended = plyd.piped(["system", "repair", "-i", "-"], &lost());
+    assert_eq!(mended.code, 0, "{}", mended.stdout);
+    assert_eq!(ended(), 0);
 }
 
 #[test]

@@ -163,6 +163,7 @@ struct InfoView {
     damaged_contents: u64,
     damaged_mounts: u64,
     damaged_views: u64,
+    damaged_mounts_ended: u64,
     damaged_records: u64,
 }
 
@@ -207,6 +208,7 @@ impl From<InfoSystemResponse> for InfoView {
             damaged_contents: info.damaged_contents,
             damaged_mounts: info.damaged_mounts,
             damaged_views: info.damaged_views,
+            damaged_mounts_ended: info.damaged_mounts_ended,
             damaged_records: info.damaged_records,
         }
     }
@@ -298,7 +300,9 @@ fn damaged(info: &InfoView) -> String {
         let mounts = output::count(info.damaged_mounts, "mount");
         format!("{} in {mounts}", read.join(" and "))
     });
-    let all = [read, some(info.damaged_records, "record")];
+    let ended = some(info.damaged_mounts_ended, "mount")
+        .map(|mounts| format!("something in {mounts} since ended (plyd's log names it)"));
+    let all = [read, ended, some(info.damaged_records, "record")];
     let all: Vec<String> = all.into_iter().flatten().collect();
     match all.is_empty() {
         true => "nothing that was read".to_owned(),

@@ -33,7 +33,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -93,6 +93,8 @@ struct Shared {
     wake: OwnedFd,
     woken: OwnedFd,
     ending: AtomicBool,
+    /// Mounts that have ended and could not read something of theirs.
+    damaged: AtomicU64,
 }
 
 struct Live {
@@ -134,6 +136,7 @@ impl Mounts {
             wake,
             woken,
             ending: AtomicBool::new(false),
+            damaged: AtomicU64::new(0),
         });
         let watcher = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -401,8 +404,30 @@ impl Mounts {
             tracing::warn!(id, "ending a mount that is still in use");
             live.abort();
         }
-        self.take_away(live)?.end();
+        let live = self.take_away(live)?;
+        self.remember(&live);
+        live.end();
         self.clear(id)
+    }
+
+    /// Counts a mount that is about to end, if it could not read something.
+    fn remember(&self, live: &Live) {
+        // Who does not answer is ended all the same.
+        if let Ok(hello) = live.control.hello(ANSWER)
+            && (hello.damaged > 0 || hello.damaged_view)
+        {
+            self.shared.damaged.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many mounts have ended that could not read something of theirs, since this was last forgotten.
+    pub(super) fn damaged_and_ended(&self) -> u64 {
+        self.shared.damaged.load(Ordering::Relaxed)
+    }
+
+    /// Forgets them, for what they could not read was mended.
+    pub(super) fn forget_ended(&self) {
+        self.shared.damaged.store(0, Ordering::Relaxed);
     }
 
     /// Takes the mount away from its place. One that stays there is ended: nobody watches over it any more.

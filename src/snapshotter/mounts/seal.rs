@@ -46,6 +46,7 @@ impl Mounts {
                 .insert(left_of(id), Live { left: true, ..live });
             self.shared.wake_up();
         } else {
+            self.remember(&live);
             live.end();
         }
         self.clear(id)
