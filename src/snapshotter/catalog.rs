@@ -136,6 +136,15 @@ impl Catalog {
         Ok(lost)
     }
 
+    /// How many are [`damaged`](Self::damaged); of records only what has changed is read.
+    pub(super) fn count_damaged(&self) -> Result<usize> {
+        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
+        match self.records.is_doubtful(known)? {
+            true => Ok(self.damaged()?.len()),
+            false => Ok(0),
+        }
+    }
+
     /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
     pub(super) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
         let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
@@ -310,6 +319,11 @@ impl Catalog {
         }
         let unusable = listing.damaged.len() + missing.len();
         Ok((in_order(listing.records), unusable))
+    }
+
+    /// How many snapshots are known. No record is read.
+    pub(super) fn count(&self) -> usize {
+        self.changes.lock().known.len()
     }
 
     /// All snapshots; `None` if there are some of which nothing is known. No record is read.

@@ -26,7 +26,7 @@ mod process;
 mod refresh;
 mod seal;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -292,6 +292,16 @@ impl Mounts {
         }
         let live = self.shared.live.lock();
         live.get(id).map(|live| live.point.clone())
+    }
+
+    /// The ids of the snapshots that have one.
+    pub(super) fn ids(&self) -> Vec<String> {
+        // In this order: as in `point`.
+        let mut ids: BTreeSet<String> = self.arriving.lock().keys().cloned().collect();
+        let live = self.shared.live.lock();
+        let here = live.iter().filter(|(_, live)| !live.left);
+        ids.extend(here.map(|(id, _)| id.clone()));
+        ids.into_iter().collect()
     }
 
     /// Mounts the union for the snapshot `id` unless that is done. The caller sees to it that nobody
