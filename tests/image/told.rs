@@ -207,19 +207,7 @@ fn a_container_that_runs_as_numbers_starts_without_its_passwd() {
 fn what_a_container_could_not_read_is_known_after_its_end() {
     let plyd = with_lost_files();
     let ended = || plyd.json(["system", "info", "--json"])["damaged_mounts_ended"].clone();
-    let sound = [
-        "run",
-        "--rm",
-        "-u",
-        "0:0",
-        "-v",
-        "/etc:/etc",
-        "lost",
-        "sh",
-        "-c",
-        "exit 0",
-    ];
-    assert_eq!(plyd.snapctl(sound).code, 0);
+    assert_eq!(ended(), 0);
     for times in 1..3 {
         let cat = [
             "run",

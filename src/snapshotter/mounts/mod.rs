@@ -55,6 +55,8 @@ use crate::sys::mountinfo;
 
 /// How long a plyfs may take to answer a message that costs it nothing.
 const ANSWER: Duration = Duration::from_secs(5);
+/// As that, of one that is about to be ended in any case.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// How long a plyfs that another plyd started may take to answer: whoever does not is ended, and the
 /// roots of running containers with it. One that is dead refuses the connection at once.
 const ADOPTION: Duration = Duration::from_secs(60);
@@ -410,20 +412,20 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
+        self.remember(&live);
         if live.is_in_use(id) {
             tracing::warn!(id, "ending a mount that is still in use");
             live.abort();
         }
-        let live = self.take_away(live)?;
-        self.remember(&live);
-        live.end();
+        self.take_away(live)?.end();
         self.clear(id)
     }
 
-    /// Counts a mount that is about to end, if it could not read something.
+    /// Counts a mount that is about to end, if it could not read something. To be asked while it is there: its process ends
+    /// with it.
     fn remember(&self, live: &Live) {
         // Who does not answer is ended all the same.
-        if let Ok(hello) = live.control.hello(ANSWER)
+        if let Ok(hello) = live.control.hello(LAST_ANSWER)
             && (hello.damaged > 0 || hello.damaged_view)
         {
             self.shared.damaged.fetch_add(1, Ordering::Relaxed);

@@ -24,6 +24,7 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
+        self.remember(&live);
         // Of the whole file system, not of this mount alone. Refused while a file is open for writing.
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         let none: Option<&str> = None;
@@ -46,7 +47,6 @@ impl Mounts {
                 .insert(left_of(id), Live { left: true, ..live });
             self.shared.wake_up();
         } else {
-            self.remember(&live);
             live.end();
         }
         self.clear(id)
