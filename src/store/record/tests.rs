@@ -204,7 +204,7 @@ fn a_change_makes_a_record_doubtful_and_what_was_sound_is_not_read_again() {
     // Too young for its times to tell it from what is written next.
     assert!(dir.sound.lock().is_empty());
     let seen = || Stamp::of(&fs::metadata(&path).unwrap());
-    let note = || drop(dir.sound.lock().insert("x".to_owned(), seen()));
+    let note = || dir.sound.lock().insert("x".to_owned(), seen());
     let later = SystemTime::now() + 3 * SETTLED;
     assert!(seen().is_settled(later) && !seen().is_settled(SystemTime::now()));
     note();
