@@ -7,6 +7,7 @@
 //! - `crun`: the other OCI runtime.
 //! - `ends`: what is left when a container has ended.
 //! - `interrupted`: what is left of one that nobody waited for.
+//! - `unexecuted`: programs that are there and cannot be executed.
 
 #![allow(
     clippy::unwrap_used,
@@ -33,3 +34,5 @@ mod interrupted;
 mod isolation;
 #[path = "runtime/shim.rs"]
 mod shim;
+#[path = "runtime/unexecuted.rs"]
+mod unexecuted;

@@ -23,6 +23,7 @@ const USAGE: u8 = 2;
     name = "plyfs",
     version,
     override_usage = "plyfs [OPTIONS] [SOURCE] MOUNTPOINT",
+    max_term_width = 100,
     after_long_help = options::help::text()
 )]
 struct Arguments {

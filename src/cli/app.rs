@@ -23,7 +23,7 @@ const EXIT_CODES: &str = "Exit codes:
 
 /// Runs containers on Plywood and looks after its images and snapshots.
 #[derive(Debug, Parser)]
-#[command(name = "snapctl", version, after_help = EXIT_CODES, subcommand_required = true)]
+#[command(name = "snapctl", version, after_help = EXIT_CODES, subcommand_required = true, max_term_width = 100)]
 struct Cli {
     /// Where plyd listens [env: PLYWOOD_ADDRESS] [default: unix:///run/plywood/plyd.sock]
     // The default and the variable are ours to look up: clap would show them in usage lines as if they
@@ -45,7 +45,7 @@ enum Command {
         after_help = "Examples:
   snapctl run --rm busybox:latest echo hello
   snapctl run --rm -it busybox:latest sh
-  snapctl run -d --name web --network host -v ./site:/www:ro busybox:latest httpd -f -h /www
+  snapctl run -d --network host -v ./site:/www:ro busybox httpd -fh /www
   tar c . | snapctl run --rm -i busybox:latest tar t"
     )]
     Run(run::RunArgs),
@@ -224,6 +224,37 @@ fn completions(shell: Shell) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    /// A terminal has so many columns at the least.
+    const NARROWEST: usize = 80;
+
+    fn each_command(command: &clap::Command, look: &mut impl FnMut(&clap::Command)) {
+        look(command);
+        for command in command.get_subcommands() {
+            each_command(command, look);
+        }
+    }
+
+    /// clap breaks lines where the terminal ends; what was broken by hand before is broken twice then, and a table or
+    /// an example that it breaks is none any more.
+    #[test]
+    fn the_help_is_broken_in_lines_by_clap_alone() {
+        each_command(&Cli::command(), &mut |command| {
+            let help = command.get_after_help().map(ToString::to_string);
+            let help = help.unwrap_or_default();
+            let is_prose = |line: &str| !line.is_empty() && !line.contains("  ");
+            let mut before = "";
+            for line in help.lines() {
+                let name = command.get_name();
+                assert!(
+                    !(is_prose(line) && is_prose(before)),
+                    "{name}: {before}\n{line}"
+                );
+                assert!(is_prose(line) || line.len() <= NARROWEST, "{name}: {line}");
+                before = line;
+            }
+        });
+    }
+
     use super::*;
 
     fn parse(line: &str) -> Cli {

@@ -124,16 +124,17 @@ impl Stores<'_> {
     /// How many records cannot be used, those of layers too. A directory of them that cannot be read counts as one, for there is
     /// no better number; verification fails and says why.
     pub(super) fn damaged_records(&self) -> u64 {
-        let of_layers = self.snapshotter.packed_layers().damaged_records();
-        let of_layers = of_layers.map_err(Status::from).map(|records| {
-            let names = records.iter().map(|record| record.id.parse::<LayerName>());
-            names.filter(Result::is_ok).count()
-        });
-        let others = self
-            .records(|record| record.remedy)
-            .map(|records| records.len());
-        let counts = [of_layers, others].into_iter();
-        let counts = counts.map(|count| {
+        let of_layers = self.snapshotter.packed_layers().count_damaged_records();
+        let of_snapshots = self.snapshotter.count_damaged_records();
+        let of_images = self.images.damaged_records();
+        let of_containers = self.containers.damaged_records();
+        let counts = [
+            of_layers.map_err(Status::from),
+            of_snapshots.map_err(Status::from),
+            of_images.map(|all| all.len()).map_err(Status::from),
+            of_containers.map(|all| all.len()).map_err(Status::from),
+        ];
+        let counts = counts.into_iter().map(|count| {
             count.unwrap_or_else(|status| {
                 tracing::warn!(
                     problem = status.message(),

@@ -103,7 +103,7 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
         let request = request.into_inner();
         self.with(move |snapshotter, named| {
             let found = find(snapshotter, named, &request.key, &request.owner)?;
-            let damage = snapshotter.damage([&found]).remove(&found.id);
+            let damage = snapshotter.damage(std::slice::from_ref(&found.id)).pop();
             Ok(api::InfoResponse {
                 snapshot: Some(api::Snapshot {
                     damaged_contents: damage.map(|damage| damage.contents),

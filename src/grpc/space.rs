@@ -30,12 +30,22 @@ pub(super) fn disk_usage(
             "{of} is not shown, and its layers are shown as snapshots: {why}"
         ));
     }
-    let beside = Beside::look(root)?;
-    let mut users: Vec<api::DiskUser> = images
-        .iter()
-        .zip(&space.images)
-        .map(|(image, taken)| user("image", shown(image), "", *taken))
-        .collect();
+    let mut beside = Beside::look(root)?;
+    let mut users = Vec::new();
+    for (image, taken) in images.iter().zip(&space.images) {
+        // Removed while this looked, with layers of it.
+        if taken.logical.is_none() && !store.has(&image.id) {
+            beside.unclaimed += taken.on_disk.unwrap_or_default();
+            continue;
+        }
+        let name = shown(image);
+        if taken.logical.is_none() && problems.is_empty() {
+            problems.push(format!(
+                "the tree of the image {name} cannot be counted: records of its layers are gone; load it again"
+            ));
+        }
+        users.push(user("image", name, "", *taken));
+    }
     users.sort_by(|a, b| a.name.cmp(&b.name));
     for (snapshot, taken) in &space.snapshots {
         users.push(of_snapshot(snapshot, *taken, containers));

@@ -158,11 +158,11 @@ impl api::system_server::System for Service {
                 in_use: feature.in_use,
                 reason: feature.reason.unwrap_or_default(),
             });
-            let snapshots = snapshotter.list(None)?;
+            let mounted = snapshotter.mounted();
             let kernel = nix::sys::utsname::uname()
                 .map(|name| name.release().to_string_lossy().into_owned())
                 .map_err(|errno| Status::internal(format!("uname fails: {errno}")))?;
-            let damage = snapshotter.damage(&snapshots);
+            let damage = snapshotter.damage(&mounted);
             let stores = Stores {
                 snapshotter: &snapshotter,
                 images: &images,
@@ -178,15 +178,16 @@ impl api::system_server::System for Service {
                 fuse_abi: fuse.abi.unwrap_or_default(),
                 features: features.collect(),
                 images: images.list()?.len() as u64,
-                snapshots: snapshots.len() as u64,
-                mounts: snapshots.iter().filter(|s| s.mount.is_some()).count() as u64,
+                snapshots: snapshotter.count() as u64,
+                mounts: mounted.len() as u64,
                 oci_runtime: Some(oci_runtime),
                 containers: containers as u64,
                 containers_running: running as u64,
                 cgroups,
-                damaged_contents: damage.values().map(|damage| damage.contents).sum(),
-                damaged_mounts: damage.values().filter(is_damaged).count() as u64,
-                damaged_views: damage.values().filter(|damage| damage.view).count() as u64,
+                damaged_contents: damage.iter().map(|damage| damage.contents).sum(),
+                damaged_mounts: damage.iter().filter(is_damaged).count() as u64,
+                damaged_views: damage.iter().filter(|damage| damage.view).count() as u64,
+                damaged_mounts_ended: snapshotter.damaged_and_ended(),
                 damaged_records: stores.damaged_records(),
             }))
         })

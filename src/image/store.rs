@@ -113,6 +113,14 @@ impl ImageStore {
         self.records.lock().chains().collect()
     }
 
+    /// Whether there is an image of that id.
+    pub fn has(&self, id: &str) -> bool {
+        self.records
+            .lock()
+            .chains()
+            .any(|(image, _)| image.id == id)
+    }
+
     /// Records that cannot be used now, or are gone though what they are of is not, each with what that is, in words.
     pub fn damaged_records(&self) -> Result<Vec<(Damaged, String)>> {
         let records = self.records.lock();

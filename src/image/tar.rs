@@ -4,6 +4,9 @@
 //! GNU's long names and binary numbers, as Go's `archive/tar` reads them, for that is what builders
 //! and containerd use. Sparse members are refused. What an entry may claim in memory is limited, so a
 //! hostile stream costs no more than a good one.
+//!
+//! The reader of [`store::tar`](crate::store::tar) takes sparse members, and longer names, keeps every byte that is not content and
+//! gives no stream back: to be this one, too, it would need a switch for each of these.
 
 use std::io::{self, Read};
 

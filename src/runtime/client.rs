@@ -48,6 +48,9 @@ pub enum Error {
         /// Why.
         problem: String,
     },
+    /// It ended at once.
+    #[error("the container's shim cannot serve it: {0}")]
+    Ended(String),
     /// It does not answer.
     #[error("the container's shim has not answered for {} seconds", PATIENCE.as_secs())]
     Silent,
@@ -99,7 +102,7 @@ pub async fn launch(program: &Path, config: &Config) -> Result<()> {
     };
     match timeout(PATIENCE, heard).await {
         Ok(Ok(_)) if said == READY => Ok(()),
-        Ok(Ok(_)) => Err(fail(complaint.trim().to_owned())),
+        Ok(Ok(_)) => Err(Error::Ended(complaint.trim().to_owned())),
         Ok(Err(error)) => Err(fail(error.to_string())),
         Err(_) => {
             child.start_kill()?;

@@ -44,6 +44,8 @@ pub struct VolumeQuestion {
 pub struct Answer {
     /// Who runs.
     pub identity: Identity,
+    /// Files of the root that cannot be read, which the OCI runtime reads all the same; see [`user::Found`].
+    pub damaged: Vec<String>,
     /// Where each volume goes: without links, and inside the root.
     pub targets: Vec<PathBuf>,
 }
@@ -115,7 +117,7 @@ fn why(error: &inroot::Error) -> String {
 
 /// Answers the question.
 pub fn answer(question: &Question) -> Result<Answer, Error> {
-    let identity = user::look_up(&question.root, &question.user)?;
+    let user::Found { identity, damaged } = user::look_up(&question.root, &question.user)?;
     if question.make {
         let path = Path::new(&question.working_dir);
         inroot::mkdir_all(&question.root, path, 0o755).map_err(|source| Error::WorkingDir {
@@ -127,6 +129,7 @@ pub fn answer(question: &Question) -> Result<Answer, Error> {
     let targets = targets.map(|volume| target(&question.root, volume));
     Ok(Answer {
         identity,
+        damaged,
         targets: targets.collect::<Result<_, _>>()?,
     })
 }

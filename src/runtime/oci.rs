@@ -179,6 +179,34 @@ pub fn failure(log: &str, stderr: &str) -> (i32, String) {
     }
 }
 
+/// What it means that a process which the OCI runtime had started ended with `code` before it ran its program; `words`
+/// is what it wrote.
+pub fn not_executed(code: i32, words: &str) -> (i32, String) {
+    // crun's are JSON, as in its log, and coloured on a terminal.
+    let words = without_colours(words);
+    let (class, mut message) = failure(&words, &words);
+    if class == NOT_FOUND {
+        // Else the runtime had not started it.
+        message += "; the file is there, but the interpreter or loader that it names is not";
+    }
+    match words.trim().is_empty() {
+        // Of a signal, say, for want of memory.
+        true => (
+            ENGINE_FAILED,
+            format!("its process ended before it ran the program, with exit code {code}"),
+        ),
+        false if class == NOT_FOUND => (NOT_FOUND, message),
+        false => (CANNOT_EXECUTE, message),
+    }
+}
+
+fn without_colours(words: &str) -> String {
+    let mut parts = words.split("\x1b[");
+    let first = parts.next().unwrap_or_default();
+    let rest = parts.map(|part| part.split_once('m').map_or(part, |(_, text)| text));
+    std::iter::once(first).chain(rest).collect()
+}
+
 /// What runc (`chdir to cwd ("/x") set in config.json failed: R`) and crun (``chdir to `/x`: R``, some
 /// releases without the path) say of a working directory that cannot be entered, in terms of the container.
 fn about_working_dir(message: &str) -> Option<String> {
@@ -208,6 +236,7 @@ fn classify(message: &str) -> i32 {
         "is a directory",
         "not a directory",
         "exec format error",
+        "input/output error",
         // crun's word for what is no file.
         "open executable: operation not permitted",
     ]) {
@@ -343,6 +372,7 @@ mod tests {
                 127,
             ),
             ("open executable: Operation not permitted", 126),
+            ("open executable: Bad message", 125),
             ("runc create failed: cgroup: no such file or directory", 125),
         ] {
             let log = serde_json::json!({"level": "error", "msg": message}).to_string();
@@ -351,6 +381,49 @@ mod tests {
         assert_eq!(failure("", "one\ntwo\n\n").1, "two");
         let damaged = failure("", "exec: \"sh\": stat /bin/sh: Input/output error").1;
         assert!(damaged.ends_with(IF_DAMAGED), "{damaged}");
+    }
+
+    #[test]
+    fn what_ended_before_its_program_could_not_be_executed() {
+        let crun = "\x1b[1;31m{\"msg\":\"exec container process `/p`: Permission denied\",\"level\":\"error\"}\x1b[0m\n";
+        let missing = "exec /p: no such file or directory; the file is there, but the interpreter or loader that it names is not";
+        let damaged = format!("exec /p: input/output error{IF_DAMAGED}");
+        let killed = "its process ended before it ran the program, with exit code 137";
+        for (ended, words, code, told) in [
+            (
+                255,
+                "exec /p: exec format error\n",
+                CANNOT_EXECUTE,
+                "exec /p: exec format error",
+            ),
+            (
+                1,
+                "exec /p: too many levels of symbolic links",
+                CANNOT_EXECUTE,
+                "exec /p: too many levels of symbolic links",
+            ),
+            (
+                1,
+                "exec /p: no such file or directory\n",
+                NOT_FOUND,
+                missing,
+            ),
+            (
+                1,
+                "exec /p: input/output error\n",
+                CANNOT_EXECUTE,
+                &*damaged,
+            ),
+            (
+                1,
+                crun,
+                CANNOT_EXECUTE,
+                "exec container process `/p`: Permission denied",
+            ),
+            (137, "", ENGINE_FAILED, killed),
+        ] {
+            assert_eq!(not_executed(ended, words), (code, told.to_owned()));
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct Identity {
 #[non_exhaustive]
 pub enum Error {
     /// A file of the root is there and cannot be used.
-    #[error("cannot look up the user {:?}: {source}{}", or_root(.user), advice(.source))]
+    #[error("cannot look up the user {:?}: {source}{}", or_root(.user), user_advice(.source))]
     File {
         /// What was asked for.
         user: String,
@@ -72,9 +72,20 @@ pub(super) const IF_DAMAGED: &str = "; `snapctl system verify` names what of the
 
 /// What goes behind the error.
 pub(super) fn advice(error: &inroot::Error) -> &'static str {
-    match error {
-        inroot::Error::Io { source, .. } if source.raw_os_error() == Some(libc::EIO) => IF_DAMAGED,
-        _ => "",
+    match is_damage(error) {
+        true => IF_DAMAGED,
+        false => "",
+    }
+}
+
+fn is_damage(error: &inroot::Error) -> bool {
+    matches!(error, inroot::Error::Io { source, .. } if source.raw_os_error() == Some(libc::EIO))
+}
+
+fn user_advice(error: &inroot::Error) -> String {
+    match is_damage(error) {
+        true => format!("; `-u UID:GID` needs no look-up{IF_DAMAGED}"),
+        false => String::new(),
     }
 }
 
@@ -91,27 +102,53 @@ struct Group<'a> {
     members: &'a str,
 }
 
-/// Looks `wanted` (`user`, `uid`, `user:group` or any mix; empty for root) up in the files below
-/// `root`. A file that does not exist has no entries; one that is not a regular file, or is a link that
-/// leads out of the root, is an error.
-pub fn look_up(root: &Path, wanted: &str) -> Result<Identity, Error> {
-    let read = |path: &str| match inroot::read_limited(root, Path::new(path), LIMIT) {
-        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
-        Err(error) if error.is_not_found() => Ok(String::new()),
-        Err(source) => Err(Error::File {
-            user: wanted.to_owned(),
-            source,
-        }),
-    };
-    identify(wanted, &read("/etc/passwd")?, &read("/etc/group")?)
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Who runs.
+    pub identity: Identity,
+    /// Files of the root that cannot be read, and that tell nothing which is needed.
+    pub damaged: Vec<String>,
 }
 
-fn identify(wanted: &str, passwd: &str, group: &str) -> Result<Identity, Error> {
-    let (user_part, group_part) = match wanted.split_once(':') {
+/// Looks `wanted` (`user`, `uid`, `user:group` or any mix; empty for root) up in the files below
+/// `root`. A file that does not exist has no entries; one that is not a regular file, or is a link that
+/// leads out of the root, is an error. So is one that is damaged, unless numbers say all that it would have to; the home directory
+/// is not known then.
+pub fn look_up(root: &Path, wanted: &str) -> Result<Found, Error> {
+    let mut damaged = Vec::new();
+    let mut read =
+        |path: &str, needed: bool| match inroot::read_limited(root, Path::new(path), LIMIT) {
+            Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            Err(error) if error.is_not_found() => Ok(String::new()),
+            Err(error) if !needed && is_damage(&error) => {
+                damaged.push(path.to_owned());
+                Ok(String::new())
+            }
+            Err(source) => Err(Error::File {
+                user: wanted.to_owned(),
+                source,
+            }),
+        };
+    let (user, group) = parts(wanted);
+    // Of a user whose group is not given it names that.
+    let passwd = read("/etc/passwd", !is_number(user) || group.is_none())?;
+    let group = read("/etc/group", !group.is_some_and(is_number))?;
+    let identity = identify(wanted, &passwd, &group)?;
+    Ok(Found { identity, damaged })
+}
+
+/// The user, and the group if one is named.
+fn parts(wanted: &str) -> (&str, Option<&str>) {
+    let (user, group) = match wanted.split_once(':') {
         Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
         None => (wanted, None),
     };
-    let user_part = if user_part.is_empty() { "0" } else { user_part };
+    (if user.is_empty() { "0" } else { user }, group)
+}
+
+fn identify(wanted: &str, passwd: &str, group: &str) -> Result<Identity, Error> {
+    let (user_part, group_part) = parts(wanted);
     let users = || passwd.lines().filter_map(parse_user);
     let groups = || group.lines().filter_map(parse_group);
     let entry = match users().find(|user| user.name == user_part) {
@@ -246,11 +283,14 @@ mod tests {
     #[test]
     fn a_missing_file_has_no_entries_and_a_fifo_is_an_error() {
         let root = tempfile::tempdir().unwrap();
-        assert_eq!(look_up(root.path(), "").unwrap().home, "/");
+        assert_eq!(look_up(root.path(), "").unwrap().identity.home, "/");
         std::fs::create_dir(root.path().join("etc")).unwrap();
         let fifo = root.path().join("etc/passwd");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let error = look_up(root.path(), "root").unwrap_err();
-        assert!(error.to_string().contains("not a regular file"), "{error}");
+        // The OCI runtime would open it all the same, and wait.
+        for wanted in ["root", "0:0"] {
+            let error = look_up(root.path(), wanted).unwrap_err();
+            assert!(error.to_string().contains("not a regular file"), "{error}");
+        }
     }
 }

@@ -222,6 +222,11 @@ impl Catalog {
         Ok((in_order(listing.records), unusable))
     }
 
+    /// How many snapshots are known. No record is read.
+    pub(super) fn count(&self) -> usize {
+        self.changes.lock().known.len()
+    }
+
     /// All snapshots; `None` if there are some of which nothing is known. No record is read.
     pub(super) fn all_known(&self) -> Option<Vec<Found>> {
         let changes = self.changes.lock();

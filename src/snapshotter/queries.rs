@@ -34,21 +34,22 @@ impl Snapshotter {
         }
     }
 
-    /// What of packed layers each mount could not use when it last read it, by the ids of the snapshots. One that does not
-    /// answer soon is left out.
-    pub fn damage<'a>(
-        &self,
-        snapshots: impl IntoIterator<Item = &'a SnapshotInfo>,
-    ) -> HashMap<String, Damage> {
+    /// How many snapshots there are, also such as build on one of which the record cannot be read. No record is read.
+    pub fn count(&self) -> usize {
+        self.catalog.count()
+    }
+
+    /// The ids of the snapshots that are mounted.
+    pub fn mounted(&self) -> Vec<String> {
+        self.mounts.ids()
+    }
+
+    /// What of packed layers the mounts of these snapshots could not use when they last read it. One that does not answer soon is
+    /// left out.
+    pub fn damage(&self, ids: &[String]) -> Vec<Damage> {
         let deadline = Instant::now() + PATIENCE;
-        let mounted = snapshots
-            .into_iter()
-            .filter(|snapshot| snapshot.mount.is_some());
-        mounted
-            .filter_map(|snapshot| {
-                let damage = self.mounts.damage(&snapshot.id, deadline)?;
-                Some((snapshot.id.clone(), damage))
-            })
+        let told = ids.iter();
+        told.filter_map(|id| self.mounts.damage(id, deadline))
             .collect()
     }
 
@@ -60,6 +61,17 @@ impl Snapshotter {
             key: key.to_owned(),
         })?;
         Ok(self.mounts.point(&id).is_some())
+    }
+
+    /// How many mounts have ended that could not read something of packed layers, since plyd was started or such layers were
+    /// last mended.
+    pub fn damaged_and_ended(&self) -> u64 {
+        self.mounts.damaged_and_ended()
+    }
+
+    /// How many [`damaged_records`](Self::damaged_records) there are; of records only what has changed is read.
+    pub fn count_damaged_records(&self) -> Result<usize> {
+        self.catalog.count_damaged()
     }
 
     /// Records that cannot be used now, or are gone though their snapshots are not, each with whose it is if that can be told.

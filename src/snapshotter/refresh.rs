@@ -39,6 +39,7 @@ impl Snapshotter {
             return Ok(Vec::new());
         }
         let all = self.list(None).inspect_err(|_| layers.note_mended())?;
+        self.mounts.forget_ended();
         let mut known: HashMap<String, SnapshotInfo> = all
             .into_iter()
             .map(|info| (info.id.clone(), info))

@@ -52,7 +52,11 @@ impl Snapshotter {
     /// Divides what lies in [`places`](Self::space_is_of) among images, each given as the keys of its layers' snapshots,
     /// and snapshots. What several have is divided evenly.
     pub fn space(&self, images: &[Vec<String>]) -> Result<Space> {
-        let all = self.catalog.all()?;
+        self.space_of(&self.catalog.all()?, images)
+    }
+
+    /// As `space`, where there were the snapshots `all`.
+    fn space_of(&self, all: &[Found], images: &[Vec<String>]) -> Result<Space> {
         let by_id: HashMap<&str, &Found> =
             all.iter().map(|found| (found.id.as_str(), found)).collect();
         let by_chain: HashMap<&str, &Found> = all
@@ -87,7 +91,7 @@ impl Snapshotter {
         let mut shares = Shares::new(held.holders.len());
         let packed = self.packed.layers();
         let (store, hidden) = packed.space(&held.holders, &mut shares)?;
-        let records = self.add_trees(&all, &held, &mut shares)?;
+        let records = self.add_trees(all, &held, &mut shares)?;
         let mut problems = self.problems(&hidden)?;
         let is_hidden = !problems.is_empty();
 
@@ -122,13 +126,19 @@ impl Snapshotter {
             of.push(taken(number, logical, is_whole));
         }
         let mut snapshots = Vec::with_capacity(others.len());
+        let mut unclaimed = shares.unclaimed();
         for (number, found) in (images.len()..).zip(&others) {
             let logical = self.logical(found, &by_id, all.len(), &mut problems);
+            let taken = taken(number, logical, true);
+            // A row of something removed meanwhile would be all `?`, and nothing would say why.
+            if logical.is_none() && self.is_gone(found) {
+                unclaimed += taken.on_disk.unwrap_or_default();
+                continue;
+            }
             let ancestors = ancestors_among(found, &by_id, all.len());
             let info = self.info((*found).clone(), &ancestors);
-            snapshots.push((info, taken(number, logical, true)));
+            snapshots.push((info, taken));
         }
-        let unclaimed = shares.unclaimed();
         undivided += if is_hidden { unclaimed } else { 0 };
         Ok(Space {
             images: of,
@@ -231,8 +241,7 @@ impl Snapshotter {
         }
         match self.logical_of(found, &ancestors) {
             Ok(bytes) => Some(u64::try_from(bytes).unwrap_or(u64::MAX)),
-            // Removed meanwhile.
-            Err(_) if matches!(self.catalog.get(&found.id), Ok(None)) => None,
+            Err(_) if self.is_gone(found) => None,
             Err(error) => {
                 let (why, path) = match &error {
                     Error::Store(
@@ -251,6 +260,11 @@ impl Snapshotter {
                 None
             }
         }
+    }
+
+    /// Whether a snapshot was removed meanwhile.
+    fn is_gone(&self, found: &Found) -> bool {
+        matches!(self.catalog.get(&found.id), Ok(None))
     }
 
     fn logical_of(&self, found: &Found, ancestors: &[&Found]) -> Result<u128> {

@@ -425,6 +425,15 @@ impl Layers {
         })
     }
 
+    /// How many [`damaged_records`](Self::damaged_records) there are; of records only what has changed is read.
+    pub fn count_damaged_records(&self) -> Result<usize> {
+        let known: Vec<_> = self.known.lock().keys().map(ToString::to_string).collect();
+        match self.records.is_doubtful(known)? {
+            true => Ok(self.damaged_records()?.len()),
+            false => Ok(0),
+        }
+    }
+
     /// Records that cannot be used now, or are gone though their layers are not.
     pub fn damaged_records(&self) -> Result<Vec<Damaged>> {
         let known: Vec<_> = self.known.lock().keys().map(ToString::to_string).collect();

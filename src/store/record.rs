@@ -18,14 +18,16 @@
 //! reported by name and stays where it is, so that its id stays taken and nothing that belongs to it
 //! is cleared away as an orphan; it takes no other record with it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::marker::PhantomData;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -148,7 +150,36 @@ pub struct Listing<T> {
 pub struct RecordDir<T> {
     dir: PathBuf,
     temporaries: AtomicU64,
+    /// Files that were found sound, as they were then.
+    sound: Mutex<HashMap<String, Stamp>>,
     records: PhantomData<fn() -> T>,
+}
+
+/// What changes with every change of a file: inode, length, times of modification and change.
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    file: (u64, u64),
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// Two changes that follow closer than the kernel's clock ticks have one time, so nothing is made of one that is younger.
+const SETTLED: Duration = Duration::from_secs(1);
+
+impl Stamp {
+    fn of(meta: &fs::Metadata) -> Self {
+        Self {
+            file: (meta.ino(), meta.len()),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+
+    fn is_settled(&self, now: SystemTime) -> bool {
+        let now = now.duration_since(SystemTime::UNIX_EPOCH);
+        let limit = now.unwrap_or_default().saturating_sub(SETTLED).as_secs();
+        u64::try_from(self.changed.0).is_ok_and(|changed| changed < limit)
+    }
 }
 
 impl<T: Record> RecordDir<T> {
@@ -171,6 +202,7 @@ impl<T: Record> RecordDir<T> {
         Self {
             dir: dir.to_owned(),
             temporaries: AtomicU64::new(0),
+            sound: Mutex::default(),
             records: PhantomData,
         }
     }
@@ -208,6 +240,42 @@ impl<T: Record> RecordDir<T> {
             .filter(|id| !found.contains(&**id) && !unusable.contains(id));
         damaged.extend(gone.map(|id| self.damaged(&id, "it is gone".to_owned())));
         Ok(damaged)
+    }
+
+    /// Whether [`examine`](Self::examine) may find something: reads only what has changed since it was last found sound here. What
+    /// a disk has lost of a file that nobody has written to is not seen.
+    pub fn is_doubtful(&self, known: impl IntoIterator<Item = String>) -> Result<bool> {
+        let names = self.names()?;
+        let ids: HashSet<&str> = names
+            .iter()
+            .filter_map(|name| name.strip_suffix(SUFFIX))
+            .collect();
+        if known.into_iter().any(|id| !ids.contains(&*id)) {
+            return Ok(true);
+        }
+        let mut sound = self.sound.lock();
+        sound.retain(|id, _| ids.contains(&**id));
+        for id in ids {
+            // Gone meanwhile, or whoever reads it will say.
+            let stamp = self.path(id).and_then(|path| {
+                let meta = fs::symlink_metadata(&path);
+                meta.map_err(io_error("look at", &path))
+            });
+            let stamp = stamp.ok().as_ref().map(Stamp::of);
+            if stamp.is_some() && sound.get(id) == stamp.as_ref() {
+                continue;
+            }
+            match self.get(id) {
+                Err(_) => return Ok(true),
+                Ok(None) => {}
+                Ok(Some(_)) => {
+                    if let Some(stamp) = stamp.filter(|stamp| stamp.is_settled(SystemTime::now())) {
+                        sound.insert(id.to_owned(), stamp);
+                    }
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// What is wrong with the record `id`, if it is there.

@@ -1,5 +1,6 @@
 //! Waiting for children without missing one: a signal handler that wakes a poll loop, and pidfds.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -86,6 +87,18 @@ pub fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Whether a process that was forked has come to run a program of its own. One that has ended can be asked until it is
+/// waited for; `None` if nothing is known of it.
+pub fn has_executed(pid: Pid) -> Option<bool> {
+    /// `PF_FORKNOEXEC` of linux/sched.h.
+    const FORKED_ONLY: u64 = 0x40;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // proc(5): the 9th field; the 2nd is the name, which is in brackets and may have some of its own.
+    let (_, after_name) = stat.rsplit_once(") ")?;
+    let flags: u64 = after_name.split(' ').nth(6)?.parse().ok()?;
+    Some(flags & FORKED_ONLY == 0)
+}
+
 /// kill(2) with any signal, the real-time ones included, which nix has no word for. `pid` must name one
 /// process.
 pub fn send_signal(pid: Pid, signal: i32) -> io::Result<()> {
@@ -96,5 +109,25 @@ pub fn send_signal(pid: Pid, signal: i32) -> io::Result<()> {
     match unsafe { libc::kill(pid.as_raw(), signal) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_cloned_has_executed_nothing_yet() {
+        assert_eq!(has_executed(Pid::this()), Some(true));
+        let thread = std::thread::spawn(|| has_executed(nix::unistd::gettid()));
+        assert_eq!(thread.join().unwrap(), Some(false));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        while crate::sys::process::is_running(child.id()) {
+            std::thread::yield_now();
+        }
+        assert_eq!(has_executed(pid), Some(true));
+        child.wait().unwrap();
+        assert_eq!(has_executed(pid), None);
     }
 }

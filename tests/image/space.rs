@@ -241,6 +241,29 @@ fn what_damage_hides_of_the_space_is_not_guessed() {
 
 /// One byte that was written to a large file of an image once hid what the snapshot takes, and made the command fail, until
 /// somebody mounted the snapshot anew.
+/// There was a `?` that nothing explained, and the exit code was 0.
+#[test]
+fn an_image_without_the_record_of_a_layer_is_named() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    let records = files(&plyd, "snapshots/records", ".record");
+    let is_top = |path: &&std::path::PathBuf| {
+        !fs::read_to_string(path)
+            .unwrap()
+            .contains("\"parent\":null")
+    };
+    let top = records.iter().find(is_top).unwrap();
+    plyd.signal(Signal::SIGTERM);
+    fs::remove_file(top).unwrap();
+    plyd.launch();
+    let df = plyd.snapctl(["system", "df"]);
+    assert_eq!(df.code, 1, "{}", df.stdout);
+    let said = "the tree of the image docker.io/library/whole:latest cannot be counted: records of its layers are gone; load it again";
+    assert!(df.stderr.contains(said), "{}", df.stderr);
+    load(&plyd, &image("whole"));
+    plyd.ok(["system", "df"]);
+}
+
 #[test]
 fn a_file_that_is_copied_up_in_part_counts_as_the_mount_shows_it() {
     let mut plyd = Plyd::start();

@@ -7,7 +7,7 @@ use crate::crash::{cgroups_of, names};
 
 /// plyd with crun. Debian 12's refuses a host where the cgroup v2 hierarchy beside those of v1 has controllers of its
 /// own, so that one is hidden from it, in a mount namespace that only plyd and what it starts are in.
-fn plyd() -> Plyd {
+pub fn plyd() -> Plyd {
     let script = "if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi; exec \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-ec", script, "sh", PLYD]);

@@ -109,13 +109,15 @@ fn users_come_from_the_image_and_hostile_files_are_named() {
     let mode = nix::sys::stat::Mode::S_IRWXU;
     nix::unistd::mkfifo(&passwd, mode).unwrap();
     image.load(&plyd, "fifo");
-    let fifo = plyd.snapctl(["run", "--rm", "fifo", "true"]);
-    assert_eq!(fifo.code, 125);
-    assert!(
-        fifo.stderr.contains("not a regular file"),
-        "{}",
-        fifo.stderr
-    );
+    for user in ["ann", "7:8"] {
+        let fifo = plyd.snapctl(["run", "--rm", "-u", user, "fifo", "true"]);
+        assert_eq!(fifo.code, 125);
+        assert!(
+            fifo.stderr.contains("not a regular file"),
+            "{}",
+            fifo.stderr
+        );
+    }
 
     // Out of the root there is nothing for it, whoever is asked for.
     for target in ["../../../../../../etc/hostname", "/etc/hostname"] {

@@ -37,11 +37,12 @@ Examples:
     #[command(after_help = "Examples:
   snapctl layer inspect 3f1c
   snapctl layer inspect --files sha256:$DIFF_ID
-  snapctl layer inspect 3f1c --files --json | jq '.files[] | select(.action == \"remove\").path'")]
+  snapctl layer inspect 3f1c --files --json | jq '.files[] | [.action, .path]'")]
     Inspect(InspectArgs),
     /// Write the tar stream of a packed layer, bit for bit as it came
     #[command(
-        after_help = "Its diff id is compared on the way; when that or anything else fails, no file is made, and\none that was there stays as it was.
+        after_help = "Its diff id is compared on the way; when that or anything else fails, no file is made, and \
+one that was there stays as it was.
 
 Examples:
   snapctl layer export 3f1c -o layer.tar

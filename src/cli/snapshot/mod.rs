@@ -71,7 +71,7 @@ Examples:
     /// List the paths that a snapshot changes against its parent: A added, M modified, D deleted
     #[command(after_help = "Examples:
   snapctl snapshot diff work
-  snapctl snapshot diff work --json | jq -r '.[] | select(.change == \"deleted\").path'")]
+  snapctl snapshot diff work --json | jq -r '.[] | [.change, .path] | @tsv'")]
     Diff(DiffArgs),
     /// Show snapshots as the tree of their parents
     #[command(after_help = "Examples:
@@ -85,7 +85,8 @@ Examples:
     #[command(
         name = "export-overlay",
         after_help = "Examples:
-  mount -t overlay overlay -o \"$(snapctl snapshot export-overlay work /srv/work)\" /mnt"
+  options=$(snapctl snapshot export-overlay work /srv/work)
+  mount -t overlay overlay -o \"$options\" /mnt"
     )]
     ExportOverlay(ExportOverlayArgs),
 }

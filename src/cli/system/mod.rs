@@ -25,25 +25,25 @@ pub enum Command {
     Info(InfoArgs),
     /// Show what images and snapshots take on disk
     #[command(
-        after_help = "LOGICAL is what the files of its tree have. UNIQUE is what nothing else needs: it comes free if that image
-or snapshot goes (in packs, when the pack is written anew). ON DISK is its part of what lies on the disk:
-what several have is divided evenly among them, so that the column adds up to what `du` says of plyd's
+        after_help = "LOGICAL is what the files of its tree have. UNIQUE is what nothing else needs: it comes free if that image \
+or snapshot goes (in packs, when the pack is written anew). ON DISK is its part of what lies on the disk: \
+what several have is divided evenly among them, so that the column adds up to what `du` says of plyd's \
 root. A snapshot has what was written to it, or its own layer; a layer of an image is counted there.
 
 views         trees of chains of layers, made again when they are needed
 packs         headers and tables of the files that small contents are in
 records       what is known of all of these, with indexes and directories
 containers    bundles and logs
-uncollected   what nothing has: it awaits `snapctl system gc`, or is being loaded
+uncollected   what nothing has: it awaits a collection, or is being loaded
 undivided     what damage keeps from being told apart; it is there only then
 other         what plyd has not put there
 
-Where damage hides whose something is, the figures that hang on that are `?`, stderr says what is damaged, and the
+Where damage hides whose something is, the figures that hang on that are `?`, stderr says what is damaged, and the \
 exit code is 1. The total is right all the same.
 
 Examples:
   snapctl system df
-  snapctl system df --json | jq -r '.users[] | select(.kind == \"image\") | [.unique, .name] | @tsv' | sort -n"
+  snapctl system df --json | jq -r '.users[] | [.unique, .name] | @tsv'"
     )]
     Df(DfArgs),
     /// Remove what no layer needs any more; plyd does it by itself when layers are removed
@@ -55,8 +55,8 @@ Examples:
     Gc(GcArgs),
     /// Read what is stored of layers, and all records, and compare it with its checksums
     #[command(
-        after_help = "Of layers that is the record, the index and the recipe of each, packs, and the merged views of their chains; the
-contents are looked for, and read with --deep. Records of snapshots, images and containers are read, too.
+        after_help = "Of layers that is the record, the index and the recipe of each, packs, and the merged views of their chains; the \
+contents are looked for, and read with --deep. Records of snapshots, images and containers are read, too. \
 Exits with 1 if something is damaged. Nothing is changed: `snapctl system repair` mends it.
 
 Examples:
@@ -66,8 +66,8 @@ Examples:
     Verify(VerifyArgs),
     /// Make whole what is damaged of layers and records
     #[command(
-        after_help = "Reads everything first. What can be made from something else is made anew; layers are taken in again
-from the archive, or else from containerd's content store, and contents from any layer there that has them. Mounts go on, and read what was mended.
+        after_help = "Reads everything first. What can be made from something else is made anew; layers are taken in again \
+from the archive, or else from containerd's content store, and contents from any layer there that has them. Mounts go on, and read what was mended. \
 Exits with 1 if something is left, with a line for each: what it is, and what would mend it.
 
 Examples:
@@ -163,6 +163,7 @@ struct InfoView {
     damaged_contents: u64,
     damaged_mounts: u64,
     damaged_views: u64,
+    damaged_mounts_ended: u64,
     damaged_records: u64,
 }
 
@@ -207,6 +208,7 @@ impl From<InfoSystemResponse> for InfoView {
             damaged_contents: info.damaged_contents,
             damaged_mounts: info.damaged_mounts,
             damaged_views: info.damaged_views,
+            damaged_mounts_ended: info.damaged_mounts_ended,
             damaged_records: info.damaged_records,
         }
     }
@@ -298,7 +300,9 @@ fn damaged(info: &InfoView) -> String {
         let mounts = output::count(info.damaged_mounts, "mount");
         format!("{} in {mounts}", read.join(" and "))
     });
-    let all = [read, some(info.damaged_records, "record")];
+    let ended = some(info.damaged_mounts_ended, "mount")
+        .map(|mounts| format!("something in {mounts} since ended (plyd's log names it)"));
+    let all = [read, ended, some(info.damaged_records, "record")];
     let all: Vec<String> = all.into_iter().flatten().collect();
     match all.is_empty() {
         true => "nothing that was read".to_owned(),

@@ -78,8 +78,14 @@ fn copy_tree(from: &Path, to: &Path, links: &mut Links, shown: Option<&Union>) -
                 Some(union) => Over::Shown(union, &at),
                 None => Over::Layer(from.join(&at)),
             };
-            let dirs = (source.as_fd(), target.as_fd());
-            if copy_entry(dirs, &name, &to.join(&at), links, &over)? {
+            let entry = Entry {
+                from: source.as_fd(),
+                to: target.as_fd(),
+                name: &name,
+                path: &to.join(&at),
+                over: &over,
+            };
+            if entry.copy(links)? {
                 pending.push((at, false));
             }
         }
@@ -111,27 +117,71 @@ fn names(dir: BorrowedFd<'_>) -> Result<Vec<OsString>, Errno> {
     Ok(names)
 }
 
-/// Copies one entry; whether it is a directory, which is still empty then. `over` says where it is, if
-/// it is a file that is copied up in part.
-fn copy_entry(
-    (from, to): (BorrowedFd<'_>, BorrowedFd<'_>),
-    name: &OsStr,
-    path: &Path,
-    links: &mut Links,
-    over: &Over<'_>,
-) -> io::Result<bool> {
-    /// Nobody renames or replaces a file so often within so short a time.
-    const TRIES: usize = 20;
-    for _ in 1..TRIES {
-        match try_entry((from, to), name, path, links, over) {
-            Err(error) if is_gone(&error) => match fs::unlinkat(to, name) {
-                Ok(()) | Err(Errno::ENOENT) => {}
-                Err(errno) => return Err(errno.into()),
-            },
-            done => return done,
+/// An entry to be copied from one directory into another.
+struct Entry<'a> {
+    from: BorrowedFd<'a>,
+    to: BorrowedFd<'a>,
+    name: &'a OsStr,
+    /// Where the copy is.
+    path: &'a Path,
+    /// Where it is, if it is a file that is copied up in part.
+    over: &'a Over<'a>,
+}
+
+impl Entry<'_> {
+    /// Copies it; whether it is a directory, which is still empty then.
+    fn copy(&self, links: &mut Links) -> io::Result<bool> {
+        /// Nobody renames or replaces a file so often within so short a time.
+        const TRIES: usize = 20;
+        for _ in 1..TRIES {
+            match self.try_copy(links) {
+                Err(error) if is_gone(&error) => match fs::unlinkat(self.to, self.name) {
+                    Ok(()) | Err(Errno::ENOENT) => {}
+                    Err(errno) => return Err(errno.into()),
+                },
+                done => return done,
+            }
         }
+        self.try_copy(links)
     }
-    try_entry((from, to), name, path, links, over)
+
+    fn try_copy(&self, links: &mut Links) -> io::Result<bool> {
+        let Self { from, to, name, .. } = *self;
+        let stat = match fs::fstatat(from, name) {
+            // Removed since the listing.
+            Err(Errno::ENOENT) => return Ok(false),
+            stat => stat?,
+        };
+        let attr = attr_of(&stat);
+        if attr.kind == FileKind::Directory {
+            fs::mkdirat(to, name, 0o700)?;
+            return Ok(true);
+        }
+        let key = (stat.st_dev, stat.st_ino);
+        if attr.nlink > 1
+            && let Some(first) = links.of_files.get(&key)
+        {
+            let first = fs::open_path(first, libc::O_PATH | libc::O_NOFOLLOW)?;
+            fs::link_fd(first.as_fd(), to, name)?;
+            return Ok(false);
+        }
+        let (source, target) = (Object::Entry(from, name), Object::Entry(to, name));
+        match attr.kind {
+            FileKind::Regular => file::copy((from, to), name, stat.st_ino, self.over)?,
+            FileKind::Symlink => {
+                fs::symlinkat(&source.readlink()?, to, name)?;
+                copy_metadata(source, target, &attr, is_bound)?;
+            }
+            kind => {
+                fs::mknodat(to, name, type_bits(kind) | 0o600, attr.rdev)?;
+                copy_metadata(source, target, &attr, is_bound)?;
+            }
+        }
+        if attr.nlink > 1 {
+            links.of_files.insert(key, self.path.to_owned());
+        }
+        Ok(false)
+    }
 }
 
 /// Whether what was looked at is not there any more.
@@ -140,49 +190,6 @@ fn is_gone(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::ENOENT | libc::ESTALE | libc::ENOTDIR)
     )
-}
-
-fn try_entry(
-    (from, to): (BorrowedFd<'_>, BorrowedFd<'_>),
-    name: &OsStr,
-    path: &Path,
-    links: &mut Links,
-    over: &Over<'_>,
-) -> io::Result<bool> {
-    let stat = match fs::fstatat(from, name) {
-        // Removed since the listing.
-        Err(Errno::ENOENT) => return Ok(false),
-        stat => stat?,
-    };
-    let attr = attr_of(&stat);
-    if attr.kind == FileKind::Directory {
-        fs::mkdirat(to, name, 0o700)?;
-        return Ok(true);
-    }
-    let key = (stat.st_dev, stat.st_ino);
-    if attr.nlink > 1
-        && let Some(first) = links.of_files.get(&key)
-    {
-        let first = fs::open_path(first, libc::O_PATH | libc::O_NOFOLLOW)?;
-        fs::link_fd(first.as_fd(), to, name)?;
-        return Ok(false);
-    }
-    let (source, target) = (Object::Entry(from, name), Object::Entry(to, name));
-    match attr.kind {
-        FileKind::Regular => file::copy((from, to), name, stat.st_ino, over)?,
-        FileKind::Symlink => {
-            fs::symlinkat(&source.readlink()?, to, name)?;
-            copy_metadata(source, target, &attr, is_bound)?;
-        }
-        kind => {
-            fs::mknodat(to, name, type_bits(kind) | 0o600, attr.rdev)?;
-            copy_metadata(source, target, &attr, is_bound)?;
-        }
-    }
-    if attr.nlink > 1 {
-        links.of_files.insert(key, path.to_owned());
-    }
-    Ok(false)
 }
 
 /// Owner, mode, attributes but those `left_out`, and times, in the order in which none undoes another.
@@ -285,8 +292,14 @@ pub fn copy_index(
                     work: original,
                     lower,
                 };
-                let dirs = (source.as_fd(), target.as_fd());
-                copy_entry(dirs, &name, &to, &mut own, &over)?;
+                let entry = Entry {
+                    from: source.as_fd(),
+                    to: target.as_fd(),
+                    name: &name,
+                    path: &to,
+                    over: &over,
+                };
+                entry.copy(&mut own)?;
                 fs::renameat2(target.as_fd(), &name, target.as_fd(), &indexed, 0)?;
             }
         }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -199,9 +199,20 @@ impl Containers {
             stop_signal: plan.stop_signal,
         };
         let this = self.clone();
+        let stand_ins: Vec<_> = stand_ins(&bundle, &answer)
+            .inspect(|bind| {
+                let path = bind.target.display();
+                tracing::warn!(container = id, %path, "a damaged file of the image is empty in the container");
+            })
+            .map(|bind| bind.source)
+            .collect();
         let (id, dir, kept) = (id.to_owned(), self.dir(id), record.clone());
         blocking(move || {
             create_dir(&bundle, 0o700).map_err(io_error("make", &bundle))?;
+            for stand_in in &stand_ins {
+                write_durable(stand_in, b"")?;
+                make_readable(stand_in)?;
+            }
             write_durable(&bundle.join("config.json"), config.to_string().as_bytes())?;
             sync_dir(&dir).map_err(io_error("make durable", &dir))?;
             this.0.records.put(&id, &kept)?;
@@ -379,13 +390,12 @@ impl Plan {
             &answer.identity.home,
         );
         let volumes = self.request.volumes.iter().zip(&answer.targets);
-        let volumes: Vec<Bind> = volumes
-            .map(|(volume, target)| Bind {
-                source: PathBuf::from(&volume.source),
-                target: target.clone(),
-                read_only: volume.read_only,
-            })
-            .collect();
+        let volumes = volumes.map(|(volume, target)| Bind {
+            source: PathBuf::from(&volume.source),
+            target: target.clone(),
+            read_only: volume.read_only,
+        });
+        let volumes: Vec<Bind> = stand_ins(bundle, answer).chain(volumes).collect();
         spec::container(&ContainerSpec {
             id,
             root,
@@ -404,6 +414,18 @@ impl Plan {
             cgroups,
         })
     }
+}
+
+/// Empty files in place of those of its image in which runc looks the container's user up, also where that is numbers, and
+/// of which it starts nothing if it cannot read them.
+fn stand_ins(bundle: &Path, answer: &Answer) -> impl Iterator<Item = Bind> {
+    let paths = answer.damaged.iter().map(Path::new);
+    let shown = paths.filter(|path| !answer.targets.iter().any(|volume| path.starts_with(volume)));
+    shown.map(|path| Bind {
+        source: bundle.join(path.file_name().unwrap_or_default()),
+        target: path.to_owned(),
+        read_only: false,
+    })
 }
 
 /// Variables that a process can have.
@@ -438,6 +460,12 @@ pub(super) fn write_durable(path: &Path, bytes: &[u8]) -> Result<()> {
         .map_err(io_error("write", path))?;
     let parent = path.parent().unwrap_or(Path::new("."));
     sync_dir(parent).map_err(io_error("make durable", parent))
+}
+
+/// Lets whoever runs in the container read it, root or not.
+pub(super) fn make_readable(path: &Path) -> Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644))
+        .map_err(io_error("change the mode of", path))
 }
 
 pub(super) fn remove_tree(dir: &Path) -> Result<()> {

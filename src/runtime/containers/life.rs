@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 use tokio::time::timeout;
 
-use super::create::remove_tree;
+use super::create::{make_readable, remove_tree};
 use super::entry::Seen;
 use super::error::io_error;
 use super::{Containers, Entry, Error, Result, blocking, detached};
@@ -125,13 +125,13 @@ impl Containers {
         }
         let write = |name: &str, content: &str| {
             let path = bundle.join(name);
-            fs::write(&path, content).map_err(io_error("write", &path))
+            fs::write(&path, content).map_err(io_error("write", &path))?;
+            make_readable(&path)
         };
         write("hostname", &format!("{}\n", entry.record.hostname))?;
         write("hosts", &hosts_file(entry.record.host_network))?;
         let resolv = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-        write("resolv.conf", &resolv)?;
-        make_readable(&bundle)
+        write("resolv.conf", &resolv)
     }
 
     /// A connection to the container's shim, which is started if it does not run. To be called with the
@@ -411,15 +411,4 @@ fn hosts_file(host_network: bool) -> String {
      ff02::1\tip6-allnodes\n\
      ff02::2\tip6-allrouters\n"
         .to_owned()
-}
-
-/// Whoever runs in the container reads these, root or not.
-fn make_readable(bundle: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    for name in ["hostname", "hosts", "resolv.conf"] {
-        let path = bundle.join(name);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
-            .map_err(io_error("change the mode of", &path))?;
-    }
-    Ok(())
 }

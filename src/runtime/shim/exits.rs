@@ -4,28 +4,36 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use super::conn::Role;
+use super::process::End;
 use super::server::{Phase, Shim};
 use crate::runtime::state::Status;
 use crate::runtime::wire::Reply;
+use crate::sys::child::has_executed;
 
 impl Shim {
     /// Waits for every child that has ended.
     pub(super) fn reap(&mut self) {
-        loop {
-            let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as i32),
-                Ok(WaitStatus::StillAlive) | Err(_) => break,
-                Ok(_) => continue,
+        // Once it has been waited for, nothing more can be asked of it.
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        while let Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) =
+            waitid(Id::All, look)
+        {
+            let executed = has_executed(pid).unwrap_or(true);
+            let code = match waitpid(pid, None) {
+                Ok(WaitStatus::Exited(_, code)) => code,
+                Ok(WaitStatus::Signaled(_, signal, _)) => 128 + signal as i32,
+                // It has ended, so nothing else can be.
+                _ => break,
             };
-            if self.job_ended(pid.as_raw(), status) || self.process_ended(pid, status) {
+            let end = End { code, executed };
+            if self.job_ended(pid.as_raw(), code) || self.process_ended(pid, end) {
                 continue;
             }
-            self.unclaimed.insert(pid.as_raw(), status);
+            self.unclaimed.insert(pid.as_raw(), end);
         }
         if self.all_claimed() {
             // Descendants that the container orphaned to us.
@@ -33,11 +41,11 @@ impl Shim {
         }
     }
 
-    fn process_ended(&mut self, pid: Pid, status: i32) -> bool {
+    fn process_ended(&mut self, pid: Pid, end: End) -> bool {
         let mut processes = std::iter::once(&mut self.main).chain(self.execs.values_mut());
-        match processes.find(|process| process.pid == Some(pid) && process.exit.is_none()) {
+        match processes.find(|process| process.pid == Some(pid) && process.end.is_none()) {
             Some(process) => {
-                process.exit = Some(status);
+                process.end = Some(end);
                 process.pidfd = None;
                 true
             }
@@ -50,7 +58,8 @@ impl Shim {
         let ended: Vec<_> = self
             .execs
             .iter()
-            .filter_map(|(&id, process)| Some((id, process.exit?)))
+            .filter(|(_, process)| process.starting.is_none())
+            .filter_map(|(&id, process)| Some((id, process.end?.code)))
             .collect();
         for (id, code) in ended {
             self.drain(Some(id));
@@ -63,7 +72,7 @@ impl Shim {
                 self.tell_exec_end(id, code);
             }
         }
-        let Some(code) = self.main.exit else {
+        let Some(End { code, .. }) = self.main.end else {
             return;
         };
         if self.phase == Phase::Running {

@@ -13,7 +13,7 @@ use super::conn::Role;
 use super::exits::find_oom_file;
 use super::process::{ChildEnds, Process, Streams};
 use super::server::{Phase, Shim, complain};
-use crate::runtime::oci::{self, ENGINE_FAILED};
+use crate::runtime::oci::{self, ENGINE_FAILED, not_executed};
 use crate::runtime::state::{RunState, Status};
 use crate::runtime::wire::{Reply, Window};
 
@@ -31,7 +31,7 @@ pub struct Job {
 enum Purpose {
     /// Start what was created, for this client.
     Create { conn: u64 },
-    /// Tell the client that it runs.
+    /// See whether it runs, and tell the client.
     Start { conn: u64 },
     /// Tell the client why it does not.
     Abandon {
@@ -41,7 +41,7 @@ enum Purpose {
     },
     /// Nothing is left of it.
     Delete,
-    /// Tell the client that its process runs.
+    /// See whether its process runs, and tell the client.
     Exec { conn: u64, id: u64 },
 }
 
@@ -211,11 +211,11 @@ impl Shim {
         match job.purpose {
             Purpose::Create { conn } if done => self.created(conn),
             Purpose::Create { conn } => {
-                let stderr = self.main.streams.take_stderr();
+                let stderr = self.main.streams.take_words();
                 let (exit_code, message) = oci::failure(&said, &stderr);
                 self.abandon(conn, exit_code, message);
             }
-            Purpose::Start { conn } if done => self.started(conn),
+            Purpose::Start { conn } if done => self.main.starting = Some(conn),
             Purpose::Start { conn } => {
                 let (exit_code, message) = oci::failure(&said, &stderr);
                 self.abandon(conn, exit_code, message);
@@ -232,7 +232,7 @@ impl Shim {
                 }
                 self.phase = Phase::Gone;
             }
-            Purpose::Exec { conn, id } => self.exec_started(conn, id, done, &said),
+            Purpose::Exec { conn, id } => self.exec_created(conn, id, done, &said),
         }
         true
     }
@@ -241,7 +241,7 @@ impl Shim {
         let result = self.main.streams.expect_terminal().and_then(|()| {
             let pid = read_pid(Path::new("init.pid"))?;
             self.main.set_pid(pid);
-            self.main.exit = self.unclaimed.remove(&pid.as_raw());
+            self.main.end = self.unclaimed.remove(&pid.as_raw());
             self.oom_file = find_oom_file(pid);
             let arguments = ["start".into(), self.config.id.clone().into()];
             self.begin(Purpose::Start { conn }, &arguments, None)
@@ -249,6 +249,32 @@ impl Shim {
         if let Err(error) = result {
             let message = format!("cannot take the created container over: {error}");
             self.abandon(conn, ENGINE_FAILED, message);
+        }
+    }
+
+    /// Tells who waits for it of processes that have come to run their programs, or have ended without.
+    pub(super) fn settle_starts(&mut self) {
+        let execs: Vec<_> = self.execs.keys().copied().map(Some).collect();
+        for id in std::iter::once(None).chain(execs) {
+            let Some(process) = self.process(id) else {
+                continue;
+            };
+            process.look();
+            let ended = process.end.map(|end| end.code);
+            let failed = match (process.executed, ended) {
+                (true, _) => None,
+                (false, Some(code)) => Some(code),
+                (false, None) => continue,
+            };
+            let Some(conn) = process.starting.take() else {
+                continue;
+            };
+            let failed = failed.map(|code| not_executed(code, &process.streams.take_words()));
+            match (id, failed) {
+                (None, None) => self.started(conn),
+                (None, Some((exit_code, message))) => self.abandon(conn, exit_code, message),
+                (Some(id), failed) => self.exec_started(conn, id, failed.map_or(Ok(()), Err)),
+            }
         }
     }
 
@@ -293,11 +319,11 @@ impl Shim {
         self.answer(conn, &reply, Role::Idle);
     }
 
-    fn exec_started(&mut self, conn: u64, id: u64, done: bool, said: &str) {
+    fn exec_created(&mut self, conn: u64, id: u64, done: bool, said: &str) {
         let outcome = match self.execs.get_mut(&id) {
             None => Err((ENGINE_FAILED, "the exec is gone".to_owned())),
             Some(process) if !done => {
-                let stderr = process.streams.take_stderr();
+                let stderr = process.streams.take_words();
                 Err(oci::failure(said, &stderr))
             }
             Some(process) => process
@@ -306,11 +332,18 @@ impl Shim {
                 .and_then(|()| read_pid(&exec_pid_file(id)))
                 .map(|pid| {
                     process.set_pid(pid);
-                    process.exit = self.unclaimed.remove(&pid.as_raw());
+                    process.end = self.unclaimed.remove(&pid.as_raw());
+                    process.starting = Some(conn);
                 })
                 .map_err(|error| (ENGINE_FAILED, format!("cannot take the exec over: {error}"))),
         };
         self.clear_exec_files(id);
+        if outcome.is_err() {
+            self.exec_started(conn, id, outcome);
+        }
+    }
+
+    fn exec_started(&mut self, conn: u64, id: u64, outcome: Result<(), (i32, String)>) {
         match outcome {
             Ok(()) => self.answer(conn, &Reply::Attached { offset: 0 }, Role::Exec { id }),
             Err((exit_code, message)) => {

@@ -27,13 +27,37 @@ pub struct Process {
     pub pid: Option<Pid>,
     /// Wakes the loop when it ends, on kernels that can.
     pub pidfd: Option<OwnedFd>,
-    /// Its exit code, or 128 and the signal's number.
-    pub exit: Option<i32>,
+    /// It runs, or has run, its program; before that it is the OCI runtime's own.
+    pub executed: bool,
+    /// The client that is to hear whether it runs its program, once the OCI runtime has done its part.
+    pub starting: Option<u64>,
+    /// How it ended.
+    pub end: Option<End>,
     /// Its streams, our end.
     pub streams: Streams,
 }
 
+/// The end of a process.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    /// Its exit code, or 128 and the signal's number.
+    pub code: i32,
+    /// It had come to run its program.
+    pub executed: bool,
+}
+
 impl Process {
+    /// Looks whether it has come to run its program.
+    pub fn look(&mut self) {
+        if let (Some(pid), false) = (self.pid, self.executed) {
+            self.executed = match self.end {
+                Some(end) => end.executed,
+                // Where nothing can be known, what the OCI runtime has said counts.
+                None => child::has_executed(pid).unwrap_or(true),
+            };
+        }
+    }
+
     /// Learns its id.
     pub fn set_pid(&mut self, pid: Pid) {
         self.pid = Some(pid);
@@ -270,10 +294,14 @@ impl Streams {
         }
     }
 
-    /// What can be read from stderr without waiting: after a failed start, the OCI runtime's words.
-    pub fn take_stderr(&mut self) -> String {
+    /// What can be read from stderr, or the terminal, without waiting: after a failed start, the OCI runtime's words.
+    pub fn take_words(&mut self) -> String {
+        let stream = match self.terminal {
+            Some(_) => Stream::Stdout,
+            None => Stream::Stderr,
+        };
         let mut bytes = Vec::new();
-        while let Output::Data(data) = self.read_output(Stream::Stderr) {
+        while let Output::Data(data) = self.read_output(stream) {
             bytes.extend(data);
         }
         String::from_utf8_lossy(&bytes).into_owned()

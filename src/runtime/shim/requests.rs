@@ -150,7 +150,7 @@ impl Shim {
 
 /// Signals a process that is our child and has not been waited for: its id cannot be another's.
 fn send_signal(process: &Process, signal: i32) -> Result<(), String> {
-    match (process.pid, process.exit) {
+    match (process.pid, process.end) {
         (Some(pid), None) => child::send_signal(pid, signal)
             .map_err(|error| format!("cannot send signal {signal}: {error}")),
         _ => Err("the process does not run".to_owned()),

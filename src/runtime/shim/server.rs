@@ -12,7 +12,7 @@ use nix::poll::{PollFlags, PollTimeout};
 use super::Config;
 use super::conn::{Conn, Role};
 use super::jobs::Job;
-use super::process::{self, Output, Process};
+use super::process::{self, End, Output, Process};
 use crate::runtime::log::{self, LogWriter, Stream};
 use crate::runtime::state::{RunState, STATE_RECORD};
 use crate::runtime::wire::Reply;
@@ -21,6 +21,8 @@ use crate::sys::child::SignalPipe;
 
 /// How often the loop looks for itself, in case that a kernel without pidfds lost a SIGCHLD.
 const LOOK: Duration = Duration::from_secs(10);
+/// How often a process is looked at that is about to run its program, of which nothing else tells.
+const STARTING: Duration = Duration::from_millis(1);
 /// How often something that failed for want of disk space is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 /// How long a shim without a started container and without a client stays.
@@ -53,7 +55,7 @@ pub struct Shim {
     pub(super) conns: BTreeMap<u64, Conn>,
     pub(super) jobs: Vec<Job>,
     /// Ends of processes that nobody has claimed yet: they ended before the OCI runtime told their id.
-    pub(super) unclaimed: HashMap<i32, i32>,
+    pub(super) unclaimed: HashMap<i32, End>,
     pub(super) log: LogWriter,
     /// Where the kernel counts the container's OOM kills.
     pub(super) oom_file: Option<PathBuf>,
@@ -193,14 +195,14 @@ impl Shim {
             fds.push((fd, flags));
         };
         for (id, process) in self.processes() {
-            if let (Some(pidfd), None) = (&process.pidfd, process.exit) {
+            if let (Some(pidfd), None) = (&process.pidfd, process.end) {
                 add(Token::Ended, pidfd.as_fd(), PollFlags::POLLIN);
             }
             if let Some(console) = process.streams.console() {
                 add(Token::Console(id), console, PollFlags::POLLIN);
             }
             // While the OCI runtime sets a process up, what is in its pipes may be the runtime's own.
-            if process.pid.is_some() && self.output_wanted(id) {
+            if process.executed && self.output_wanted(id) {
                 for stream in STREAMS {
                     if let Some(fd) = process.streams.output(stream) {
                         add(Token::Output(id, stream), fd, PollFlags::POLLIN);
@@ -224,7 +226,12 @@ impl Shim {
             }
             add(Token::Conn(id), conn.stream.as_fd(), flags);
         }
-        let timeout = if self.unsaved || self.unlogged.is_some() {
+        let timeout = if self
+            .processes()
+            .any(|(_, process)| process.starting.is_some())
+        {
+            STARTING
+        } else if self.unsaved || self.unlogged.is_some() {
             RETRY
         } else {
             LOOK
@@ -338,6 +345,7 @@ impl Shim {
         if self.unsaved {
             self.save();
         }
+        self.settle_starts();
         self.settle_ends();
         // What arrived while an earlier request was under way.
         let mut broken = Vec::new();

@@ -14,6 +14,15 @@ const FROM_IMAGE: &str =
     "`snapctl system repair` makes it anew from what the image says, or says what else to do";
 
 impl Catalog {
+    /// How many are [`damaged`](Self::damaged); of records only what has changed is read.
+    pub(in crate::snapshotter) fn count_damaged(&self) -> Result<usize> {
+        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
+        match self.records.is_doubtful(known)? {
+            true => Ok(self.damaged()?.len()),
+            false => Ok(0),
+        }
+    }
+
     /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
     pub(in crate::snapshotter) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
         let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();

@@ -26,14 +26,14 @@ mod process;
 mod refresh;
 mod seal;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -55,6 +55,8 @@ use crate::sys::mountinfo;
 
 /// How long a plyfs may take to answer a message that costs it nothing.
 const ANSWER: Duration = Duration::from_secs(5);
+/// As that, of one that is about to be ended in any case.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// How long a plyfs that another plyd started may take to answer: whoever does not is ended, and the
 /// roots of running containers with it. One that is dead refuses the connection at once.
 const ADOPTION: Duration = Duration::from_secs(60);
@@ -93,6 +95,8 @@ struct Shared {
     wake: OwnedFd,
     woken: OwnedFd,
     ending: AtomicBool,
+    /// Mounts that have ended and could not read something of theirs.
+    damaged: AtomicU64,
 }
 
 struct Live {
@@ -134,6 +138,7 @@ impl Mounts {
             wake,
             woken,
             ending: AtomicBool::new(false),
+            damaged: AtomicU64::new(0),
         });
         let watcher = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -291,6 +296,16 @@ impl Mounts {
         live.get(id).map(|live| live.point.clone())
     }
 
+    /// The ids of the snapshots that have one.
+    pub(super) fn ids(&self) -> Vec<String> {
+        // In this order: as in `point`.
+        let mut ids: BTreeSet<String> = self.arriving.lock().keys().cloned().collect();
+        let live = self.shared.live.lock();
+        let here = live.iter().filter(|(_, live)| !live.left);
+        ids.extend(here.map(|(id, _)| id.clone()));
+        ids.into_iter().collect()
+    }
+
     /// Mounts the union for the snapshot `id` unless that is done. The caller sees to it that nobody
     /// else does the same.
     pub(super) fn mount(&self, id: &str, union: &UnionConfig) -> Result<MountPoint> {
@@ -397,12 +412,34 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
+        self.remember(&live);
         if live.is_in_use(id) {
             tracing::warn!(id, "ending a mount that is still in use");
             live.abort();
         }
         self.take_away(live)?.end();
         self.clear(id)
+    }
+
+    /// Counts a mount that is about to end, if it could not read something. To be asked while it is there: its process ends
+    /// with it.
+    fn remember(&self, live: &Live) {
+        // Who does not answer is ended all the same.
+        if let Ok(hello) = live.control.hello(LAST_ANSWER)
+            && (hello.damaged > 0 || hello.damaged_view)
+        {
+            self.shared.damaged.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many mounts have ended that could not read something of theirs, since this was last forgotten.
+    pub(super) fn damaged_and_ended(&self) -> u64 {
+        self.shared.damaged.load(Ordering::Relaxed)
+    }
+
+    /// Forgets them, for what they could not read was mended.
+    pub(super) fn forget_ended(&self) {
+        self.shared.damaged.store(0, Ordering::Relaxed);
     }
 
     /// Takes the mount away from its place. One that stays there is ended: nobody watches over it any more.

@@ -23,6 +23,8 @@ use crate::sys::{mountinfo, spawn};
 const FUSE_FD: RawFd = 3;
 /// How much of a failed plyfs's log goes into the error.
 const LAST_WORDS: usize = 2000;
+/// How much of the log of a mount that has ended is kept.
+const PASSED_ON: usize = 64 << 10;
 
 /// `STATE/mounts/ID`; see the snapshotter's essay.
 #[derive(Debug)]
@@ -79,6 +81,7 @@ impl Place {
                 mount: foreign.target.clone(),
             });
         }
+        self.pass_on_words();
         let gone = |result: io::Result<()>| match result {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
@@ -97,6 +100,21 @@ impl Place {
         };
         gone(removed).map_err(io_error("remove", &root))?;
         gone(fs::remove_dir(&self.dir)).map_err(io_error("remove", &self.dir))
+    }
+
+    /// What the process warned of, for plyd's log: its own is about to go.
+    fn pass_on_words(&self) {
+        let Ok(log) = fs::read(self.log()) else {
+            return;
+        };
+        let cut = log.len().saturating_sub(PASSED_ON);
+        for line in String::from_utf8_lossy(&log[cut..]).lines() {
+            // Its time and its level come first, unless it is no line of the log.
+            let level = line.split_whitespace().nth(1);
+            if !matches!(level, None | Some("INFO" | "DEBUG" | "TRACE")) {
+                tracing::warn!(mount = %self.dir.display(), "a plyfs that has ended had said: {line}");
+            }
+        }
     }
 
     /// The end of what the process said, as an addition to an error.

@@ -24,6 +24,7 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
+        self.remember(&live);
         // Of the whole file system, not of this mount alone. Refused while a file is open for writing.
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         let none: Option<&str> = None;

@@ -193,3 +193,31 @@ fn a_changed_file_with_several_names_is_counted_once() {
     let found = space.iter().find(|(info, _)| info.key == "work");
     assert_eq!(found.unwrap().1.logical, Some((127 << 10) + (2 << 10)));
 }
+
+/// Its row was all `?`, for its tree could not be read, and nothing said why.
+#[test]
+fn what_is_removed_meanwhile_has_no_row() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let upper = prepared(&snapshots, false).dir;
+    fs::write(upper.join("file"), [1; 4096]).unwrap();
+    let all = snapshots.catalog.all().unwrap();
+    let keys = |space: &Space| -> Vec<String> {
+        let rows = space.snapshots.iter();
+        rows.map(|(info, taken)| {
+            assert!(taken.logical.is_some() && taken.on_disk.is_some());
+            info.key.clone()
+        })
+        .collect()
+    };
+    let before = snapshots.space_of(&all, &[]).unwrap();
+    assert_eq!(keys(&before), ["done", "work"]);
+    snapshots.remove(Owner::Snapctl, "work").unwrap();
+    let after = snapshots.space_of(&all, &[]).unwrap();
+    assert_eq!(keys(&after), ["done"]);
+    assert_eq!(after.problems, Vec::<String>::new());
+    assert!(after.unclaimed.is_some());
+    snapshots.remove(Owner::Snapctl, "done").unwrap();
+    let after = snapshots.space_of(&all, &[]).unwrap();
+    assert_eq!(after.problems, Vec::<String>::new());
+}

@@ -191,3 +191,33 @@ fn a_record_of_a_newer_release_is_not_replaced() {
     dir.put("x", &fruit("pear")).unwrap();
     assert_eq!(dir.get("x").unwrap(), Some(fruit("pear")));
 }
+
+#[test]
+fn a_change_makes_a_record_doubtful_and_what_was_sound_is_not_read_again() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = RecordDir::open(tmp.path()).unwrap();
+    let path = tmp.path().join("x.record");
+    let doubtful = || dir.is_doubtful(["x".to_owned()]).unwrap();
+    assert!(doubtful(), "it is not there");
+    dir.put("x", &fruit("plum")).unwrap();
+    assert!(!doubtful());
+    // Too young for its times to tell it from what is written next.
+    assert!(dir.sound.lock().is_empty());
+    let seen = || Stamp::of(&fs::metadata(&path).unwrap());
+    let note = || dir.sound.lock().insert("x".to_owned(), seen());
+    let later = SystemTime::now() + 3 * SETTLED;
+    assert!(seen().is_settled(later) && !seen().is_settled(SystemTime::now()));
+    note();
+    assert!(!doubtful());
+    let good = fs::read(&path).unwrap();
+    fs::write(&path, &good[1..]).unwrap();
+    assert!(doubtful());
+    // Had it been like that when it was found sound, nobody would look into it.
+    note();
+    assert!(!doubtful());
+    fs::write(&path, good).unwrap();
+    assert!(!doubtful());
+    assert!(dir.remove("x").unwrap());
+    assert!(doubtful());
+    assert!(!dir.is_doubtful([]).unwrap());
+}
