@@ -96,7 +96,7 @@ impl Union {
             };
             let lower = opened.map_err(failed)?;
             if lowers.is_empty() {
-                index_of_others = lower.index().map_err(failed)?;
+                index_of_others = lower.index();
             }
             lowers.push(Box::new(lower));
         }

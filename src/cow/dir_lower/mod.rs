@@ -47,6 +47,7 @@ struct Layer {
 pub(super) struct DirLower {
     layer: Arc<Layer>,
     root: Arc<DirObject>,
+    index: Option<Arc<DirObject>>,
 }
 
 impl DirLower {
@@ -58,7 +59,9 @@ impl DirLower {
         family: XattrFamily,
         budget: &Arc<Budget>,
     ) -> Vec<std::io::Result<Self>> {
-        let mounts = match private_mount::read_only(paths) {
+        let mut index = work.map(|work| work.join("index"));
+        let all: Vec<PathBuf> = index.iter().chain(paths).cloned().collect();
+        let mounts = match private_mount::read_only(&all) {
             Ok(mounts) => mounts.into_iter().map(std::io::Result::ok).collect(),
             // Without the privilege the descriptors are opened with O_NOATIME instead.
             Err(error) => {
@@ -67,12 +70,17 @@ impl DirLower {
             }
         };
         let mut mounts = mounts.into_iter();
+        let mut index_mount = index.as_ref().and_then(|_| mounts.next().flatten());
         paths
             .iter()
             .enumerate()
             .map(|(n, path)| {
                 let work = work.filter(|_| n == 0);
-                Self::open(path, work, mounts.next().flatten(), family, budget)
+                let lower = Self::open(path, work, mounts.next().flatten(), family, budget)?;
+                match index.take() {
+                    Some(index) => lower.with_index(index, index_mount.take()),
+                    None => Ok(lower),
+                }
             })
             .collect()
     }
@@ -116,27 +124,40 @@ impl DirLower {
             work: work.map(Path::to_owned),
         });
         let root = Arc::new(DirObject::root(Arc::clone(&layer), attr));
-        Ok(Self { layer, root })
+        Ok(Self {
+            layer,
+            root,
+            index: None,
+        })
     }
 
-    /// The index of hard links in the work directory, as a directory of objects of this layer; `None` if there is none.
-    pub(super) fn index(&self) -> std::io::Result<Option<Arc<dyn LowerObject>>> {
-        let Some(work) = &self.layer.work else {
-            return Ok(None);
-        };
-        let path = work.join("index");
-        let root = match fs::open_path(&path, libc::O_RDONLY | libc::O_DIRECTORY) {
-            Err(Errno::ENOENT) => return Ok(None),
-            root => root?,
+    /// With the index of hard links in its work directory, if there is one.
+    fn with_index(self, path: PathBuf, mount: Option<OwnedFd>) -> std::io::Result<Self> {
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let sealed = mount.is_some();
+        let root = match mount {
+            Some(mount) => fs::openat(mount.as_fd(), OsStr::new("."), flags, 0)?,
+            None => match fs::open_path(&path, flags) {
+                Err(Errno::ENOENT) => return Ok(self),
+                root => root?,
+            },
         };
         let attr = attr_of(&fs::fstat(root.as_fd())?);
         let layer = Layer {
             root: Arc::new(root),
-            sealed: false,
+            sealed,
             path,
             ..Layer::clone(&self.layer)
         };
-        Ok(Some(Arc::new(DirObject::root(Arc::new(layer), attr))))
+        let index = Some(Arc::new(DirObject::root(Arc::new(layer), attr)));
+        Ok(Self { index, ..self })
+    }
+
+    /// That index, as a directory of objects of this layer.
+    pub(super) fn index(&self) -> Option<Arc<dyn LowerObject>> {
+        self.index
+            .clone()
+            .map(|index| index as Arc<dyn LowerObject>)
     }
 }
 
