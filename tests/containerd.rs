@@ -10,6 +10,8 @@ mod crash;
 mod host;
 #[path = "containerd/image.rs"]
 mod image;
+#[path = "containerd/links.rs"]
+mod links;
 #[path = "containerd/releases.rs"]
 mod releases;
 #[path = "common/snapshot.rs"]

@@ -3,6 +3,7 @@
 //!
 //! - `care`: the store's repair;
 //! - `damage`: views and records that are not what they were;
+//! - `disks`: views on a disk that is full or read-only;
 //! - `good`: what is accepted, and what comes of it;
 //! - `healed`: what comes whole with something else, or because somebody put it back;
 //! - `hostile`: what is refused, and that nothing of it stays;
@@ -28,6 +29,8 @@ mod care;
 mod common;
 #[path = "image/damage.rs"]
 mod damage;
+#[path = "image/disks.rs"]
+mod disks;
 #[path = "image/good.rs"]
 mod good;
 #[path = "image/healed.rs"]

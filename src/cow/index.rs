@@ -18,7 +18,7 @@ use super::attr::attr_of;
 use super::error::{Context, Result};
 use super::lookup::Found;
 use super::lower::{ListedKind, LowerObject, Ways};
-use super::node::{Lowers, Node};
+use super::node::{LowerAt, Lowers, Node};
 use super::origin::Origin;
 use super::types::{FileKind, NodeId};
 use super::union::Union;
@@ -86,9 +86,10 @@ impl Union {
         Ok(())
     }
 
-    /// How the one lower layer that there is reaches the objects of these numbers, if it can tell.
-    fn ways_to(&self, wanted: &HashSet<NodeId>) -> Result<Option<Ways>> {
-        let [lower] = &self.lowers[..] else {
+    /// How the one layer that there is below an upper, ours or that of others, reaches the objects of these numbers, if it can
+    /// tell.
+    pub(super) fn ways_to(&self, wanted: &HashSet<NodeId>) -> Result<Option<Ways>> {
+        let [lower] = &self.lowers[usize::from(self.reads_upper)..] else {
             return Ok(None);
         };
         let space = lower.number_space();
@@ -102,28 +103,43 @@ impl Union {
     /// The names of a directory that may lead to what `ways` lead to. A directory of the lower layer may have come to any
     /// place in the upper.
     fn names_on(&self, ways: &Ways, dir: &Arc<Node>) -> Result<BTreeSet<OsString>> {
-        let (in_upper, lower) = {
+        let (in_upper, alone) = {
             let place = dir.place.read();
-            (place.upper.is_some(), place.lowers.first().cloned())
+            (place.upper.is_some(), place.lowers.is_empty())
         };
         let mut names = BTreeSet::new();
         if in_upper {
             let state = Self::directory(dir)?.state.read();
-            self.list_upper(dir, &state, lower.is_none(), &mut |name, kind, _| {
+            self.list_upper(dir, &state, alone, &mut |name, kind, _| {
                 if matches!(kind, ListedKind::Object(FileKind::Directory)) {
                     names.insert(name.to_owned());
                 }
             })?;
         }
-        if let Some(lower) = lower {
-            let of_lower = ways.get(&lower.object.attr()?.ino);
-            names.extend(of_lower.into_iter().flatten().cloned());
-        }
+        names.extend(self.names_below(ways, dir)?.iter().cloned());
         Ok(names)
     }
 
+    /// The names by which the one layer below an upper has `ways` lead through a directory.
+    pub(super) fn names_below<'a>(&self, ways: &'a Ways, dir: &Node) -> Result<&'a [OsString]> {
+        let lower = {
+            let place = dir.place.read();
+            let is_below = |lower: &&LowerAt| lower.layer == usize::from(self.reads_upper);
+            place.lowers.iter().find(is_below).cloned()
+        };
+        let names = match lower {
+            Some(lower) => ways.get(&lower.object.attr()?.ino),
+            None => None,
+        };
+        Ok(names.map_or(&[], Vec::as_slice))
+    }
+
     /// The names of a directory that are those of `wanted`, or of directories.
-    fn names_among(&self, wanted: &HashSet<NodeId>, dir: &Arc<Node>) -> Result<BTreeSet<OsString>> {
+    pub(super) fn names_among(
+        &self,
+        wanted: &HashSet<NodeId>,
+        dir: &Arc<Node>,
+    ) -> Result<BTreeSet<OsString>> {
         let state = Self::directory(dir)?.state.read();
         let items = self.merge(dir, &state)?.into_iter().filter(|item| {
             item.kind == FileKind::Directory || item.ino.is_some_and(|id| wanted.contains(&id))
@@ -179,7 +195,7 @@ impl Union {
         Ok(false)
     }
 
-    fn index_name(&self, object: &dyn LowerObject) -> Option<OsString> {
+    pub(super) fn index_name(&self, object: &dyn LowerObject) -> Option<OsString> {
         match object.origin().and_then(|origin| origin.index_name()) {
             Some(name) => Some(name),
             None => {

@@ -388,6 +388,7 @@ impl Union {
         };
         if attr.nlink > 1 && attr.kind != FileKind::Directory {
             self.find_index(&mut found)?;
+            self.find_copy_of_others(&mut found)?;
         }
         Ok(Some(found))
     }
@@ -502,15 +503,19 @@ impl Union {
         if attr.nlink > 1 {
             self.find_index_of(found, &origin, attr.ino)?;
         }
-        let origin_id = self.lowers.iter().find_map(|lower| {
-            let ino = lower.decode_origin(&origin)?;
-            Some(self.numbers.of(lower.number_space(), ino))
-        });
-        match origin_id {
+        match self.number_of_origin(&origin) {
             Some(id) => found.id = id,
             None => self.resolve_by_number(found, object)?,
         }
         Ok(())
+    }
+
+    /// The number of the lower object that a file handle names.
+    pub(super) fn number_of_origin(&self, origin: &Origin) -> Option<NodeId> {
+        self.lowers.iter().find_map(|lower| {
+            let ino = lower.decode_origin(origin)?;
+            Some(self.numbers.of(lower.number_space(), ino))
+        })
     }
 
     /// As above where file handles cannot be opened.
@@ -521,12 +526,16 @@ impl Union {
         let Some(stored) = self.mark(object, self.family.origin_number())? else {
             return Ok(());
         };
-        if let Some((index, ino)) = super::copyup::decode_origin_number(&stored)
-            && let Some(space) = self.numbers.space(index)
-        {
-            found.id = self.numbers.of(space, ino);
+        if let Some(id) = self.number_noted(&stored) {
+            found.id = id;
         }
         Ok(())
+    }
+
+    /// The number of the lower object that our own form of an origin names.
+    pub(super) fn number_noted(&self, stored: &[u8]) -> Option<NodeId> {
+        let (index, ino) = super::copyup::decode_origin_number(stored)?;
+        Some(self.numbers.of(self.numbers.space(index)?, ino))
     }
 
     /// The upper, for code that has found out that there is one.

@@ -7,7 +7,8 @@
 //! - `node`: what is known of an object, the table of all, and the order of locks; `forget`: its end;
 //! - `lower`, `dir_lower`, `view_lower`: a read-only layer, and the two kinds of it that there are;
 //! - `upper`: the writable layer and how an object in it is reached; `seal`: when it becomes a layer for others;
-//! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity;
+//! - `copyup`, `index`, `origin`: how a lower object becomes an upper one and keeps its identity; `foreign_index`: the
+//!   same as somebody else's upper has it;
 //! - `chunks`: large files, of which only what changes is copied up;
 //! - `metacopy`: files whose attributes are in the upper and whose data is in a lower layer; `plain`: what becomes of
 //!   them when a mount ends;
@@ -36,6 +37,7 @@ pub mod export;
 mod fdcache;
 mod file;
 mod find;
+mod foreign_index;
 mod forget;
 mod index;
 mod lend;
@@ -69,6 +71,7 @@ mod xattr;
 
 pub use acl::ACCESS as ACCESS_ACL;
 pub use content::ContentPart;
+pub use foreign_index::CopiedLinks;
 #[cfg(test)]
 pub(crate) use index::SETTLED;
 pub use metacopy::may_hold_metacopies;

@@ -88,11 +88,16 @@ impl Union {
         let mut lowers: Vec<Box<dyn Lower>> = Vec::new();
         let work = config.lower_work.as_deref();
         let opened = DirLower::open_all(&config.lowers, work, family, &budget);
+        let mut index_of_others = None;
         for (path, opened) in config.lowers.iter().zip(opened) {
-            let lower = opened.map_err(|source| OpenError::Lower {
+            let failed = |source| OpenError::Lower {
                 path: path.clone(),
                 source,
-            })?;
+            };
+            let lower = opened.map_err(failed)?;
+            if lowers.is_empty() {
+                index_of_others = lower.index().map_err(failed)?;
+            }
             lowers.push(Box::new(lower));
         }
         if let Some(view) = &config.view {
@@ -147,6 +152,7 @@ impl Union {
             on_side_effect: std::sync::OnceLock::new(),
             lowers,
             reads_upper: config.lower_work.is_some(),
+            index_of_others,
             upper,
         };
         union.add_root(&config)?;

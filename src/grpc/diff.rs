@@ -68,22 +68,6 @@ async fn awaited<T: Send + 'static>(
     blocking(move || work(&until)).await
 }
 
-/// Refuses what is to be told by somebody who looks at the mount: without that a file is only seen to be changed under the names
-/// that it was changed by.
-fn check_links<'a>(
-    snapshotter: &Snapshotter,
-    snapshots: impl Iterator<Item = &'a SnapshotInfo>,
-) -> Result<(), Status> {
-    for SnapshotInfo { key, .. } in snapshots {
-        if snapshotter.has_changed_links(OWNER, key)? {
-            return Err(Status::unimplemented(format!(
-                "a file of an image that has several names was changed in the snapshot {key:?}; a differ that walks through the mount tells all of them, or a commit does"
-            )));
-        }
-    }
-    Ok(())
-}
-
 /// The service.
 pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
@@ -226,8 +210,6 @@ impl api::diff_server::Diff for Service {
         let snapshotter = Arc::clone(&self.snapshotter);
         let labels = request.labels;
         let made = blocking(move || {
-            let sides = || left.iter().chain([&right]);
-            check_links(&snapshotter, sides())?;
             let made = compression.write(content::pieces(pieces), |out| {
                 let left = left.as_ref().map(|left| &*left.key);
                 match step {
@@ -235,8 +217,6 @@ impl api::diff_server::Diff for Service {
                     None => snapshotter.write_difference(OWNER, left, &right.key, out, epoch),
                 }
             })?;
-            // Neither may it have become so meanwhile.
-            check_links(&snapshotter, sides())?;
             let digest = made.digest.clone();
             let mut labels = labels;
             labels.insert(UNCOMPRESSED.to_owned(), made.diff_id.clone());

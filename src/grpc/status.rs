@@ -99,6 +99,7 @@ impl From<snapshotter::Error> for Status {
             | Error::Unspeakable { .. }
             | Error::AnotherLayer { .. }
             | Error::NoPlyfs { .. } => Code::FailedPrecondition,
+            Error::LinksChanged => Code::Aborted,
             Error::Store(error) => store_code(error),
             Error::Record(error) => record_code(error),
             Error::Index(_) | Error::OpenUnion(_) => Code::Internal,

@@ -65,15 +65,6 @@ impl Snapshotter {
         }
     }
 
-    /// Whether a file of the layers below that has several names was changed: under which of them only a mount tells, until a
-    /// commit has written it down.
-    pub fn has_changed_links(&self, owner: Owner, key: &str) -> Result<bool> {
-        self.locked(owner, key, |found| match found.record.kind {
-            Kind::Active => self.has_link_index(&found),
-            Kind::View | Kind::Committed => Ok(false),
-        })
-    }
-
     /// Whether the upper needs its work directory to be read: for the links of a file that hang together by the index,
     /// or for the map of one that is copied up in part.
     pub(super) fn needs_work(&self, found: &Found) -> Result<bool> {

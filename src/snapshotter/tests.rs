@@ -76,8 +76,19 @@ pub(super) fn layer(snapshots: &Snapshotter, name: &str, on: Option<&str>) -> Sn
 
 /// As `layer` on nothing, as a plyd before packed layers left it.
 pub(super) fn directory_layer(snapshots: &Snapshotter, name: &str) -> SnapshotInfo {
+    directory_layer_of(snapshots, name, |upper| {
+        fs::write(upper.join(name), name).unwrap();
+    })
+}
+
+/// A layer with what `fill` puts in, as a plyd before packed layers left it.
+pub(super) fn directory_layer_of(
+    snapshots: &Snapshotter,
+    name: &str,
+    fill: impl FnOnce(&Path),
+) -> SnapshotInfo {
     let upper = prepare(snapshots, name, None).upper_dir.unwrap();
-    fs::write(upper.join(name), name).unwrap();
+    fill(&upper);
     let found = snapshots.catalog.resolve(Owner::Containerd, name).unwrap();
     let layer = LayerId(found.id.clone());
     snapshots.layers.adopt(&layer, &upper).unwrap();

@@ -303,6 +303,11 @@ pub enum Error {
         /// What failed.
         source: cow::Error,
     },
+    /// A file with several names was changed while names of it were told.
+    #[error(
+        "a file of the layers below that has several names was changed or removed meanwhile, and not all of them would be told; repeat this, or pause what writes to the snapshot"
+    )]
+    LinksChanged,
     /// mount(2) or what it needs.
     #[error(transparent)]
     Mount(#[from] fuse_mount::MountError),

@@ -101,7 +101,7 @@ pub struct Layers {
     merging: Merging,
     /// Who knows which views are of use.
     pub(super) chains: OnceLock<Arc<dyn Chains>>,
-    /// Held by who looks whether a view is there, and by who takes away one that is of no use.
+    /// Held by who looks whether a view is there, puts one in its place or takes one away.
     pub(super) looking: Mutex<()>,
 }
 
@@ -286,9 +286,9 @@ impl Layers {
         };
         let is_damaged = match there {
             Err(error) if error.is_not_found() => false,
-            Err(error @ (Error::Damaged { .. } | Error::Unsupported { .. })) => {
+            Err(error) if error.is_damage() => {
                 tracing::warn!(%error, "a merged view is built again");
-                matches!(error, Error::Damaged { .. })
+                !matches!(error, Error::Unsupported { .. })
             }
             opened => return opened,
         };
@@ -299,22 +299,23 @@ impl Layers {
         // pass for a view.
         let mut temporary = self.write_temporary("view", |file| built.write(file))?;
         // In its place, if that can be, for who has it mounted.
-        if is_damaged
-            && self.restore_view_from(&path, temporary.path())
-            && let Ok(view) = View::open(&path, key, Arc::clone(&self.objects), verify)
-        {
+        if is_damaged {
+            self.restore_view_from(&path, temporary.path());
+        }
+        // It may be of no use to anybody but the caller, who has it once it is open.
+        let _looking = self.looking.lock();
+        // Restored, or built by somebody else meanwhile, and maybe mounted already.
+        if let Ok(view) = View::open(&path, key, Arc::clone(&self.objects), verify) {
             return Ok(view);
         }
         let _unused = self.set_aside(&path)?;
-        // It may be of no use to anybody but the caller, who has it once it is open.
-        let _looking = self.looking.lock();
         temporary.rename(&path)?;
         View::open(&path, key, Arc::clone(&self.objects), verify)
     }
 
     /// Says that the view at `path` is about to be removed or replaced, if there is one. One that is mounted, which its lock
     /// tells, gets another name first, which begins with its own and by which a collection finds it; another cannot be mounted as
-    /// long as the answer is open.
+    /// long as the answer is open. The caller is `looking` until it has done what it says.
     pub(super) fn set_aside(&self, path: &Path) -> Result<Option<File>> {
         match view::claim(path) {
             Ok(Some(unused)) => Ok(Some(unused)),
@@ -582,4 +583,8 @@ fn check(what: &'static str, expected: Option<&str>, found: &[u8; 32]) -> Result
 #[cfg(test)]
 mod made;
 #[cfg(test)]
+mod streams;
+#[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod views;

@@ -63,6 +63,11 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// Where what is stored of the object ends.
+    pub(super) fn end(self) -> u64 {
+        self.offset + HEADER as u64 + u64::from(self.stored)
+    }
+
     /// Bytes of the object with its header and what follows it up to the next one.
     pub(super) fn bytes(self) -> u64 {
         let stored = u64::from(self.stored);
@@ -313,12 +318,13 @@ fn header_of(file: &File) -> io::Result<Option<[u8; HEADER]>> {
     Ok(is_sound.then_some(header))
 }
 
-/// The read-only compatible features that a sound header has; `None` if it is that of another pack.
+/// The read-only compatible features that a sound header has; `None` if it is that of another pack, or has something where zeros
+/// have to be.
 fn features_of(header: &[u8; HEADER], path: &Path, id: PackId) -> Result<Option<u64>> {
     let fields = Record(header);
     check_features(path, fields.u16(8), fields.u64(32))?;
     // Of a pack that has another's name nobody knows more than of one without a header.
-    let is_it = fields.array::<16>(40) == id.0;
+    let is_it = fields.array::<16>(40) == id.0 && fields.is_zero(10, 16);
     Ok(is_it.then(|| fields.u64(24)))
 }
 
@@ -333,6 +339,7 @@ fn table_of(file: &File, length: u64) -> io::Result<Option<Vec<(Object, Slot)>>>
     let (count, start) = (fields.u64(8), fields.u64(16));
     let bytes = count.checked_mul(TABLE_ENTRY as u64);
     if fields.array::<8>(0) != *END_MAGIC
+        || !fields.is_zero(24, 32)
         || bytes.and_then(|bytes| start.checked_add(bytes)) != Some(end_at)
     {
         return Ok(None);

@@ -15,6 +15,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::error::{Error, Result, io_error};
@@ -25,7 +26,7 @@ use super::ingest::{self, Observer};
 use super::layer::index::LayerIndex;
 use super::layers::{Expected, LayerRecord, Layers};
 use super::verify::{BadView, Examination, Reads};
-use super::view;
+use super::view::{self, Verify, View};
 
 pub use pick::Lacking;
 pub use put_back::PutBack;
@@ -351,7 +352,7 @@ impl Layers {
                 true => Ok(ViewCure::Restored),
                 // One that was replaced goes when nobody has it any more.
                 false if replaced || !drop_views => continue,
-                false => self.drop_view(&path),
+                false => self.drop_view(&path, key),
             };
             match cure {
                 Ok(cure) => mended.views.push(MendedView { path, key, cure }),
@@ -378,7 +379,16 @@ impl Layers {
         })
     }
 
-    fn drop_view(&self, path: &Path) -> Result<ViewCure> {
+    fn drop_view(&self, path: &Path, key: ViewKey) -> Result<ViewCure> {
+        // A collection has listed the views, and would miss one by its other name.
+        let _no_collection = self.collecting.lock();
+        let _looking = self.looking.lock();
+        let objects = Arc::clone(self.objects());
+        let there = View::open(path, key, objects, Verify::Never);
+        if there.and_then(|view| view.verify()).is_ok() {
+            // Somebody has built it anew since.
+            return Ok(ViewCure::Removed);
+        }
         let unused = self.set_aside(path)?;
         match fs::remove_file(path) {
             Ok(()) if unused.is_none() => Ok(ViewCure::RemovedBelow),

@@ -144,7 +144,9 @@ impl Guard {
 
     fn covers(&self, address: usize) -> bool {
         let end = self.end.load(SeqCst);
-        end != 0 && (self.start.load(SeqCst)..end).contains(&address)
+        let start = self.start.load(SeqCst);
+        // Before the start becomes that of another mapping, there is no end.
+        end != 0 && (start..end).contains(&address) && self.end.load(SeqCst) == end
     }
 
     /// Puts zeros at `at`, from a signal handler. Says whether it could.
@@ -311,6 +313,29 @@ mod tests {
                         .write_all_at(&bytes, (page * PAGE) as u64)
                         .unwrap();
                 }
+            }
+        });
+    }
+
+    /// Zeros that are counted for another mapping are taken for what the file has.
+    #[test]
+    fn a_guard_that_changes_hands_covers_neither_what_lies_between_both() {
+        let guard = Guard::default();
+        let ends = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..200_000 {
+                    for (start, end) in [(10, 20), (100, 200)] {
+                        guard.start.store(start, SeqCst);
+                        guard.end.store(end, SeqCst);
+                        guard.end.store(0, SeqCst);
+                        guard.start.store(0, SeqCst);
+                    }
+                }
+                ends.store(1, SeqCst);
+            });
+            while ends.load(SeqCst) == 0 {
+                assert!(!guard.covers(50));
             }
         });
     }

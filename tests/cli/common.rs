@@ -106,7 +106,8 @@ impl Plyd {
         self.launch_with(Command::new(PLYD));
     }
 
-    fn launch_with(&mut self, mut command: Command) {
+    /// As `launch`, by another command.
+    pub fn launch_with(&mut self, mut command: Command) {
         let log = fs::File::options()
             .create(true)
             .append(true)

@@ -9,13 +9,13 @@ use super::image::{DEBIAN, MANY, many};
 use super::tree::{self, Tree};
 
 /// A Debian suite, the release line of containerd in it, and the configuration for that.
-struct Line {
-    suite: &'static str,
+pub struct Line {
+    pub suite: &'static str,
     version: &'static str,
-    config: &'static str,
+    pub config: &'static str,
 }
 
-const LINES: [Line; 2] = [
+pub const LINES: [Line; 2] = [
     Line {
         suite: "trixie",
         version: "1.7.",
@@ -30,7 +30,7 @@ const LINES: [Line; 2] = [
 ];
 
 /// What the suite has, fetched once for a build directory.
-fn programs(suite: &str) -> PathBuf {
+pub fn programs(suite: &str) -> PathBuf {
     let files = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("containerd-{suite}"));
     if !files.exists() {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/containerd/fetch");

@@ -337,16 +337,48 @@ fn what_is_gone_is_missing_alone_and_comes_back_below_the_mount() {
 
 #[test]
 fn when_contents_are_verified_is_a_setting_of_plyd() {
-    for (when, seen) in [("first", false), ("always", true)] {
+    for (when, unread, read) in [
+        ("never", false, false),
+        ("first", true, false),
+        ("always", true, true),
+    ] {
         let mut command = Command::new(PLYD);
         command.args(["--verify", when]);
         let plyd = Plyd::start_with(command);
         load(&plyd, &image());
-        plyd.ok(["snapshot", "view", "look", "whole"]);
-        let mnt = mount(&plyd, "look");
-        assert!(fs::read(mnt.join("large")).unwrap() == noise(2, 300 << 10));
-        flip(&stored(&plyd, "objects")[0], 5000);
-        assert_eq!(fs::read(mnt.join("large")).is_err(), seen, "{when}");
+        let damage = || {
+            flip(&stored(&plyd, "objects")[0], 5000);
+            flip(&stored(&plyd, "packs")[0], 5000);
+        };
+        let files = [
+            ("small", noise(1, 40 << 10)),
+            ("large", noise(2, 300 << 10)),
+        ];
+        let look = |key: &str| {
+            plyd.ok(["snapshot", "view", key, "whole"]);
+            mount(&plyd, key)
+        };
+
+        damage();
+        let mnt = look("damaged");
+        for (name, content) in &files {
+            match fs::read(mnt.join(name)) {
+                Ok(found) => assert!(!unread && found != *content, "{when}: {name}"),
+                Err(_) => assert!(unread, "{when}: {name}"),
+            }
+        }
+        plyd.umount(&mnt);
+        damage();
+
+        let mnt = look("sound");
+        for (name, content) in &files {
+            assert!(fs::read(mnt.join(name)).unwrap() == *content, "{name}");
+        }
+        damage();
+        for (name, _) in &files {
+            let found = fs::read(mnt.join(name));
+            assert_eq!(found.is_err(), read, "{when}: {name}");
+        }
         plyd.umount(&mnt);
     }
 }

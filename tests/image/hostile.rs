@@ -414,10 +414,10 @@ fn archives_that_are_none() {
 }
 
 /// A file system of its own, with little room.
-struct SmallDisk(std::path::PathBuf);
+pub struct SmallDisk(pub std::path::PathBuf);
 
 impl SmallDisk {
-    fn mount(dir: std::path::PathBuf) -> Self {
+    pub fn mount(dir: std::path::PathBuf) -> Self {
         use nix::mount::{MsFlags, mount};
         std::fs::create_dir(&dir).unwrap();
         let options = Some("size=16m,mode=700");

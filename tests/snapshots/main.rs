@@ -1,5 +1,6 @@
 //! Snapshots on real mounts, through a real plyd. Needs root and /dev/fuse.
 //!
+//! - `apply`: deaths of plyd while it takes in a layer.
 //! - `service`: containerd's service, and what the owners of snapshots cannot do to each other.
 //! - `crash`: deaths of plyfs and plyd.
 //! - `damage`: damage of what lies on disk.
@@ -16,6 +17,10 @@
     reason = "a test that cannot go on ends"
 )]
 
+mod apply;
+#[path = "../image/archive.rs"]
+#[allow(dead_code, reason = "other test programs use the rest of it")]
+mod archive;
 mod client;
 mod commit;
 #[path = "../cli/common.rs"]

@@ -5,6 +5,7 @@
 //! - `usage`: what it takes on disk.
 //! - `times`: when everything was changed.
 //! - `dirtied`: bytes of large files that are written to for the first time while somebody looks.
+//! - `links`: files of the image that have several names.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -53,6 +54,7 @@ macro_rules! in_every_mode {
 
 mod content;
 mod dirtied;
+mod links;
 mod times;
 mod usage;
 

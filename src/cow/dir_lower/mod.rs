@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use self::object::DirObject;
 pub(super) use self::object::HostFile;
 use super::adopt;
@@ -21,6 +23,7 @@ use crate::sys::fs::{self, Object};
 use crate::sys::{handle, private_mount};
 
 /// What all objects of one layer share.
+#[derive(Clone)]
 struct Layer {
     family: XattrFamily,
     budget: Arc<Budget>,
@@ -114,6 +117,26 @@ impl DirLower {
         });
         let root = Arc::new(DirObject::root(Arc::clone(&layer), attr));
         Ok(Self { layer, root })
+    }
+
+    /// The index of hard links in the work directory, as a directory of objects of this layer; `None` if there is none.
+    pub(super) fn index(&self) -> std::io::Result<Option<Arc<dyn LowerObject>>> {
+        let Some(work) = &self.layer.work else {
+            return Ok(None);
+        };
+        let path = work.join("index");
+        let root = match fs::open_path(&path, libc::O_RDONLY | libc::O_DIRECTORY) {
+            Err(Errno::ENOENT) => return Ok(None),
+            root => root?,
+        };
+        let attr = attr_of(&fs::fstat(root.as_fd())?);
+        let layer = Layer {
+            root: Arc::new(root),
+            sealed: false,
+            path,
+            ..Layer::clone(&self.layer)
+        };
+        Ok(Some(Arc::new(DirObject::root(Arc::new(layer), attr))))
     }
 }
 

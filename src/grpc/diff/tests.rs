@@ -394,43 +394,58 @@ async fn what_was_written_to_the_left_side_is_compared_too() {
 
 /// Only the name that it was written by was in the layer, and the others stayed what they were.
 #[tokio::test]
-async fn a_changed_file_with_several_names_is_left_to_who_sees_all_of_them() {
+async fn a_changed_file_with_several_names_is_in_the_layer_with_all_of_them() {
     let tmp = tempfile::tempdir().unwrap();
     let socket = tmp.path().join("containerd.sock");
     let (_told, written) = writable_containerd(&socket);
     let (snapshotter, service) = service(tmp.path(), &socket);
     let base = snapshotter.prepare(OWNER, "n/extract", None, Default::default());
     let upper = base.unwrap().upper_dir.unwrap();
-    for name in ["a", "one"] {
-        std::fs::write(upper.join(name), "old").unwrap();
+    std::fs::write(upper.join("b"), "old").unwrap();
+    for name in ["a", "c"] {
+        std::fs::hard_link(upper.join("b"), upper.join(name)).unwrap();
     }
-    std::fs::hard_link(upper.join("a"), upper.join("b")).unwrap();
     let committed = snapshotter.commit(OWNER, "n/base", "n/extract", Default::default());
     committed.unwrap();
     let parent = snapshotter::ParentRef {
         owner: OWNER,
         key: "n/base".to_owned(),
     };
-    let made = snapshotter.prepare(OWNER, "n/work", Some(&parent), Default::default());
-    let work = made.unwrap();
-    let write = |name: &str| {
-        let config = snapshotter.union_config(OWNER, "n/work").unwrap();
-        let union = Union::open(config).unwrap();
-        let node = union.lookup(NodeId::ROOT, name.as_ref()).unwrap().node;
-        union.write(node, None, 0, b"new", None).unwrap();
+    let prepare = |key: &str| {
+        let made = snapshotter.prepare(OWNER, key, Some(&parent), Default::default());
+        vec![mount_of(tmp.path(), &made.unwrap())]
     };
-    let request = || {
-        Request::new(api::DiffRequest {
-            right: vec![mount_of(tmp.path(), &work)],
+    let (work, left) = (prepare("n/work"), prepare("n/left"));
+    let union = Union::open(snapshotter.union_config(OWNER, "n/work").unwrap()).unwrap();
+    let node = union.lookup(NodeId::ROOT, "b".as_ref()).unwrap().node;
+    union.write(node, None, 0, b"new", None).unwrap();
+    for (left, right, content) in [
+        (vec![], work.clone(), "new"),
+        (left.clone(), work.clone(), "new"),
+        (work, left, "old"),
+    ] {
+        let request = api::DiffRequest {
+            left,
+            right,
             media_type: PLAIN_LAYER.to_owned(),
             ..api::DiffRequest::default()
-        })
-    };
-    write("one");
-    service.diff(request()).await.unwrap();
-    assert!(!std::mem::take(&mut *written.lock()).is_empty());
-    write("a");
-    let refused = service.diff(request()).await.unwrap_err();
-    assert_eq!(refused.code(), tonic::Code::Unimplemented, "{refused}");
-    assert!(written.lock().is_empty());
+        };
+        service.diff(Request::new(request)).await.unwrap();
+        let stream = std::mem::take(&mut *written.lock());
+        let mut archive = tar::Archive::new(&*stream);
+        let told = archive.entries().unwrap().map(|entry| {
+            let mut entry = entry.unwrap();
+            let link = entry
+                .link_name()
+                .unwrap()
+                .map(|to| to.display().to_string());
+            let mut content = String::new();
+            std::io::Read::read_to_string(&mut entry, &mut content).unwrap();
+            let name = entry.path().unwrap().display().to_string();
+            (name, link.unwrap_or(content))
+        });
+        let expected = [("a", content), ("b", "a"), ("c", "a")];
+        let expected = expected.map(|(name, what)| (name.to_owned(), what.to_owned()));
+        assert_eq!(told.collect::<Vec<_>>(), expected);
+    }
 }

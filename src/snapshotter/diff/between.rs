@@ -4,15 +4,16 @@
 //! Nothing says which of the two changed a file, so what looks the same on both sides is compared down to its content, and
 //! names that belong together on one side are told together.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use super::sides::Sides;
 #[cfg(test)]
 use super::walk::COMPARED;
-use super::walk::looks_different;
+use super::walk::{check_links, looks_different};
 use super::{Change, ChangeKind, ordered, xattrs_of};
-use crate::cow::{self, ContentPart, Entry, FileKind, NodeId, Union};
+use crate::cow::{self, ContentPart, CopiedLinks, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
 use crate::store::Xattrs;
 use crate::store::tar::write::is_carried;
@@ -20,18 +21,29 @@ use crate::store::tar::write::is_carried;
 const BUFFER: usize = 256 << 10;
 
 /// What makes the tree of `new` of that of `old`, or of an empty one, in byte order of the paths. `same_view` says that the
-/// packed layers of both are the same.
-pub(super) fn compare(new: &Union, old: Option<Union>, same_view: bool) -> Result<Vec<Change>> {
+/// packed layers of both are the same. Answers also what was found to be copied of files with several names if `new` has
+/// somebody else's upper.
+pub(super) fn compare(
+    new: &Union,
+    old: Option<Union>,
+    same_view: bool,
+) -> Result<(Vec<Change>, CopiedLinks)> {
+    // Before anything else is looked at: what was copied up by then is told by all of its names.
+    let links = new.copied_links()?;
+    let old_links = old.as_ref().map(Union::copied_links).transpose()?;
     let sides = Sides::new(new, old);
     let (new, old) = sides.roots();
     let root = Pair {
         path: "/".into(),
         new,
         old,
+        is_shared: false,
     };
     let mut comparison = Comparison {
         sides,
         same_view,
+        links,
+        old_links: old_links.unwrap_or_default(),
         waiting: vec![root],
         changes: Vec::new(),
         linked: Vec::new(),
@@ -40,14 +52,18 @@ pub(super) fn compare(new: &Union, old: Option<Union>, same_view: bool) -> Resul
     while let Some(at) = comparison.waiting.pop() {
         comparison.directory(&at)?;
     }
+    comparison.check_links()?;
     comparison.tell_links();
-    Ok(ordered(comparison.changes))
+    Ok((ordered(comparison.changes), comparison.links))
 }
 
 /// Not a recursion: a container decides how deep its directories are.
 struct Comparison<'a> {
     sides: Sides<'a>,
     same_view: bool,
+    /// What either side shows otherwise than its packed layers have it, under names that nothing above those has.
+    links: CopiedLinks,
+    old_links: CopiedLinks,
     waiting: Vec<Pair>,
     changes: Vec<Change>,
     /// Names on the new side of files that have several on either.
@@ -60,6 +76,8 @@ struct Pair {
     path: PathBuf,
     new: NodeId,
     old: Option<NodeId>,
+    /// They are one of the packed layers, and nothing is above it.
+    is_shared: bool,
 }
 
 /// A name of a file, with the numbers of what both sides have there.
@@ -72,7 +90,11 @@ struct Name {
 
 impl Comparison<'_> {
     fn directory(&mut self, at: &Pair) -> Result<()> {
-        for name in self.sides.names(Some(at.new), at.old)? {
+        let names = match at.is_shared {
+            true => self.names_to_links(at)?,
+            false => self.sides.names(Some(at.new), at.old)?,
+        };
+        for name in names {
             #[cfg(test)]
             COMPARED.set(COMPARED.get() + 1);
             let found = self.sides.lookup(Some(at.new), at.old, &name)?;
@@ -82,16 +104,35 @@ impl Comparison<'_> {
         Ok(())
     }
 
+    /// The names of a shared directory that are not shared, or lead to such.
+    fn names_to_links(&self, at: &Pair) -> Result<BTreeSet<OsString>> {
+        let mut names = self.sides.new.names_to_links(&self.links, at.new)?;
+        if let Some((union, old)) = self.sides.old.as_ref().zip(at.old) {
+            names.extend(union.names_to_links(&self.old_links, old)?);
+        }
+        Ok(names)
+    }
+
+    fn leads_to_links(&self, new: NodeId, old: NodeId) -> Result<bool> {
+        let of_old = match &self.sides.old {
+            Some(union) => union.leads_to_links(&self.old_links, old)?,
+            None => false,
+        };
+        Ok(of_old || self.sides.new.leads_to_links(&self.links, new)?)
+    }
+
     fn entry(&mut self, path: PathBuf, (new, old): (Option<Entry>, Option<Entry>)) -> Result<()> {
         let is_directory = |entry: &Entry| entry.attr.kind == FileKind::Directory;
         let is_linked = |entry: &Entry| entry.attr.nlink > 1 && !is_directory(entry);
+        let mut is_shared = false;
         let kind = match (&new, &old) {
             (None, None) => None,
             (None, Some(_)) => Some(ChangeKind::Deleted),
             (Some(_), None) => Some(ChangeKind::Added),
             (Some(new), Some(old)) => {
                 let (of_new, of_old) = self.shared(new, old)?;
-                if of_new.is_some() && of_new == of_old {
+                is_shared = of_new.is_some() && of_new == of_old;
+                if is_shared && !(is_directory(new) && self.leads_to_links(new.node, old.node)?) {
                     // And so is all that is below it.
                     self.sides.forget(Some(new.node), Some(old.node));
                     return Ok(());
@@ -124,6 +165,7 @@ impl Comparison<'_> {
                 path,
                 new: new.node,
                 old: old_directory,
+                is_shared,
             }),
             new => self.sides.forget(new.map(|new| new.node), old_directory),
         }
@@ -160,6 +202,17 @@ impl Comparison<'_> {
             }
             _ => false,
         })
+    }
+
+    fn check_links(&self) -> Result<()> {
+        let told = || self.linked.iter().filter(|name| name.is_told);
+        let of_new = told().map(|name| NodeId(name.new)).collect();
+        check_links(self.sides.new, &self.links, &of_new)?;
+        let of_old = told().filter_map(|name| name.old).map(NodeId).collect();
+        match &self.sides.old {
+            Some(union) => check_links(union, &self.old_links, &of_old),
+            None => Ok(()),
+        }
     }
 
     /// Tells all names of a file of which one is told, and of files that share their names in another way than on the old

@@ -9,7 +9,8 @@ use std::path::Path;
 
 use super::Change;
 use super::entries::{Fault, Object, Output, at, tell};
-use crate::cow::{FileKind, Union, UnionConfig};
+use super::walk::check_links;
+use crate::cow::{CopiedLinks, FileKind, Union, UnionConfig};
 use crate::snapshotter::types::*;
 use crate::store::Time;
 use crate::store::tar::write::{NewEntry, Writer, is_carried, parts};
@@ -17,10 +18,10 @@ use crate::store::tar::{Kind, WHITEOUT};
 
 const BUFFER: usize = 256 << 10;
 
-/// Writes the changes, which are in byte order of their paths, of the union that `new` is. With an `epoch`, later times
-/// of modification become that one, and whiteouts have it.
+/// Writes the changes, which are in byte order of their paths, of the union that `new` is. They were found when the union
+/// had those links. With an `epoch`, later times of modification become that one, and whiteouts have it.
 pub(in crate::snapshotter) fn write(
-    changes: &[Change],
+    (changes, links): (Vec<Change>, CopiedLinks),
     new: UnionConfig,
     out: impl Write,
     epoch: Option<Time>,
@@ -33,7 +34,8 @@ pub(in crate::snapshotter) fn write(
     if !changes.is_empty() {
         let view = new.view.clone();
         let new = Union::open(new)?;
-        tell(changes, &new, view.as_deref(), &mut layer)?;
+        let told = tell(&changes, &new, view.as_deref(), &mut layer)?;
+        check_links(&new, &links, &told)?;
     }
     let ended = layer.out.finish().map(drop);
     ended.map_err(|source| at(Path::new("/"), source.into()))

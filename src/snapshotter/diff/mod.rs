@@ -2,7 +2,9 @@
 //!
 //! Both sides are opened as unions of read-only layers: the one with the snapshot's own layer on top,
 //! the other without. Names come from the own layer; only below a directory that does not simply
-//! merge with the one below it (opaque, or redirected) are both sides listed in full.
+//! merge with the one below it (opaque, or redirected) are both sides listed in full. A file of the layers
+//! below that has several names is changed under all of them: those that the own layer has not are found
+//! by the index in the snapshot's work directory.
 //!
 //! This reads the own layer as what the upper of an active snapshot always is, a directory in
 //! overlayfs format that its container may change meanwhile, and takes a committed one for the same, unless it is
@@ -29,7 +31,7 @@ use super::Snapshotter;
 use super::catalog::Found;
 use super::chain::Below;
 use super::{types::*, upper};
-use crate::cow::{self, Entry, NodeId, Union};
+use crate::cow::{self, CopiedLinks, Entry, NodeId, Union};
 use crate::store::layer::index::LayerIndex;
 use crate::store::{self, Time, Xattrs};
 pub(super) use packed::Views as PackedViews;
@@ -62,7 +64,7 @@ pub struct Change {
 impl Snapshotter {
     /// Every path that the snapshot changes against its parent, in byte order.
     pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
-        self.locked(owner, key, |found| self.changes_of(&found))
+        self.locked(owner, key, |found| Ok(self.changes_of(&found)?.0))
     }
 
     /// Writes what the snapshot changes as a layer: a tar stream, the same for the same changes. With an `epoch`, nothing
@@ -76,7 +78,7 @@ impl Snapshotter {
     ) -> Result<()> {
         self.locked(owner, key, |found| {
             let changes = self.changes_of(&found)?;
-            layer::write(&changes, self.shown(&found)?.union(), out, epoch)
+            layer::write(changes, self.shown(&found)?.union(), out, epoch)
         })
     }
 
@@ -98,7 +100,7 @@ impl Snapshotter {
             let old = left.map(|left| Union::open(left.union())).transpose()?;
             let new = Union::open(shown.clone().union())?;
             let changes = between::compare(&new, old, same_view)?;
-            layer::write(&changes, shown.union(), out, epoch)
+            layer::write(changes, shown.union(), out, epoch)
         };
         match left {
             Some(left) => {
@@ -148,12 +150,12 @@ impl Snapshotter {
         Ok(upper)
     }
 
-    fn changes_of(&self, found: &Found) -> Result<Vec<Change>> {
+    fn changes_of(&self, found: &Found) -> Result<(Vec<Change>, CopiedLinks)> {
         let mut below = self.below(found)?;
         let (own, all) = match found.record.kind {
-            Kind::View => return Ok(Vec::new()),
+            Kind::View => return Ok(Default::default()),
             Kind::Committed if found.record.layer.is_none() => {
-                return self.diff_packed(found);
+                return Ok((self.diff_packed(found)?, CopiedLinks::default()));
             }
             Kind::Committed => {
                 let all = below.clone();
@@ -176,21 +178,23 @@ pub(super) fn with_own(own: &Path, below: &Below) -> Below {
 
 /// Compares the layers `below` with `new`, the union of them and the directory `own` on top, in byte order of the
 /// paths. Changes of the topmost one below count as those of `own`. Of a directory that vanishes from `own` meanwhile, nothing
-/// below it is told.
+/// below it is told. If `new` has `own` as somebody else's upper, answers what was found to be copied there of files with
+/// several names; all of those are told.
 pub(super) fn changes(
     own: &Path,
     new: &Union,
     below: Below,
     below_own: Vec<Change>,
     directories: Directories,
-) -> Result<Vec<Change>> {
+) -> Result<(Vec<Change>, CopiedLinks)> {
     let old = match below.is_empty() {
         true => None,
         false => Some(Union::open(below.union())?),
     };
     let mut walk = Walk::new(own, new, old, directories)?;
     while walk.step()? {}
-    Ok(joined(below_own, walk.steps))
+    let (steps, links) = walk.finish()?;
+    Ok((joined(below_own, steps), links))
 }
 
 /// As `changes`, of packed layers: of the topmost one in the new of these views, which has that `index`.
@@ -313,7 +317,8 @@ mod tests {
 
     fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
         let new = Union::open(with_own(own, &below).union())?;
-        super::changes(own, &new, below, Vec::new(), Directories::Changed)
+        let changes = super::changes(own, &new, below, Vec::new(), Directories::Changed)?;
+        Ok(changes.0)
     }
 
     fn changes(own: &Path, below: &Path) -> Vec<(String, ChangeKind)> {

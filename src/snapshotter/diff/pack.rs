@@ -41,7 +41,7 @@ pub(in crate::snapshotter) fn write(
     packing
         .object(&root)
         .map_err(|fault| at(Path::new("/"), fault))?;
-    tell(changes, new, view, &mut packing)
+    tell(changes, new, view, &mut packing).map(drop)
 }
 
 struct Packing<'a, 'l, 's> {

@@ -1,6 +1,6 @@
 //! The walk over what a snapshot has itself, beside what lies below.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::sides::Sides;
 use super::{Change, ChangeKind, xattrs_of};
-use crate::cow::{Attr, Entry, FileKind, NodeId, Union};
+use crate::cow::{Attr, CopiedLinks, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
 use crate::sys::fs::{Object, Stat};
 use crate::sys::tree::{self, Tree};
@@ -46,8 +46,14 @@ pub(super) struct Walk<'a> {
     own: OwnLayer,
     sides: Sides<'a>,
     directories: Directories,
+    /// What the snapshot changes under names that its own layer does not have.
+    links: CopiedLinks,
     waiting: Vec<Directory>,
     pub(super) steps: Vec<Step>,
+    /// Files with several names that are among the steps.
+    linked: HashSet<NodeId>,
+    /// Names that say nothing new, unless another name of the same file does.
+    same: Vec<(NodeId, Step)>,
 }
 
 /// A directory to compare; a lookup of its nodes is held.
@@ -70,6 +76,9 @@ impl<'a> Walk<'a> {
         old: Option<Union>,
         directories: Directories,
     ) -> Result<Self> {
+        let own = OwnLayer::open(own)?;
+        // Before anything of the layer is looked at: what was copied up by then is told by all of its names.
+        let links = new.copied_links()?;
         let sides = Sides::new(new, old);
         let (new, old) = sides.roots();
         let root = Directory {
@@ -80,12 +89,27 @@ impl<'a> Walk<'a> {
             in_place: true,
         };
         Ok(Self {
-            own: OwnLayer::open(own)?,
+            own,
             sides,
             directories,
+            links,
             waiting: vec![root],
             steps: Vec::new(),
+            linked: HashSet::new(),
+            same: Vec::new(),
         })
+    }
+
+    /// What was found, once there is nothing left to compare.
+    pub(super) fn finish(mut self) -> Result<(Vec<Step>, CopiedLinks)> {
+        check_links(self.sides.new, &self.links, &self.linked)?;
+        let linked = &self.linked;
+        let told = self
+            .same
+            .into_iter()
+            .filter(|(file, _)| linked.contains(file));
+        self.steps.extend(told.map(|(_, step)| step));
+        Ok((self.steps, self.links))
     }
 
     /// Compares what is in one directory; false when there is none left.
@@ -108,11 +132,18 @@ impl<'a> Walk<'a> {
         };
         let in_place = match &own {
             Some(own) => at.in_place && !own.is_marked()?,
-            None => false,
+            // It is looked at for what it leads to.
+            None => at.in_place,
         };
-        let names: BTreeSet<OsString> = match &own {
-            Some(own) if in_place => own.names()?,
-            _ => self.sides.names(Some(at.new), at.old)?,
+        let names: BTreeSet<OsString> = match in_place {
+            true => {
+                let mut names = self.sides.new.names_to_links(&self.links, at.new)?;
+                if let Some(own) = &own {
+                    names.extend(own.names()?);
+                }
+                names
+            }
+            false => self.sides.names(Some(at.new), at.old)?,
         };
         for name in names {
             #[cfg(test)]
@@ -156,11 +187,20 @@ impl<'a> Walk<'a> {
         };
         if let Some(kind) = kind {
             let path = path.clone();
-            self.steps.push(Step {
+            let step = Step {
                 change: Change { path, kind },
                 was_directory: old.as_ref().is_some_and(is_dir),
                 is_directory: new.as_ref().is_some_and(is_dir),
-            });
+            };
+            match new.filter(|new| !is_dir(new) && new.attr.nlink > 1) {
+                Some(new) if self.is_same(&new, old.as_ref())? => {
+                    self.same.push((new.node, step));
+                }
+                linked => {
+                    self.linked.extend(linked.map(|new| new.node));
+                    self.steps.push(step);
+                }
+            }
         }
         let old_dir = old.filter(is_dir);
         let other_dir = match (&new, &old_dir, own) {
@@ -169,6 +209,12 @@ impl<'a> Walk<'a> {
         };
         // Otherwise it is the parent's own directory.
         let may_differ = in_own || old_dir.is_none() || kind.is_some() || other_dir;
+        let may_differ = match &new {
+            Some(new) if is_dir(new) && !may_differ => {
+                self.sides.new.leads_to_links(&self.links, new.node)?
+            }
+            _ => may_differ,
+        };
         let (new, old) = (
             new.map(|new| (new.node, is_dir(&new))),
             old.map(|old| old.node),
@@ -201,6 +247,20 @@ impl<'a> Walk<'a> {
         }
     }
 
+    /// Whether a file of the own layer is what it was below in all but the number of its names: one of them was removed.
+    fn is_same(&self, new: &Entry, old: Option<&Entry>) -> Result<bool> {
+        let sides = &self.sides;
+        let (Some(old), Some(union)) = (old, &sides.old) else {
+            return Ok(false);
+        };
+        let Some(object) = union.lower_identity(old.node)? else {
+            return Ok(false);
+        };
+        Ok(!looks_different(&new.attr, &old.attr)
+            && sides.new.has_data_of(new.node, object)?
+            && xattrs_of(sides.new, new.node)? == xattrs_of(union, old.node)?)
+    }
+
     /// Whether what looks the same are two objects of the layers below: a directory with the one was put where a directory
     /// with the other was.
     fn is_another(&self, new: &Entry, old: &Entry) -> Result<bool> {
@@ -208,6 +268,19 @@ impl<'a> Walk<'a> {
             return Ok(false);
         };
         Ok(self.sides.new.lower_identity(new.node)? != union.lower_identity(old.node)?)
+    }
+}
+
+/// Refuses what was told of a union whose files with several names have changed since `links` were looked at, if that is of
+/// those that were `told`: others of their names were not.
+pub(super) fn check_links(
+    union: &Union,
+    links: &CopiedLinks,
+    told: &HashSet<NodeId>,
+) -> Result<()> {
+    match union.have_links_changed(links, |node| told.contains(&node))? {
+        true => Err(Error::LinksChanged),
+        false => Ok(()),
     }
 }
 
@@ -278,3 +351,6 @@ pub(super) fn looks_different(new: &Attr, old: &Attr) -> bool {
     };
     look(new) != look(old) || (new.kind != FileKind::Directory && new.size != old.size)
 }
+
+#[cfg(test)]
+mod tests;

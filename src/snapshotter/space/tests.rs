@@ -178,3 +178,18 @@ fn files_as_large_as_can_be_are_counted() {
     drop(union);
     assert_eq!(logical("linked"), Some(u64::MAX));
 }
+
+/// The name that it was written by and the others were taken for two files.
+#[test]
+fn a_changed_file_with_several_names_is_counted_once() {
+    let place = Place::new();
+    let snapshots = place.open();
+    prepared(&snapshots, true);
+    let config = snapshots.union_config(Owner::Snapctl, "work").unwrap();
+    let union = Union::open(config).unwrap();
+    let file = union.lookup(NodeId::ROOT, "a".as_ref()).unwrap().node;
+    union.write(file, None, 0, &[2; 3 << 10], None).unwrap();
+    let space = snapshots.space(&[]).unwrap().snapshots;
+    let found = space.iter().find(|(info, _)| info.key == "work");
+    assert_eq!(found.unwrap().1.logical, Some((127 << 10) + (2 << 10)));
+}

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::{Record, check_features};
+use super::{NOT_ZERO, Record, check_features};
 use crate::store::error::{Result, damaged, io_error};
 use crate::sys::map::FileMap;
 
@@ -138,6 +138,9 @@ impl IndexFile {
             return Err(damaged(path, "the sum of its header is wrong"));
         }
         check_features(path, fields.u16(8), fields.u64(32))?;
+        if !fields.is_zero(12, 16) {
+            return Err(damaged(path, NOT_ZERO));
+        }
         let (claimed, end, count) = (fields.u64(40), fields.u64(48), fields.u16(10));
         let pages = end.checked_sub(HEADER as u64).map(|n| n.div_ceil(PAGE));
         let whole = pages.and_then(|pages| end.checked_add(pages.checked_mul(32)?));
@@ -204,6 +207,19 @@ impl IndexFile {
         let size = section.record() as u64;
         self.slice(section, u64::from(number) * size, size)
             .map(Record)
+    }
+
+    /// Fails unless these bytes of one of its records are zero.
+    pub(in crate::store) fn expect_zero(
+        &self,
+        record: Record<'_>,
+        from: usize,
+        to: usize,
+    ) -> Result<()> {
+        match record.is_zero(from, to) {
+            true => Ok(()),
+            false => Err(self.damaged(NOT_ZERO)),
+        }
     }
 
     /// Part of a section.
@@ -339,6 +355,9 @@ fn read_sections(
         let at = SECTIONS_AT + slot * 32;
         let (number, record) = (header.u32(at), header.u32(at + 4));
         let (start, bytes) = (header.u64(at + 8), header.u64(at + 16));
+        if !header.is_zero(at + 24, at + 32) {
+            return Err(damaged(path, NOT_ZERO));
+        }
         let Some(section) = section_of(number) else {
             // A feature that a reader may ignore, or else a word of features has said so.
             continue;
@@ -355,6 +374,9 @@ fn read_sections(
             return wrong(number, "length");
         }
         sections[section.slot()] = (start, bytes);
+    }
+    if !header.is_zero(SECTIONS_AT + count * 32, SUM_AT) {
+        return Err(damaged(path, NOT_ZERO));
     }
     Ok(sections)
 }

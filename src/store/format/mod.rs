@@ -154,6 +154,9 @@ impl<'a> Record<'a> {
     }
 }
 
+/// What is wrong with a file that has something in bytes that no version or feature that is known uses.
+pub(super) const NOT_ZERO: &str = "it has something where zeros have to be";
+
 /// Refuses a file of a later version than 1, or with an incompatible feature. No feature is known yet.
 pub(super) fn check_features(path: &Path, version: u16, incompatible: u64) -> Result<()> {
     check_version(path, 1, version, incompatible)
@@ -178,6 +181,9 @@ pub(super) fn check_version(
         problem,
     })
 }
+
+#[cfg(test)]
+mod documented;
 
 #[cfg(test)]
 mod tests {

@@ -84,6 +84,7 @@ impl IndexFile {
             None => mtime,
             Some(number) => {
                 let record = self.record(Section::Times, number)?;
+                self.expect_zero(record, 12, 16)?;
                 Time {
                     sec: record.i64(0),
                     nsec: self.nanoseconds(record.u32(8))?,
@@ -154,6 +155,7 @@ impl IndexFile {
             let number = inode.start.checked_add(index).ok_or_else(wrong)?;
             let number = u32::try_from(number).map_err(|_| wrong())?;
             let record = self.record(Section::Extents, number)?;
+            self.expect_zero(record, 28, 32)?;
             let extent = Extent {
                 offset: record.u64(0),
                 length: record.u64(8),
@@ -190,6 +192,7 @@ impl IndexFile {
         let mut xattrs = Vec::with_capacity(count as usize);
         for number in first..last {
             let record = self.record(Section::Xattrs, number)?;
+            self.expect_zero(record, 20, 24)?;
             let name = u64::from(record.u32(0));
             xattrs.push((
                 self.slice(Section::Texts, name, u64::from(record.u32(4)))?,

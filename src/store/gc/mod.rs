@@ -260,7 +260,9 @@ impl Layers {
         let Some(useful) = chains.useful() else {
             return;
         };
-        listed.retain(|entry| is_useless(entry, &useful) && self.needs_view(&entry.path()));
+        // One that cannot be looked at stays for now, and the others that are not needed go with all that no layer needs.
+        let is_needed = |path: &Path| self.needs_view(path).unwrap_or(false);
+        listed.retain(|entry| is_useless(entry, &useful) && is_needed(&entry.path()));
         if listed.is_empty() {
             return;
         }
@@ -294,8 +296,19 @@ impl Layers {
         let listed = listed.map_err(io_error("list", &dir));
         for entry in collected.note(listed)? {
             let path = entry.path();
-            if self.needs_view(&path) {
+            // Nobody who mounts has to wait where nothing goes.
+            if matches!(self.needs_view(&path), Ok(true)) {
                 continue;
+            }
+            let _looking = self.looking.lock();
+            // Once more: it may have been built again meanwhile.
+            match self.needs_view(&path) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => {
+                    kept.unknown.push(error);
+                    continue;
+                }
             }
             let claimed = view::claim(&path).and_then(|unused| match unused {
                 Some(unused) => Ok(Some(unused)),
@@ -321,11 +334,17 @@ impl Layers {
     }
 
     /// Whether the view at `path` is one that who mounts its chain looks for, and all layers of that are there. Where
-    /// it cannot be read, it is built again.
-    fn needs_view(&self, path: &Path) -> bool {
+    /// it is damaged, it is built again. Fails if nobody could look.
+    fn needs_view(&self, path: &Path) -> Result<bool> {
         let known = |name: &LayerName| self.get(*name).is_some();
-        path.extension().is_none_or(|ending| ending != ASIDE)
-            && view::chain_of(path).is_ok_and(|chain| chain.iter().all(known))
+        if path.extension().is_some_and(|ending| ending == ASIDE) {
+            return Ok(false);
+        }
+        match view::chain_of(path) {
+            Ok(chain) => Ok(chain.iter().all(known)),
+            Err(error) if error.is_damage() || error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 

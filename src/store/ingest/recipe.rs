@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::store::error::{Error, Result, damaged, io_error};
-use crate::store::format::{Record, check_features, short_sum};
+use crate::store::format::{NOT_ZERO, Record, check_features, short_sum};
 use crate::store::tar::Tape;
 
 const MAGIC: &[u8; 8] = b"plytar\0\0";
@@ -152,6 +152,9 @@ impl Reader {
             return Err(damaged(path, "it does not start as a recipe does"));
         }
         check_features(path, fields.u16(8), fields.u64(32))?;
+        if !fields.is_zero(10, 16) || !fields.is_zero(40, 56) {
+            return Err(damaged(path, NOT_ZERO));
+        }
         Ok(Self {
             path: path.to_owned(),
             frame: zstd::Decoder::new(file).map_err(fail)?,

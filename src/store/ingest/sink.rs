@@ -285,6 +285,8 @@ fn work(news: &News<'_>, level: i32, jobs: &Receiver<Job>, to_writer: &Sender<Do
     let compressing = |error| io_error("compress an object for", Path::new("a pack"))(error);
     let mut compressor = Compressor::new(level).map_err(compressing)?;
     for job in jobs {
+        #[cfg(test)]
+        let _noted = tests::Compressing::begin(news.objects);
         let (number, content) = match job {
             Job::Content { number, content } => (number, content),
             Job::Frame {
@@ -339,7 +341,71 @@ fn write(mut pack: PackWriter, done: &Receiver<Done>) -> Result<Written> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+    use std::thread::ThreadId;
+    use std::time::Instant;
+
     use super::*;
+
+    /// What workers have done: for the store with these packs, in which thread, from when to when.
+    static DONE: Mutex<Vec<(PathBuf, ThreadId, Instant, Instant)>> = Mutex::new(Vec::new());
+
+    /// A worker is at a content or a frame.
+    pub(super) struct Compressing<'a>(&'a Path, Instant);
+
+    impl<'a> Compressing<'a> {
+        pub(super) fn begin(objects: &'a Objects) -> Self {
+            Self(objects.packs(), Instant::now())
+        }
+    }
+
+    impl Drop for Compressing<'_> {
+        fn drop(&mut self) {
+            let (packs, thread) = (self.0.to_owned(), thread::current().id());
+            DONE.lock().push((packs, thread, self.1, Instant::now()));
+        }
+    }
+
+    /// An import that does one content after the other takes as long on many processors as on one, and nothing fails.
+    #[test]
+    fn several_workers_compress_at_the_same_time() {
+        let settings = Settings {
+            workers: 4,
+            level: 9,
+            ..Settings::default()
+        };
+        // Contents for a pack, and frames of a large one.
+        for (contents, bytes) in [(200, settings.small), (1, 200 * settings.small)] {
+            let tmp = tempfile::tempdir().unwrap();
+            let mut objects = Objects::new(tmp.path());
+            objects.prepare().unwrap();
+            let stored = with_sink(&objects, tmp.path(), &settings, |sink| {
+                for number in 0..contents {
+                    let mut content = sink.begin(bytes)?;
+                    for part in 0..bytes / 1024 {
+                        let text = format!("{:64}", number * bytes + part * 1024);
+                        content.write(text.repeat(16).as_bytes())?;
+                    }
+                    sink.end(content)?;
+                }
+                Ok::<_, Error>(())
+            });
+            assert_eq!(stored.unwrap().1.contents.len() as u64, contents);
+            let done = DONE.lock();
+            let done: Vec<_> = done
+                .iter()
+                .filter(|(of, ..)| of == objects.packs())
+                .collect();
+            assert_eq!(done.len(), 200);
+            let threads: HashSet<_> = done.iter().map(|(_, thread, ..)| thread).collect();
+            assert!(threads.len() > 1);
+            let at_once = |(_, thread, begun, ended): &(PathBuf, ThreadId, Instant, Instant)| {
+                let mut others = done.iter().filter(|other| other.1 != *thread);
+                others.any(|(_, _, from, to)| from < ended && begun < to)
+            };
+            assert!(done.iter().any(|job| at_once(job)));
+        }
+    }
 
     /// A reader takes no frames of more, so such a content was lost as soon as it was stored.
     #[test]

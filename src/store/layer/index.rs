@@ -405,6 +405,7 @@ impl LayerIndex {
     /// An entry by its number in the order of the stream.
     pub fn entry(&self, number: u32) -> Result<LayerEntry> {
         let record = self.file.record(Section::Entries, number)?;
+        self.file.expect_zero(record, 61, 64)?;
         let action = Action::ALL
             .into_iter()
             .find(|action| action.number() == record.u8(60))
@@ -442,6 +443,7 @@ impl LayerIndex {
     /// The path above one that is not the root, and the name in it. The one above has a lower number.
     pub fn path_step(&self, number: u32) -> Result<(u32, &[u8])> {
         let record = self.file.record(Section::Paths, number)?;
+        self.file.expect_zero(record, 10, 12)?;
         let (above, start) = (record.u32(0), u64::from(record.u32(4)));
         let bytes = u64::from(record.u16(8));
         let name = self.file.slice(Section::Names, start, bytes)?;

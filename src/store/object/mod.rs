@@ -215,7 +215,7 @@ impl Objects {
                     pack,
                     offset,
                     stored,
-                } => (self.pack_path(pack), offset + u64::from(stored)),
+                } => (self.pack_path(pack), Slot { offset, stored }.end()),
             };
             error = match fs::metadata(&path) {
                 Ok(found) if found.len() >= least => return Ok(()),

@@ -140,6 +140,33 @@ fn a_file_that_comes_again_while_its_directory_is_swept_stays() {
     }
 }
 
+/// A pack that ended within the last bytes of a content was long enough for it, for nobody counted the header.
+#[test]
+fn a_pack_is_too_short_when_the_last_byte_of_a_content_is_gone() {
+    let tmp = tempfile::tempdir().unwrap();
+    let objects = store(tmp.path());
+    let content = b"content";
+    let sealed = packed(tmp.path(), content);
+    let path = objects.pack_path(sealed.id);
+    objects.publish(Some(sealed), Vec::new()).unwrap();
+    let object = object(content);
+    objects.look_for(&object).unwrap();
+    let Some(Place::Packed { offset, stored, .. }) = objects.find(&object.name).unwrap() else {
+        panic!("it is not in a pack");
+    };
+    let end = offset + 64 + u64::from(stored);
+    let file = File::options().write(true).open(path).unwrap();
+    for (length, is_there) in [(end, true), (end - 1, false)] {
+        file.set_len(length).unwrap();
+        assert_eq!(objects.read(&object, None, true).is_ok(), is_there);
+        assert_eq!(
+            objects.look_for(&object).is_ok(),
+            is_there,
+            "{length} bytes"
+        );
+    }
+}
+
 #[test]
 fn what_is_not_published_is_removed() {
     let tmp = tempfile::tempdir().unwrap();

@@ -1,10 +1,10 @@
+mod descriptors;
 mod heal;
 mod packs;
 mod refresh;
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
@@ -13,7 +13,6 @@ use crate::store::format::ObjectName;
 use crate::store::ingest::Settings;
 use crate::store::object::{Objects, Place};
 use crate::store::record::Record;
-use crate::store::view::{Verify, View};
 
 fn open(dir: &Path) -> Layers {
     let settings = Settings {

@@ -139,3 +139,59 @@ fn so_does_one_of_files_with_several_names() {
     };
     assert_eq!(small, expected);
 }
+
+/// As many names are compared, and the names of the image gone through as often, by a diff of a snapshot in use with its parent, and
+/// with another on it.
+#[test]
+fn so_does_a_diff_of_a_snapshot_in_use() {
+    let look = |directories| {
+        let place = Place::new();
+        let snapshots = place.open();
+        prepare(&snapshots, "unpack", None);
+        let layer = (&*base(directories), &Expected::default());
+        snapshots.apply_layer(OWNER, "unpack", layer, &()).unwrap();
+        commit(&snapshots, "base", "unpack");
+        for key in ["left", "work"] {
+            prepare(&snapshots, key, Some("base"));
+        }
+        let union = open(&snapshots, "work");
+        let changed = find(&union, "d1/file7");
+        union.write(changed, None, 0, b"changed", None).unwrap();
+        let mut counted = Vec::new();
+        let mut count = || {
+            for counted in [&COMPARED, &PASSES] {
+                counted.set(0);
+            }
+            changes(&snapshots, "work");
+            counted.push((COMPARED.replace(0), PASSES.replace(0)));
+            let mut stream = Vec::new();
+            snapshots
+                .write_difference(OWNER, Some("left"), "work", &mut stream, None)
+                .unwrap();
+            counted.push((COMPARED.get(), PASSES.get()));
+        };
+        count();
+        let linked = find(&union, "l/a");
+        union.write(linked, None, 0, b"changed", None).unwrap();
+        count();
+        (counted, directories)
+    };
+    let (small, few) = look(3);
+    let (large, many) = look(40);
+    // What the root of the image has is compared with that of the upper.
+    let root = |directories: usize| directories as u64 + 3;
+    let expected = |directories| {
+        [
+            // d1, its file.
+            (2, 0),
+            // In d1 all of its files, for the upper has that.
+            (root(directories) + 100, 0),
+            // l and m, and a in both.
+            (6, 1),
+            // All in l, and a in m.
+            (root(directories) + 100 + 3 + 1, 1),
+        ]
+    };
+    assert_eq!(small, expected(few));
+    assert_eq!(large, expected(many));
+}

@@ -167,6 +167,34 @@ fn take(union: &Union, step: Step) {
     }
 }
 
+/// A step with nothing that the stream of a layer cannot say or that is not taken from one: names of whiteouts, sockets, most
+/// extended attributes, and times before 1970.
+fn speakable(step: Step) -> Step {
+    let is_whiteout = NAMES[usize::from(step.number) % NAMES.len()].starts_with(".wh.");
+    let what = match (step.what % 18, step.one % 5) {
+        (13, 1) | (16, _) => 4,
+        (what, _) => what,
+    };
+    let is_early = matches!(what, 14 | 15) && step.other.is_multiple_of(4);
+    Step {
+        what,
+        one: step.one,
+        other: step.other + u8::from(is_early),
+        number: step.number + u16::from(is_whiteout),
+    }
+}
+
+/// Everything, but for where files have holes: of those in a stream are only whole blocks.
+fn without_holes(union: &Union) -> BTreeMap<PathBuf, String> {
+    let mut all = tree(union);
+    for look in all.values_mut().filter(|look| look.contains(" Regular ")) {
+        let (rest, content) = look.rsplit_once("] ").unwrap();
+        let (rest, _) = rest.rsplit_once(" [").unwrap();
+        *look = format!("{rest} {content}");
+    }
+    all
+}
+
 /// A layer that has something of most of the names.
 fn applied() -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
@@ -250,5 +278,45 @@ proptest! {
         snapshots.wait_until_deleted();
         let Collected { errors, .. } = snapshots.packed_layers().collect(false, &());
         prop_assert!(errors.is_empty());
+    }
+
+    #[test]
+    fn what_a_diff_tells_of_a_snapshot_in_use_makes_it_of_its_parent(
+        rounds in proptest::collection::vec((steps(), any::<bool>()), 1..5)
+    ) {
+        let place = Place::new();
+        let snapshots = place.open();
+        let mut below: Option<String> = None;
+        let apply = |key: &str, below: Option<&str>, layer: &[u8]| {
+            prepare(&snapshots, key, below);
+            snapshots.apply_layer(OWNER, key, (layer, &Expected::default()), &()).unwrap();
+        };
+        for (number, (steps, with_layer)) in rounds.into_iter().enumerate() {
+            let name = format!("layer {number}");
+            match with_layer {
+                true => apply("work", below.as_deref(), &applied()),
+                false => drop(prepare(&snapshots, "work", below.as_deref())),
+            }
+            prepare(&snapshots, "left", below.as_deref());
+            let union = open(&snapshots, "work");
+            for step in steps {
+                take(&union, speakable(step));
+            }
+            let shown = without_holes(&union);
+            let mut layer = Vec::new();
+            snapshots.write_layer(OWNER, "work", &mut layer, None).unwrap();
+            apply("copy", below.as_deref(), &layer);
+            prop_assert_eq!(&without_holes(&open(&snapshots, "copy")), &shown);
+            layer.clear();
+            snapshots.write_difference(OWNER, Some("left"), "work", &mut layer, None).unwrap();
+            apply("other copy", below.as_deref(), &layer);
+            prop_assert_eq!(&without_holes(&open(&snapshots, "other copy")), &shown);
+            drop(union);
+            commit(&snapshots, &name, "work");
+            for key in ["left", "copy", "other copy"] {
+                snapshots.remove(OWNER, key).unwrap();
+            }
+            below = Some(name);
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::subtree::{Subtree, Value, name_of};
 use super::write::FRAME;
 use crate::store::error::{Result, damaged, io_error};
 use crate::store::format::tables::Object;
-use crate::store::format::{ObjectName, Record, check_version, short_sum};
+use crate::store::format::{NOT_ZERO, ObjectName, Record, check_version, short_sum};
 
 const MAGIC: &[u8; 8] = b"plyframe";
 const VERSION: u16 = 2;
@@ -85,8 +85,7 @@ impl Table {
         }
         check_version(path, VERSION, version, fields.u64(32))?;
         if !fields.is_zero(10, 16) || !fields.is_zero(52, 56) {
-            let problem = "its header has something where zeros have to be";
-            return Err(damaged(path, problem));
+            return Err(damaged(path, NOT_ZERO));
         }
         let (said, frame) = (fields.u64(40), u64::from(fields.u32(48)));
         let is_frame = FRAMES.contains(&frame) && frame.is_power_of_two();
