@@ -519,6 +519,15 @@ impl Union {
         }
     }
 
+    /// Regular files that the kernel knows, of whatever layer.
+    pub fn known_files(&self) -> Vec<NodeId> {
+        let nodes = self.table.all().into_iter();
+        nodes
+            .filter(|node| node.kind == FileKind::Regular)
+            .map(|node| node.id)
+            .collect()
+    }
+
     /// Regular files of the upper that may have been written and are still known: what has to be
     /// flushed through the mount before anyone reads the upper.
     pub fn writable_nodes(&self) -> Vec<NodeId> {

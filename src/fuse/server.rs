@@ -4,8 +4,10 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Config, INodeNo, Notifier, Session, SessionACL};
 use nix::errno::Errno;
@@ -19,7 +21,11 @@ use super::seek::{self, Seeker};
 use super::session::{Helpers, UnionFs};
 use crate::cow::union::Error as UnionError;
 use crate::cow::{NodeId, Union};
-use crate::sys::{fs, process};
+use crate::sys::{fs, fusectl, process};
+
+/// How long to have the kernel send its dirty pages, and to look for a moment without a request under way. After that every file
+/// that it knows loses its pages, of which those that are not dirty are only read again.
+const BUSY_AT_MOST: Duration = Duration::from_secs(1);
 
 /// A session whose INIT has been answered.
 pub struct Server {
@@ -36,6 +42,7 @@ pub struct Flusher {
     passing: Arc<Passing<BackingId>>,
     notifier: Notifier,
     policy: Arc<OnceLock<Policy>>,
+    pages_sent: Arc<AtomicU64>,
     /// Where the mount is, and the number of its device there.
     root: Option<(PathBuf, u64)>,
 }
@@ -52,6 +59,7 @@ impl Server {
         let (seeker, long) = (Seeker::default(), Long::default());
         let (claims, claimed) = Claims::new();
         let passing = Arc::new(Passing::default());
+        let pages_sent = Arc::new(AtomicU64::new(0));
         let filesystem = UnionFs::new(
             union.clone(),
             options,
@@ -62,6 +70,7 @@ impl Server {
                 seeker: seeker.clone(),
                 long: long.clone(),
                 claims,
+                pages_sent: pages_sent.clone(),
             },
         );
         let mut config = Config::default();
@@ -92,6 +101,7 @@ impl Server {
                 passing,
                 notifier,
                 policy,
+                pages_sent,
                 root: None,
             },
         })
@@ -159,11 +169,11 @@ impl Flusher {
     /// Writes every dirty page of files that may be written to the upper, then makes the upper durable.
     pub fn flush(&self) -> Result<(), UnionError> {
         let policy = self.policy.get().copied().unwrap_or(Policy::PLAIN);
-        if policy.no_open {
-            // Of files that are written through a mapping alone nobody knows before their pages come.
-            self.sync_mount("flushing the pages of files that are mapped")?;
-        }
-        for node in self.union.writable_nodes() {
+        let nodes = match policy.no_open {
+            true => self.nodes_with_pages()?,
+            false => self.union.writable_nodes(),
+        };
+        for node in nodes {
             // What is written goes by the number that the names stand for.
             if !self.drop_pages(self.passing.number(node))? {
                 break;
@@ -174,6 +184,37 @@ impl Flusher {
             self.sync_mount("flushing the times of files that were written")?;
         }
         self.union.sync()
+    }
+
+    /// The files that may have dirty pages where the kernel opens them by itself. Of one that is written through a mapping alone
+    /// nobody knows before its first page comes.
+    fn nodes_with_pages(&self) -> Result<Vec<NodeId>, UnionError> {
+        let begun = Instant::now();
+        loop {
+            let before = self.pages_sent.load(Ordering::Acquire);
+            // Up to 6.15 the kernel does not wait for what it sends. Since some 6.18.y it also leaves out what would be more than 48
+            // requests at a time, for it counts on no FUSE server to keep anything.
+            self.sync_mount("flushing the pages of files that are mapped")?;
+            if !self.wait_until_idle() || begun.elapsed() > BUSY_AT_MOST {
+                return Ok(self.union.known_files());
+            }
+            if self.pages_sent.load(Ordering::Acquire) == before {
+                // With nothing under way it would have sent some, had there been any.
+                return Ok(self.union.writable_nodes());
+            }
+        }
+    }
+
+    /// Waits for a moment without a request under way; false if none was seen.
+    fn wait_until_idle(&self) -> bool {
+        let Some((_, device)) = &self.root else {
+            return false;
+        };
+        let waited = fusectl::wait_until_idle(*device, BUSY_AT_MOST);
+        waited.unwrap_or_else(|error| {
+            tracing::debug!(%error, "nobody tells whether pages of mapped files are under way");
+            false
+        })
     }
 
     /// Has what packed layers hold be read and compared once more, because somebody has mended them: by the union, and by the kernel,

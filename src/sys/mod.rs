@@ -10,6 +10,7 @@ pub mod fd_passing;
 pub mod flags;
 pub mod fs;
 pub mod fuse_mount;
+pub mod fusectl;
 pub mod handle;
 pub mod inroot;
 pub mod map;

@@ -6,6 +6,7 @@
 //! - `times`: when everything was changed.
 //! - `dirtied`: bytes of large files that are written to for the first time while somebody looks.
 //! - `links`: files of the image that have several names.
+//! - `mapped`: many files that are written through mappings alone.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -55,6 +56,7 @@ macro_rules! in_every_mode {
 mod content;
 mod dirtied;
 mod links;
+mod mapped;
 mod times;
 mod usage;
 

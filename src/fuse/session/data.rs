@@ -5,6 +5,7 @@
 //! to the kernel; nothing else ever is.
 
 use std::cell::RefCell;
+use std::sync::atomic::Ordering;
 
 use fuser::{
     Errno, FileHandle as Fh, INodeNo, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite, WriteFlags,
@@ -67,8 +68,12 @@ impl UnionFs {
         // The writer may not keep setuid, setgid and capabilities on the file.
         let kills = flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let kills = kills.then_some(caller);
+        let from_cache = flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        if from_cache {
+            self.helpers.pages_sent.fetch_add(1, Ordering::Relaxed);
+        }
         let writeback = self.policy().writeback;
-        let gathered = writeback && flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let gathered = writeback && from_cache;
         let result = match gathered {
             true => self.union.write_gathered(node, offset, data, kills),
             false => {

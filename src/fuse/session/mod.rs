@@ -18,6 +18,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicU64;
 use std::time::SystemTime;
 
 use fuser::{
@@ -52,6 +53,8 @@ pub struct Helpers {
     pub long: Long,
     /// Takes files from readers without requests.
     pub claims: Claims,
+    /// Counts the pages, some at a time, that the kernel has sent from its cache.
+    pub pages_sent: Arc<AtomicU64>,
 }
 
 /// The union as a FUSE file system.
