@@ -87,6 +87,42 @@ pub fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A child that has ended, with its exit code or 128 and the number of the signal that ended it, real-time signals included, which
+/// nix has no word for. It can still be asked for, until it is [`reap`]ed. `None` if there is none.
+pub fn ended() -> io::Result<Option<(Pid, i32)>> {
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    match wait(libc::P_ALL, 0, options) {
+        Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(None),
+        info => {
+            let info = info?;
+            // SAFETY: waitid(2) has filled in what it knows of an end of a child, or has left zeros.
+            let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+            let code = match info.si_code {
+                libc::CLD_EXITED => status,
+                _ => 128 + status,
+            };
+            Ok((pid != 0).then(|| (Pid::from_raw(pid), code)))
+        }
+    }
+}
+
+/// Has the kernel forget a child that has ended.
+pub fn reap(pid: Pid) -> io::Result<()> {
+    let id = libc::id_t::try_from(pid.as_raw()).map_err(io::Error::other)?;
+    wait(libc::P_PID, id, libc::WEXITED | libc::WNOHANG).map(drop)
+}
+
+fn wait(kind: libc::idtype_t, id: libc::id_t, options: i32) -> io::Result<libc::siginfo_t> {
+    // SAFETY: all zeros are a value of this plain structure, and the call writes to it alone.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        match libc::waitid(kind, id, &raw mut info, options) {
+            0 => Ok(info),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
 /// Whether a process that was forked has come to run a program of its own. One that has ended can be asked until it is
 /// waited for; `None` if nothing is known of it.
 pub fn has_executed(pid: Pid) -> Option<bool> {

@@ -53,3 +53,20 @@ fn who_hears_of_an_end_finds_the_container_ended_however_late_its_start_is_told(
         plyd.ok(["rm", "job"]);
     }
 }
+
+/// nix has no word for such a signal. The shim could not tell who had died of it, waited for nobody any more, and neither `stop` nor
+/// `rm` came to an end.
+#[test]
+fn a_process_that_dies_of_a_real_time_signal_has_ended_like_others() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    let dies = ["sh", "-c", "kill -34 $$; exit 1"];
+    plyd.ok(["run", "-d", "--name", "job", BUSYBOX, "sleep", "1000"]);
+    for _ in 0..2 {
+        let exec = ["exec", "job"];
+        assert_eq!(plyd.snapctl([&exec[..], &dies].concat()).code, 162);
+        plyd.ok(["exec", "job", "true"]);
+    }
+    plyd.ok(["stop", "-t", "1", "job"]);
+    plyd.ok(["rm", "job"]);
+}

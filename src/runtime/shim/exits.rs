@@ -4,31 +4,26 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use super::conn::Role;
 use super::process::End;
-use super::server::{Phase, Shim};
+use super::server::{Phase, Shim, complain};
 use crate::runtime::state::Status;
 use crate::runtime::wire::Reply;
-use crate::sys::child::has_executed;
+use crate::sys::child::{self, has_executed};
 
 impl Shim {
     /// Waits for every child that has ended.
     pub(super) fn reap(&mut self) {
-        // Once it has been waited for, nothing more can be asked of it.
-        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        while let Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) =
-            waitid(Id::All, look)
-        {
+        // Fails only where there is no such call.
+        while let Ok(Some((pid, code))) = child::ended() {
             let executed = has_executed(pid).unwrap_or(true);
-            let code = match waitpid(pid, None) {
-                Ok(WaitStatus::Exited(_, code)) => code,
-                Ok(WaitStatus::Signaled(_, signal, _)) => 128 + signal as i32,
-                // It has ended, so nothing else can be.
-                _ => break,
-            };
+            // Nothing more can be asked of it then.
+            if let Err(error) = child::reap(pid) {
+                complain(&format!("cannot wait for the process {pid}: {error}"));
+                break;
+            }
             let end = End { code, executed };
             if self.job_ended(pid.as_raw(), code) || self.process_ended(pid, end) {
                 continue;
