@@ -131,12 +131,12 @@ impl Layers {
         mended
     }
 
-    /// Whether a layer can be relied on: its record, index and recipe are sound and its contents are there. These are read only if the
-    /// layer was found to be damaged before.
+    /// Whether a layer can be relied on: its record, index and recipe are sound and its contents are there. These are read only if
+    /// they, or the layer, were found to be damaged or missing before.
     pub fn is_whole(&self, layer: LayerName) -> bool {
         let reads = match self.doubted.lock().contains(&layer) {
             true => Reads::All,
-            false => Reads::Nothing,
+            false => Reads::Doubted,
         };
         let is_recorded = self.get(layer).is_some() && self.has_sound_record(&layer.to_string());
         is_recorded && Examination::new(reads, &()).layer(self, layer).is_empty()

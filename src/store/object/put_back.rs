@@ -46,7 +46,7 @@ impl Objects {
         if let Some(places) = &mut *self.places.write() {
             places.extend(taken);
         }
-        self.note_brought(&names);
+        self.note_put_back(&names);
         Ok((packs, in_files))
     }
 

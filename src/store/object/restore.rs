@@ -74,7 +74,16 @@ impl Objects {
         self.doubted.lock().remove(name);
     }
 
-    /// These are in the store now.
+    /// These are where somebody has put them. Nobody has read them, so those that were damaged or missing are read before they are
+    /// relied on.
+    pub(super) fn note_put_back(&self, names: &[ObjectName]) {
+        let doubted = self.doubted.lock();
+        if names.iter().any(|name| doubted.contains(name)) {
+            self.healed.store(true, Ordering::Release);
+        }
+    }
+
+    /// These are in the store now, and are what was read of a layer.
     pub(super) fn note_brought(&self, names: &[ObjectName]) {
         let mut doubted = self.doubted.lock();
         // Each of them is looked at.

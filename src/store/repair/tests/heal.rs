@@ -114,3 +114,37 @@ fn what_is_put_back_is_found() {
     assert!(again.packs.is_empty() && again.files == 0);
     assert_eq!(store.reopen().faults(), 0);
 }
+
+/// Copies that were not what had been lost took the doubt away with them, though nobody had read them: the next image was
+/// loaded on them.
+#[test]
+fn what_is_put_back_is_read_before_anybody_relies_on_it() {
+    let store = Store::new();
+    let (pack, file) = (store.file("packs"), store.file("objects"));
+    let away = [&pack, &file].map(|path| (path.clone(), path.with_extension("away")));
+    for (path, away) in &away {
+        fs::rename(path, away).unwrap();
+    }
+    let store = store.reopen();
+    let look = |store: &Store| {
+        let layers = [store.layer, store.other];
+        let faults = |layer| store.layers.verify_layer(layer, false, &()).len();
+        layers.map(faults).into_iter().sum::<usize>()
+    };
+    assert_eq!(look(&store), 4);
+    for at in [200, 3500] {
+        flip(&away[0].1, at);
+    }
+    flip(&away[1].1, 200);
+    for (path, away) in &away {
+        fs::rename(away, path).unwrap();
+    }
+    let found = store.layers.take_put_back().unwrap();
+    assert_eq!((found.packs.len(), found.files), (1, 1));
+    // They are there, and nobody has said that they were read.
+    assert_eq!(look(&store), 0);
+    assert!(!store.layers.is_whole(store.layer));
+    let new = import(&store, &stream(&["a", "b", "large one"])).unwrap();
+    assert!(store.layers.verify_layer(new, true, &()).is_empty());
+    assert_eq!(store.faults(), 0);
+}
