@@ -39,6 +39,16 @@ pub fn programs(suite: &str) -> PathBuf {
     files.join("usr/bin")
 }
 
+/// Has containerd's content store lose the blobs of all layers.
+fn remove_layers(host: &Host) {
+    for blob in host.ctr(&["content", "ls"]).lines() {
+        if blob.contains("containerd.io/uncompressed=") {
+            let digest = blob.split_whitespace().next().unwrap();
+            host.ctr(&["content", "rm", digest]);
+        }
+    }
+}
+
 /// With our differ in place of the stock one: the same tree as the native snapshotter's, without a mount to unpack through.
 pub fn differ_makes_the_same(
     archive: &Path,
@@ -124,12 +134,7 @@ fn damaged_layers_are_restored_from_the_content_store() {
     // What containerd does not have any more is said by its name. Manifest and configuration stay: without them containerd
     // would remove the snapshots, and nobody would need the layers.
     damage();
-    for blob in host.ctr(&["content", "ls"]).lines() {
-        if blob.contains("containerd.io/uncompressed=") {
-            let digest = blob.split_whitespace().next().unwrap();
-            host.ctr(&["content", "rm", digest]);
-        }
-    }
+    remove_layers(&host);
     let told = host.try_snapctl(&["system", "repair"]).unwrap_err();
     assert!(told.contains("left: layer"), "{told}");
     assert!(told.contains("fetch the blob sha256:"), "{told}");
@@ -168,12 +173,7 @@ fn layers_that_came_as_files_get_contents_from_blobs_of_the_content_store_and_fr
     host.snapctl(&["system", "verify", "--deep"]);
 
     damage();
-    for blob in host.ctr(&["content", "ls"]).lines() {
-        if blob.contains("containerd.io/uncompressed=") {
-            let digest = blob.split_whitespace().next().unwrap();
-            host.ctr(&["content", "rm", digest]);
-        }
-    }
+    remove_layers(&host);
     let told = host.try_snapctl(&["system", "repair"]).unwrap_err();
     assert!(told.contains("left: layer"), "{told}");
     let told = host.snapctl(&["system", "repair", "-i", busybox]);

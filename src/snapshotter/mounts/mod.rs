@@ -412,7 +412,7 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
-        self.remember(&live);
+        self.remember(Self::met_damage(&live));
         if live.is_in_use(id) {
             tracing::warn!(id, "ending a mount that is still in use");
             live.abort();
@@ -421,15 +421,18 @@ impl Mounts {
         self.clear(id)
     }
 
-    /// Counts a mount that is about to end, if it could not read something. To be asked while it is there: its process ends
-    /// with it.
-    fn remember(&self, live: &Live) {
+    /// Whether a mount that is about to end could not read something. To be asked while it is there: its process ends with it.
+    fn met_damage(live: &Live) -> bool {
         // Who does not answer is ended all the same.
-        if let Ok(hello) = live.control.hello(LAST_ANSWER)
-            && (hello.damaged > 0 || hello.damaged_view)
-        {
-            self.shared.damaged.fetch_add(1, Ordering::Relaxed);
-        }
+        let hello = live.control.hello(LAST_ANSWER);
+        hello.is_ok_and(|hello| hello.damaged > 0 || hello.damaged_view)
+    }
+
+    /// Counts a mount that has ended, if it met damage.
+    fn remember(&self, met_damage: bool) {
+        self.shared
+            .damaged
+            .fetch_add(met_damage.into(), Ordering::Relaxed);
     }
 
     /// How many mounts have ended that could not read something of theirs, since this was last forgotten.

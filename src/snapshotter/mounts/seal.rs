@@ -24,7 +24,7 @@ impl Mounts {
             return self.clear(id);
         };
         self.shared.wake_up();
-        self.remember(&live);
+        let met_damage = Self::met_damage(&live);
         // Of the whole file system, not of this mount alone. Refused while a file is open for writing.
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         let none: Option<&str> = None;
@@ -47,6 +47,7 @@ impl Mounts {
                 .insert(left_of(id), Live { left: true, ..live });
             self.shared.wake_up();
         } else {
+            self.remember(met_damage);
             live.end();
         }
         self.clear(id)

@@ -41,14 +41,20 @@ struct Effort {
     told: u64,
 }
 
-/// Makes `change` to an image with so many directories. Answers what the commit of that did.
-fn effort(directories: usize, change: impl Fn(&Union)) -> Effort {
+/// A place with the image of so many directories as `base`.
+fn with_base(directories: usize) -> (Place, Snapshotter) {
     let place = Place::new();
     let snapshots = place.open();
     prepare(&snapshots, "unpack", None);
     let layer = (&*base(directories), &Expected::default());
     snapshots.apply_layer(OWNER, "unpack", layer, &()).unwrap();
     commit(&snapshots, "base", "unpack");
+    (place, snapshots)
+}
+
+/// Makes `change` to an image with so many directories. Answers what the commit of that did.
+fn effort(directories: usize, change: impl Fn(&Union)) -> Effort {
+    let (_place, snapshots) = with_base(directories);
     prepare(&snapshots, "work", Some("base"));
     let union = open(&snapshots, "work");
     change(&union);
@@ -145,12 +151,7 @@ fn so_does_one_of_files_with_several_names() {
 #[test]
 fn so_does_a_diff_of_a_snapshot_in_use() {
     let look = |directories| {
-        let place = Place::new();
-        let snapshots = place.open();
-        prepare(&snapshots, "unpack", None);
-        let layer = (&*base(directories), &Expected::default());
-        snapshots.apply_layer(OWNER, "unpack", layer, &()).unwrap();
-        commit(&snapshots, "base", "unpack");
+        let (_place, snapshots) = with_base(directories);
         for key in ["left", "work"] {
             prepare(&snapshots, key, Some("base"));
         }
