@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -68,7 +69,12 @@ impl Full {
 
     fn remount(&self, flags: MsFlags) {
         let none: Option<&str> = None;
-        mount(none, &self.disk.0, none, MsFlags::MS_REMOUNT | flags, none).unwrap();
+        let flags = MsFlags::MS_REMOUNT | flags;
+        // Refused as long as a child that another test is about to execute something in has a file open for writing.
+        while let Err(errno) = mount(none, &self.disk.0, none, flags, none) {
+            assert_eq!(errno, nix::Error::EBUSY);
+            std::thread::yield_now();
+        }
     }
 
     fn half_made(&self) -> usize {
@@ -121,8 +127,16 @@ fn a_full_disk_keeps_nobody_from_views_that_are_there_and_leaves_nothing_of_othe
     let path = full.view().unwrap().path().to_owned();
     let filler = full.fill(0);
     full.view().unwrap().verify().unwrap();
+    let taken: u64 = [&path, &filler]
+        .map(|path| fs::metadata(path).unwrap().blocks() * 512)
+        .iter()
+        .sum();
     fs::remove_file(&path).unwrap();
     fs::remove_file(filler).unwrap();
+    // A child that another test is about to execute something in may still have the view open.
+    while full.free() < taken {
+        std::thread::yield_now();
+    }
     let filler = full.fill(100 << 10);
     assert_fails(full.view(), libc::ENOSPC);
     assert_eq!(full.half_made(), 0);
