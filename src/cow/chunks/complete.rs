@@ -144,10 +144,7 @@ impl Union {
             volatile: self.volatile,
         };
         partial.scrub(&marked, |body| {
-            self.quietly(node, partial.upper.as_fd(), || {
-                body();
-                Ok(())
-            })
+            self.quietly(node, partial.upper.as_fd(), body)
         })?;
         upper.maps.note(node.id);
         Ok(partial)

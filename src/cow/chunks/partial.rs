@@ -141,7 +141,7 @@ impl Partial {
     pub(super) fn scrub(
         &self,
         marked: &Marked,
-        quietly: impl FnOnce(&dyn Fn()) -> Result<()>,
+        quietly: impl FnOnce(&dyn Fn() -> Result<()>) -> Result<()>,
     ) -> Result<()> {
         if self.map.is_scrubbed.load(Ordering::Acquire) {
             return Ok(());
@@ -162,20 +162,24 @@ impl Partial {
         self.map.cut(self.map_fd.as_fd(), size)?;
         self.catch_up()?;
         let limit = self.map.limit();
-        let mut remains = Vec::new();
+        let mut doubtful = Vec::new();
         let mut at = 0;
         while let Some(start) = self.map.next_lower(at) {
             let (end, _) = self.map.run(start, limit);
-            if self.has_content(start, end)? {
-                remains.push((start, end));
+            let data = self.halves().seek_upper(start, end, libc::SEEK_DATA, end)?;
+            if data < end {
+                doubtful.push((data, end));
             }
             at = end;
         }
-        if !remains.is_empty() {
+        if !doubtful.is_empty() {
             quietly(&|| {
-                remains
-                    .iter()
-                    .for_each(|&(start, end)| self.empty(start, end));
+                for &(start, end) in &doubtful {
+                    if self.has_content(start, end)? {
+                        self.empty(start, end);
+                    }
+                }
+                Ok(())
             })?;
         }
         self.map.is_scrubbed.store(true, Ordering::Release);
