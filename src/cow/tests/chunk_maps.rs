@@ -199,7 +199,7 @@ fn a_completion_that_fails_at_its_end_leaves_a_file_to_write_and_to_complete() {
     let all = pattern(8 * CHUNK, 2);
     write(&fixture, "f", 0, &all);
     let host = std::fs::File::open(fixture.upper().join("f")).unwrap();
-    let host = crate::sys::fs::Object::Open(std::os::fd::AsFd::as_fd(&host));
+    let host = crate::sys::fs::Object::Open(host.as_fd());
     crate::sys::xattr::remove(host, OsStr::new("trusted.overlay.metacopy")).unwrap();
     cut(&fixture, "f", 3 * CHUNK + 5);
     write(&fixture, "f", 6 * CHUNK, b"new");

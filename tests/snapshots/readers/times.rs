@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use nix::fcntl::posix_fallocate;
 use nix::sys::stat::{Mode, UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
-use nix::unistd::mkfifo;
+use nix::unistd::{mkfifo, truncate};
 
 use super::{LARGE, OWNER, Place, SMALL, mapping, writer};
 
@@ -102,6 +102,7 @@ fn fill(root: &Path) {
         "written",
         "stored",
         "cut",
+        "not cut",
         "linked",
         "touched/gone",
         "renamed/file",
@@ -140,6 +141,7 @@ fn check(options: &str) {
         file.write_all_at(b"written", 10_000).unwrap();
     }
     cut.set_len(SMALL as u64 - 7).unwrap();
+    truncate(&root.join("not cut"), SMALL as i64).unwrap();
     // Space that lies below what is the layers' still, and that reading makes look like data.
     posix_fallocate(&writer(root.join("reserved")), 0, 10).unwrap();
     fs::read(root.join("reserved")).unwrap();
