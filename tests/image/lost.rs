@@ -4,7 +4,7 @@ use std::fs;
 
 use super::archive::*;
 use super::common::Plyd;
-use super::damage::{files, load};
+use super::damage::{files, image, load, mount};
 use super::told::restart;
 
 /// An image of busybox.
@@ -146,4 +146,55 @@ fn a_program_whose_content_is_damaged_is_126_and_says_what_mends_it() {
         assert!(done.stderr.contains(advice), "{args:?}: {}", done.stderr);
     }
     assert_eq!(plyd.ok(["ps", "-aq"]).lines().count(), 1);
+}
+
+/// There was a line for each file, of the file in `objects` that its content never was.
+#[test]
+fn files_that_are_lost_with_a_pack_are_told_by_few_lines_that_name_it() {
+    let plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    plyd.ok(["snapshot", "view", "look", "whole"]);
+    let mnt = mount(&plyd, "look");
+    let packs = files(&plyd, "store/packs", ".pack");
+    let away = |number: usize| plyd.dir().join(format!("away {number}"));
+    for (number, pack) in packs.iter().enumerate() {
+        fs::rename(pack, away(number)).unwrap();
+    }
+    let read = || {
+        let paths = fs::read_dir(&mnt)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let read: Vec<_> = paths.map(|path| fs::read(path).map(drop)).collect();
+        read.into_iter().filter(Result::is_err).count()
+    };
+    for _ in 0..2 {
+        assert_eq!(read(), 301);
+    }
+    let log = || {
+        let own = plyd.json(["snapshot", "mounts", "look", "--json"])[0]["source"].clone();
+        let own = fs::canonicalize(own.as_str().unwrap()).unwrap();
+        fs::read_to_string(own.with_file_name("plyfs.log")).unwrap()
+    };
+    let told = log();
+    let failed = |told: &str| told.matches("an operation failed").count();
+    // Five of one pack, the only one of the other, and one for all the rest.
+    assert_eq!(failed(&told), 7, "{told}");
+    for pack in &packs {
+        let gone = format!(
+            ": the pack {} is gone, and nothing else has the content; ",
+            pack.display()
+        );
+        assert!(told.contains(&gone), "{told}");
+    }
+    let rest = " is gone, and nothing else has the contents of more files that were in it; ";
+    assert_eq!(told.matches(rest).count(), 1, "{told}");
+    assert!(!told.contains("/objects/"), "{told}");
+
+    for (number, pack) in packs.iter().enumerate() {
+        fs::rename(away(number), pack).unwrap();
+    }
+    plyd.ok(["system", "repair"]);
+    assert_eq!(read(), 0);
+    assert_eq!(failed(&log()), 7);
+    plyd.umount(&mnt);
 }

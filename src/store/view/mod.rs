@@ -6,6 +6,7 @@
 mod build;
 mod effort;
 mod file;
+mod lost;
 mod merged;
 mod names;
 mod path;
@@ -36,6 +37,7 @@ pub use super::object::Verify;
 pub(super) use build::{build, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
+use lost::NamedLost;
 pub(super) use merged::Merged;
 pub use names::Names;
 #[cfg(test)]
@@ -110,6 +112,7 @@ pub struct View {
     /// Objects that could not be used when they were last read, and their number for whoever only asks for that.
     damaged: Mutex<HashSet<u32>>,
     damage: AtomicUsize,
+    lost: NamedLost,
 }
 
 /// What is known of contents by the numbers of their objects.
@@ -168,6 +171,7 @@ impl View {
             verify,
             damaged: Mutex::default(),
             damage: AtomicUsize::new(0),
+            lost: NamedLost::default(),
         };
         if view.inode(Self::ROOT)?.kind() != libc::S_IFDIR {
             return Err(view.file.damaged("its root is not a directory"));
@@ -350,6 +354,7 @@ impl View {
     /// index nothing is forgotten: a page that was mended is seen as it is, and one that was not may be sound in what is read of it.
     pub fn refresh(&self) {
         self.objects.refresh();
+        self.lost.forget();
         *self.known.write() = Known::nothing(&self.file);
     }
 
@@ -389,6 +394,9 @@ impl View {
             frames: known.frames.lock().get(&number).cloned(),
         };
         let mut content = self.objects.open(&object, place, &check);
+        if let Err(error) = content {
+            content = Err(self.or_lost(place, error));
+        }
         match &mut content {
             Ok(Content::Framed(framed)) => {
                 known.share(number, framed);
