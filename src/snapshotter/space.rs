@@ -278,7 +278,7 @@ impl Snapshotter {
         }
         let mut all = Below {
             lowers,
-            view: self.packed.view(chain.clone())?,
+            view: self.packed.passing_view(chain.clone())?,
             work: None,
         };
         if has_upper {
