@@ -43,7 +43,7 @@ fn a_record_that_is_damaged_when_plyd_starts_is_told_once_and_made_anew_with_its
             .collect();
         assert_eq!(told.len(), 1, "{log}");
         let sentence = format!(
-            "the record {} cannot be used: its checksum does not match its content; `snapctl system repair` makes it anew, or says what would",
+            "the record {} cannot be used: its checksum does not match its content; `snapctl system repair` makes it anew, or says what to do",
             record.display()
         );
         assert!(told[0].contains(&sentence), "{}", told[0]);

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::archive::*;
-use super::common::Plyd;
+use super::common::{Plyd, busybox_archive};
 use super::damage::{break_record, files, image, load, newer, parse};
 use super::told::restart;
 
@@ -67,7 +67,7 @@ fn a_list_that_is_not_complete_says_so() {
             _ => "2 records",
         };
         let line = format!(
-            "snapctl: {what} cannot be used, so that not all is shown; `snapctl system verify` names what is missing, and `snapctl system repair` mends it, or says what would\n"
+            "snapctl: {what} cannot be used, so that not all is shown; `snapctl system verify` names what is missing, and `snapctl system repair` mends it, or says what to do\n"
         );
         for format in [&[][..], &["--json"], &["-q"]] {
             assert_eq!(told(&plyd, list, format), line, "{list:?} {format:?}");
@@ -113,7 +113,7 @@ fn a_layer_with_a_damaged_record_is_not_said_to_be_gone() {
     let export = plyd.snapctl(["layer", "export", &name[..8]]);
     assert_eq!(export.code, 1);
     let sentence = format!(
-        "the record {} cannot be used: its checksum does not match its content; `snapctl system repair` makes it anew, or says what would\n",
+        "the record {} cannot be used: its checksum does not match its content; `snapctl system repair` makes it anew, or says what to do\n",
         record.display()
     );
     for told in [run.stderr, export.stderr] {
@@ -221,4 +221,84 @@ fn an_image_is_not_loaded_over_records_of_a_newer_release() {
         }
     }
     load(&plyd, &archive);
+}
+
+/// The log at the start did not name the archive, which the image's record cannot be made anew without, nothing said what hangs on a
+/// record, and each listing was an error in the log for each snapshot that it left out.
+#[test]
+fn of_a_damaged_record_it_is_told_what_builds_on_it_and_what_mends_it() {
+    let mut plyd = Plyd::start();
+    plyd.load_busybox();
+    let busybox = "localhost/busybox";
+    plyd.ok(["run", "-d", "--name", "box", busybox, "sleep", "1000"]);
+    for number in 1..=6 {
+        plyd.ok(["snapshot", "prepare", &format!("work-{number}"), busybox]);
+    }
+    let image = files(&plyd, "images/records", ".record").remove(0);
+    let top = plyd.json(["image", "inspect", busybox])[0]["chain_id"].clone();
+    let all = plyd.json(["snapshot", "ls", "--json"]);
+    let mut all = all.as_array().unwrap().iter();
+    let layer = all.find(|snapshot| snapshot["key"] == top).unwrap();
+    let layer = format!("snapshots/records/{}.record", layer["id"].as_str().unwrap());
+    let layer = plyd.root().join(layer);
+    let before = plyd.log().len();
+    restart(&mut plyd, |_| {
+        for record in [&layer, &image] {
+            break_record(record);
+        }
+    });
+    let advice = "; `snapctl system repair` makes it anew from the image's record; where that is damaged or gone, too, `snapctl system repair -i` or `snapctl image load` with the image's archive does";
+    let log = plyd.log()[before..].to_owned();
+    let mut lines = log.lines();
+    let started = lines.find(|line| line.contains(layer.to_str().unwrap()));
+    let started = started.unwrap();
+    for words in [advice, " on_top=7", top.as_str().unwrap()] {
+        assert!(started.contains(words), "{started}");
+    }
+
+    let told = plyd.snapctl(["system", "verify"]).stdout;
+    let of_layer = "; what builds on it: the root of the container box, the snapshot work-1, the snapshot work-2, the snapshot work-3, the snapshot work-4 and 2 more";
+    let of_image = "; what builds on it: the container box";
+    for (record, words) in [(&layer, of_layer), (&image, of_image)] {
+        let line = told
+            .lines()
+            .find(|line| line.contains(record.to_str().unwrap()));
+        assert!(line.unwrap().contains(&format!("{words}; ")), "{told}");
+        let logged = plyd.log();
+        let mut lines = logged.lines();
+        let is_it = |line: &&str| line.contains("verify found") && line.ends_with(words);
+        assert!(lines.any(|line| is_it(&line)), "{logged}");
+    }
+    assert!(told.contains(advice), "{told}");
+    let faults = parse(&plyd.snapctl(["system", "verify", "--json"]))["faults"].clone();
+    let named = faults.as_array().unwrap().iter();
+    assert_eq!(named.filter(|fault| fault["on_top"].is_string()).count(), 2);
+
+    let left_out = |plyd: &Plyd| {
+        for _ in 0..3 {
+            plyd.ok(["snapshot", "ls"]);
+            plyd.snapctl(["system", "df", "-q"]);
+        }
+        let log = plyd.log()[before..].to_owned();
+        let lines = log.lines();
+        let lines = lines.filter(|line| line.contains("left out of listings"));
+        assert!(
+            !log.contains("ERROR plywood::snapshotter::queries"),
+            "{log}"
+        );
+        lines.count()
+    };
+    assert_eq!(left_out(&plyd), 1);
+    plyd.ok([
+        "system",
+        "repair",
+        "-i",
+        busybox_archive().to_str().unwrap(),
+    ]);
+    assert_eq!(left_out(&plyd), 1);
+    // Another time.
+    break_record(&layer);
+    assert_eq!(left_out(&plyd), 2);
+    plyd.ok(["system", "repair"]);
+    plyd.ok(["exec", "box", "true"]);
 }

@@ -304,10 +304,15 @@ fn damaged(info: &InfoView) -> String {
         .map(|mounts| format!("something in {mounts} since ended (plyd's log names it)"));
     let all = [read, ended, some(info.damaged_records, "record")];
     let all: Vec<String> = all.into_iter().flatten().collect();
+    let number = info.damaged_contents
+        + info.damaged_views
+        + info.damaged_mounts_ended
+        + info.damaged_records;
+    let them = if number == 1 { "it" } else { "them" };
     match all.is_empty() {
         true => "nothing that was read".to_owned(),
         false => format!(
-            "{}; `snapctl system repair` mends them, or says what would",
+            "{}; `snapctl system repair` mends {them}, or says what to do",
             all.join(", ")
         ),
     }

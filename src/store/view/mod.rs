@@ -6,6 +6,7 @@
 mod build;
 mod effort;
 mod file;
+mod held;
 mod lost;
 mod merged;
 mod names;
@@ -37,6 +38,7 @@ pub use super::object::Verify;
 pub(super) use build::{build, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
+pub use held::{HeldDamage, HeldView};
 use lost::NamedLost;
 pub(super) use merged::Merged;
 pub use names::Names;
