@@ -228,15 +228,15 @@ fn what_is_counted_leaves_no_view() {
     let place = Place::new();
     let snapshots = place.open();
     let upper = prepared(&snapshots, false).dir;
-    std::fs::write(upper.join("new"), [7; 5000]).unwrap();
-    let store = snapshots.packed_layers();
+    fs::write(upper.join("new"), [7; 5000]).unwrap();
+    let layers = snapshots.packed_layers();
     let views = place.root().join("store/views");
     let list = |dir: &Path| -> Vec<_> {
-        let entries = std::fs::read_dir(dir).unwrap();
+        let entries = fs::read_dir(dir).unwrap();
         entries.map(|entry| entry.unwrap().path()).collect()
     };
     for view in list(&views) {
-        std::fs::remove_file(view).unwrap();
+        fs::remove_file(view).unwrap();
     }
     let space = snapshots.space(&[]).unwrap();
     assert_eq!(space.problems, [""; 0]);
@@ -248,11 +248,8 @@ fn what_is_counted_leaves_no_view() {
         list(&place.root().join("store/tmp")),
         [""; 0].map(PathBuf::from)
     );
-    let chain = [store.list()[0].0];
-    drop(
-        store
-            .view(&chain, crate::store::view::Verify::First)
-            .unwrap(),
-    );
+    // There was none to be found.
+    let chain = [layers.list()[0].0];
+    drop(layers.view(&chain, store::view::Verify::First).unwrap());
     assert_eq!(list(&views).len(), 1);
 }

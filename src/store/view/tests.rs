@@ -3,9 +3,9 @@ mod cost;
 mod forward;
 mod frames;
 mod names;
+mod written_over;
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::*;
@@ -417,30 +417,6 @@ fn every_damaged_byte_is_an_error_or_changes_nothing() {
             }
         }
     }
-}
-
-/// Every file was a pipe, and whoever opened one waited for ever.
-#[test]
-fn what_is_written_over_while_it_is_read_is_damaged_and_no_pipe() {
-    let fixture = Fixture::new();
-    let chain = fixture.chain(vec![Stream::new().file("file", "content")]);
-    let view = fixture.layers.view(&chain, Verify::First).unwrap();
-    let good = fs::read(view.path()).unwrap();
-    let number = at(&view, "file").0;
-    walk(&view).unwrap();
-    // In its place, for it is mapped.
-    let write = |bytes: &[u8]| {
-        let file = fs::OpenOptions::new().write(true).open(view.path());
-        file.unwrap().write_all_at(bytes, 0).unwrap();
-    };
-    write(&vec![0; good.len()]);
-    for _ in 0..2 {
-        assert!(view.inode(number).is_err());
-    }
-    assert!(view.is_damaged());
-    write(&good);
-    assert_eq!(at(&view, "file").0, number);
-    assert!(!view.is_damaged());
 }
 
 /// Makes all sums of an index with one page right.
