@@ -4,7 +4,7 @@ use std::fs;
 
 use super::archive::*;
 use super::common::Plyd;
-use super::damage::{files, image, load, mount};
+use super::damage::{files, flip, image, load, mount};
 use super::told::restart;
 
 /// An image of busybox.
@@ -146,6 +146,40 @@ fn a_program_whose_content_is_damaged_is_126_and_says_what_mends_it() {
         assert!(done.stderr.contains(advice), "{args:?}: {}", done.stderr);
     }
     assert_eq!(plyd.ok(["ps", "-aq"]).lines().count(), 1);
+}
+
+/// It was documented as 126, too, though the kernel has started it then.
+#[test]
+fn a_program_that_is_damaged_further_on_is_ended_by_a_signal() {
+    let plyd = Plyd::start();
+    load(&plyd, &lost());
+    let dirs = fs::read_dir(plyd.root().join("store/objects")).unwrap();
+    let mut files = dirs.flat_map(|dir| fs::read_dir(dir.unwrap().path()).unwrap());
+    let busybox = files.next().unwrap().unwrap().path();
+    // Neither the beginning nor the data, which the kernel reads when it starts the program.
+    let length = fs::metadata(&busybox).unwrap().len();
+    for at in (length / 4..length / 3 * 2).step_by(8 << 10) {
+        flip(&busybox, at);
+    }
+    let run = [
+        "run",
+        "--rm",
+        "-u",
+        "0:0",
+        "lost",
+        "sh",
+        "-c",
+        "echo $((1 + 1))",
+    ];
+    let done = plyd.snapctl(run);
+    assert_eq!(
+        (done.code, &*done.stdout),
+        (128 + libc::SIGBUS, ""),
+        "{done:?}"
+    );
+    let mended = plyd.piped(["system", "repair", "-i", "-"], &lost());
+    assert_eq!(mended.code, 0, "{}", mended.stdout);
+    assert_eq!(plyd.ok(run), "2\n");
 }
 
 /// There was a line for each file, of the file in `objects` that its content never was.

@@ -57,7 +57,7 @@ Examples:
     #[command(
         after_help = "Of layers that is the record, the index and the recipe of each, packs, and the merged views of their chains; the \
 contents are looked for, and read with --deep. Records of snapshots, images and containers are read, too. \
-Exits with 1 if something is damaged. Nothing is changed: `snapctl system repair` mends it.
+Exits with 1 if something is damaged. Nothing is mended: `snapctl system repair` does that, or says what to do.
 
 Examples:
   snapctl system verify
