@@ -113,12 +113,16 @@ impl Stores<'_> {
                     let name = named.map_or_else(|| key.clone(), |(_, name)| name);
                     format!("stop the container {name} and start it again")
                 }
-                (Owner::Containerd, _) => format!("start the container on {of} again"),
+                // It keeps its mount when the container ends.
+                (Owner::Containerd, Some(mount)) => format!(
+                    "stop the container on {of}, unmount {} (umount(8)), and start it again",
+                    mount.path.display()
+                ),
                 (Owner::Image | Owner::Snapctl, Some(mount)) => format!(
                     "unmount {of} wherever it is bound to, {} last (umount(8)), and have it mounted anew with `snapctl snapshot mounts`",
                     mount.path.display()
                 ),
-                (Owner::Image | Owner::Snapctl, None) => format!("have {of} mounted anew"),
+                (_, None) => format!("have {of} mounted anew"),
             }
         });
         listed_by(&again.collect::<Vec<_>>(), "; ")
