@@ -129,7 +129,7 @@ impl Snapshotter {
                     .any(|found| found.id == id && found.record.kind != Kind::Committed)
         })?;
         if !damaged.is_empty() {
-            catalog.log_damaged()?;
+            catalog.log_damaged(&damaged);
         }
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
         let store = root.join("store");

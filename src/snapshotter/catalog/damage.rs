@@ -72,20 +72,28 @@ impl Catalog {
         Ok(found)
     }
 
-    /// Says in the log which records could not be read at the start, whose they are and what to do.
-    pub(in crate::snapshotter) fn log_damaged(&self) -> Result<()> {
+    /// Says in the log that `damaged` could not be read at the start, whose these are and what to do.
+    pub(in crate::snapshotter) fn log_damaged(&self, damaged: &[Damaged]) {
+        let unusable = self.damaged().unwrap_or_else(|error| {
+            tracing::warn!(%error, "whose records they are that cannot be used cannot be told");
+            let unknown = damaged.iter().map(|damaged| UnusableRecord {
+                damaged: damaged.clone(),
+                of: None,
+                on_top: Vec::new(),
+            });
+            unknown.collect()
+        });
         for UnusableRecord {
             damaged,
             of,
             on_top,
-        } in self.damaged()?
+        } in unusable
         {
             let owner = of.as_ref().map(|of| of.owner.as_str());
             let snapshot = of.map(|of| of.key);
             let on_top = on_top.len();
             tracing::error!(owner, snapshot, on_top, "{damaged}");
         }
-        Ok(())
     }
 
     /// Whether the record of that id cannot be used, or is gone though its snapshot is not.
