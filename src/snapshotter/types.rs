@@ -8,8 +8,9 @@ use std::time::SystemTime;
 
 use crate::cow;
 use crate::store::ingest::Settings;
+use crate::store::record::{self, Damaged};
 use crate::store::view::Verify;
-use crate::store::{self, LayerName, index, record};
+use crate::store::{self, LayerName, index};
 use crate::sys::fuse_mount;
 
 /// Who made a snapshot, and who alone may resolve or remove it through its own service.
@@ -35,6 +36,17 @@ pub struct ParentRef {
     pub owner: Owner,
     /// Which.
     pub key: String,
+}
+
+/// A record of a snapshot that cannot be used, or is gone though the snapshot is not.
+#[derive(Clone, Debug)]
+pub struct UnusableRecord {
+    /// What is wrong with it, and what to do.
+    pub damaged: Damaged,
+    /// Whose it is, if that is known or the index of names can tell.
+    pub of: Option<ParentRef>,
+    /// What is known to build on it, also by way of others, in order of creation.
+    pub on_top: Vec<ParentRef>,
 }
 
 /// The state of a snapshot.
