@@ -3,7 +3,7 @@
 //! Whoever reads the entries in their order, on the tree that lies below, gets the tree that the snapshot shows. Every
 //! path comes after its parents, and each parent of a change is told, changed or not.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
@@ -96,13 +96,13 @@ pub(super) fn at(path: &Path, fault: Fault) -> Error {
 }
 
 /// Tells the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in
-/// it. Answers which files with several names are among them.
+/// it.
 pub(super) fn tell(
     changes: &[Change],
     new: &Union,
     view: Option<&View>,
     out: &mut impl Output,
-) -> Result<HashSet<NodeId>> {
+) -> Result<()> {
     let mut teller = Teller {
         changes,
         new,
@@ -117,7 +117,7 @@ pub(super) fn tell(
             .change(change)
             .map_err(|fault| at(&change.path, fault))?;
     }
-    Ok(teller.links.into_keys().map(NodeId).collect())
+    Ok(())
 }
 
 struct Teller<'a, O> {

@@ -9,20 +9,21 @@ use std::path::Path;
 
 use super::Change;
 use super::entries::{Fault, Object, Output, at, tell};
-use super::walk::check_links;
-use crate::cow::{CopiedLinks, FileKind, Union, UnionConfig};
+use crate::cow::{FileKind, Union};
 use crate::snapshotter::types::*;
 use crate::store::Time;
 use crate::store::tar::write::{NewEntry, Writer, is_carried, parts};
 use crate::store::tar::{Kind, WHITEOUT};
+use crate::store::view::View;
 
 const BUFFER: usize = 256 << 10;
 
-/// Writes the changes, which are in byte order of their paths, of the union that `new` is. They were found when the union
-/// had those links. With an `epoch`, later times of modification become that one, and whiteouts have it.
+/// Writes the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in
+/// it. With an `epoch`, later times of modification become that one, and whiteouts have it.
 pub(in crate::snapshotter) fn write(
-    (changes, links): (Vec<Change>, CopiedLinks),
-    new: UnionConfig,
+    changes: &[Change],
+    new: &Union,
+    view: Option<&View>,
     out: impl Write,
     epoch: Option<Time>,
 ) -> Result<()> {
@@ -31,12 +32,7 @@ pub(in crate::snapshotter) fn write(
         epoch,
         buffer: vec![0; BUFFER],
     };
-    if !changes.is_empty() {
-        let view = new.view.clone();
-        let new = Union::open(new)?;
-        let told = tell(&changes, &new, view.as_deref(), &mut layer)?;
-        check_links(&new, &links, &told)?;
-    }
+    tell(changes, new, view, &mut layer)?;
     let ended = layer.out.finish().map(drop);
     ended.map_err(|source| at(Path::new("/"), source.into()))
 }
