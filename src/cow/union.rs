@@ -66,6 +66,11 @@ impl Union {
         self.upper.is_none()
     }
 
+    /// Whether the topmost layer is the upper of others: what is in it may change, go and be another at any moment.
+    pub fn is_live(&self) -> bool {
+        self.reads_upper
+    }
+
     /// What of packed layers could not be used when it was last read.
     pub fn damage(&self) -> Damage {
         let each = self.lowers.iter().map(|lower| lower.damage());

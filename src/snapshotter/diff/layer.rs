@@ -115,6 +115,10 @@ impl<W: Write> Layer<W> {
 
     fn file(&mut self, entry: NewEntry<'_>, object: &Object<'_>) -> Result<(), Fault> {
         let (union, node, size) = (object.union, object.node, object.attr.size);
+        if size > 0 {
+            // What cannot be opened is not to be taken for a hole below.
+            union.read(node, None, 0, &mut [])?;
+        }
         let seek = |from: u64, whence| {
             let from = i64::try_from(from).unwrap_or(i64::MAX);
             let found = union.lseek(node, None, from, whence)?;
@@ -134,7 +138,15 @@ impl<W: Write> Layer<W> {
             },
         )?;
         let entry = NewEntry { size, ..entry };
-        let read = |buffer: &mut [u8], at| Ok(union.read(node, None, at, buffer)?);
+        let read = |buffer: &mut [u8], at| match union.read(node, None, at, buffer) {
+            // Somebody has cut it since its size was told: as with GNU tar zeros take the place of what is gone.
+            Ok(0) if union.is_live() => {
+                buffer.fill(0);
+                Ok(buffer.len())
+            }
+            Ok(count) => Ok(count),
+            Err(error) => Err(Fault::Content(error)),
+        };
         self.out
             .file(&entry, &parts, &mut self.buffer, read, Fault::from)
     }

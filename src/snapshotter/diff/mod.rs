@@ -295,15 +295,23 @@ pub(super) fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Opti
 }
 
 pub(super) fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>> {
-    let handle = union.open_dir(node)?;
     let mut names = BTreeSet::new();
-    union.read_dir(node, &handle, 0, &mut |entry| {
-        if entry.name != "." && entry.name != ".." {
-            names.insert(entry.name);
+    let listed = union.open_dir(node).and_then(|handle| {
+        union.read_dir(node, &handle, 0, &mut |entry| {
+            if entry.name != "." && entry.name != ".." {
+                names.insert(entry.name);
+            }
+            true
+        })
+    });
+    match listed {
+        // It has been removed since it was found.
+        Err(error) if error.errno == libc::ENOENT && union.is_live() => Ok(BTreeSet::new()),
+        listed => {
+            listed?;
+            Ok(names)
         }
-        true
-    })?;
-    Ok(names)
+    }
 }
 
 /// The extended attributes that a node shows, in order of their names.
