@@ -133,7 +133,7 @@ impl Snapshotter {
             false => Union::open(diff::with_own(&own, &below).union())?,
         };
         let below_own = self.diff_packed(found)?;
-        let (changes, _) = diff::changes(&own, &new, below, below_own, Directories::Own)?;
+        let changes = diff::changes(&own, &new, below, below_own, Directories::Own)?;
         let ancestors = self.catalog.ancestors(&found.record)?;
         let chain = ancestors.iter().filter_map(|found| found.record.packed);
         self.packed.make(chain.collect(), |layer| {

@@ -315,9 +315,9 @@ pub enum Error {
         /// What failed.
         source: cow::Error,
     },
-    /// A file with several names was changed while names of it were told.
+    /// A file with several names got another one while names of it were told, and again each time that this was begun anew.
     #[error(
-        "a file of the layers below that has several names was changed or removed meanwhile, and not all of them would be told; repeat this, or pause what writes to the snapshot"
+        "a file that has several names in the layers below, which are directories, was changed and got a new name each time that the names were looked at; repeat this when less is written to the snapshot, or pause the container meanwhile (`ctr tasks pause`; one of snapctl's can only be stopped, `snapctl stop`)"
     )]
     LinksChanged,
     /// mount(2) or what it needs.
