@@ -233,7 +233,7 @@ impl Repair {
             repair: self,
             faults: Mutex::default(),
         };
-        layers.verify(true, &found);
+        layers.verify(true, &found)?;
         let mut patients = Patients::new();
         for fault in found.faults.into_inner() {
             // What is left of packs is told in the end.

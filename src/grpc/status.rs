@@ -71,7 +71,7 @@ pub(super) fn store_code(error: &store::Error) -> Code {
         Error::Unsupported { .. } => Code::FailedPrecondition,
         Error::Output(source) => io_code(source),
         Error::Record(error) => record_code(error),
-        Error::Entry { source, .. } => store_code(source),
+        Error::Entry { source, .. } | Error::Uncollected { source, .. } => store_code(source),
     }
 }
 

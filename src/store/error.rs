@@ -93,6 +93,17 @@ pub enum Error {
         /// Why not.
         source: Box<Self>,
     },
+    /// A collection has left all contents where they are, since what is needed of them cannot be told.
+    #[error(
+        "no content was collected, for nobody can tell what {whose} needs: {}",
+        with_remedy(source)
+    )]
+    Uncollected {
+        /// Whose need is not known, in words.
+        whose: String,
+        /// Why not.
+        source: Box<Self>,
+    },
     /// The records.
     #[error(transparent)]
     Record(#[from] record::Error),
@@ -126,6 +137,17 @@ impl Error {
         }
     }
 
+    /// Whether the host had no descriptors or no memory left for it, which says nothing of what lies on the disk.
+    pub(super) fn is_exhaustion(&self) -> bool {
+        let source = match self {
+            Self::Io { source, .. } | Self::Record(record::Error::Io { source, .. }) => source,
+            Self::Entry { source, .. } => return source.is_exhaustion(),
+            _ => return false,
+        };
+        let errno = source.raw_os_error();
+        errno.is_some_and(|errno| [libc::EMFILE, libc::ENFILE, libc::ENOMEM].contains(&errno))
+    }
+
     /// What is wrong, without what to do about it: for who says that for several at once.
     pub fn problem(&self) -> String {
         match self {
@@ -136,6 +158,16 @@ impl Error {
             Self::Entry { place, source } => format!("{place}: {}", source.problem()),
             other => other.to_string(),
         }
+    }
+}
+
+/// What is wrong, and what to do about it where that is said nowhere else.
+fn with_remedy(error: &Error) -> String {
+    match error {
+        Error::Io { .. } if !error.is_exhaustion() => {
+            format!("{error}; `snapctl system repair` mends it, or says what would")
+        }
+        error => error.to_string(),
     }
 }
 

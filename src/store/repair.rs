@@ -25,7 +25,7 @@ use super::format::{LayerName, ViewKey};
 use super::ingest::{self, Observer};
 use super::layer::index::LayerIndex;
 use super::layers::{Expected, LayerRecord, Layers};
-use super::verify::{BadView, Examination, Reads};
+use super::verify::{BadView, Examination, Fault, Reads};
 use super::view::{self, Verify, View};
 
 pub use pick::Lacking;
@@ -184,18 +184,19 @@ impl Layers {
     /// If contents that were damaged or missing have come with a layer: takes their bad copies off the disk, and finds out which
     /// layers are whole with them.
     pub fn settle_healed(&self) {
+        // What an import that failed has brought anew may have waited for this.
+        if self.objects().has_bad_copies() {
+            let _no_collection = self.collecting.lock();
+            let purged = self.objects().purge(self.tmp(), self.settings().level);
+            if let Err(error) = purged {
+                tracing::warn!(%error, "a damaged copy of a content stays beside the good one for now");
+            }
+        }
         if !self.objects().take_healed() {
             return;
         }
         tracing::info!("contents that were damaged or missing are there again");
         self.note_mended();
-        let purged = {
-            let _no_collection = self.collecting.lock();
-            self.objects().purge(self.tmp(), self.settings().level)
-        };
-        if let Err(error) = purged {
-            tracing::warn!(%error, "a damaged copy of a content stays beside the good one");
-        }
         let mut examination = Examination::new(Reads::Doubted, &());
         for layer in self.doubted() {
             if examination.layer(self, layer).is_empty() {
@@ -204,12 +205,13 @@ impl Layers {
         }
     }
 
-    /// Remembers what was found of a layer: that it is damaged, or that it is not.
-    pub(super) fn remember_faults(&self, layer: LayerName, is_damaged: bool) {
+    /// Remembers what was found of a layer: that it is damaged, or that it is not. Where nobody could look, that is neither.
+    pub(super) fn remember_faults(&self, layer: LayerName, faults: &[Fault]) {
+        let is_damaged = faults.iter().any(|fault| !fault.error.is_exhaustion());
         let mut doubted = self.doubted.lock();
         if is_damaged {
             doubted.insert(layer);
-        } else if doubted.remove(&layer) {
+        } else if faults.is_empty() && doubted.remove(&layer) {
             self.note_mended();
         }
     }

@@ -44,7 +44,9 @@ impl Objects {
         let in_files = taken.len() - in_packs;
         let names: Vec<ObjectName> = taken.iter().map(|(name, _)| *name).collect();
         if let Some(places) = &mut *self.places.write() {
-            places.extend(taken);
+            for (name, place) in taken {
+                places.bring(name, place);
+            }
         }
         self.note_put_back(&names);
         Ok((packs, in_files))
@@ -56,7 +58,7 @@ impl Objects {
         // In this order: the objects of one that has come are known before it is not on its way any more.
         let coming = self.relied.lock().coming.clone();
         let known: HashSet<PackId> = match &*self.places.read() {
-            Some(places) => places.values().filter_map(|place| place.pack()).collect(),
+            Some(places) => places.packs(),
             None => HashSet::new(),
         };
         packs.retain(|id| !coming.contains(id) && !known.contains(id));

@@ -176,3 +176,23 @@ fn what_is_not_published_is_removed() {
     drop(FileWriter::create(tmp.path()).unwrap());
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
 }
+
+/// The end of another import gave a bad copy its place back while one was bringing a good one.
+#[test]
+fn nothing_is_given_back_while_an_import_is_under_way() {
+    let tmp = tempfile::tempdir().unwrap();
+    let objects = store(tmp.path());
+    let sealed = packed(tmp.path(), b"content");
+    let path = objects.pack_path(sealed.id);
+    objects.publish(Some(sealed), Vec::new()).unwrap();
+    let object = object(b"content");
+    let place = objects.find(&object.name).unwrap();
+    assert!(place.is_some());
+    fs::remove_file(path).unwrap();
+    let importing = objects.importing();
+    assert_eq!(objects.find_for_import(&object).unwrap(), None);
+    objects.give_back();
+    assert_eq!(objects.find(&object.name).unwrap(), None);
+    drop(importing);
+    assert_eq!(objects.find(&object.name).unwrap(), place);
+}
