@@ -208,6 +208,13 @@ impl Repair {
                 format!("the damaged pack {pack} was written anew as others, with all that is sound in it"),
             );
         }
+        for path in mended.duplicates {
+            let path = path.display();
+            self.mended(
+                None,
+                format!("{path} had a bad copy of a content beside a good one, and was removed; all that is sound in it is elsewhere"),
+            );
+        }
         for error in mended.errors {
             tracing::warn!(%error, "something cannot be mended without a source");
         }

@@ -77,9 +77,21 @@ pub enum Error {
         /// Its name.
         object: String,
     },
+    /// A copy of an object is not what it was, and another is.
+    #[error(
+        "{path} has a bad copy of the object {object}, and a good one is elsewhere; `snapctl system repair` removes it"
+    )]
+    Duplicate {
+        /// The file of the bad copy.
+        path: PathBuf,
+        /// Its name.
+        object: String,
+    },
     /// A content of a layer is not sound.
     #[error("{problem}")]
     Content {
+        /// Its name; `None` where the index cannot tell.
+        object: Option<String>,
         /// What is wrong.
         problem: String,
         /// What became of it and of all others that the same happened to, in words that follow these.
@@ -152,6 +164,10 @@ impl Error {
     pub fn problem(&self) -> String {
         match self {
             Self::Damaged { path, problem } => format!("{} is damaged: {problem}", path.display()),
+            Self::Duplicate { path, object } => format!(
+                "{} has a bad copy of the object {object}, and a good one is elsewhere",
+                path.display()
+            ),
             Self::NoLayer { .. } => "it is not in the store".to_owned(),
             Self::NoObject { object } => format!("the object {object} is not in the store"),
             Self::Record(record::Error::Damaged(damaged)) => damaged.fact(),

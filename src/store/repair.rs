@@ -11,7 +11,7 @@
 mod pick;
 mod put_back;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -44,6 +44,8 @@ pub struct Mended {
     pub put_back: Vec<PathBuf>,
     /// Packs that were damaged; what was sound in them is in others.
     pub packs: Vec<PathBuf>,
+    /// Packs and files that have gone with bad copies of contents of which there are good ones; what was sound in them is in others.
+    pub duplicates: BTreeSet<PathBuf>,
     /// What could not be done.
     pub errors: Vec<Error>,
 }
@@ -124,7 +126,13 @@ impl Layers {
             }
         }
         // A second copy of something may have turned out to be a bad one.
+        let bad = objects.bad_copies();
         mended.errors.extend(objects.purge(tmp, level).err());
+        let paths = bad.into_iter().filter_map(|error| match error {
+            Error::Duplicate { path, .. } => Some(path),
+            _ => None,
+        });
+        mended.duplicates = paths.filter(|path| !path.exists()).collect();
         if !(mended.views.is_empty() && mended.put_back.is_empty() && mended.packs.is_empty()) {
             self.note_mended();
         }

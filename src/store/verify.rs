@@ -82,6 +82,7 @@ impl Reads {
 /// What is wrong with an object, as [`Error::Content`] has it.
 #[derive(Clone, Debug)]
 struct Bad {
+    object: Option<String>,
     problem: String,
     cause: String,
 }
@@ -288,8 +289,18 @@ impl<'a> Examination<'a> {
             }
         };
         let mut paths = paths_of(&index, &bad);
-        let bad = bad.into_iter().map(|(number, Bad { problem, cause })| {
-            fault(paths.remove(&number), Error::Content { problem, cause })
+        let bad = bad.into_iter().map(|(number, bad)| {
+            let Bad {
+                object,
+                problem,
+                cause,
+            } = bad;
+            let error = Error::Content {
+                object,
+                problem,
+                cause,
+            };
+            fault(paths.remove(&number), error)
         });
         faults.extend(bad);
         faults
@@ -298,7 +309,8 @@ impl<'a> Examination<'a> {
     /// The objects of a layer that are not sound, by their numbers. Fails where nobody could look.
     fn bad_objects(&mut self, layers: &Layers, index: &LayerIndex) -> Result<Vec<(u32, Bad)>> {
         let mut bad = Vec::new();
-        let told = |error: Error| Bad {
+        let told = |object: Option<&Object>, error: Error| Bad {
+            object: object.map(|object| object.name.to_string()),
             problem: error.problem(),
             cause: cause(&error, layers.objects().packs()),
         };
@@ -309,7 +321,7 @@ impl<'a> Examination<'a> {
             let object = match index.object(number) {
                 Ok(object) => object,
                 Err(error) => {
-                    bad.push((number, told(error)));
+                    bad.push((number, told(None, error)));
                     continue;
                 }
             };
@@ -324,7 +336,7 @@ impl<'a> Examination<'a> {
                     let problem = match self.check_object(layers, &object) {
                         Ok(()) => None,
                         Err(error) if error.is_exhaustion() => return Err(error),
-                        Err(error) => Some(told(error)),
+                        Err(error) => Some(told(Some(&object), error)),
                     };
                     self.known.insert(object.name, problem.clone());
                     problem

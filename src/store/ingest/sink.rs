@@ -204,6 +204,12 @@ impl Sink<'_> {
         }
     }
 
+    /// Whether each of those that alone are kept has come.
+    pub(super) fn has_all(&self) -> bool {
+        let only = self.news.only;
+        only.is_some_and(|only| self.news.seen.lock().len() >= only.len())
+    }
+
     /// Keeps a large content if it is new. Whether somebody listens.
     fn file(&mut self, number: u32, file: NewFile) -> Result<bool> {
         let object = file.object;

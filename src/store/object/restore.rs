@@ -198,10 +198,10 @@ impl Objects {
                 Place::Packed { pack, .. } => self.pack_path(pack),
                 Place::File => self.path_of(&object.name),
             };
-            let name = object.name;
-            let problem =
-                format!("its copy of the object {name} is not what it was, and another is");
-            damaged(&path, problem)
+            Error::Duplicate {
+                path,
+                object: object.name.to_string(),
+            }
         });
         told.collect()
     }

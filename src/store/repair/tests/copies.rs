@@ -85,6 +85,7 @@ fn a_bad_copy_beside_a_good_one_is_passed_over_told_and_purged() {
         assert_eq!(store.layers.verify_packs().len(), 1);
         let mended = store.layers.mend(&HashMap::new(), &());
         assert!(mended.errors.is_empty(), "{:?}", mended.errors);
+        assert_eq!(mended.duplicates, BTreeSet::from([bad.clone()]));
         assert!(!bad.exists());
         assert_eq!(bad_copies(&store), [""; 0]);
         store.assert_whole();
