@@ -62,8 +62,6 @@ pub(super) struct Examination<'a> {
 /// Which contents are read and compared with their names. Of others it is looked whether their files are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reads {
-    /// None of them.
-    Nothing,
     /// Those that were damaged or missing when they were last looked at.
     Doubted,
     /// All of them.
@@ -74,7 +72,7 @@ impl Reads {
     fn of(deep: bool) -> Self {
         match deep {
             true => Self::All,
-            false => Self::Nothing,
+            false => Self::Doubted,
         }
     }
 }
@@ -88,8 +86,8 @@ struct Bad {
 }
 
 impl Layers {
-    /// Reads the record, the index and the recipe of every layer and looks for all contents; with `deep`, reads each of these
-    /// and compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed
+    /// Reads the record, the index and the recipe of every layer and looks for all contents; with `deep`, or where it was damaged or
+    /// missing when it was last looked at, reads each of these and compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed
     /// over. Ends early when `told` wants that, and fails where descriptors or memory are lacking for a look: that is no damage.
     pub fn verify(&self, deep: bool, told: &dyn Told) -> Result<()> {
         let tell = |fault: Fault| match fault.error.is_exhaustion() {
@@ -331,7 +329,7 @@ impl<'a> Examination<'a> {
                     self.objects += 1;
                     self.bytes += match self.reads {
                         Reads::All => object.size,
-                        Reads::Nothing | Reads::Doubted => 0,
+                        Reads::Doubted => 0,
                     };
                     let problem = match self.check_object(layers, &object) {
                         Ok(()) => None,
@@ -350,7 +348,6 @@ impl<'a> Examination<'a> {
     fn check_object(&self, layers: &Layers, object: &Object) -> Result<()> {
         let objects = layers.objects();
         let has_to_read = match self.reads {
-            Reads::Nothing => false,
             Reads::Doubted => objects.is_doubted(&object.name),
             Reads::All => true,
         };

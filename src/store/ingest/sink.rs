@@ -347,14 +347,17 @@ fn write(mut pack: PackWriter, done: &Receiver<Done>) -> Result<Written> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::path::PathBuf;
     use std::thread::ThreadId;
     use std::time::Instant;
 
     use super::*;
 
-    /// What workers have done: for the store with these packs, in which thread, from when to when.
-    static DONE: Mutex<Vec<(PathBuf, ThreadId, Instant, Instant)>> = Mutex::new(Vec::new());
+    /// In which thread a worker has done something, from when to when.
+    type Job = (ThreadId, Instant, Instant);
+    /// What the workers of stores with these packs have done, as long as a test wants to know.
+    static WATCHED: Mutex<BTreeMap<PathBuf, Vec<Job>>> = Mutex::new(BTreeMap::new());
 
     /// A worker is at a content or a frame.
     pub(super) struct Compressing<'a>(&'a Path, Instant);
@@ -367,8 +370,9 @@ mod tests {
 
     impl Drop for Compressing<'_> {
         fn drop(&mut self) {
-            let (packs, thread) = (self.0.to_owned(), thread::current().id());
-            DONE.lock().push((packs, thread, self.1, Instant::now()));
+            if let Some(done) = WATCHED.lock().get_mut(self.0) {
+                done.push((thread::current().id(), self.1, Instant::now()));
+            }
         }
     }
 
@@ -385,6 +389,9 @@ mod tests {
             let tmp = tempfile::tempdir().unwrap();
             let mut objects = Objects::new(tmp.path());
             objects.prepare().unwrap();
+            WATCHED
+                .lock()
+                .insert(objects.packs().to_owned(), Vec::new());
             let stored = with_sink(&objects, tmp.path(), &settings, |sink| {
                 for number in 0..contents {
                     let mut content = sink.begin(bytes)?;
@@ -397,17 +404,13 @@ mod tests {
                 Ok::<_, Error>(())
             });
             assert_eq!(stored.unwrap().1.contents.len() as u64, contents);
-            let done = DONE.lock();
-            let done: Vec<_> = done
-                .iter()
-                .filter(|(of, ..)| of == objects.packs())
-                .collect();
+            let done = WATCHED.lock().remove(objects.packs()).unwrap();
             assert_eq!(done.len(), 200);
-            let threads: HashSet<_> = done.iter().map(|(_, thread, ..)| thread).collect();
+            let threads: HashSet<_> = done.iter().map(|(thread, ..)| thread).collect();
             assert!(threads.len() > 1);
-            let at_once = |(_, thread, begun, ended): &(PathBuf, ThreadId, Instant, Instant)| {
-                let mut others = done.iter().filter(|other| other.1 != *thread);
-                others.any(|(_, _, from, to)| from < ended && begun < to)
+            let at_once = |(thread, begun, ended): &Job| {
+                let mut others = done.iter().filter(|other| other.0 != *thread);
+                others.any(|(_, from, to)| from < ended && begun < to)
             };
             assert!(done.iter().any(|job| at_once(job)));
         }
