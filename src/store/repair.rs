@@ -127,7 +127,7 @@ impl Layers {
         }
         // A second copy of something may have turned out to be a bad one.
         let bad = objects.bad_copies();
-        mended.errors.extend(objects.purge(tmp, level).err());
+        mended.errors.extend(self.purge().err());
         let paths = bad.into_iter().filter_map(|error| match error {
             Error::Duplicate { path, .. } => Some(path),
             _ => None,
@@ -180,7 +180,7 @@ impl Layers {
         }
         {
             let _no_collection = self.collecting.lock();
-            self.objects().purge(self.tmp(), self.settings().level)?;
+            self.purge()?;
         }
         drop(restoring);
         if name == layer {
@@ -195,8 +195,7 @@ impl Layers {
         // What an import that failed has brought anew may have waited for this.
         if self.objects().has_bad_copies() {
             let _no_collection = self.collecting.lock();
-            let purged = self.objects().purge(self.tmp(), self.settings().level);
-            if let Err(error) = purged {
+            if let Err(error) = self.purge() {
                 tracing::warn!(%error, "a damaged copy of a content stays beside the good one for now");
             }
         }
@@ -211,6 +210,16 @@ impl Layers {
                 self.doubted.lock().remove(&layer);
             }
         }
+    }
+
+    /// Takes bad copies off the disk beside which there are good ones. A mount may have read them, and have them open. To be called by
+    /// who is [`collecting`](Self::collecting), so that no collection is under way.
+    pub(super) fn purge(&self) -> Result<()> {
+        if !self.objects().has_bad_copies() {
+            return Ok(());
+        }
+        self.note_mended();
+        self.objects().purge(self.tmp(), self.settings().level)
     }
 
     /// Remembers what was found of a layer: that it is damaged, or that it is not. Where nobody could look, that is neither.

@@ -13,6 +13,7 @@ use super::ingest::Observer;
 use super::ingest::recipe;
 use super::layer::index::{Action, LayerIndex};
 use super::layers::{ASIDE, Layers};
+use super::object::Seen;
 use super::view::{self, Verify, View};
 
 /// Something that is not what it was.
@@ -55,6 +56,7 @@ pub(super) struct Examination<'a> {
     observer: &'a dyn Observer,
     objects: u64,
     bytes: u64,
+    seen: Seen,
     /// An object of several layers is read once, and its damage told for each.
     known: HashMap<ObjectName, Option<Bad>>,
 }
@@ -256,6 +258,7 @@ impl<'a> Examination<'a> {
             observer,
             objects: 0,
             bytes: 0,
+            seen: Seen::default(),
             known: HashMap::new(),
         }
     }
@@ -353,7 +356,7 @@ impl<'a> Examination<'a> {
         };
         let found = match objects.find(&object.name) {
             Ok(Some(_)) if has_to_read => objects.read_copies(object),
-            Ok(Some(_)) => objects.look_for(object),
+            Ok(Some(_)) => objects.look_for(object, &self.seen),
             Ok(None) => Err(Error::NoObject {
                 object: object.name.to_string(),
             }),

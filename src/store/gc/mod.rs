@@ -147,7 +147,7 @@ impl Layers {
         }
         drop(collecting);
         if !dry {
-            collected.note(self.objects().purge(self.tmp(), self.settings().level));
+            collected.note(self.purge());
         }
         collected
     }

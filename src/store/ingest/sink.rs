@@ -15,7 +15,7 @@ use crate::store::compression::Compressor;
 use crate::store::error::{Error, Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::object::{FileWriter, Frame, LARGEST_FRAMED, NewFile, Objects};
+use crate::store::object::{FileWriter, Frame, LARGEST_FRAMED, NewFile, Objects, Seen};
 use crate::store::pack::{Encoded, PackWriter};
 
 /// Contents between two threads.
@@ -73,6 +73,7 @@ struct News<'a> {
     seen: Mutex<HashSet<ObjectName>>,
     /// Of others none is kept.
     only: Option<&'a HashSet<ObjectName>>,
+    seen_packs: Seen,
 }
 
 impl News<'_> {
@@ -80,7 +81,10 @@ impl News<'_> {
     fn is_new(&self, object: &Object) -> Result<bool> {
         let is_wanted = self.only.is_none_or(|only| only.contains(&object.name));
         Ok(is_wanted
-            && self.objects.find_for_import(object)?.is_none()
+            && self
+                .objects
+                .find_for_import(object, &self.seen_packs)?
+                .is_none()
             && self.seen.lock().insert(object.name))
     }
 }
@@ -120,6 +124,7 @@ pub(super) fn with_sink_of<T, E: From<Error>>(
         objects,
         seen: Mutex::default(),
         only,
+        seen_packs: Seen::default(),
     };
     let pack = PackWriter::create(tmp)?;
     let spawned = |error| io_error("start a thread for", tmp)(error);

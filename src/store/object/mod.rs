@@ -14,7 +14,7 @@ mod put_back;
 mod restore;
 mod sweep;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -134,6 +134,25 @@ impl Content {
     }
 }
 
+/// How long packs were when they were looked for: who relies on thousands of contents looks once for the pack that they are in.
+#[derive(Debug, Default)]
+pub(super) struct Seen(Mutex<HashMap<PackId, u64>>);
+
+impl Seen {
+    /// The length of the file of a place, which `path` leads to.
+    fn length_of(&self, place: Place, path: &Path) -> io::Result<u64> {
+        let known = place.pack().and_then(|id| self.0.lock().get(&id).copied());
+        if let Some(length) = known {
+            return Ok(length);
+        }
+        let length = fs::metadata(path)?.len();
+        if let Some(id) = place.pack() {
+            self.0.lock().insert(id, length);
+        }
+        Ok(length)
+    }
+}
+
 /// All objects of a store.
 #[derive(Debug)]
 pub struct Objects {
@@ -208,9 +227,9 @@ impl Objects {
         Ok(place)
     }
 
-    /// Looks on the disk for the file that an object is in, or for the pack; an error if it is not there, or too short for it to be
-    /// in it.
-    pub(super) fn look_for(&self, object: &Object) -> Result<()> {
+    /// Looks on the disk for the file that an object is in, or for the pack unless it was `seen`; an error if it is not there, or too
+    /// short for it to be in it.
+    pub(super) fn look_for(&self, object: &Object, seen: &Seen) -> Result<()> {
         let mut tried = None;
         let mut error = Error::NoObject {
             object: object.name.to_string(),
@@ -228,8 +247,8 @@ impl Objects {
                     stored,
                 } => (self.pack_path(pack), Slot { offset, stored }.end()),
             };
-            error = match fs::metadata(&path) {
-                Ok(found) if found.len() >= least => return Ok(()),
+            error = match seen.length_of(place, &path) {
+                Ok(length) if length >= least => return Ok(()),
                 Ok(_) => damaged(&path, format!("it is too short to have {}", object.name)),
                 Err(failed) => io_error("open", &path)(failed),
             };

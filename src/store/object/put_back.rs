@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use super::{Objects, Place};
+use super::{Objects, Place, Seen};
 use crate::store::error::{Error, Result};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
@@ -69,7 +69,7 @@ impl Objects {
         Ok(match self.find(&object.name)? {
             None => true,
             Some(_) => {
-                self.look_for(object).is_err()
+                self.look_for(object, &Seen::default()).is_err()
                     && self
                         .read_from(object, Place::packed(id, slot), true)
                         .is_ok()

@@ -4,7 +4,8 @@
 //! taken for missing and brought again. At other times it reads those that were damaged when they were last looked at, and looks
 //! for the files of the others. What was replaced leaves the disk with the pack or the file that it was
 //! in, whose other objects go into another pack; otherwise the next who reads the tables of all packs might find the bad
-//! copy first. Where the pack has to stay, what other packs have goes before it.
+//! copy first. Where the pack has to stay, what other packs have goes before it. A bad copy is remembered until it has left the disk, whatever
+//! fails meanwhile; of one that a kill has left nobody knows, and whoever finds it damaged reads the next copy.
 //!
 //! A pack whose header or table is damaged is written anew, too: what is sound in it, each object compared with its name. It
 //! goes when that is durable and, where only its table could tell what else was in it, when no object that a layer
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use super::places::Places;
-use super::{Live, Objects, Place};
+use super::{Live, Objects, Place, Seen};
 use crate::store::durable::sync_dir;
 use crate::store::error::{Error, Result, damaged, io_error};
 use crate::store::format::ObjectName;
@@ -102,13 +103,13 @@ impl Objects {
         self.healed.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether an import may rely on the object at `place`. If not, the next copy is where that one was.
-    pub(super) fn is_trusted(&self, object: &Object, place: Place) -> bool {
+    /// Whether an import that has `seen` packs may rely on the object at `place`. If not, the next copy is where that one was.
+    pub(super) fn is_trusted(&self, object: &Object, place: Place, seen: &Seen) -> bool {
         let has_to_read =
             self.restorations.load(Ordering::Acquire) > 0 || self.is_doubted(&object.name);
         let looked = match has_to_read {
             true => self.read_from(object, place, true).map(drop),
-            false => self.look_for(object),
+            false => self.look_for(object, seen),
         };
         match looked {
             Ok(()) => {
@@ -242,7 +243,7 @@ impl Objects {
         match self.find(&object.name)? {
             // Another file has taken its place.
             Some(Place::File) => {}
-            Some(place) if self.is_trusted(object, place) => {
+            Some(place) if self.is_trusted(object, place, &Seen::default()) => {
                 let path = self.path_of(&object.name);
                 remove(&path)?;
                 if let Some(dir) = path.parent() {
@@ -280,7 +281,7 @@ impl Objects {
             let here = Place::packed(id, slot);
             let others = self.copies(&object.name).into_iter();
             let mut others = others.filter(|place| *place != here);
-            if others.any(|other| self.is_trusted(&object, other)) {
+            if others.any(|other| self.is_trusted(&object, other, &Seen::default())) {
                 continue;
             }
             match self.read_from(&object, here, true) {

@@ -12,7 +12,7 @@
 //! - a pack that is on its way to its place is left alone until the places know what is in it.
 //!
 //! Every step is one rename or unlink. Cut off between the two of a pack that is written anew, both packs have its
-//! objects: the places know each in one of them, and the next collection finds nothing alive in the other.
+//! objects: the places know both, and the next collection that would take one away reads the other first.
 
 use std::collections::HashSet;
 use std::fs;
@@ -20,7 +20,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::restore::remove;
-use super::{Content, Objects, Place, names};
+use super::{Content, Objects, Place, Seen, names};
 use crate::store::compression::Compressor;
 use crate::store::durable::sync_dir;
 use crate::store::error::{Result, io_error};
@@ -110,11 +110,15 @@ impl Objects {
         Collecting(self)
     }
 
-    /// Where an object is, for an import, which relies on it from now on.
-    pub(in crate::store) fn find_for_import(&self, object: &Object) -> Result<Option<Place>> {
+    /// Where an object is, for an import that has `seen` packs, and relies on it from now on.
+    pub(in crate::store) fn find_for_import(
+        &self,
+        object: &Object,
+        seen: &Seen,
+    ) -> Result<Option<Place>> {
         // Each copy that is not trusted makes room for the next.
         while let Some(place) = self.find(&object.name)?
-            && !self.is_trusted(object, place)
+            && !self.is_trusted(object, place, seen)
         {}
         self.find_to_name(&object.name)
     }
