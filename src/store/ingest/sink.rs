@@ -417,7 +417,7 @@ mod tests {
                 let mut others = done.iter().filter(|other| other.0 != *thread);
                 others.any(|(_, from, to)| from < ended && begun < to)
             };
-            assert!(done.iter().any(|job| at_once(job)));
+            assert!(done.iter().any(at_once));
         }
     }
 
