@@ -7,6 +7,7 @@
 //! - `good`: what is accepted, and what comes of it;
 //! - `healed`: what comes whole with something else, or because somebody put it back;
 //! - `hostile`: what is refused, and that nothing of it stays;
+//! - `killed`: kills of plyd while it brings good copies of what is damaged;
 //! - `lost`: what containers do whose image has lost files;
 //! - `packed`: what stands on packed layers;
 //! - `pages`: what the kernel keeps of what was damaged;
@@ -39,6 +40,8 @@ mod good;
 mod healed;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "image/killed.rs"]
+mod killed;
 #[path = "image/lost.rs"]
 mod lost;
 #[path = "common/mapping.rs"]

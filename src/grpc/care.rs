@@ -89,7 +89,7 @@ impl Client<'_> {
         {
             self.answer(api::verify_response::Event::Fault(fault));
         }
-        layers.verify(deep, self);
+        layers.verify(deep, self)?;
         for note in layers.foreign()? {
             self.answer(api::verify_response::Event::Note(note));
         }

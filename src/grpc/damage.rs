@@ -341,11 +341,14 @@ pub(super) fn key_of(snapshot: &SnapshotInfo) -> ViewKey {
 
 /// What is told of a fault of what is no layer's. `advice` says what to do.
 pub(super) fn pack_fault(fault: &store::verify::Fault, advice: &str) -> api::Fault {
-    use store::Error::{Damaged, Io, Unsupported};
+    use store::Error::{Damaged, Duplicate, Io, Unsupported};
     let newer = matches!(fault.error, Unsupported { .. });
     let advice = if newer { NEWER } else { advice };
     let file = match &fault.error {
-        Io { path, .. } | Damaged { path, .. } | Unsupported { path, .. } => shown_path(path),
+        Io { path, .. }
+        | Damaged { path, .. }
+        | Duplicate { path, .. }
+        | Unsupported { path, .. } => shown_path(path),
         _ => String::new(),
     };
     api::Fault {
@@ -363,6 +366,7 @@ fn kind_of(fault: &store::verify::Fault) -> &'static str {
     match (&fault.error, fault.layer) {
         (store::Error::Record(_), _) => "record",
         (store::Error::Content { .. }, _) => "content",
+        (store::Error::Duplicate { .. }, _) => "duplicate",
         (_, Some(_)) => "layer",
         (_, None) => "pack",
     }

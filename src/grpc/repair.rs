@@ -210,6 +210,13 @@ impl Repair {
                 format!("the damaged pack {pack} was written anew as others, with all that is sound in it"),
             );
         }
+        for path in mended.duplicates {
+            let path = path.display();
+            self.mended(
+                None,
+                format!("{path} had a bad copy of a content beside a good one, and was removed; all that is sound in it is elsewhere"),
+            );
+        }
         for error in mended.errors {
             tracing::warn!(%error, "something cannot be mended without a source");
         }
@@ -235,7 +242,7 @@ impl Repair {
             repair: self,
             faults: Mutex::default(),
         };
-        layers.verify(true, &found);
+        layers.verify(true, &found)?;
         let mut patients = Patients::new();
         for fault in found.faults.into_inner() {
             // What is left of packs is told in the end.

@@ -67,14 +67,15 @@ pub(super) fn store_code(error: &store::Error) -> Code {
         Error::Damaged { .. }
         | Error::NoObject { .. }
         | Error::Lost { .. }
-        | Error::Content { .. } => Code::DataLoss,
+        | Error::Content { .. }
+        | Error::Duplicate { .. } => Code::DataLoss,
         Error::Refused { .. } | Error::Digest { .. } | Error::Input(_) => Code::InvalidArgument,
         Error::Cancelled => Code::Cancelled,
         Error::NoLayer { .. } => Code::NotFound,
         Error::Unsupported { .. } => Code::FailedPrecondition,
         Error::Output(source) => io_code(source),
         Error::Record(error) => record_code(error),
-        Error::Entry { source, .. } => store_code(source),
+        Error::Entry { source, .. } | Error::Uncollected { source, .. } => store_code(source),
     }
 }
 

@@ -87,9 +87,21 @@ pub enum Error {
         /// It stands for many that were lost together, of which the first were named.
         more: bool,
     },
+    /// A copy of an object is not what it was, and another is.
+    #[error(
+        "{path} has a bad copy of the object {object}, and a good one is elsewhere; `snapctl system repair` removes it"
+    )]
+    Duplicate {
+        /// The file of the bad copy.
+        path: PathBuf,
+        /// Its name.
+        object: String,
+    },
     /// A content of a layer is not sound.
     #[error("{problem}")]
     Content {
+        /// Its name; `None` where the index cannot tell.
+        object: Option<String>,
         /// What is wrong.
         problem: String,
         /// What became of it and of all others that the same happened to, in words that follow these.
@@ -100,6 +112,17 @@ pub enum Error {
     Entry {
         /// Its path, and which layer it is of.
         place: String,
+        /// Why not.
+        source: Box<Self>,
+    },
+    /// A collection has left all contents where they are, since what is needed of them cannot be told.
+    #[error(
+        "no content was collected, for nobody can tell what {whose} needs: {}",
+        with_remedy(source)
+    )]
+    Uncollected {
+        /// Whose need is not known, in words.
+        whose: String,
         /// Why not.
         source: Box<Self>,
     },
@@ -136,10 +159,25 @@ impl Error {
         }
     }
 
+    /// Whether the host had no descriptors or no memory left for it, which says nothing of what lies on the disk.
+    pub(super) fn is_exhaustion(&self) -> bool {
+        let source = match self {
+            Self::Io { source, .. } | Self::Record(record::Error::Io { source, .. }) => source,
+            Self::Entry { source, .. } => return source.is_exhaustion(),
+            _ => return false,
+        };
+        let errno = source.raw_os_error();
+        errno.is_some_and(|errno| [libc::EMFILE, libc::ENFILE, libc::ENOMEM].contains(&errno))
+    }
+
     /// What is wrong, without what to do about it: for who says that for several at once.
     pub fn problem(&self) -> String {
         match self {
             Self::Damaged { path, problem } => format!("{} is damaged: {problem}", path.display()),
+            Self::Duplicate { path, object } => format!(
+                "{} has a bad copy of the object {object}, and a good one is elsewhere",
+                path.display()
+            ),
             Self::NoLayer { .. } => "it is not in the store".to_owned(),
             Self::NoObject { object } => format!("the object {object} is not in the store"),
             Self::Record(record::Error::Damaged(damaged)) => damaged.fact(),
@@ -165,6 +203,16 @@ fn lost(pack: Option<&Path>, file: &Path, more: bool) -> String {
             "no pack of the store has {what}, nor is {} there; `snapctl system repair` mends it, or says what to do",
             file.display()
         ),
+    }
+}
+
+/// What is wrong, and what to do about it where that is said nowhere else.
+fn with_remedy(error: &Error) -> String {
+    match error {
+        Error::Io { .. } if !error.is_exhaustion() => {
+            format!("{error}; `snapctl system repair` mends it, or says what to do")
+        }
+        error => error.to_string(),
     }
 }
 

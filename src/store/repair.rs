@@ -11,7 +11,7 @@
 mod pick;
 mod put_back;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ use super::format::{LayerName, ViewKey};
 use super::ingest::{self, Observer};
 use super::layer::index::LayerIndex;
 use super::layers::{Expected, LayerRecord, Layers};
-use super::verify::{BadView, Examination, Reads};
+use super::verify::{BadView, Examination, Fault, Reads};
 use super::view::{self, Verify, View};
 
 pub use pick::Lacking;
@@ -44,6 +44,8 @@ pub struct Mended {
     pub put_back: Vec<PathBuf>,
     /// Packs that were damaged; what was sound in them is in others.
     pub packs: Vec<PathBuf>,
+    /// Packs and files that have gone with bad copies of contents of which there are good ones; what was sound in them is in others.
+    pub duplicates: BTreeSet<PathBuf>,
     /// What could not be done.
     pub errors: Vec<Error>,
 }
@@ -124,7 +126,13 @@ impl Layers {
             }
         }
         // A second copy of something may have turned out to be a bad one.
-        mended.errors.extend(objects.purge(tmp, level).err());
+        let bad = objects.bad_copies();
+        mended.errors.extend(self.purge().err());
+        let paths = bad.into_iter().filter_map(|error| match error {
+            Error::Duplicate { path, .. } => Some(path),
+            _ => None,
+        });
+        mended.duplicates = paths.filter(|path| !path.exists()).collect();
         if !(mended.views.is_empty() && mended.put_back.is_empty() && mended.packs.is_empty()) {
             self.note_mended();
         }
@@ -172,7 +180,7 @@ impl Layers {
         }
         {
             let _no_collection = self.collecting.lock();
-            self.objects().purge(self.tmp(), self.settings().level)?;
+            self.purge()?;
         }
         drop(restoring);
         if name == layer {
@@ -184,18 +192,18 @@ impl Layers {
     /// If contents that were damaged or missing have come with a layer: takes their bad copies off the disk, and finds out which
     /// layers are whole with them.
     pub fn settle_healed(&self) {
+        // What an import that failed has brought anew may have waited for this.
+        if self.objects().has_bad_copies() {
+            let _no_collection = self.collecting.lock();
+            if let Err(error) = self.purge() {
+                tracing::warn!(%error, "a damaged copy of a content stays beside the good one for now");
+            }
+        }
         if !self.objects().take_healed() {
             return;
         }
         tracing::info!("contents that were damaged or missing are there again");
         self.note_mended();
-        let purged = {
-            let _no_collection = self.collecting.lock();
-            self.objects().purge(self.tmp(), self.settings().level)
-        };
-        if let Err(error) = purged {
-            tracing::warn!(%error, "a damaged copy of a content stays beside the good one");
-        }
         let mut examination = Examination::new(Reads::Doubted, &());
         for layer in self.doubted() {
             if examination.layer(self, layer).is_empty() {
@@ -204,12 +212,23 @@ impl Layers {
         }
     }
 
-    /// Remembers what was found of a layer: that it is damaged, or that it is not.
-    pub(super) fn remember_faults(&self, layer: LayerName, is_damaged: bool) {
+    /// Takes bad copies off the disk beside which there are good ones. A mount may have read them, and have them open. To be called by
+    /// who is [`collecting`](Self::collecting), so that no collection is under way.
+    pub(super) fn purge(&self) -> Result<()> {
+        if !self.objects().has_bad_copies() {
+            return Ok(());
+        }
+        self.note_mended();
+        self.objects().purge(self.tmp(), self.settings().level)
+    }
+
+    /// Remembers what was found of a layer: that it is damaged, or that it is not. Where nobody could look, that is neither.
+    pub(super) fn remember_faults(&self, layer: LayerName, faults: &[Fault]) {
+        let is_damaged = faults.iter().any(|fault| !fault.error.is_exhaustion());
         let mut doubted = self.doubted.lock();
         if is_damaged {
             doubted.insert(layer);
-        } else if doubted.remove(&layer) {
+        } else if faults.is_empty() && doubted.remove(&layer) {
             self.note_mended();
         }
     }

@@ -13,6 +13,7 @@ use super::ingest::Observer;
 use super::ingest::recipe;
 use super::layer::index::{Action, LayerIndex};
 use super::layers::{ASIDE, Layers};
+use super::object::Seen;
 use super::view::{self, Verify, View};
 
 /// Something that is not what it was.
@@ -55,6 +56,7 @@ pub(super) struct Examination<'a> {
     observer: &'a dyn Observer,
     objects: u64,
     bytes: u64,
+    seen: Seen,
     /// An object of several layers is read once, and its damage told for each.
     known: HashMap<ObjectName, Option<Bad>>,
 }
@@ -62,8 +64,6 @@ pub(super) struct Examination<'a> {
 /// Which contents are read and compared with their names. Of others it is looked whether their files are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reads {
-    /// None of them.
-    Nothing,
     /// Those that were damaged or missing when they were last looked at.
     Doubted,
     /// All of them.
@@ -74,7 +74,7 @@ impl Reads {
     fn of(deep: bool) -> Self {
         match deep {
             true => Self::All,
-            false => Self::Nothing,
+            false => Self::Doubted,
         }
     }
 }
@@ -82,18 +82,25 @@ impl Reads {
 /// What is wrong with an object, as [`Error::Content`] has it.
 #[derive(Clone, Debug)]
 struct Bad {
+    object: Option<String>,
     problem: String,
     cause: String,
 }
 
 impl Layers {
-    /// Reads the record, the index and the recipe of every layer and looks for all contents; with `deep`, reads each of these
-    /// and compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed
-    /// over. Ends early when `told` wants that.
-    pub fn verify(&self, deep: bool, told: &dyn Told) {
-        for fault in self.verify_packs().into_iter().chain(self.verify_records()) {
-            told.fault(fault);
-        }
+    /// Reads the record, the index and the recipe of every layer and looks for all contents; with `deep`, or where it was damaged or
+    /// missing when it was last looked at, reads each of these and compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed
+    /// over. Ends early when `told` wants that, and fails where descriptors or memory are lacking for a look: that is no damage.
+    pub fn verify(&self, deep: bool, told: &dyn Told) -> Result<()> {
+        let tell = |fault: Fault| match fault.error.is_exhaustion() {
+            true => Err(fault.error),
+            false => {
+                told.fault(fault);
+                Ok(())
+            }
+        };
+        let mut first = self.pack_problems().chain(self.verify_records());
+        first.try_for_each(tell)?;
         let recorded = self.list().into_iter().map(|(layer, _)| layer);
         let layers: Vec<_> = recorded.chain(self.damaged()).collect();
         let total = layers.len() as u64;
@@ -102,29 +109,38 @@ impl Layers {
         for (done, layer) in (1..).zip(layers) {
             let faults = examination.layer(self, layer);
             if told.cancelled() {
-                return;
+                return Ok(());
             }
             // Removed meanwhile, it has nothing to be sound.
             if self.get(layer).is_some() || self.damaged().contains(&layer) {
                 if deep || !faults.is_empty() {
-                    self.remember_faults(layer, !faults.is_empty());
+                    self.remember_faults(layer, &faults);
                 }
-                faults.into_iter().for_each(|fault| told.fault(fault));
+                faults.into_iter().try_for_each(tell)?;
+            }
+            if done == total {
+                // The last sum follows all that is told.
+                self.bad_copies().try_for_each(tell)?;
             }
             told.sum(done, total, examination.objects, examination.bytes);
         }
+        Ok(())
     }
 
-    /// Reads headers and tables of packs, which one can do without if the other is sound.
+    /// Reads headers and tables of packs, which one can do without if the other is sound. Bad copies are told of which it is known
+    /// that there are good ones.
     pub fn verify_packs(&self) -> Vec<Fault> {
+        self.pack_problems().chain(self.bad_copies()).collect()
+    }
+
+    fn pack_problems(&self) -> impl Iterator<Item = Fault> {
         let problems = self.objects().pack_problems();
         let problems = problems.unwrap_or_else(|error| vec![error]);
-        let fault = |error| Fault {
-            layer: None,
-            path: None,
-            error,
-        };
-        problems.into_iter().map(fault).collect()
+        problems.into_iter().map(of_no_layer)
+    }
+
+    fn bad_copies(&self) -> impl Iterator<Item = Fault> {
+        self.objects().bad_copies().into_iter().map(of_no_layer)
     }
 
     /// What others than plyd have put where it keeps packs and objects, a sentence for each of the two.
@@ -151,13 +167,7 @@ impl Layers {
     fn verify_records(&self) -> Vec<Fault> {
         let damaged = match self.damaged_records() {
             Ok(damaged) => damaged,
-            Err(error) => {
-                return vec![Fault {
-                    layer: None,
-                    path: None,
-                    error,
-                }];
-            }
+            Err(error) => return vec![of_no_layer(error)],
         };
         let faults = damaged.into_iter().filter_map(|damaged| {
             // Another name is no layer's.
@@ -172,7 +182,7 @@ impl Layers {
     }
 
     /// Reads all of the merged views in which whoever mounts a chain looks for it. One that is replaced or removed meanwhile is
-    /// passed over. Ends early when `observer` wants that.
+    /// passed over. Ends early when `observer` wants that, and fails as [`verify`](Self::verify) does.
     pub fn verify_views(&self, observer: &dyn Observer) -> Result<Vec<BadView>> {
         let dir = self.views();
         let mut bad = Vec::new();
@@ -192,8 +202,14 @@ impl Layers {
                 continue;
             };
             // Once nobody has it any more it is only waiting for a collection.
-            if replaced && !matches!(view::claim(&path), Ok(None)) {
-                continue;
+            if replaced {
+                match view::claim(&path) {
+                    Ok(Some(_)) => continue,
+                    Err(error) if error.is_not_found() => continue,
+                    Err(error) if error.is_exhaustion() => return Err(error),
+                    // Somebody has it, or nobody can tell.
+                    Ok(None) | Err(_) => {}
+                }
             }
             let examine = || {
                 View::open(&path, key, Arc::clone(self.objects()), Verify::Never)
@@ -204,6 +220,7 @@ impl Layers {
                 // One of another release is not used, and built again.
                 Ok(()) | Err(Error::Unsupported { .. }) => continue,
                 Err(error) if error.is_not_found() => continue,
+                Err(error) if error.is_exhaustion() => return Err(error),
                 Err(error) => error,
             };
             let layers = view::chain_of(&path).ok();
@@ -227,7 +244,7 @@ impl Layers {
     ) -> Vec<Fault> {
         let faults = Examination::new(Reads::of(deep), observer).layer(self, layer);
         if deep && !observer.cancelled() {
-            self.remember_faults(layer, !faults.is_empty());
+            self.remember_faults(layer, &faults);
         }
         faults
     }
@@ -241,6 +258,7 @@ impl<'a> Examination<'a> {
             observer,
             objects: 0,
             bytes: 0,
+            seen: Seen::default(),
             known: HashMap::new(),
         }
     }
@@ -264,19 +282,36 @@ impl<'a> Examination<'a> {
             let recipe = recipe::Reader::open(&path).and_then(recipe::Reader::verify);
             faults.extend(recipe.err().map(|error| fault(None, error)));
         }
-        let bad = self.bad_objects(layers, &index);
+        let bad = match self.bad_objects(layers, &index) {
+            Ok(bad) => bad,
+            Err(error) => {
+                faults.push(fault(None, error));
+                return faults;
+            }
+        };
         let mut paths = paths_of(&index, &bad);
-        let bad = bad.into_iter().map(|(number, Bad { problem, cause })| {
-            fault(paths.remove(&number), Error::Content { problem, cause })
+        let bad = bad.into_iter().map(|(number, bad)| {
+            let Bad {
+                object,
+                problem,
+                cause,
+            } = bad;
+            let error = Error::Content {
+                object,
+                problem,
+                cause,
+            };
+            fault(paths.remove(&number), error)
         });
         faults.extend(bad);
         faults
     }
 
-    /// The objects of a layer that are not sound, by their numbers.
-    fn bad_objects(&mut self, layers: &Layers, index: &LayerIndex) -> Vec<(u32, Bad)> {
+    /// The objects of a layer that are not sound, by their numbers. Fails where nobody could look.
+    fn bad_objects(&mut self, layers: &Layers, index: &LayerIndex) -> Result<Vec<(u32, Bad)>> {
         let mut bad = Vec::new();
-        let told = |error: Error| Bad {
+        let told = |object: Option<&Object>, error: Error| Bad {
+            object: object.map(|object| object.name.to_string()),
             problem: error.problem(),
             cause: cause(&error, layers.objects().packs()),
         };
@@ -287,7 +322,7 @@ impl<'a> Examination<'a> {
             let object = match index.object(number) {
                 Ok(object) => object,
                 Err(error) => {
-                    bad.push((number, told(error)));
+                    bad.push((number, told(None, error)));
                     continue;
                 }
             };
@@ -297,29 +332,31 @@ impl<'a> Examination<'a> {
                     self.objects += 1;
                     self.bytes += match self.reads {
                         Reads::All => object.size,
-                        Reads::Nothing | Reads::Doubted => 0,
+                        Reads::Doubted => 0,
                     };
-                    let checked = self.check_object(layers, &object);
-                    let problem = checked.err().map(told);
+                    let problem = match self.check_object(layers, &object) {
+                        Ok(()) => None,
+                        Err(error) if error.is_exhaustion() => return Err(error),
+                        Err(error) => Some(told(Some(&object), error)),
+                    };
                     self.known.insert(object.name, problem.clone());
                     problem
                 }
             };
             bad.extend(problem.map(|problem| (number, problem)));
         }
-        bad
+        Ok(bad)
     }
 
     fn check_object(&self, layers: &Layers, object: &Object) -> Result<()> {
         let objects = layers.objects();
         let has_to_read = match self.reads {
-            Reads::Nothing => false,
             Reads::Doubted => objects.is_doubted(&object.name),
             Reads::All => true,
         };
         let found = match objects.find(&object.name) {
-            Ok(Some(place)) if has_to_read => objects.read(object, Some(place), true).map(drop),
-            Ok(Some(_)) => objects.look_for(object),
+            Ok(Some(_)) if has_to_read => objects.read_copies(object),
+            Ok(Some(_)) => objects.look_for(object, &self.seen),
             Ok(None) => Err(Error::NoObject {
                 object: object.name.to_string(),
             }),
@@ -328,9 +365,18 @@ impl<'a> Examination<'a> {
         match &found {
             Ok(()) if has_to_read => objects.trust(&object.name),
             Ok(()) => {}
+            Err(error) if error.is_exhaustion() => {}
             Err(_) => objects.doubt(object.name),
         }
         found
+    }
+}
+
+fn of_no_layer(error: Error) -> Fault {
+    Fault {
+        layer: None,
+        path: None,
+        error,
     }
 }
 

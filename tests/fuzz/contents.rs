@@ -77,7 +77,7 @@ impl Packs {
         }
         if choices.once_in(12) {
             let layers = self.store.open();
-            layers.verify(true, &Faults::default());
+            layers.verify(true, &Faults::default()).unwrap();
             // It looks into every pack, too.
             layers.collect(true, &());
             for name in &self.store.chain {

@@ -202,7 +202,7 @@ impl Index {
         chain[which] = name;
         self.all_that_is_made_of_it(&layers, name, &chain);
         if choices.once_in(8) {
-            layers.verify(true, &Faults::default());
+            layers.verify(true, &Faults::default()).unwrap();
         }
         // A file that nobody can open keeps a collection from removing anything.
         let collected = layers.collect(true, &());

@@ -128,7 +128,7 @@ impl Streams {
             return;
         }
         let faults = Faults::default();
-        layers.verify(true, &faults);
+        layers.verify(true, &faults).unwrap();
         let faults = faults.0.into_inner().unwrap();
         assert!(faults.is_empty(), "{faults:?}");
     }

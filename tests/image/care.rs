@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::archive::*;
 use super::common::{Done, PLYD, Plyd};
-use super::damage::{flip, load, mount};
+use super::damage::{flip, load, mount, parse};
 
 /// Every file below a directory of the store, the largest first.
 pub fn stored(plyd: &Plyd, dir: &str) -> Vec<PathBuf> {
@@ -91,6 +91,19 @@ fn what_is_damaged_is_restored_from_an_archive_below_a_mount() {
     ];
     for (what, damage) in breaks {
         damage(&mut plyd);
+        if what == "a damaged index" {
+            // It said what is damaged, and not what follows from that.
+            let told = "no content was collected, for nobody can tell what the layer ";
+            let collected = plyd.snapctl(["system", "gc"]);
+            assert_eq!(collected.code, 1);
+            let stderr = &collected.stderr;
+            assert!(stderr.contains(told), "{stderr}");
+            assert!(stderr.contains("`snapctl system repair` "), "{stderr}");
+            let collected = plyd.snapctl(["system", "gc", "--json"]);
+            assert_eq!(collected.code, 1);
+            let error = parse(&collected)["errors"][0].clone();
+            assert!(error.as_str().unwrap().starts_with(told), "{error}");
+        }
         if what != "a damaged view" {
             // Nothing that could mend it.
             let left = plyd.snapctl(["system", "repair"]);

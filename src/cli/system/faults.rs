@@ -13,6 +13,7 @@ pub(super) struct FaultView {
     path: Option<String>,
     problem: String,
     cause: Option<String>,
+    object: Option<String>,
     snapshots: Vec<String>,
     kind: String,
     of: Option<String>,
@@ -32,6 +33,7 @@ impl From<Fault> for FaultView {
             path: known(fault.path),
             problem: fault.problem,
             cause: known(fault.cause),
+            object: known(fault.object),
             snapshots: fault.snapshots,
             kind: fault.kind,
             of: known(fault.of),
@@ -144,13 +146,19 @@ pub(super) fn sum(faults: &[FaultView]) -> String {
     };
     let kinds = [
         ("pack", "pack"),
+        ("duplicate", "bad duplicate"),
         ("view", "merged view"),
         ("record", "record"),
         ("index", "index of names"),
         ("mount", "mount"),
     ];
     let mut parts = Vec::new();
-    let contents = of_kind("content").count() as u64;
+    // Layers share contents. One without a name, which only the index has, is one of its layer.
+    let named: BTreeSet<_> = of_kind("content")
+        .filter_map(|fault| fault.object.as_deref())
+        .collect();
+    let unnamed = of_kind("content").filter(|fault| fault.object.is_none());
+    let contents = (named.len() + unnamed.count()) as u64;
     if contents > 0 {
         let layers = count(layers_of("content"), "layer");
         parts.push(format!("{} of {layers}", count(contents, "content")));
@@ -182,6 +190,7 @@ mod tests {
             path: path.to_owned(),
             problem: format!("cannot open the file of {path}"),
             cause: cause.to_owned(),
+            object: path.to_owned(),
             advice: "mend it".to_owned(),
             snapshots: vec!["work".to_owned()],
             images: vec!["debian".to_owned()],
@@ -231,6 +240,23 @@ mod tests {
             ]
         );
         assert_eq!(sum(&faults), "5 contents of 2 layers");
+    }
+
+    /// What two layers had was told as two contents.
+    #[test]
+    fn the_sum_has_a_content_of_several_layers_once() {
+        let unnamed = || FaultView {
+            object: None,
+            ..content("b", "", "")
+        };
+        let faults = [
+            content("a", "/same", ""),
+            content("b", "/same", ""),
+            content("b", "/own", ""),
+            unnamed(),
+            unnamed(),
+        ];
+        assert_eq!(sum(&faults), "4 contents of 2 layers");
     }
 
     #[test]

@@ -88,9 +88,11 @@ impl KnownLayer {
             .map(|damaged| record_fault(damaged, String::new(), &advice))
             .unwrap_or_default();
         let keys = self.snapshots.iter().map(|snapshot| snapshot.key.clone());
-        let cause = match &fault.error {
-            store::Error::Content { cause, .. } => cause.clone(),
-            _ => String::new(),
+        let (object, cause) = match &fault.error {
+            store::Error::Content { object, cause, .. } => {
+                (object.clone().unwrap_or_default(), cause.clone())
+            }
+            _ => Default::default(),
         };
         let layer = fault.layer.map(|layer| layer.to_string());
         api::Fault {
@@ -99,6 +101,7 @@ impl KnownLayer {
             path: fault.path.clone().unwrap_or_default(),
             problem: fault.error.problem(),
             cause,
+            object,
             snapshots: keys.collect(),
             images: self.images.clone(),
             advice,

@@ -137,12 +137,18 @@ impl Layers {
                 let mut dead = Collected::default();
                 self.collect_objects(&live, true, observer, &mut dead);
                 if !dead.orphans.is_empty() {
-                    collected.errors.extend(views.unknown);
+                    let unknown = views.unknown.into_iter();
+                    let told = unknown
+                        .map(|error| uncollected("a view that is mounted".to_owned(), error));
+                    collected.errors.extend(told);
                 }
                 collected.errors.append(&mut dead.errors);
             }
         }
         drop(collecting);
+        if !dry {
+            collected.note(self.purge());
+        }
         collected
     }
 
@@ -183,6 +189,7 @@ impl Layers {
                 // Removed since the list was made.
                 Err(_) if self.get(name).is_none() && !damaged.contains(&name) => {}
                 Err(error) => {
+                    let error = uncollected(format!("the layer {name}"), error);
                     collected.errors.push(error);
                     whole = false;
                 }
@@ -345,6 +352,13 @@ impl Layers {
             Err(error) if error.is_damage() || error.is_not_found() => Ok(false),
             Err(error) => Err(error),
         }
+    }
+}
+
+fn uncollected(whose: String, error: Error) -> Error {
+    Error::Uncollected {
+        whose,
+        source: Box::new(error),
     }
 }
 

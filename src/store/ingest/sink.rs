@@ -15,7 +15,7 @@ use crate::store::compression::Compressor;
 use crate::store::error::{Error, Result, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
-use crate::store::object::{FileWriter, Frame, LARGEST_FRAMED, NewFile, Objects};
+use crate::store::object::{FileWriter, Frame, LARGEST_FRAMED, NewFile, Objects, Seen};
 use crate::store::pack::{Encoded, PackWriter};
 
 /// Contents between two threads.
@@ -73,6 +73,7 @@ struct News<'a> {
     seen: Mutex<HashSet<ObjectName>>,
     /// Of others none is kept.
     only: Option<&'a HashSet<ObjectName>>,
+    seen_packs: Seen,
 }
 
 impl News<'_> {
@@ -80,7 +81,10 @@ impl News<'_> {
     fn is_new(&self, object: &Object) -> Result<bool> {
         let is_wanted = self.only.is_none_or(|only| only.contains(&object.name));
         Ok(is_wanted
-            && self.objects.find_for_import(object)?.is_none()
+            && self
+                .objects
+                .find_for_import(object, &self.seen_packs)?
+                .is_none()
             && self.seen.lock().insert(object.name))
     }
 }
@@ -120,6 +124,7 @@ pub(super) fn with_sink_of<T, E: From<Error>>(
         objects,
         seen: Mutex::default(),
         only,
+        seen_packs: Seen::default(),
     };
     let pack = PackWriter::create(tmp)?;
     let spawned = |error| io_error("start a thread for", tmp)(error);
@@ -202,6 +207,12 @@ impl Sink<'_> {
             let large = Large::create(self.tmp, size, &self.jobs)?;
             Ok(Incoming::Large(Box::new(large)))
         }
+    }
+
+    /// Whether each of those that alone are kept has come.
+    pub(super) fn has_all(&self) -> bool {
+        let only = self.news.only;
+        only.is_some_and(|only| self.news.seen.lock().len() >= only.len())
     }
 
     /// Keeps a large content if it is new. Whether somebody listens.
@@ -341,14 +352,17 @@ fn write(mut pack: PackWriter, done: &Receiver<Done>) -> Result<Written> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::path::PathBuf;
     use std::thread::ThreadId;
     use std::time::Instant;
 
     use super::*;
 
-    /// What workers have done: for the store with these packs, in which thread, from when to when.
-    static DONE: Mutex<Vec<(PathBuf, ThreadId, Instant, Instant)>> = Mutex::new(Vec::new());
+    /// In which thread a worker has done something, from when to when.
+    type Job = (ThreadId, Instant, Instant);
+    /// What the workers of stores with these packs have done, as long as a test wants to know.
+    static WATCHED: Mutex<BTreeMap<PathBuf, Vec<Job>>> = Mutex::new(BTreeMap::new());
 
     /// A worker is at a content or a frame.
     pub(super) struct Compressing<'a>(&'a Path, Instant);
@@ -361,8 +375,9 @@ mod tests {
 
     impl Drop for Compressing<'_> {
         fn drop(&mut self) {
-            let (packs, thread) = (self.0.to_owned(), thread::current().id());
-            DONE.lock().push((packs, thread, self.1, Instant::now()));
+            if let Some(done) = WATCHED.lock().get_mut(self.0) {
+                done.push((thread::current().id(), self.1, Instant::now()));
+            }
         }
     }
 
@@ -379,6 +394,9 @@ mod tests {
             let tmp = tempfile::tempdir().unwrap();
             let mut objects = Objects::new(tmp.path());
             objects.prepare().unwrap();
+            WATCHED
+                .lock()
+                .insert(objects.packs().to_owned(), Vec::new());
             let stored = with_sink(&objects, tmp.path(), &settings, |sink| {
                 for number in 0..contents {
                     let mut content = sink.begin(bytes)?;
@@ -391,19 +409,15 @@ mod tests {
                 Ok::<_, Error>(())
             });
             assert_eq!(stored.unwrap().1.contents.len() as u64, contents);
-            let done = DONE.lock();
-            let done: Vec<_> = done
-                .iter()
-                .filter(|(of, ..)| of == objects.packs())
-                .collect();
+            let done = WATCHED.lock().remove(objects.packs()).unwrap();
             assert_eq!(done.len(), 200);
-            let threads: HashSet<_> = done.iter().map(|(_, thread, ..)| thread).collect();
+            let threads: HashSet<_> = done.iter().map(|(thread, ..)| thread).collect();
             assert!(threads.len() > 1);
-            let at_once = |(_, thread, begun, ended): &(PathBuf, ThreadId, Instant, Instant)| {
-                let mut others = done.iter().filter(|other| other.1 != *thread);
-                others.any(|(_, _, from, to)| from < ended && begun < to)
+            let at_once = |(thread, begun, ended): &Job| {
+                let mut others = done.iter().filter(|other| other.0 != *thread);
+                others.any(|(_, from, to)| from < ended && begun < to)
             };
-            assert!(done.iter().any(|job| at_once(job)));
+            assert!(done.iter().any(at_once));
         }
     }
 

@@ -9,6 +9,7 @@ mod check;
 mod file;
 mod foreign;
 mod framed;
+mod places;
 mod put_back;
 mod restore;
 mod sweep;
@@ -40,6 +41,7 @@ pub(super) use foreign::{is_dir_of_files, object_in};
 use framed::FrameCache;
 pub use framed::Framed;
 pub(super) use framed::{FRAME, Frame, LARGEST as LARGEST_FRAMED};
+use places::Places;
 use sweep::Relied;
 pub(super) use sweep::{Live, Swept};
 
@@ -96,6 +98,14 @@ pub enum Content {
 }
 
 impl Content {
+    /// Whether some of it could not be used when it was last read.
+    pub(super) fn was_damaged(&self) -> bool {
+        match self {
+            Self::Framed(framed) => framed.checks().has_failed(),
+            Self::Bytes(_) | Self::File(_) => false,
+        }
+    }
+
     /// Fills `buffer` from `offset`; fewer bytes only at the end.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         match self {
@@ -124,13 +134,32 @@ impl Content {
     }
 }
 
+/// How long packs were when they were looked for: who relies on thousands of contents looks once for the pack that they are in.
+#[derive(Debug, Default)]
+pub(super) struct Seen(Mutex<HashMap<PackId, u64>>);
+
+impl Seen {
+    /// The length of the file of a place, which `path` leads to.
+    fn length_of(&self, place: Place, path: &Path) -> io::Result<u64> {
+        let known = place.pack().and_then(|id| self.0.lock().get(&id).copied());
+        if let Some(length) = known {
+            return Ok(length);
+        }
+        let length = fs::metadata(path)?.len();
+        if let Some(id) = place.pack() {
+            self.0.lock().insert(id, length);
+        }
+        Ok(length)
+    }
+}
+
 /// All objects of a store.
 #[derive(Debug)]
 pub struct Objects {
     packs: PathBuf,
     files: PathBuf,
     /// Read when it is first needed.
-    places: RwLock<Option<HashMap<ObjectName, Place>>>,
+    places: RwLock<Option<Places>>,
     open: Mutex<OpenPacks>,
     /// Those who have an object open keep the one that was here then.
     frames: Mutex<Arc<FrameCache>>,
@@ -138,9 +167,10 @@ pub struct Objects {
     collects: bool,
     /// What must not be collected, though no layer may name it yet.
     relied: Mutex<Relied>,
-    /// Restorations under way, and what they have found not to be what it was.
+    /// How many are under way.
     restorations: AtomicUsize,
-    distrusted: Mutex<Vec<(ObjectName, Place)>>,
+    /// Copies that were not what they were. One beside which there is another stays here until it has left the disk.
+    distrusted: Mutex<Vec<(Object, Place)>>,
     /// Objects that were damaged or missing when they were last looked at.
     doubted: Mutex<HashSet<ObjectName>>,
     /// Something was brought anew that was damaged or missing.
@@ -189,17 +219,17 @@ impl Objects {
     /// Where an object is; `None` if the store does not have it.
     pub fn find(&self, name: &ObjectName) -> Result<Option<Place>> {
         if let Some(places) = &*self.places.read() {
-            return Ok(places.get(name).copied());
+            return Ok(places.get(name));
         }
         let places = self.load()?;
-        let place = places.get(name).copied();
+        let place = places.get(name);
         *self.places.write() = Some(places);
         Ok(place)
     }
 
-    /// Looks on the disk for the file that an object is in, or for the pack; an error if it is not there, or too short for it to be
-    /// in it.
-    pub(super) fn look_for(&self, object: &Object) -> Result<()> {
+    /// Looks on the disk for the file that an object is in, or for the pack unless it was `seen`; an error if it is not there, or too
+    /// short for it to be in it.
+    pub(super) fn look_for(&self, object: &Object, seen: &Seen) -> Result<()> {
         let mut tried = None;
         let mut error = Error::NoObject {
             object: object.name.to_string(),
@@ -217,8 +247,8 @@ impl Objects {
                     stored,
                 } => (self.pack_path(pack), Slot { offset, stored }.end()),
             };
-            error = match fs::metadata(&path) {
-                Ok(found) if found.len() >= least => return Ok(()),
+            error = match seen.length_of(place, &path) {
+                Ok(length) if length >= least => return Ok(()),
                 Ok(_) => damaged(&path, format!("it is too short to have {}", object.name)),
                 Err(failed) => io_error("open", &path)(failed),
             };
@@ -251,12 +281,19 @@ impl Objects {
                 && next != tried
             {
                 match self.open_from(object, place, check) {
-                    Ok(content) => return Ok(content),
+                    Ok(content) if !content.was_damaged() => return Ok(content),
+                    // What can be read of it is better than nothing.
+                    Ok(content) => return Ok(self.open_copy(object, place).unwrap_or(content)),
                     Err(failed) => error = Some(failed),
                 }
                 tried = next;
                 next = self.find(&object.name)?;
                 continue;
+            }
+            if let Some(place) = tried
+                && let Some(content) = self.open_copy(object, place)
+            {
+                return Ok(content);
             }
             let missing = error.as_ref().is_some_and(Error::is_not_found);
             if tried.is_none() && next.is_none() {
@@ -282,6 +319,15 @@ impl Objects {
                 damaged(&path, "neither it nor a pack has this object")
             }
         })
+    }
+
+    /// Another copy of an object than the one at `bad`, which is whole.
+    fn open_copy(&self, object: &Object, bad: Place) -> Option<Content> {
+        // Reads the places if that was not done.
+        self.find(&object.name).ok()?;
+        let copies = self.copies(&object.name);
+        let mut others = copies.into_iter().filter(|place| *place != bad);
+        others.find_map(|place| self.read_from(object, place, true).ok())
     }
 
     fn read_from(&self, object: &Object, place: Place, verify: bool) -> Result<Content> {
@@ -448,7 +494,9 @@ impl Objects {
         }
         let names: Vec<ObjectName> = found.iter().map(|(name, _)| *name).collect();
         if let Some(places) = &mut *self.places.write() {
-            places.extend(found);
+            for (name, place) in found {
+                places.bring(name, place);
+            }
         }
         self.note_brought(&names);
         Ok(())
@@ -470,44 +518,6 @@ impl Objects {
         fs::metadata(&self.packs)
             .and_then(|metadata| metadata.modified())
             .ok()
-    }
-
-    fn load(&self) -> Result<HashMap<ObjectName, Place>> {
-        *self.read_at.lock() = self.changed_at();
-        let mut places = HashMap::new();
-        for name in names(&self.packs)? {
-            let Some(id) = PackId::of_file(&name) else {
-                continue;
-            };
-            let path = self.packs.join(&name);
-            match pack::look_into(&path, id) {
-                Ok(found) => {
-                    let problem = found.problem();
-                    if let Some(problem) = &problem {
-                        tracing::warn!(path = %path.display(), found = found.objects.len(), "a pack is damaged: {problem}");
-                    }
-                    let is_whole = problem.is_none() && found.features == Some(0);
-                    for (object, slot) in found.objects {
-                        // A repair may have had to leave a bad copy in one that is not; the good one is in another then.
-                        if is_whole || !places.contains_key(&object.name) {
-                            places.insert(object.name, Place::packed(id, slot));
-                        }
-                    }
-                }
-                // Collected since they were listed.
-                Err(error) if error.is_not_found() => {}
-                // The others can be used; whoever needs something of this one is told.
-                Err(error @ Error::Unsupported { .. }) => {
-                    tracing::warn!(%error, "a pack cannot be used");
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        for dir in self.file_dirs()? {
-            let files = self.files_in(&dir)?.into_iter();
-            places.extend(files.map(|name| (name, Place::File)));
-        }
-        Ok(places)
     }
 }
 

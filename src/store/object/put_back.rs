@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use super::{Objects, Place};
+use super::{Objects, Place, Seen};
 use crate::store::error::{Error, Result};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
@@ -44,7 +44,9 @@ impl Objects {
         let in_files = taken.len() - in_packs;
         let names: Vec<ObjectName> = taken.iter().map(|(name, _)| *name).collect();
         if let Some(places) = &mut *self.places.write() {
-            places.extend(taken);
+            for (name, place) in taken {
+                places.bring(name, place);
+            }
         }
         self.note_put_back(&names);
         Ok((packs, in_files))
@@ -56,7 +58,7 @@ impl Objects {
         // In this order: the objects of one that has come are known before it is not on its way any more.
         let coming = self.relied.lock().coming.clone();
         let known: HashSet<PackId> = match &*self.places.read() {
-            Some(places) => places.values().filter_map(|place| place.pack()).collect(),
+            Some(places) => places.packs(),
             None => HashSet::new(),
         };
         packs.retain(|id| !coming.contains(id) && !known.contains(id));
@@ -67,7 +69,7 @@ impl Objects {
         Ok(match self.find(&object.name)? {
             None => true,
             Some(_) => {
-                self.look_for(object).is_err()
+                self.look_for(object, &Seen::default()).is_err()
                     && self
                         .read_from(object, Place::packed(id, slot), true)
                         .is_ok()

@@ -4,7 +4,8 @@
 //! taken for missing and brought again. At other times it reads those that were damaged when they were last looked at, and looks
 //! for the files of the others. What was replaced leaves the disk with the pack or the file that it was
 //! in, whose other objects go into another pack; otherwise the next who reads the tables of all packs might find the bad
-//! copy first. Where the pack has to stay, what other packs have goes before it.
+//! copy first. Where the pack has to stay, what other packs have goes before it. A bad copy is remembered until it has left the disk, whatever
+//! fails meanwhile; of one that a kill has left nobody knows, and whoever finds it damaged reads the next copy.
 //!
 //! A pack whose header or table is damaged is written anew, too: what is sound in it, each object compared with its name. It
 //! goes when that is durable and, where only its table could tell what else was in it, when no object that a layer
@@ -17,7 +18,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-use super::{Live, Objects, Place};
+use super::places::Places;
+use super::{Live, Objects, Place, Seen};
+use crate::store::durable::sync_dir;
 use crate::store::error::{Error, Result, damaged, io_error};
 use crate::store::format::ObjectName;
 use crate::store::format::tables::Object;
@@ -30,10 +33,7 @@ pub(in crate::store) struct Restoring<'a>(&'a Objects);
 impl Drop for Restoring<'_> {
     fn drop(&mut self) {
         self.0.restorations.fetch_sub(1, Ordering::AcqRel);
-        let is_importing = self.0.relied.lock().is_importing();
-        if !is_importing {
-            self.0.give_back();
-        }
+        self.0.give_back();
     }
 }
 
@@ -44,17 +44,22 @@ impl Objects {
         Restoring(self)
     }
 
-    /// Once neither a restoration nor an import is under way: what nothing has come in place of is where it was. Maybe it can be
+    /// If neither a restoration nor an import is under way: what nothing has come in place of is where it was. Maybe it can be
     /// read another time.
     pub(super) fn give_back(&self) {
-        if self.restorations.load(Ordering::Acquire) > 0 {
+        let mut places = self.places.write();
+        // Whoever begins one from now on takes nothing away before this is done.
+        let relied = self.relied.lock();
+        if self.restorations.load(Ordering::Acquire) > 0 || relied.is_importing() {
             return;
         }
-        let mut places = self.places.write();
-        let distrusted = std::mem::take(&mut *self.distrusted.lock());
         if let Some(places) = &mut *places {
-            for (name, place) in distrusted {
-                places.entry(name).or_insert(place);
+            let mut distrusted = self.distrusted.lock();
+            let all = std::mem::take(&mut *distrusted).into_iter();
+            let (replaced, rest) = all.partition(|copy| is_replaced(places, copy));
+            *distrusted = replaced;
+            for (object, place) in rest {
+                places.add(object.name, place);
             }
         }
     }
@@ -98,62 +103,156 @@ impl Objects {
         self.healed.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether an import may rely on the object at `place`.
-    pub(super) fn is_trusted(&self, object: &Object, place: Place) -> bool {
+    /// Whether an import that has `seen` packs may rely on the object at `place`. If not, the next copy is where that one was.
+    pub(super) fn is_trusted(&self, object: &Object, place: Place, seen: &Seen) -> bool {
         let has_to_read =
             self.restorations.load(Ordering::Acquire) > 0 || self.is_doubted(&object.name);
-        let is_good = match has_to_read {
-            true => self.read_from(object, place, true).is_ok(),
-            false => self.look_for(object).is_ok(),
+        let looked = match has_to_read {
+            true => self.read_from(object, place, true).map(drop),
+            false => self.look_for(object, seen),
         };
-        if is_good {
-            if has_to_read {
-                self.trust(&object.name);
+        match looked {
+            Ok(()) => {
+                if has_to_read {
+                    self.trust(&object.name);
+                }
+                return true;
             }
-            return true;
+            Err(error) if error.is_exhaustion() => {}
+            Err(_) => self.doubt(object.name),
         }
-        self.doubt(object.name);
-        if let Some(places) = &mut *self.places.write()
-            && places.get(&object.name) == Some(&place)
-        {
-            places.remove(&object.name);
-            self.distrusted.lock().push((object.name, place));
-        }
+        self.distrust(object, place);
         false
     }
 
-    /// Takes off the disk what was replaced by restorations and imports that are under way. To be called while no collection is.
-    pub(in crate::store) fn purge(&self, tmp: &Path, level: i32) -> Result<()> {
-        // What is kept of a pack is read.
-        let _restoring = self.restoring();
-        let replaced: Vec<(ObjectName, Place)> = {
-            let places = self.places.read();
-            let known = |name: &ObjectName| {
-                let places = places.as_ref();
-                places.is_some_and(|places| places.contains_key(name))
+    fn distrust(&self, object: &Object, place: Place) {
+        if let Some(places) = &mut *self.places.write()
+            && places.take_away(&object.name, place)
+        {
+            self.distrusted.lock().push((*object, place));
+        }
+    }
+
+    /// Reads all copies of an object and compares them with its name; the first good one is where it is read from then. Fails if
+    /// there is none.
+    pub(in crate::store) fn read_copies(&self, object: &Object) -> Result<()> {
+        let copies = self.copies(&object.name);
+        if let [] | [_] = copies[..] {
+            return self.read(object, copies.first().copied(), true).map(drop);
+        }
+        let mut failed = Vec::new();
+        for place in &copies {
+            let read = self.read_from(object, *place, true);
+            failed.extend(read.err().map(|error| (*place, error)));
+        }
+        if failed.len() == copies.len() {
+            return failed
+                .into_iter()
+                .next()
+                .map_or(Ok(()), |(_, error)| Err(error));
+        }
+        for (place, error) in failed {
+            if !error.is_exhaustion() && !error.is_not_found() {
+                self.distrust(object, place);
+            } else if let Some(places) = &mut *self.places.write()
+                && places.take_away(&object.name, place)
+                && error.is_exhaustion()
+            {
+                // It may be good.
+                places.add(object.name, place);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has each of these be read from a good copy of it, and forgets the others. Says whether all have one.
+    pub(super) fn settle(&self, objects: &[Object]) -> Result<bool> {
+        for object in objects {
+            match self.read_copies(object) {
+                Ok(()) => {}
+                Err(error) if error.is_exhaustion() => return Err(error),
+                Err(_) => return Ok(false),
+            }
+            if let Some(places) = &mut *self.places.write() {
+                places.forget_others(&object.name, |_| true);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Copies that were not what they were, beside which there are others.
+    fn replaced(&self) -> Vec<(Object, Place)> {
+        let places = self.places.read();
+        let distrusted = self.distrusted.lock();
+        let replaced = distrusted.iter().filter(|copy| {
+            let places = places.as_ref();
+            places.is_some_and(|places| is_replaced(places, copy))
+        });
+        replaced.copied().collect()
+    }
+
+    /// What is to leave the disk with the next [`purge`](Self::purge).
+    pub(in crate::store) fn bad_copies(&self) -> Vec<Error> {
+        let replaced = self.replaced().into_iter();
+        let told = replaced.map(|(object, place)| {
+            let path = match place {
+                Place::Packed { pack, .. } => self.pack_path(pack),
+                Place::File => self.path_of(&object.name),
             };
-            let mut distrusted = self.distrusted.lock();
-            let (replaced, rest) = distrusted.drain(..).partition(|(name, _)| known(name));
-            *distrusted = rest;
-            replaced
-        };
+            Error::Duplicate {
+                path,
+                object: object.name.to_string(),
+            }
+        });
+        told.collect()
+    }
+
+    /// Whether something is to leave the disk.
+    pub(in crate::store) fn has_bad_copies(&self) -> bool {
+        !self.replaced().is_empty()
+    }
+
+    /// Takes bad copies off the disk beside which there are good ones. To be called while no collection is under way. What could
+    /// not be done the next call tries again.
+    pub(in crate::store) fn purge(&self, tmp: &Path, level: i32) -> Result<()> {
+        let replaced = self.replaced();
+        if replaced.is_empty() {
+            return Ok(());
+        }
+        // What is kept of a pack is read, and what takes the place of a file.
+        let _restoring = self.restoring();
+        let mut done = Ok(());
         let mut packs = BTreeSet::new();
-        for (name, was) in replaced {
-            match was {
-                Place::Packed { pack, .. } => {
-                    packs.insert(pack);
-                }
-                Place::File if self.find(&name)? != Some(Place::File) => {
-                    let path = self.path_of(&name);
-                    remove(&path)?;
-                }
-                // Another file has taken its place.
-                Place::File => {}
+        for (object, place) in &replaced {
+            match place {
+                Place::Packed { pack, .. } => drop(packs.insert(*pack)),
+                Place::File => done = done.and(self.purge_file(object)),
             }
         }
         for id in packs {
-            self.purge_pack(id, tmp, level)?;
+            let purged = self.purge_pack(id, tmp, level).map(|()| {
+                // Also where it has to stay: who reads the tables of all packs finds first what others have.
+                self.forget_bad(|copy| copy.1.is_in(id) && replaced.contains(copy));
+            });
+            done = done.and(purged);
         }
+        done
+    }
+
+    fn purge_file(&self, object: &Object) -> Result<()> {
+        match self.find(&object.name)? {
+            // Another file has taken its place.
+            Some(Place::File) => {}
+            Some(place) if self.is_trusted(object, place, &Seen::default()) => {
+                let path = self.path_of(&object.name);
+                remove(&path)?;
+                if let Some(dir) = path.parent() {
+                    sync_dir(dir).map_err(io_error("make durable", dir))?;
+                }
+            }
+            _ => return Ok(()),
+        }
+        self.forget_bad(|copy| *copy == (*object, Place::File));
         Ok(())
     }
 
@@ -170,15 +269,19 @@ impl Objects {
         Ok(())
     }
 
+    /// Forgets bad copies that have left the disk.
+    pub(super) fn forget_bad(&self, of: impl Fn(&(Object, Place)) -> bool) {
+        self.distrusted.lock().retain(|copy| !of(copy));
+    }
+
     /// Writes what is sound in a pack into another one and removes it, while a restoration is under way.
     fn replace_pack(&self, id: PackId, found: Found, tmp: &Path, level: i32) -> Result<()> {
         let mut keep = Vec::new();
         for (object, slot) in found.objects {
             let here = Place::packed(id, slot);
-            if let Some(other) = self.find(&object.name)?
-                && other != here
-                && self.is_trusted(&object, other)
-            {
+            let others = self.copies(&object.name).into_iter();
+            let mut others = others.filter(|place| *place != here);
+            if others.any(|other| self.is_trusted(&object, other, &Seen::default())) {
                 continue;
             }
             match self.read_from(&object, here, true) {
@@ -198,7 +301,7 @@ impl Objects {
     /// Nothing is in the pack any more.
     pub(super) fn forget_pack(&self, id: PackId) {
         if let Some(places) = &mut *self.places.write() {
-            places.retain(|_, place| slot_in(id)(place).is_none());
+            places.retain(|_, place| !place.is_in(id));
         }
     }
 
@@ -217,12 +320,9 @@ impl Objects {
 
     /// Where objects are known to be in a pack, from its start on.
     pub(super) fn slots_of(&self, id: PackId) -> Vec<Slot> {
-        let mut known: Vec<Slot> = match &*self.places.read() {
-            Some(places) => places.values().filter_map(slot_in(id)).collect(),
-            None => Vec::new(),
-        };
-        known.sort_unstable_by_key(|slot| slot.offset);
-        known
+        let places = self.places.read();
+        let slots = places.as_ref().map(|places| places.slots_in(id));
+        slots.unwrap_or_default()
     }
 
     /// The objects that are known to be in a pack and have sound headers in `file`.
@@ -299,16 +399,10 @@ fn needs_newer(path: &Path, found: &Found, problem: &str) -> Error {
     }
 }
 
-/// Where in the pack `id` a place is, if it is there.
-fn slot_in(id: PackId) -> impl Fn(&Place) -> Option<Slot> {
-    move |place| match *place {
-        Place::Packed {
-            pack,
-            offset,
-            stored,
-        } if pack == id => Some(Slot { offset, stored }),
-        _ => None,
-    }
+/// Whether an object is to be found elsewhere than at a place that it was taken away from.
+fn is_replaced(places: &Places, (object, place): &(Object, Place)) -> bool {
+    let known = places.get(&object.name);
+    known.is_some_and(|known| known != *place)
 }
 
 pub(super) fn remove(path: &Path) -> Result<()> {

@@ -12,7 +12,7 @@
 //! - a pack that is on its way to its place is left alone until the places know what is in it.
 //!
 //! Every step is one rename or unlink. Cut off between the two of a pack that is written anew, both packs have its
-//! objects: the places know each in one of them, and the next collection finds nothing alive in the other.
+//! objects: the places know both, and the next collection that would take one away reads the other first.
 
 use std::collections::HashSet;
 use std::fs;
@@ -20,7 +20,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::restore::remove;
-use super::{Content, Objects, Place, names};
+use super::{Content, Objects, Place, Seen, names};
 use crate::store::compression::Compressor;
 use crate::store::durable::sync_dir;
 use crate::store::error::{Result, io_error};
@@ -65,15 +65,12 @@ pub(in crate::store) struct Importing<'a>(&'a Objects);
 
 impl Drop for Importing<'_> {
     fn drop(&mut self) {
-        let is_last = {
+        {
             let mut relied = self.0.relied.lock();
             relied.imports -= 1;
             relied.forget_if_idle();
-            !relied.is_importing()
-        };
-        if is_last {
-            self.0.give_back();
         }
+        self.0.give_back();
     }
 }
 
@@ -113,13 +110,16 @@ impl Objects {
         Collecting(self)
     }
 
-    /// Where an object is, for an import, which relies on it from now on.
-    pub(in crate::store) fn find_for_import(&self, object: &Object) -> Result<Option<Place>> {
-        if let Some(place) = self.find(&object.name)?
-            && !self.is_trusted(object, place)
-        {
-            return Ok(None);
-        }
+    /// Where an object is, for an import that has `seen` packs, and relies on it from now on.
+    pub(in crate::store) fn find_for_import(
+        &self,
+        object: &Object,
+        seen: &Seen,
+    ) -> Result<Option<Place>> {
+        // Each copy that is not trusted makes room for the next.
+        while let Some(place) = self.find(&object.name)?
+            && !self.is_trusted(object, place, seen)
+        {}
         self.find_to_name(&object.name)
     }
 
@@ -128,7 +128,7 @@ impl Objects {
         // Reads the places if that was not done.
         self.find(name)?;
         let places = self.places.read();
-        let found = places.as_ref().and_then(|places| places.get(name).copied());
+        let found = places.as_ref().and_then(|places| places.get(name));
         if found.is_some() {
             self.rely_on([*name]);
         }
@@ -159,11 +159,7 @@ impl Objects {
     /// Whether the places of all of these are known.
     pub(super) fn has_all(&self, live: &Live) -> bool {
         let places = self.places.read();
-        let known = |name| {
-            places
-                .as_ref()
-                .is_some_and(|places| places.contains_key(name))
-        };
+        let known = |name| places.as_ref().is_some_and(|places| places.has(name));
         live.iter().all(known)
     }
 
@@ -187,35 +183,49 @@ impl Objects {
         let rewritable = found.features == Some(0);
         let metadata = fs::metadata(&path).map_err(io_error("look at", &path))?;
         let (bytes, allocated) = (metadata.len(), bytes_of(&metadata));
-        let (keep, kept_bytes) = {
-            let mut places = self.places.write();
-            let relied = self.relied.lock();
-            if relied.coming.contains(&id) {
-                return Ok(Swept::Kept);
-            }
-            let here = |place: &Place| place.is_in(id);
-            let (keep, drop): (Vec<_>, Vec<_>) =
-                found.objects.into_iter().partition(|(object, _)| {
-                    let known = places.as_ref().and_then(|places| places.get(&object.name));
-                    (live.contains(&object.name) || relied.names.contains(&object.name))
-                        && known.is_none_or(here)
-                });
-            let kept_bytes = keep
-                .iter()
-                .map(|(_, slot)| u64::from(slot.stored))
-                .sum::<u64>();
-            let worth_it = rewritable && kept_bytes * 100 < bytes * least;
-            if !keep.is_empty() && (drop.is_empty() || !worth_it) {
-                return Ok(Swept::Kept);
-            }
-            if !dry && let Some(places) = &mut *places {
-                for (object, _) in drop {
-                    if places.get(&object.name).is_some_and(here) {
-                        places.remove(&object.name);
-                    }
+        let here = |place: Place| place.is_in(id);
+        let (keep, kept_bytes) = loop {
+            let copies: Vec<Object> = {
+                let mut places = self.places.write();
+                let relied = self.relied.lock();
+                if relied.coming.contains(&id) {
+                    return Ok(Swept::Kept);
                 }
+                let is_needed = |object: &Object| {
+                    live.contains(&object.name) || relied.names.contains(&object.name)
+                };
+                let all = found.objects.iter().copied();
+                let (keep, dead): (Vec<_>, Vec<_>) = all.partition(|(object, _)| {
+                    let known = places.as_ref().and_then(|places| places.get(&object.name));
+                    is_needed(object) && known.is_none_or(here)
+                });
+                let kept_bytes = keep
+                    .iter()
+                    .map(|(_, slot)| u64::from(slot.stored))
+                    .sum::<u64>();
+                let worth_it = rewritable && kept_bytes * 100 < bytes * least;
+                if !keep.is_empty() && (dead.is_empty() || !worth_it) {
+                    return Ok(Swept::Kept);
+                }
+                let Some(places) = places.as_mut().filter(|_| !dry) else {
+                    break (keep, kept_bytes);
+                };
+                let all = found.objects.iter().map(|(object, _)| *object);
+                let copies: Vec<_> = all
+                    .filter(|object| is_needed(object) && !places.others(&object.name).is_empty())
+                    .collect();
+                if copies.is_empty() {
+                    for (object, slot) in dead {
+                        places.take_away(&object.name, Place::packed(id, slot));
+                    }
+                    break (keep, kept_bytes);
+                }
+                copies
+            };
+            // What would go may be the only good copy.
+            if !self.settle(&copies)? {
+                return Ok(Swept::Kept);
             }
-            (keep, kept_bytes)
         };
         let swept = match keep.is_empty() {
             true => Swept::Removed(allocated),
@@ -251,14 +261,14 @@ impl Objects {
             live.contains(name)
                 || relied.names.contains(name)
                 || match place {
-                    Place::Packed { pack, .. } => there.contains(pack),
+                    Place::Packed { pack, .. } => there.contains(&pack),
                     Place::File => self.path_of(name).try_exists().unwrap_or(true),
                 }
         });
         // Places that were taken away may be given back.
         if self.distrusted.lock().is_empty() {
-            let is_known = |id| places.values().any(|place| place.is_in(id));
-            self.open.lock().forget_astray(|id| !is_known(id));
+            let known = places.packs();
+            self.open.lock().forget_astray(|id| !known.contains(&id));
         }
         Ok(())
     }
@@ -266,6 +276,7 @@ impl Objects {
     /// Removes a pack that nothing is in any more.
     pub(super) fn remove_pack(&self, id: PackId) -> Result<()> {
         remove(&self.pack_path(id))?;
+        self.forget_bad(|copy| copy.1.is_in(id));
         self.open.lock().forget(id);
         sync_dir(&self.packs).map_err(io_error("make durable", &self.packs))
     }
@@ -308,9 +319,7 @@ impl Objects {
             dead.retain(|name| !relied.names.contains(name));
             if !dry && let Some(places) = &mut *places {
                 for name in &dead {
-                    if places.get(name) == Some(&Place::File) {
-                        places.remove(name);
-                    }
+                    places.take_away(name, Place::File);
                 }
             }
         }

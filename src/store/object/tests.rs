@@ -115,7 +115,10 @@ fn a_file_that_comes_again_while_its_directory_is_swept_stays() {
         let _importing = objects.importing();
         for content in &contents {
             let of = object(content);
-            assert_eq!(objects.find_for_import(&of).unwrap(), None);
+            assert_eq!(
+                objects.find_for_import(&of, &Seen::default()).unwrap(),
+                None
+            );
             let mut file = FileWriter::create(tmp.path()).unwrap();
             file.write(content).unwrap();
             objects.publish(None, vec![file.finish().unwrap()]).unwrap();
@@ -150,7 +153,7 @@ fn a_pack_is_too_short_when_the_last_byte_of_a_content_is_gone() {
     let path = objects.pack_path(sealed.id);
     objects.publish(Some(sealed), Vec::new()).unwrap();
     let object = object(content);
-    objects.look_for(&object).unwrap();
+    objects.look_for(&object, &Seen::default()).unwrap();
     let Some(Place::Packed { offset, stored, .. }) = objects.find(&object.name).unwrap() else {
         panic!("it is not in a pack");
     };
@@ -160,7 +163,7 @@ fn a_pack_is_too_short_when_the_last_byte_of_a_content_is_gone() {
         file.set_len(length).unwrap();
         assert_eq!(objects.read(&object, None, true).is_ok(), is_there);
         assert_eq!(
-            objects.look_for(&object).is_ok(),
+            objects.look_for(&object, &Seen::default()).is_ok(),
             is_there,
             "{length} bytes"
         );
@@ -175,4 +178,46 @@ fn what_is_not_published_is_removed() {
     drop(file.finish().unwrap());
     drop(FileWriter::create(tmp.path()).unwrap());
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+}
+
+/// The end of another import gave a bad copy its place back while one was bringing a good one.
+#[test]
+fn nothing_is_given_back_while_an_import_is_under_way() {
+    let tmp = tempfile::tempdir().unwrap();
+    let objects = store(tmp.path());
+    let sealed = packed(tmp.path(), b"content");
+    let path = objects.pack_path(sealed.id);
+    objects.publish(Some(sealed), Vec::new()).unwrap();
+    let object = object(b"content");
+    let place = objects.find(&object.name).unwrap();
+    assert!(place.is_some());
+    fs::remove_file(path).unwrap();
+    let importing = objects.importing();
+    assert_eq!(
+        objects.find_for_import(&object, &Seen::default()).unwrap(),
+        None
+    );
+    objects.give_back();
+    assert_eq!(objects.find(&object.name).unwrap(), None);
+    drop(importing);
+    assert_eq!(objects.find(&object.name).unwrap(), place);
+}
+
+/// Each of ten thousand contents of a pack had an import look for it.
+#[test]
+fn an_import_looks_once_for_a_pack() {
+    let tmp = tempfile::tempdir().unwrap();
+    let objects = store(tmp.path());
+    let sealed = packed(tmp.path(), b"content");
+    let path = objects.pack_path(sealed.id);
+    objects.publish(Some(sealed), Vec::new()).unwrap();
+    let object = object(b"content");
+    let _importing = objects.importing();
+    let first = Seen::default();
+    assert!(objects.find_for_import(&object, &first).unwrap().is_some());
+    fs::remove_file(path).unwrap();
+    assert!(objects.find_for_import(&object, &first).unwrap().is_some());
+    // The next one misses it.
+    let next = Seen::default();
+    assert_eq!(objects.find_for_import(&object, &next).unwrap(), None);
 }

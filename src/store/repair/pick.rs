@@ -40,7 +40,8 @@ impl Layers {
     }
 
     /// Takes what is `lacking` out of the stream of any layer, a tar as for [`import`](Self::import). What it has is durable then, and
-    /// not lacking any more. Memory is bounded as for an import, and nothing else of the stream is kept.
+    /// not lacking any more, also where the stream ends badly after that. Memory is bounded as for an import, and nothing else of the
+    /// stream is kept, nor read once nothing is lacking.
     pub fn pick(
         &self,
         stream: impl Read + Send,
@@ -50,7 +51,7 @@ impl Layers {
         let objects = self.objects();
         // What was replaced is remembered as long as this is held.
         let _importing = objects.importing();
-        let stored = ingest::pick(
+        let (stored, ended) = ingest::pick(
             stream,
             &lacking.0,
             objects,
@@ -61,6 +62,10 @@ impl Layers {
         self.keep_contents(stored)?;
         self.settle_healed();
         lacking.0.retain(|name, _| objects.is_doubted(name));
-        Ok(())
+        match lacking.is_empty() {
+            // Maybe it was not read to its end.
+            true => Ok(()),
+            false => ended,
+        }
     }
 }

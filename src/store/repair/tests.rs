@@ -1,3 +1,4 @@
+mod copies;
 mod descriptors;
 mod heal;
 mod packs;
@@ -524,10 +525,10 @@ fn what_was_found_damaged_is_not_relied_on_any_more() {
     struct Deaf;
     impl Observer for Deaf {}
     impl crate::store::verify::Told for Deaf {
-        fn fault(&self, _fault: crate::store::verify::Fault) {}
+        fn fault(&self, _fault: Fault) {}
         fn sum(&self, _layers: u64, _total: u64, _objects: u64, _bytes: u64) {}
     }
-    store.layers.verify(true, &Deaf);
+    store.layers.verify(true, &Deaf).unwrap();
     assert!(!store.layers.is_whole(store.layer));
     store.restore();
     assert!(store.layers.is_whole(store.layer));

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 
+use crate::store::error::Result;
 use crate::store::format::tables::Extent;
 use crate::store::object::{Content, Framed};
 
@@ -26,6 +27,24 @@ impl ViewFile {
             extents,
             contents,
         }
+    }
+
+    /// The same with contents that are opened once more, by the numbers of their objects.
+    pub(super) fn with_contents(&self, open: impl Fn(u32) -> Result<Content>) -> Result<Self> {
+        let contents = self.contents.iter();
+        let contents = contents.map(|(number, _)| Ok((*number, open(*number)?)));
+        Ok(Self {
+            size: self.size,
+            extents: self.extents.clone(),
+            contents: contents.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Whether a part of a content could not be used when it was last read.
+    pub(super) fn was_damaged(&self) -> bool {
+        self.contents
+            .iter()
+            .any(|(_, content)| content.was_damaged())
     }
 
     /// Its bytes.

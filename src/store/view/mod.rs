@@ -305,17 +305,28 @@ impl View {
 
     /// Fills `buffer` from `offset` of a file of this view; fewer bytes only at the end.
     pub fn read_at(&self, file: &ViewFile, buffer: &mut [u8], offset: u64) -> Result<usize> {
-        let read = file.read_at(buffer, offset);
+        let mut read = file.read_at(buffer, offset);
         if read.is_err() || self.damaged() > 0 {
             for (number, framed) in file.framed() {
                 self.note(number, !framed.checks().has_failed());
             }
+        }
+        if read.is_err()
+            && let Some(other) = self.other_copy(file)
+        {
+            read = other.read_at(buffer, offset);
         }
         // What was found wrong with a content says where that lies.
         read.map_err(|error| match error.downcast() {
             Ok(error) => error,
             Err(error) => io_error("read a content of", self.path())(error),
         })
+    }
+
+    /// A file, a part of which could not be read, with other copies of its contents; `None` where there is no other.
+    fn other_copy(&self, file: &ViewFile) -> Option<ViewFile> {
+        let other = file.with_contents(|number| self.content(number)).ok()?;
+        (!other.was_damaged()).then_some(other)
     }
 
     /// Where the content of a regular file lies: its parts that are no holes, in order.
