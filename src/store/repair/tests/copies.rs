@@ -1,21 +1,8 @@
 //! Contents of which a bad and a good copy lie on the disk, as plyd leaves them when it is killed after it has brought the good one.
 
+use super::descriptors::Faults;
 use super::*;
-use crate::store::verify::{Fault, Told};
-use parking_lot::Mutex;
-
-/// All that a verification tells.
-#[derive(Default)]
-struct Faults(Mutex<Vec<Fault>>);
-
-impl Observer for Faults {}
-
-impl Told for Faults {
-    fn fault(&self, fault: Fault) {
-        self.0.lock().push(fault);
-    }
-    fn sum(&self, _layers: u64, _total: u64, _objects: u64, _bytes: u64) {}
-}
+use crate::store::verify::Fault;
 
 /// What a verification that reads everything finds, which is no layer's.
 fn bad_copies(store: &Store) -> Vec<String> {

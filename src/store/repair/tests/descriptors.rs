@@ -42,8 +42,9 @@ fn everything(store: &Store) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
+/// All that a verification tells.
 #[derive(Default)]
-struct Faults(Mutex<Vec<Fault>>);
+pub(super) struct Faults(pub(super) Mutex<Vec<Fault>>);
 
 impl Observer for Faults {}
 
