@@ -1,6 +1,6 @@
 //! Records that cannot be used: whose they are, and how they are made anew or found again.
 
-use super::{Catalog, Changes, Found, SnapshotRecord, in_order, name, parse_name};
+use super::{Catalog, Changes, Found, SnapshotRecord, gone, in_order, name, parse_name};
 use crate::snapshotter::types::*;
 use crate::store::record::Damaged;
 
@@ -16,8 +16,8 @@ const FROM_IMAGE: &str =
 impl Catalog {
     /// How many are [`damaged`](Self::damaged); of records only what has changed is read.
     pub(in crate::snapshotter) fn count_damaged(&self) -> Result<usize> {
-        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
-        match self.records.is_doubtful(known)? {
+        let expected = self.changes.lock().expected();
+        match self.records.is_doubtful(expected)? {
             true => Ok(self.damaged()?.len()),
             false => Ok(0),
         }
@@ -25,15 +25,18 @@ impl Catalog {
 
     /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
     pub(in crate::snapshotter) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
-        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
-        let damaged = self.records.examine(known)?;
+        let expected = self.changes.lock().expected();
+        let damaged = self.records.examine(expected)?;
         let mut found = Vec::new();
         for damaged in damaged {
             let of = {
                 // Nobody removes it meanwhile.
                 let changes = self.changes.lock();
                 let known = changes.known.get(&damaged.id);
-                if !self.records.is_unsound(&damaged.id, known.is_some()) {
+                if !self
+                    .records
+                    .is_unsound(&damaged.id, changes.expects(&damaged.id))
+                {
                     continue;
                 }
                 known.map(|record| ParentRef {
@@ -48,6 +51,7 @@ impl Catalog {
                     let of = name.and_then(|name| parse_name(&name));
                     let owner = of.as_ref().map(|of| of.owner);
                     let damaged = match owner.filter(|_| !damaged.newer) {
+                        _ if self.is_gone(&damaged.id) => gone::advised(damaged, owner),
                         None => damaged,
                         Some(Owner::Image) => Damaged {
                             remedy: FROM_IMAGE,
@@ -81,8 +85,8 @@ impl Catalog {
         Ok(written)
     }
 
-    /// Id of a record that cannot be used and of which it is certain that it was that of the layer `at` of an image with the keys
-    /// `chain`: the layer above says so, or the index, or what can still be read of it.
+    /// Id of a record that cannot be used, or is gone, and of which it is certain that it was that of the layer `at` of an image with
+    /// the keys `chain`: the layer above says so, or the index, or what can still be read of it.
     pub(in crate::snapshotter) fn damaged_id(
         &self,
         owner: Owner,
@@ -115,10 +119,10 @@ impl Catalog {
         });
         Ok(id.filter(|id| {
             !changes.known.contains_key(id)
-                && self
-                    .records
-                    .problem_of(id)
-                    .is_some_and(|damaged| !damaged.newer)
+                && match self.records.problem_of(id) {
+                    Some(damaged) => !damaged.newer,
+                    None => self.is_gone(id),
+                }
         }))
     }
 
@@ -197,8 +201,7 @@ impl Catalog {
     /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.
     pub(in crate::snapshotter) fn is_complete(&self) -> bool {
         let mut changes = self.changes.lock();
-        let is_gone = |id: &str| matches!(self.records.get(id), Ok(None));
-        changes.unread.retain(|id| !is_gone(id));
-        changes.unread.is_empty()
+        changes.unread.retain(|id| !self.is_gone(id));
+        changes.is_complete()
     }
 }
