@@ -8,13 +8,15 @@
 //! - `good`: what is accepted, and what comes of it;
 //! - `healed`: what comes whole with something else, or because somebody put it back;
 //! - `hostile`: what is refused, and that nothing of it stays;
+//! - `lost`: what containers do whose image has lost files;
 //! - `packed`: what stands on packed layers;
 //! - `pages`: what the kernel keeps of what was damaged;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
 //! - `records`: records that are made anew;
 //! - `service`: the Images service of a running plyd, also killed in the middle;
 //! - `space`: what the store takes;
-//! - `told`: what a user is told of damage.
+//! - `told`: what a user is told of damage;
+//! - `unusable`: what a user is told of records that cannot be used.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -40,6 +42,8 @@ mod good;
 mod healed;
 #[path = "image/hostile.rs"]
 mod hostile;
+#[path = "image/lost.rs"]
+mod lost;
 #[path = "common/mapping.rs"]
 #[allow(dead_code, reason = "others use the rest")]
 mod mapping;
@@ -61,3 +65,5 @@ mod store;
 mod told;
 #[path = "image/tree.rs"]
 mod tree;
+#[path = "image/unusable.rs"]
+mod unusable;

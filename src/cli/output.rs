@@ -149,7 +149,7 @@ pub fn note(text: &str) {
 pub fn note_unusable(records: u64) {
     if records > 0 {
         note(&format!(
-            "snapctl: {} cannot be used, so that not all is shown; `snapctl system verify` names what is missing, and `snapctl system repair` mends it, or says what would",
+            "snapctl: {} cannot be used, so that not all is shown; `snapctl system verify` names what is missing, and `snapctl system repair` mends it, or says what to do",
             count(records, "record")
         ));
     }

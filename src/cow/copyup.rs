@@ -106,7 +106,10 @@ impl Union {
             };
             changed = self
                 .with_room(|| self.copy_up_one(&next, content, change))
-                .with_context(|| format!("copying up {:?}", next.name().map(|name| name.name)))?;
+                .with_context(|| match next.name() {
+                    Some(name) => format!("copying up {:?}", name.name),
+                    None => "copying up a file without a name".into(),
+                })?;
             if !chain.is_empty() {
                 self.tell(next.id);
             }

@@ -30,6 +30,15 @@ impl Error {
         }
     }
 
+    /// The same, met while something else was done: what was said of it stays, which may name a layer and a path.
+    fn within(self, doing: Cow<'static, str>) -> Self {
+        let context = match &*self.context {
+            "" => doing,
+            inner => format!("{doing}: {inner}").into(),
+        };
+        Self { context, ..self }
+    }
+
     /// Whether it is this errno.
     pub(super) fn is(&self, errno: Errno) -> bool {
         self.errno == errno as i32
@@ -56,7 +65,7 @@ impl From<Errno> for Error {
 /// Result of an operation of the union.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Adds what was being done.
+/// Adds what was being done, before what was said already.
 pub(super) trait Context<T> {
     /// A fixed text.
     fn context(self, text: &'static str) -> Result<T>;
@@ -66,17 +75,11 @@ pub(super) trait Context<T> {
 
 impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
     fn context(self, text: &'static str) -> Result<T> {
-        self.map_err(|error| Error {
-            context: Cow::Borrowed(text),
-            ..error.into()
-        })
+        self.map_err(|error| error.into().within(Cow::Borrowed(text)))
     }
 
     fn with_context(self, text: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|error| Error {
-            context: Cow::Owned(text()),
-            ..error.into()
-        })
+        self.map_err(|error| error.into().within(Cow::Owned(text())))
     }
 }
 

@@ -38,6 +38,11 @@ pub(super) fn is_dead(stored: Option<&[u8]>, links: u32) -> bool {
     i64::from(links) + offset.unwrap_or(ONLY_INDEX) <= 0
 }
 
+/// The name in the index of an object that no file handle tells, of the number space with this index.
+pub(super) fn numbered_index_name(space: u32, ino: u64) -> OsString {
+    format!("{space:08x}{ino:016x}").into()
+}
+
 /// Without a record: every link counts but the one in the index.
 const ONLY_INDEX: i64 = -1;
 
@@ -200,7 +205,7 @@ impl Union {
             Some(name) => Some(name),
             None => {
                 let space = self.numbers.index_of(object.number_space())?;
-                Some(format!("{space:08x}{:016x}", object.attr().ok()?.ino).into())
+                Some(numbered_index_name(space, object.attr().ok()?.ino))
             }
         }
     }

@@ -372,6 +372,7 @@ impl Union {
             }
         }
         let lowers = self.find_lowers(&parent_lowers, name, None, Wanted::Anything)?;
+        let lowers = self.before_later_copies(&parent_lowers, name, lowers)?;
         let Some(top) = lowers.first() else {
             return Ok(None);
         };
@@ -388,7 +389,9 @@ impl Union {
         };
         if attr.nlink > 1 && attr.kind != FileKind::Directory {
             self.find_index(&mut found)?;
-            self.find_copy_of_others(&mut found)?;
+            if !self.find_copy_of_others(&mut found)? {
+                return Ok(None);
+            }
         }
         Ok(Some(found))
     }

@@ -24,6 +24,10 @@ pub trait Lower: Send + Sync {
     fn decode_origin(&self, origin: &Origin) -> Option<u64>;
     /// Whether origins of this layer can be told at all (file handles can be opened).
     fn decodes_origins(&self) -> bool;
+    /// The object that `origin` names; `None` also where one is found by its name alone.
+    fn object_of(&self, _origin: &Origin) -> Option<Arc<dyn LowerObject>> {
+        None
+    }
     /// How the objects of these numbers are reached from the top; `None` if only a walk over all of the layer can tell.
     fn ways_to(&self, _numbers: &HashSet<u64>) -> Result<Option<Ways>> {
         Ok(None)

@@ -18,6 +18,7 @@ use super::chunks::{Maps, features_of_others};
 use super::dir_lower::DirLower;
 use super::error::OpenError;
 use super::fdcache::Budget;
+use super::foreign_index::ForeignIndex;
 use super::lower::Lower;
 use super::node::{LowerAt, Node, Place, Table};
 use super::number::Numbers;
@@ -95,8 +96,8 @@ impl Union {
                 source,
             };
             let lower = opened.map_err(failed)?;
-            if lowers.is_empty() {
-                index_of_others = lower.index();
+            if let Some(index) = lower.index().filter(|_| lowers.is_empty()) {
+                index_of_others = Some(ForeignIndex::open(index).map_err(failed)?);
             }
             lowers.push(Box::new(lower));
         }

@@ -239,7 +239,8 @@ pub struct UnionConfig {
     /// Read-only layers in overlayfs format, the topmost first. At least one unless there is a view or an upper.
     pub lowers: Vec<PathBuf>,
     /// The work directory of the topmost of `lowers`, if that is the upper of a union of others, which may write to both
-    /// meanwhile: there the maps lie of files that are copied up in part.
+    /// meanwhile: there the maps lie of files that are copied up in part, and the index of those with several names, which
+    /// counts as it is when the union is opened.
     pub lower_work: Option<PathBuf>,
     /// Packed layers, below all the directories.
     pub view: Option<Arc<View>>,

@@ -9,7 +9,8 @@ pub use super::dir::DirHandle;
 pub use super::error::{Error, OpenError, Result};
 use super::fdcache::Budget;
 pub use super::file::FileHandle;
-use super::lower::{Lower, LowerObject};
+use super::foreign_index::ForeignIndex;
+use super::lower::Lower;
 pub use super::lower_data::LowerData;
 use super::node::Table;
 use super::number::Numbers;
@@ -43,7 +44,7 @@ pub struct Union {
     /// The topmost is the upper of others (`UnionConfig::lower_work`).
     pub(super) reads_upper: bool,
     /// The index of hard links in the work directory of that upper.
-    pub(super) index_of_others: Option<Arc<dyn LowerObject>>,
+    pub(super) index_of_others: Option<ForeignIndex>,
     pub(super) upper: Option<Upper>,
     pub(super) numbers: Numbers,
     pub(super) table: Table,
@@ -63,6 +64,11 @@ impl Union {
     /// Whether there is no upper.
     pub fn is_read_only(&self) -> bool {
         self.upper.is_none()
+    }
+
+    /// Whether the topmost layer is the upper of others: what is in it may change, go and be another at any moment.
+    pub fn is_live(&self) -> bool {
+        self.reads_upper
     }
 
     /// What of packed layers could not be used when it was last read.

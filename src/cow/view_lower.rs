@@ -78,6 +78,11 @@ impl Lower for ViewLower {
         true
     }
 
+    fn object_of(&self, origin: &Origin) -> Option<Arc<dyn LowerObject>> {
+        let inode = inode_of(&self.shared.view, origin)?;
+        Some(self.shared.object(inode))
+    }
+
     fn ways_to(&self, numbers: &HashSet<u64>) -> Result<Option<Ways>> {
         let view = &self.shared.view;
         let inodes = numbers.iter().filter_map(|number| inode_numbered(*number));

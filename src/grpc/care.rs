@@ -21,7 +21,7 @@ use crate::store::{self, LayerName};
 /// Answers that wait for the client.
 pub(super) const ANSWERS_WAITING: usize = 32;
 /// What to do about what is damaged, if nobody knows more.
-const REMEDY: &str = "`snapctl system repair` mends it, or says what would";
+const REMEDY: &str = "`snapctl system repair` mends it, or says what to do";
 
 pub(super) fn collect(snapshotter: &Snapshotter, dry_run: bool) -> api::CollectResponse {
     let collected = snapshotter.packed_layers().collect(dry_run, &());

@@ -5,7 +5,7 @@ mod layers;
 mod log;
 mod put_back;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use tonic::Status;
@@ -14,7 +14,7 @@ use super::layers::shown;
 use super::pb::plywood as api;
 use crate::image::ImageStore;
 use crate::runtime::containers::Containers;
-use crate::snapshotter::{Owner, SnapshotInfo, Snapshotter};
+use crate::snapshotter::{Owner, ParentRef, SnapshotInfo, Snapshotter};
 use crate::store::ingest::Observer;
 use crate::store::record::Damaged;
 use crate::store::{self, LayerName, ViewKey};
@@ -39,8 +39,8 @@ pub(super) struct Stores<'a> {
 pub(super) struct KnownView {
     /// In words.
     pub(super) of: String,
-    /// What has it mounted, in words; empty if nothing has.
-    pub(super) mounted: String,
+    /// What has it, or another of its chain, mounted.
+    mounted: Vec<SnapshotInfo>,
     snapshots: Vec<String>,
     images: Vec<String>,
     /// The lowest first.
@@ -56,16 +56,27 @@ impl Stores<'_> {
         }
         let views = self.known_views()?;
         let faults = bad.into_iter().map(|view| {
-            let known = views.describe(view.key, view.layers);
-            let (kind, problem, advice) = match (view.replaced, known.mounted.as_str()) {
+            let mut known = views.describe(view.key, view.layers);
+            known.mounted.retain(|user| {
+                let reads = |mount| self.snapshotter.reads_view(mount, &view.path);
+                user.mount.as_ref().is_some_and(reads)
+            });
+            let mounted = known.mounted.iter();
+            let mounted: Vec<_> = mounted.map(|user| self.words(user.owner, &user.key)).collect();
+            let mounted = listed(&mounted);
+            let (kind, problem, advice) = match (view.replaced, mounted.as_str()) {
+                (true, "") => (
+                    "mount",
+                    format!("{}, and somebody has it mounted still", view.error.problem()),
+                    "`fuser` with that path names the process, a plyfs that plyd does not know: unmount what it serves".to_owned(),
+                ),
                 (true, mounted) => (
                     "mount",
                     format!(
-                        "{}, and what had it mounted before another took its place keeps it: {}",
+                        "{}, and what had it mounted before another took its place keeps it: {mounted}",
                         view.error.problem(),
-                        or_unknown(mounted)
                     ),
-                    "mount that again: stop and start a container, or unmount a snapshot, STATE/mounts/ID/root last, and mount it anew".to_owned(),
+                    self.how_to_mount_again(&known.mounted),
                 ),
                 (false, "") => (
                     "view",
@@ -75,7 +86,7 @@ impl Stores<'_> {
                 (false, mounted) => (
                     "view",
                     view.error.problem(),
-                    format!("`snapctl system repair` builds it again; it is mounted by {mounted}"),
+                    format!("`snapctl system repair` builds it again, below what has it mounted or, where that cannot be, for the next mount: {mounted}"),
                 ),
             };
             api::Fault {
@@ -93,27 +104,60 @@ impl Stores<'_> {
         Ok(faults.collect())
     }
 
+    /// What to do so that these read another merged view than they do.
+    fn how_to_mount_again(&self, mounted: &[SnapshotInfo]) -> String {
+        let again = mounted.iter().map(|user| {
+            let (of, key) = (self.words(user.owner, &user.key), &user.key);
+            match (user.owner, &user.mount) {
+                (Owner::Container, _) => {
+                    let named = self.containers.named(key);
+                    let name = named.map_or_else(|| key.clone(), |(_, name)| name);
+                    format!("stop the container {name} and start it again")
+                }
+                // It keeps its mount when the container ends.
+                (Owner::Containerd, Some(mount)) => format!(
+                    "stop the container on {of}, unmount {} (umount(8)), and start it again",
+                    mount.path.display()
+                ),
+                (Owner::Image | Owner::Snapctl, Some(mount)) => format!(
+                    "unmount {of} wherever it is bound to, {} last (umount(8)), and have it mounted anew with `snapctl snapshot mounts`",
+                    mount.path.display()
+                ),
+                (_, None) => format!("have {of} mounted anew"),
+            }
+        });
+        listed_by(&again.collect::<Vec<_>>(), "; ")
+    }
+
     /// Records that cannot be used, or are gone, but for those of layers. `advice` is what is said of what to do.
     pub(super) fn records(
         &self,
         advice: impl Fn(&Damaged) -> &'static str,
     ) -> Result<Vec<api::Fault>, Status> {
-        let mut damaged = Vec::new();
-        for (record, snapshot) in self.snapshotter.damaged_records()? {
-            let of = match snapshot {
+        let mut faults = Vec::new();
+        for unusable in self.snapshotter.damaged_records()? {
+            let of = match unusable.of {
                 Some(of) => self.words(of.owner, &of.key),
                 None => "a snapshot".to_owned(),
             };
-            damaged.push((record, of));
+            let record = unusable.damaged;
+            faults.push(api::Fault {
+                on_top: self.words_for_all(&unusable.on_top),
+                ..record_fault(&record, of, advice(&record))
+            });
         }
-        damaged.extend(self.images.damaged_records().map_err(Status::from)?);
-        damaged.extend(self.missing_layers()?);
-        let of_containers = self.containers.damaged_records().map_err(Status::from)?;
-        damaged.extend(of_containers);
-        let faults = damaged
-            .into_iter()
-            .map(|(record, of)| record_fault(&record, of, advice(&record)));
-        let mut faults: Vec<_> = faults.collect();
+        for (record, of) in self.images.damaged_records().map_err(Status::from)? {
+            faults.push(api::Fault {
+                on_top: self.containers.of_image(&record.id).unwrap_or_default(),
+                ..record_fault(&record, of, advice(&record))
+            });
+        }
+        for (record, of) in self.containers.damaged_records().map_err(Status::from)? {
+            faults.push(record_fault(&record, of, advice(&record)));
+        }
+        for (record, of) in self.missing_layers()? {
+            faults.push(record_fault(&record, of, advice(&record)));
+        }
         for record in self.snapshotter.packed_layers().damaged_records()? {
             if record.id.parse::<LayerName>().is_err() {
                 let advice = "no layer has that name; delete the file";
@@ -167,6 +211,23 @@ impl Stores<'_> {
             by_key,
             images,
         })
+    }
+
+    /// Snapshots that build on one, in words, those of containers first. Layers of known images are left out, for what they build on
+    /// is told to be of these.
+    fn words_for_all(&self, snapshots: &[ParentRef]) -> String {
+        let chains = self.images.chains();
+        let of_images: HashSet<&str> = chains
+            .iter()
+            .flat_map(|(_, chain_ids)| chain_ids.iter().map(String::as_str))
+            .collect();
+        let mut others: Vec<_> = snapshots
+            .iter()
+            .filter(|of| of.owner != Owner::Image || !of_images.contains(&*of.key))
+            .collect();
+        others.sort_by_key(|of| of.owner != Owner::Container);
+        let words = others.iter().map(|of| self.words(of.owner, &of.key));
+        listed(&words.collect::<Vec<_>>())
     }
 
     /// A snapshot in words.
@@ -237,7 +298,7 @@ impl KnownViews<'_> {
             of = users.iter().map(in_words).collect();
         }
         let mounted = users.iter().filter(|user| user.mount.is_some());
-        let mounted: Vec<String> = mounted.map(in_words).collect();
+        let mounted = mounted.cloned().collect();
         let layers = match users.first() {
             Some(user) => user.packed_layers.iter().rev().copied().collect(),
             None => told.unwrap_or_default(),
@@ -257,7 +318,7 @@ impl KnownViews<'_> {
         };
         KnownView {
             of: format!("the merged view of {whose}{which}"),
-            mounted: listed(&mounted),
+            mounted,
             snapshots: users.iter().map(|user| user.key.clone()).collect(),
             images,
             layers,
@@ -303,14 +364,6 @@ pub(super) fn pack_fault(fault: &store::verify::Fault, advice: &str) -> api::Fau
     }
 }
 
-/// What has a view mounted, in words.
-fn or_unknown(mounted: &str) -> &str {
-    match mounted {
-        "" => "a plyfs that plyd does not know",
-        mounted => mounted,
-    }
-}
-
 /// What kind of thing a fault of the packed layers is about.
 fn kind_of(fault: &store::verify::Fault) -> &'static str {
     match (&fault.error, fault.layer) {
@@ -322,9 +375,13 @@ fn kind_of(fault: &store::verify::Fault) -> &'static str {
 }
 
 fn listed(names: &[String]) -> String {
+    listed_by(names, ", ")
+}
+
+fn listed_by(names: &[String], separator: &str) -> String {
     match names.len().checked_sub(MOST_NAMED) {
-        Some(more @ 1..) => format!("{} and {more} more", names[..MOST_NAMED].join(", ")),
-        _ => names.join(", "),
+        Some(more @ 1..) => format!("{} and {more} more", names[..MOST_NAMED].join(separator)),
+        _ => names.join(separator),
     }
 }
 

@@ -81,7 +81,9 @@ impl Repair {
             Err(error) => self.tell(Event::Left(api::Fault {
                 kind: "index".to_owned(),
                 problem: error.to_string(),
-                advice: "end plyd, delete ROOT/index, and start plyd again".to_owned(),
+                advice:
+                    "end plyd, delete the directory `index` below its root, and start plyd again"
+                        .to_owned(),
                 ..api::Fault::default()
             })),
         }

@@ -64,7 +64,10 @@ pub(super) fn store_code(error: &store::Error) -> Code {
     use store::Error;
     match error {
         Error::Io { source, .. } => io_code(source),
-        Error::Damaged { .. } | Error::NoObject { .. } | Error::Content { .. } => Code::DataLoss,
+        Error::Damaged { .. }
+        | Error::NoObject { .. }
+        | Error::Lost { .. }
+        | Error::Content { .. } => Code::DataLoss,
         Error::Refused { .. } | Error::Digest { .. } | Error::Input(_) => Code::InvalidArgument,
         Error::Cancelled => Code::Cancelled,
         Error::NoLayer { .. } => Code::NotFound,

@@ -68,7 +68,7 @@ fn or_root(user: &str) -> &str {
 }
 
 /// What to do where a root answers EIO, to go behind the error.
-pub(super) const IF_DAMAGED: &str = "; `snapctl system verify` names what of the image is damaged, and `snapctl system repair` mends it";
+pub(in crate::runtime) const IF_DAMAGED: &str = "; `snapctl system verify` names what of the image is damaged, and `snapctl system repair` mends it, or says what to do";
 
 /// What goes behind the error.
 pub(super) fn advice(error: &inroot::Error) -> &'static str {

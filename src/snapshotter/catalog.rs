@@ -45,7 +45,7 @@ impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
     /// 2 has packed layers.
     const VERSION: u32 = 2;
-    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before, or if it is of an image's layer; else restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before it was damaged, or if it is of an image's layer, for which it may need the image's archive (`-i`); else restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again";
     const LEFT: &'static str = "nothing here tells what it said: if it is of an image's layer, `snapctl system repair -i` with the archive of the image makes it anew; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
 }
 
@@ -108,13 +108,9 @@ impl Catalog {
             last_time,
         };
         let gone = changes.unknown_parents().into_iter();
-        for id in gone.filter(|id| !changes.unread.contains(id)) {
-            let of = index.find(&id)?.and_then(|name| parse_name(&name));
-            let damaged = records.damaged(&id, gone::GONE.to_owned());
-            listing
-                .damaged
-                .push(gone::advised(damaged, of.map(|of| of.owner)));
-        }
+        let gone = gone.filter(|id| !changes.unread.contains(id));
+        let gone = gone.map(|id| records.damaged(&id, gone::GONE.to_owned()));
+        listing.damaged.extend(gone);
         let catalog = Self {
             records,
             index,

@@ -49,7 +49,7 @@ impl Snapshotter {
                 false => self.commit_packed(&found, name, labels),
             };
             if committed.is_err() {
-                self.mounts.end_sealed(&found.id);
+                self.mounts.end_sealed(&found.id, key);
             }
             self.describe(committed?)
         });
@@ -66,7 +66,9 @@ impl Snapshotter {
         labels: BTreeMap<String, String>,
     ) -> Result<Found> {
         self.end_mount(found, |mounts, id| {
-            mounts.seal(id, || self.needs_work(found).map(|needs| !needs))
+            mounts.seal(id, &found.record.key, || {
+                self.needs_work(found).map(|needs| !needs)
+            })
         })?;
         let committed = self.make_committed(found, name, labels)?;
         discard(&self.data.join(&found.id), &self.trash);
@@ -131,7 +133,7 @@ impl Snapshotter {
             false => Union::open(diff::with_own(&own, &below).union())?,
         };
         let below_own = self.diff_packed(found)?;
-        let (changes, _) = diff::changes(&own, &new, below, below_own, Directories::Own)?;
+        let changes = diff::changes(&own, &new, below, below_own, Directories::Own)?;
         let ancestors = self.catalog.ancestors(&found.record)?;
         let chain = ancestors.iter().filter_map(|found| found.record.packed);
         self.packed.make(chain.collect(), |layer| {
@@ -150,7 +152,9 @@ impl Snapshotter {
         let upper = dir.join("upper");
         // Settling needs the work directory for itself: then no copy of the mount can go on.
         self.end_mount(found, |mounts, id| {
-            mounts.seal(id, || self.needs_settling(found).map(|needs| !needs))
+            mounts.seal(id, &found.record.key, || {
+                self.needs_settling(found).map(|needs| !needs)
+            })
         })?;
         self.settle(found)?;
         upper::sync(&upper).map_err(io_error("make durable", &upper))?;

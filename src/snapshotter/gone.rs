@@ -16,8 +16,8 @@ impl Snapshotter {
         if missing.is_empty() {
             return Ok(Vec::new());
         }
-        for (_, of) in self.damaged_records()? {
-            match of {
+        for damaged in self.damaged_records()? {
+            match damaged.of {
                 None => return Ok(Vec::new()),
                 Some(of) => missing.retain(|key| of.owner != Owner::Image || of.key != *key),
             }

@@ -65,7 +65,7 @@ pub mod types;
 mod upper;
 mod useful;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -79,6 +79,7 @@ use locks::Locks;
 use mounts::Mounts;
 pub use packed::HeldLayer;
 use packed::Packed;
+use parking_lot::Mutex;
 pub use refresh::{Stale, StaleReason};
 pub use space::{Space, Taken};
 pub use types::*;
@@ -103,6 +104,8 @@ pub struct Snapshotter {
     trash: Arc<Trash>,
     data: PathBuf,
     mounts: Arc<Mounts>,
+    /// Ids of records that cannot be used of which the log has that what builds on them is not listed.
+    hiding: Mutex<HashSet<String>>,
 }
 
 impl Snapshotter {
@@ -127,6 +130,9 @@ impl Snapshotter {
                     .iter()
                     .any(|found| found.id == id && found.record.kind != Kind::Committed)
         })?;
+        if !damaged.is_empty() {
+            catalog.log_damaged(&damaged);
+        }
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
         let store = root.join("store");
         let packed = Packed::open(&store, (config.packing, config.verify), &all)?;
@@ -143,6 +149,7 @@ impl Snapshotter {
             trash,
             data,
             mounts,
+            hiding: Mutex::default(),
         })
     }
 

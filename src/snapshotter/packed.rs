@@ -80,7 +80,7 @@ impl Packed {
                 tracing::error!(
                     snapshot = found.record.key,
                     %layer,
-                    "the content of a committed snapshot is missing; `snapctl system repair` brings it back, or says what would"
+                    "the content of a committed snapshot is missing; `snapctl system repair` brings it back, or says what to do"
                 );
             }
         }
@@ -105,6 +105,16 @@ impl Packed {
         }
         layers.reverse();
         let view = self.layers.view(&layers, self.verify)?;
+        Ok(Some(Arc::new(view)))
+    }
+
+    /// The same for who looks at it once; nothing of it stays on the disk.
+    pub(super) fn passing_view(&self, mut layers: Vec<LayerName>) -> Result<Option<Arc<View>>> {
+        if layers.is_empty() {
+            return Ok(None);
+        }
+        layers.reverse();
+        let view = self.layers.passing_view(&layers)?;
         Ok(Some(Arc::new(view)))
     }
 

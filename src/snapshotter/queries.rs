@@ -9,7 +9,7 @@ use super::catalog::Found;
 use super::types::*;
 use crate::cow::Damage;
 use crate::store::LayerName;
-use crate::store::record::Damaged;
+use crate::store::view::HeldDamage;
 
 /// How long all mounts together may take to tell of damage.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -63,6 +63,35 @@ impl Snapshotter {
         Ok(self.mounts.point(&id).is_some())
     }
 
+    /// Whether the process of a mount has the merged view at `path` open, and not another one that has taken its place. Where that
+    /// cannot be told, it may.
+    pub fn reads_view(&self, mount: &MountPoint, path: &Path) -> bool {
+        let held = self.packed_layers().views_held_by(mount.pid);
+        held.map_or_else(
+            |error| {
+                let pid = mount.pid;
+                tracing::warn!(pid, %error, "what a plyfs has open cannot be told");
+                true
+            },
+            |held| held.iter().any(|view| view.is_at(path)),
+        )
+    }
+
+    /// How the merged view is damaged that the mount of a snapshot reads, if it is mounted and that is damaged. Reads all of it.
+    pub fn view_damage(&self, owner: Owner, key: &str) -> Result<Option<HeldDamage>> {
+        let id = self.catalog.id_of(owner, key)?;
+        let Some(mount) = id.and_then(|id| self.mounts.point(&id)) else {
+            return Ok(None);
+        };
+        let layers = self.packed_layers();
+        for view in layers.views_held_by(mount.pid)? {
+            if let Some(damage) = layers.damage_of_held(&view)? {
+                return Ok(Some(damage));
+            }
+        }
+        Ok(None)
+    }
+
     /// How many mounts have ended that could not read something of packed layers, since plyd was started or such layers were
     /// last mended.
     pub fn damaged_and_ended(&self) -> u64 {
@@ -74,8 +103,8 @@ impl Snapshotter {
         self.catalog.count_damaged()
     }
 
-    /// Records that cannot be used now, or are gone though their snapshots are not, each with whose it is if that can be told.
-    pub fn damaged_records(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
+    /// Records that cannot be used now, or are gone though their snapshots are not.
+    pub fn damaged_records(&self) -> Result<Vec<UnusableRecord>> {
         self.catalog.damaged()
     }
 
@@ -103,8 +132,8 @@ impl Snapshotter {
         self.describe(self.catalog.resolve(owner, key)?)
     }
 
-    /// Snapshots of one owner, or of all, in order of creation. One whose parent's record is damaged
-    /// is left out, and said so in the log.
+    /// Snapshots of one owner, or of all, in order of creation. Those that build on one whose record is damaged are left out, and the
+    /// log says so once for each such record.
     pub fn list(&self, owner: Option<Owner>) -> Result<Vec<SnapshotInfo>> {
         Ok(self.list_and_unusable(owner)?.0)
     }
@@ -116,6 +145,7 @@ impl Snapshotter {
             all.iter().map(|found| (found.id.as_str(), found)).collect();
         let wanted = |found: &&Found| owner.is_none_or(|owner| owner == found.record.owner);
         let mut infos = Vec::with_capacity(all.len());
+        let mut hidden: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for found in all.iter().filter(wanted) {
             // Parents are older than their children, so the steps are fewer than the snapshots.
             let next = |found: &&Found| {
@@ -126,16 +156,31 @@ impl Snapshotter {
                 .take(all.len())
                 .collect();
             let root = ancestors.last().copied().unwrap_or(found);
-            if root.record.parent.is_some() {
-                tracing::error!(
-                    snapshot = found.record.key,
-                    "left out of a listing: the record of a snapshot that it builds on cannot be used"
-                );
-                continue;
+            match &root.record.parent {
+                Some(missing) => hidden.entry(missing).or_default().push(&found.record.key),
+                None => infos.push(self.info(found.clone(), &ancestors)),
             }
-            infos.push(self.info(found.clone(), &ancestors));
         }
+        self.log_hidden(&by_id, &hidden);
         Ok((infos, unusable))
+    }
+
+    /// Says in the log what was left out of a listing, by the records that it builds on, unless it has been said since these were last
+    /// found sound.
+    fn log_hidden(&self, sound: &HashMap<&str, &Found>, hidden: &BTreeMap<&str, Vec<&str>>) {
+        let mut hiding = self.hiding.lock();
+        hiding.retain(|id| !sound.contains_key(&**id));
+        for (id, keys) in hidden {
+            // Otherwise all of it was removed meanwhile.
+            if !hiding.contains(*id) && self.catalog.is_unusable(id) {
+                hiding.insert((*id).to_owned());
+                tracing::warn!(
+                    record = id,
+                    snapshot = keys.first(),
+                    "left out of listings, as all that builds on the same record, for that cannot be used: `snapctl system verify` names it"
+                );
+            }
+        }
     }
 
     /// Whether `owner` has a committed snapshot on `parent`, or on nothing, whose labels are `wanted`. Only the

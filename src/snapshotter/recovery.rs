@@ -20,9 +20,6 @@ pub(super) fn mend(
     layers: &LayerStore,
     trash: &Arc<Trash>,
 ) -> Result<()> {
-    for damaged in damaged {
-        tracing::error!("{damaged}");
-    }
     // A damaged record may stand for a tree of its id in either place.
     let mut data_kept: HashSet<&str> = damaged.iter().map(|d| d.id.as_str()).collect();
     let mut layers_kept: HashSet<&str> = data_kept.clone();

@@ -154,7 +154,7 @@ impl Snapshotter {
     /// What keeps shares from being known, a sentence each.
     fn problems(&self, hidden: &[Hidden]) -> Result<Vec<String>> {
         let mut problems = Vec::new();
-        for (damaged, of) in self.damaged_records()? {
+        for UnusableRecord { damaged, of, .. } in self.damaged_records()? {
             let of = of.map_or_else(
                 || "a snapshot".to_owned(),
                 |of| format!("the snapshot {}", of.key),
@@ -278,7 +278,7 @@ impl Snapshotter {
         }
         let mut all = Below {
             lowers,
-            view: self.packed.view(chain.clone())?,
+            view: self.packed.passing_view(chain.clone())?,
             work: None,
         };
         if has_upper {

@@ -8,8 +8,9 @@ use std::time::SystemTime;
 
 use crate::cow;
 use crate::store::ingest::Settings;
+use crate::store::record::{self, Damaged};
 use crate::store::view::Verify;
-use crate::store::{self, LayerName, index, record};
+use crate::store::{self, LayerName, index};
 use crate::sys::fuse_mount;
 
 /// Who made a snapshot, and who alone may resolve or remove it through its own service.
@@ -35,6 +36,17 @@ pub struct ParentRef {
     pub owner: Owner,
     /// Which.
     pub key: String,
+}
+
+/// A record of a snapshot that cannot be used, or is gone though the snapshot is not.
+#[derive(Clone, Debug)]
+pub struct UnusableRecord {
+    /// What is wrong with it, and what to do.
+    pub damaged: Damaged,
+    /// Whose it is, if that is known or the index of names can tell.
+    pub of: Option<ParentRef>,
+    /// What is known to build on it, also by way of others, in order of creation.
+    pub on_top: Vec<ParentRef>,
 }
 
 /// The state of a snapshot.
@@ -303,9 +315,9 @@ pub enum Error {
         /// What failed.
         source: cow::Error,
     },
-    /// A file with several names was changed while names of it were told.
+    /// A file with several names got another one while names of it were told, and again each time that this was begun anew.
     #[error(
-        "a file of the layers below that has several names was changed or removed meanwhile, and not all of them would be told; repeat this, or pause what writes to the snapshot"
+        "a file that has several names in the layers below, which are directories, was changed and got a new name each time that the names were looked at; repeat this when less is written to the snapshot, or pause the container meanwhile (`ctr tasks pause`; one of snapctl's can only be stopped, `snapctl stop`)"
     )]
     LinksChanged,
     /// mount(2) or what it needs.

@@ -21,7 +21,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A file of the store does not hold what was written to it.
-    #[error("{path} is damaged: {problem}; `snapctl system repair` mends it, or says what would")]
+    #[error("{path} is damaged: {problem}; `snapctl system repair` mends it, or says what to do")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -71,11 +71,21 @@ pub enum Error {
     },
     /// A content that a layer names is not in the store.
     #[error(
-        "the store has lost the object {object}; `snapctl system repair` brings it back, or says what would"
+        "the store has lost the object {object}; `snapctl system repair` brings it back, or says what to do"
     )]
     NoObject {
         /// Its name.
         object: String,
+    },
+    /// A content that a view names is gone with what it was in.
+    #[error("{}", lost(.pack.as_deref(), .file, *.more))]
+    Lost {
+        /// The pack that it was in, if that is known, and gone.
+        pack: Option<PathBuf>,
+        /// Where it would lie if it was a file of its own.
+        file: PathBuf,
+        /// It stands for many that were lost together, of which the first were named.
+        more: bool,
     },
     /// A content of a layer is not sound.
     #[error("{problem}")]
@@ -136,6 +146,25 @@ impl Error {
             Self::Entry { place, source } => format!("{place}: {}", source.problem()),
             other => other.to_string(),
         }
+    }
+}
+
+/// What is said of contents that are gone.
+fn lost(pack: Option<&Path>, file: &Path, more: bool) -> String {
+    let what = match more {
+        true => "the contents of more files that were in it",
+        false => "the content",
+    };
+    match pack {
+        Some(pack) => format!(
+            "the pack {} is gone, and nothing else has {what}; put it back, or run `snapctl system repair`, which mends it or says what to do",
+            pack.display()
+        ),
+        None if more => "no pack and no file of the store has the contents of more files; `snapctl system repair` mends it, or says what to do".to_owned(),
+        None => format!(
+            "no pack of the store has {what}, nor is {} there; `snapctl system repair` mends it, or says what to do",
+            file.display()
+        ),
     }
 }
 

@@ -54,7 +54,7 @@ impl Record for LayerRecord {
     const KIND: &'static str = "layer";
     const VERSION: u32 = 1;
     /// All of it follows from the layer's index, which goes with a record that is deleted.
-    const REMEDY: &'static str = "`snapctl system repair` makes it anew, or says what would";
+    const REMEDY: &'static str = "`snapctl system repair` makes it anew, or says what to do";
 }
 
 /// Digests that a stream should turn out to have, each `sha256:` and 64 digits.

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::archive::*;
-use super::common::{Done, Plyd, until};
+use super::common::{Done, Plyd, unmount, until};
 
 pub const NAME: &str = "docker.io/library/whole:latest";
 
@@ -125,8 +125,7 @@ fn a_damaged_view_is_named_and_restored_below_its_mount() {
             view.display()
         );
         assert!(told.stdout.starts_with(&line), "{}", told.stdout);
-        let advice =
-            "; `snapctl system repair` builds it again; it is mounted by the snapshot work\n";
+        let advice = "; `snapctl system repair` builds it again, below what has it mounted or, where that cannot be, for the next mount: the snapshot work\n";
         assert!(told.stdout.contains(advice), "{}", told.stdout);
         flip(view, at as u64);
     }
@@ -180,12 +179,17 @@ fn a_damaged_view_is_named_and_restored_below_its_mount() {
     assert_sound(&plyd);
 
     // What cannot be restored below the mount is built for the next one, and it is told who has to do something.
+    let own = plyd.json(["snapshot", "mounts", "work", "--json"])[0]["source"].clone();
+    let own = PathBuf::from(own.as_str().unwrap());
     flip(view, 100);
     let keeps = |mended: u32| {
         let told = plyd.snapctl(["system", "repair"]);
         assert_eq!(told.code, 1, "{}", told.stdout);
-        let line = "what had it mounted before another took its place keeps it: the snapshot work; mount that again";
-        assert!(told.stdout.contains(line), "{}", told.stdout);
+        let line = format!(
+            "what had it mounted before another took its place keeps it: the snapshot work; unmount the snapshot work wherever it is bound to, {} last (umount(8)), and have it mounted anew with `snapctl snapshot mounts`\n",
+            own.display()
+        );
+        assert!(told.stdout.contains(&line), "{}", told.stdout);
         let sum = format!(" {mended} mended, 1 mount left\n");
         assert!(told.stdout.ends_with(&sum), "{}", told.stdout);
     };
@@ -194,8 +198,13 @@ fn a_damaged_view_is_named_and_restored_below_its_mount() {
     keeps(0);
     assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
     plyd.umount(&mnt);
-    plyd.ok(["snapshot", "rm", "work"]);
+    // As it is said.
+    unmount(&own);
     until_sound(&plyd);
+    plyd.ok(["snapshot", "mounts", "work"]);
+    assert!(fs::read_dir(&own).unwrap().count() == 301);
+    assert_sound(&plyd);
+    plyd.ok(["snapshot", "rm", "work"]);
     // Without a header and without anybody who has it, it is nobody's.
     plyd.ok(["snapshot", "view", "look", "whole"]);
     let mnt = mount(&plyd, "look");
@@ -259,6 +268,56 @@ fn a_view_that_is_cut_short_below_its_mount_is_missed_and_restored() {
         plyd.ok(["snapshot", "rm", key]);
         until_sound(&plyd);
     }
+}
+
+/// A program was said not to be there, and a repair to mend it, though a mount whose view has lost its header never reads the new one.
+#[test]
+fn what_cannot_be_executed_for_a_damaged_view_says_so() {
+    let plyd = Plyd::start();
+    plyd.load_busybox();
+    for name in ["box", "other"] {
+        let sleep = ["localhost/busybox", "sleep", "1000"];
+        plyd.ok(["run", "-d", "--name", name].into_iter().chain(sleep));
+    }
+    let view = files(&plyd, "store/views", ".view").remove(0);
+    let exec = |name: &str| {
+        let done = plyd.snapctl(["exec", "-u", "0:0", name, "/bin/nosuch"]);
+        assert!(matches!(done.code, 125..=127), "{done:?}");
+        done.stderr
+    };
+    let again = |name: &str| {
+        plyd.ok(["stop", "-t", "0", name]);
+        plyd.ok(["start", name]);
+    };
+    assert!(!exec("box").contains("merged view"));
+    let length = fs::metadata(&view).unwrap().len();
+    flip(&view, length / 2);
+    let told = exec("box");
+    let advice = "; the merged view of its image is damaged: `snapctl system repair` mends that below the container, or says that it has to be stopped and started again\n";
+    assert!(told.ends_with(advice), "{told}");
+    plyd.ok(["system", "repair"]);
+    assert!(!exec("box").contains("merged view"));
+
+    fs::write(&view, vec![0; length as usize]).unwrap();
+    let told = exec("box");
+    let advice = "; the merged view of its image is damaged beyond repair below the container: stop it and start it again, for that makes another one\n";
+    assert!(told.ends_with(advice), "{told}");
+    let told = plyd.snapctl(["system", "repair"]);
+    assert_eq!(told.code, 1);
+    let advice = " keeps it: the root of the container box, the root of the container other; stop the container box and start it again; stop the container other and start it again\n";
+    assert!(told.stdout.contains(advice), "{}", told.stdout);
+    again("box");
+    assert!(!exec("box").contains("merged view"));
+    plyd.ok(["exec", "box", "true"]);
+    // It was named, too, once it had another one.
+    let told = plyd.snapctl(["system", "verify"]).stdout;
+    let advice =
+        " keeps it: the root of the container other; stop the container other and start it again\n";
+    assert!(told.contains(advice), "{told}");
+    let sum = ": 1 mount damaged; what has to be mounted again no repair can mend\n";
+    assert!(told.ends_with(sum), "{told}");
+    again("other");
+    assert_sound(&plyd);
 }
 
 /// plyd looked at its records when it started, and never again.

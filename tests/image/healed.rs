@@ -9,7 +9,8 @@ use super::archive::*;
 use super::care::stored;
 use super::common::{Done, Plyd};
 use super::damage::{assert_sound, break_record, flip, image, load, mount, parse};
-use super::told::{records, restart};
+use super::told::restart;
+use super::unusable::records;
 
 const SMALL: u64 = 1;
 const LARGE: u64 = 2;

@@ -173,7 +173,7 @@ fn what_damage_hides_of_the_space_is_not_guessed() {
     assert!(df.stderr.contains(&why), "{}", df.stderr);
     assert!(
         df.stderr
-            .ends_with("; `snapctl system repair` mends it, or says what would\n")
+            .ends_with("; `snapctl system repair` mends it, or says what to do\n")
     );
     let hidden = parse(&df);
     assert_eq!(

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 
 use super::client::{Snapshots, source};
-use super::common::Plyd;
+use super::common::{Plyd, unmount};
 use super::crash::{assert_tidy, names, plyfs_of};
 
 /// The record of the snapshot with that key.
@@ -104,4 +104,41 @@ fn the_index_can_be_damaged_or_missing() {
     // Not of an index that is missing, nor where what is held is there all the same.
     let told = plyd.log().matches("is unusable and is made anew").count();
     assert!(told >= 2, "{}", plyd.log());
+}
+
+/// It was advised to start the container again, which gets the mount that is there.
+#[test]
+fn it_is_said_how_a_damaged_view_of_containerd_s_is_mounted_again() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    snapshots.layer("base", "", |root| {
+        fs::write(root.join("file"), "1").unwrap()
+    });
+    let root = source(&snapshots.prepare("a", "base").unwrap());
+    let mut views = fs::read_dir(plyd.root().join("store/views")).unwrap();
+    let view = views.next().unwrap().unwrap().path();
+    assert!(views.next().is_none());
+    let length = fs::metadata(&view).unwrap().len();
+    fs::write(&view, vec![0; length as usize]).unwrap();
+    assert!(fs::read(root.join("file")).is_err());
+    let all = plyd.json(["snapshot", "ls", "--json"]);
+    let mut all = all.as_array().unwrap().iter();
+    let key = &all.find(|info| info["kind"] == "active").unwrap()["key"];
+    let told = plyd.snapctl(["system", "repair"]);
+    assert_eq!(told.code, 1);
+    let advice = format!(
+        "; stop the container on containerd's snapshot {}, unmount {} (umount(8)), and start it again\n",
+        key.as_str().unwrap(),
+        root.display()
+    );
+    assert!(told.stdout.contains(&advice), "{}", told.stdout);
+    // What containerd does when the container starts.
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert!(fs::read(root.join("file")).is_err());
+    assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);
+    unmount(&root);
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
+    let told = plyd.ok(["system", "verify", "--deep"]);
+    assert!(told.ends_with(": 0 damaged\n"), "{told}");
 }

@@ -1,6 +1,7 @@
 //! Usage, Diff and Commit of a mounted snapshot see what a reader inside the mount sees, also of files that are open and
 //! mapped, whatever the kernel keeps to itself.
 //!
+//! - `churn`: what is made, removed and replaced all the time.
 //! - `content`: names, sizes and bytes.
 //! - `usage`: what it takes on disk.
 //! - `times`: when everything was changed.
@@ -53,6 +54,7 @@ macro_rules! in_every_mode {
     };
 }
 
+mod churn;
 mod content;
 mod dirtied;
 mod links;

@@ -346,6 +346,15 @@ fn writers_that_are_still_there_cannot_reach_a_committed_layer() {
     snapshots.commit("base", "a").unwrap();
     let written = writer.write_all(b" after").and_then(|()| writer.sync_all());
     assert!(written.is_err());
+    // Whoever wonders why a container has failed knows the key, and no id.
+    let log = plyd.log();
+    let mut lines = log.lines();
+    let told = "committed while files of its mount are open for writing";
+    let told = lines.find(|line| line.contains(told)).unwrap();
+    assert!(
+        told.contains("snapshot=\"") && told.contains("a\""),
+        "{told}"
+    );
     let view = source(&snapshots.view("v", "base").unwrap());
     assert_eq!(fs::read(view.join("file")).unwrap(), b"before");
 }

@@ -203,15 +203,16 @@ async fn info(args: InfoArgs, client: &Client) -> Result<()> {
     }
     if let Some(damaged) = view.damaged_contents.filter(|contents| *contents > 0) {
         let contents = count(damaged, "content");
+        let them = if damaged == 1 { "it" } else { "them" };
         line(
             "damaged",
-            &format!("{contents}; `snapctl system repair` mends them, or says what would"),
+            &format!("{contents}; `snapctl system repair` mends {them}, or says what to do"),
         );
     }
     if view.damaged_view == Some(true) {
         line(
             "damaged",
-            "the merged view of its layers; `snapctl system repair` builds it again",
+            "the merged view of its layers; `snapctl system repair` builds it again, or says what to mount anew",
         );
     }
     for (key, value) in &view.labels {

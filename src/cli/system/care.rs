@@ -136,8 +136,8 @@ pub(super) async fn verify(args: VerifyArgs, client: &Client) -> Result<()> {
         };
         let how = match damaged {
             true => faults::remedy(&found),
-            false if args.deep => "",
-            false => "; what the contents are was not read, `--deep` does",
+            false if args.deep => String::new(),
+            false => "; what the contents are was not read, `--deep` does".to_owned(),
         };
         let notes = notes
             .iter()

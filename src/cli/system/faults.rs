@@ -21,6 +21,7 @@ pub(super) struct FaultView {
     images: Vec<String>,
     advice: Option<String>,
     newer: bool,
+    on_top: Option<String>,
 }
 
 impl From<Fault> for FaultView {
@@ -39,6 +40,7 @@ impl From<Fault> for FaultView {
             images: fault.images,
             advice: known(fault.advice),
             newer: fault.newer,
+            on_top: known(fault.on_top),
         }
     }
 }
@@ -82,8 +84,11 @@ impl FaultView {
             ("", Some(of)) => format!("{of}: "),
             (layer, _) => format!("layer {}{}: ", short(layer), self.users()),
         };
+        let on_top = self.on_top.iter();
+        let on_top = on_top.map(|on_top| format!("; what builds on it: {on_top}"));
         let advice = self.advice.iter().map(|advice| format!("; {advice}"));
-        printable(&format!("{whose}{what}{}", advice.collect::<String>()))
+        let rest: String = on_top.chain(advice).collect();
+        printable(&format!("{whose}{what}{rest}"))
     }
 
     /// Who needs the layer.
@@ -116,19 +121,18 @@ pub(super) fn names(faults: &[FaultView]) -> Vec<String> {
     names.into_iter().collect()
 }
 
-/// What a repair can do about what was found, in words that follow that; empty for nothing.
-pub(super) fn remedy(faults: &[FaultView]) -> &'static str {
+/// What can be done about what was found, in words that follow that; empty for nothing.
+pub(super) fn remedy(faults: &[FaultView]) -> String {
     let newer = faults.iter().filter(|fault| fault.newer).count();
-    match (newer, faults.len() - newer) {
-        (0, 0) => "",
-        (0, _) => "; `snapctl system repair` mends it, or says what would",
-        (_, 0) => {
-            "; a newer release of Plywood wrote it, and `snapctl system repair` leaves it to that"
-        }
-        _ => {
-            "; `snapctl system repair` mends it, or says what would, and leaves to a newer release of Plywood what that wrote"
-        }
-    }
+    let mounts = faults.iter().filter(|fault| fault.kind == "mount").count();
+    let repair = "`snapctl system repair` mends what it can, and says what to do about the rest";
+    let parts = [
+        (faults.len() > newer + mounts).then_some(repair),
+        (mounts > 0).then_some("what has to be mounted again no repair can mend"),
+        (newer > 0).then_some("what a newer release of Plywood wrote is left to that"),
+    ];
+    let parts = parts.into_iter().flatten();
+    parts.map(|part| format!("; {part}")).collect()
 }
 
 /// How many of what there are, as `2 contents of 1 layer, 1 record`; `0` for none.
@@ -268,22 +272,26 @@ mod tests {
         assert_eq!(names(&[]), [""; 0]);
     }
 
-    /// A repair was said to mend what it leaves to another release.
+    /// A repair was said to mend what it leaves to another release, and what has to be mounted again.
     #[test]
-    fn what_a_newer_release_wrote_is_left_to_that() {
-        let newer = |newer| {
+    fn a_repair_is_said_to_mend_only_what_it_does() {
+        let fault = |kind: &str, newer| {
             FaultView::from(Fault {
+                kind: kind.to_owned(),
                 newer,
                 ..Fault::default()
             })
         };
-        let mends = |faults: &[FaultView]| {
+        let told = |faults: &[FaultView]| {
             let told = remedy(faults);
-            (told.contains("mends it"), told.contains("newer release"))
+            ["mends what it can", "mounted again", "newer release"].map(|word| told.contains(word))
         };
-        assert_eq!(mends(&[]), (false, false));
-        assert_eq!(mends(&[newer(false)]), (true, false));
-        assert_eq!(mends(&[newer(true), newer(true)]), (false, true));
-        assert_eq!(mends(&[newer(true), newer(false)]), (true, true));
+        let view = || fault("view", false);
+        let (mount, newer) = (|| fault("mount", false), || fault("record", true));
+        assert_eq!(remedy(&[]), "");
+        assert_eq!(told(&[view()]), [true, false, false]);
+        assert_eq!(told(&[mount()]), [false, true, false]);
+        assert_eq!(told(&[newer(), newer()]), [false, false, true]);
+        assert_eq!(told(&[newer(), view(), mount()]), [true; 3]);
     }
 }

@@ -57,7 +57,7 @@ Examples:
     #[command(
         after_help = "Of layers that is the record, the index and the recipe of each, packs, and the merged views of their chains; the \
 contents are looked for, and read with --deep. Records of snapshots, images and containers are read, too. \
-Exits with 1 if something is damaged. Nothing is changed: `snapctl system repair` mends it.
+Exits with 1 if something is damaged. Nothing is mended: `snapctl system repair` does that, or says what to do.
 
 Examples:
   snapctl system verify
@@ -304,10 +304,15 @@ fn damaged(info: &InfoView) -> String {
         .map(|mounts| format!("something in {mounts} since ended (plyd's log names it)"));
     let all = [read, ended, some(info.damaged_records, "record")];
     let all: Vec<String> = all.into_iter().flatten().collect();
+    let number = info.damaged_contents
+        + info.damaged_views
+        + info.damaged_mounts_ended
+        + info.damaged_records;
+    let them = if number == 1 { "it" } else { "them" };
     match all.is_empty() {
         true => "nothing that was read".to_owned(),
         false => format!(
-            "{}; `snapctl system repair` mends them, or says what would",
+            "{}; `snapctl system repair` mends {them}, or says what to do",
             all.join(", ")
         ),
     }

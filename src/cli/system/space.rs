@@ -62,7 +62,7 @@ pub(super) async fn df(args: DfArgs, client: &Client) -> Result<()> {
         output::note(&format!("snapctl: {problem}"));
     }
     output::note(
-        "snapctl: what hangs on that is not known; `snapctl system repair` mends it, or says what would",
+        "snapctl: what hangs on that is not known; `snapctl system repair` mends it, or says what to do",
     );
     Err(Error::Reported)
 }

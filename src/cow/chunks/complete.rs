@@ -143,7 +143,9 @@ impl Union {
             mark: self.family.metacopy(),
             volatile: self.volatile,
         };
-        partial.scrub(&marked)?;
+        partial.scrub(&marked, |body| {
+            self.quietly(node, partial.upper.as_fd(), body)
+        })?;
         upper.maps.note(node.id);
         Ok(partial)
     }

@@ -136,9 +136,13 @@ impl Partial {
         Ok(attr_of(&fs::fstat(self.upper.as_fd())?).size)
     }
 
-    /// Removes what a crash has left in chunks that are still the lower's: there a hole has to be one. Called
-    /// before anything else is done, with the file's mark.
-    pub(super) fn scrub(&self, marked: &Marked) -> Result<()> {
+    /// Removes what a crash has left in chunks that are still the lower's: there a hole has to be one, or zeros. Called
+    /// before anything else is done, with the file's mark. What changes the upper is done `quietly`.
+    pub(super) fn scrub(
+        &self,
+        marked: &Marked,
+        quietly: impl FnOnce(&dyn Fn() -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         if self.map.is_scrubbed.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -158,17 +162,49 @@ impl Partial {
         self.map.cut(self.map_fd.as_fd(), size)?;
         self.catch_up()?;
         let limit = self.map.limit();
+        let mut doubtful = Vec::new();
         let mut at = 0;
         while let Some(start) = self.map.next_lower(at) {
             let (end, _) = self.map.run(start, limit);
             let data = self.halves().seek_upper(start, end, libc::SEEK_DATA, end)?;
             if data < end {
-                self.empty(start, end);
+                doubtful.push((data, end));
             }
             at = end;
         }
+        if !doubtful.is_empty() {
+            quietly(&|| {
+                for &(start, end) in &doubtful {
+                    if self.has_content(start, end)? {
+                        self.empty(start, end);
+                    }
+                }
+                Ok(())
+            })?;
+        }
         self.map.is_scrubbed.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Whether a part of the upper has other bytes than zero. Space that a program has reserved looks like data once a page
+    /// of it was read, and stays reserved.
+    fn has_content(&self, start: u64, end: u64) -> Result<bool> {
+        const STEP: u64 = 128 << 10;
+        let mut buf = Vec::new();
+        let mut at = start;
+        loop {
+            at = self.halves().seek_upper(at, end, libc::SEEK_DATA, end)?;
+            if at >= end {
+                return Ok(false);
+            }
+            let len = usize::try_from(STEP.min(end - at)).unwrap_or(0);
+            buf.resize(len, 0);
+            let n = fs::pread_full(self.upper.as_fd(), &mut buf, at)?;
+            if buf[..n].iter().any(|byte| *byte != 0) {
+                return Ok(true);
+            }
+            at += len as u64;
+        }
     }
 
     /// Makes a hole of a part of the upper that is still the lower's.

@@ -105,6 +105,9 @@ impl DirObject {
             && attr_of(&stat).kind == self.attr.kind
         {
             Ok(())
+        } else if self.layer.work.is_some() {
+            // Others have removed it, and the name is that of something else now.
+            Err(Errno::ENOENT.into())
         } else {
             Err(self.was_replaced())
         }
@@ -157,9 +160,16 @@ impl DirObject {
             at = parent;
         };
         for object in missing.into_iter().rev() {
+            let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+            let opened = match Self::open_quietly(fd.as_fd(), &object.name, flags) {
+                // As in `verify`.
+                Err(Errno::ENOTDIR | Errno::ELOOP) if self.layer.work.is_some() => {
+                    return Err(Errno::ENOENT.into());
+                }
+                opened => opened,
+            };
             let opened =
-                Self::open_quietly(fd.as_fd(), &object.name, libc::O_RDONLY | libc::O_DIRECTORY)
-                    .with_context(|| format!("opening {}", object.host_path().display()))?;
+                opened.with_context(|| format!("opening {}", object.host_path().display()))?;
             object.verify(opened.as_fd())?;
             fd = Arc::new(opened);
             object.fd.set(&self.layer.budget, Arc::clone(&fd));
@@ -311,6 +321,10 @@ impl LowerObject for DirObject {
         let dir = self.dir_fd()?;
         let stat = match fs::fstatat(dir.as_fd(), name) {
             Ok(stat) => stat,
+            // Others have removed it since it was found: what it hid of the layers below is not to come back.
+            Err(Errno::ENOENT) if may_be_new && fs::fstat(dir.as_fd())?.st_nlink == 0 => {
+                return Ok(Some(LowerEntry::Whiteout));
+            }
             Err(Errno::ENOENT) => return absent(),
             Err(errno) => {
                 return Err(errno).with_context(|| {

@@ -1,5 +1,8 @@
 //! What the maps of incompletely copied files hold through kills, and what a sync makes of them.
 
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
 use super::chunks::{CHUNK, config, cut, fixture, maps, pattern, read_all, reopen, reopen_as};
@@ -196,7 +199,7 @@ fn a_completion_that_fails_at_its_end_leaves_a_file_to_write_and_to_complete() {
     let all = pattern(8 * CHUNK, 2);
     write(&fixture, "f", 0, &all);
     let host = std::fs::File::open(fixture.upper().join("f")).unwrap();
-    let host = crate::sys::fs::Object::Open(std::os::fd::AsFd::as_fd(&host));
+    let host = crate::sys::fs::Object::Open(host.as_fd());
     crate::sys::xattr::remove(host, OsStr::new("trusted.overlay.metacopy")).unwrap();
     cut(&fixture, "f", 3 * CHUNK + 5);
     write(&fixture, "f", 6 * CHUNK, b"new");
@@ -206,4 +209,70 @@ fn a_completion_that_fails_at_its_end_leaves_a_file_to_write_and_to_complete() {
     assert!(read_all(&fixture, "f") == expected);
     fixture.union().complete_partial().unwrap();
     assert_plain(&fixture, "f", &expected);
+}
+
+/// What a file has that a look at it is not to change: its time of change, its capabilities, and the space it takes.
+fn kept(file: &std::fs::File) -> (i64, i64, Option<Vec<u8>>, u64) {
+    let metadata = file.metadata().unwrap();
+    let object = crate::sys::fs::Object::Open(file.as_fd());
+    let capability = crate::sys::xattr::get(object, OsStr::new("security.capability")).ok();
+    (
+        metadata.mtime(),
+        metadata.mtime_nsec(),
+        capability,
+        metadata.blocks(),
+    )
+}
+
+/// What was reserved and then read looks like data to the host: when the file was opened anew, plyfs took it for what a crash
+/// had left, and a commit had the time of that instead of the program's, no capabilities, and holes.
+#[test]
+fn what_was_reserved_stays_as_it_is_when_a_file_is_opened_anew() {
+    let content = pattern(8 * CHUNK, 1);
+    let mut fixture = fixture(&["f"], &content);
+    let config = config(&fixture);
+    let node = fixture.node("f");
+    let union = fixture.union();
+    union
+        .fallocate(node, None, 0, 2 * CHUNK, 4 * CHUNK, &Caller::ROOT)
+        .unwrap();
+    let host = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(fixture.upper().join("f"))
+        .unwrap();
+    let object = crate::sys::fs::Object::Open(host.as_fd());
+    let capability = copyup::CAPABILITY;
+    crate::sys::xattr::set(object, OsStr::new("security.capability"), &capability, 0).unwrap();
+    let old = std::time::UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789);
+    host.set_modified(old).unwrap();
+    let before = kept(&host);
+    assert!(before.2.is_some() && before.3 > 0, "{before:?}");
+    host.read_exact_at(&mut [0], 3 * CHUNK).unwrap();
+    let offset = (2 * CHUNK) as i64;
+    let data = crate::sys::fs::lseek(host.as_fd(), offset, libc::SEEK_DATA).unwrap();
+    assert!(
+        data < (6 * CHUNK) as i64,
+        "the host shows no data, so this shows nothing"
+    );
+
+    reopen(&mut fixture, config.clone());
+    assert!(read_all(&fixture, "f") == content);
+    assert_eq!(kept(&host), before);
+
+    // What a crash has left does go, and nobody can tell.
+    host.write_all_at(b"torn", 3 * CHUNK).unwrap();
+    crate::sys::xattr::set(object, OsStr::new("security.capability"), &capability, 0).unwrap();
+    host.set_modified(old).unwrap();
+    let (seconds, nanoseconds, capability, _) = kept(&host);
+    reopen(&mut fixture, config);
+    assert!(read_all(&fixture, "f") == content);
+    let mut left = [1; 4];
+    host.read_exact_at(&mut left, 3 * CHUNK).unwrap();
+    assert_eq!(left, [0; 4]);
+    let after = kept(&host);
+    assert_eq!(
+        (after.0, after.1, after.2),
+        (seconds, nanoseconds, capability)
+    );
 }

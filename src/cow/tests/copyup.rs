@@ -11,7 +11,7 @@ use crate::sys::fs::{self, Object};
 use crate::sys::xattr;
 
 /// A version 2 capability, which Linux takes away with a change of owner.
-const CAPABILITY: [u8; 20] = [
+pub(super) const CAPABILITY: [u8; 20] = [
     1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 ];
 

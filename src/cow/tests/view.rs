@@ -35,6 +35,11 @@ impl Packed {
     }
 
     fn open(&self) -> Union {
+        self.open_chunked(16 << 10)
+    }
+
+    /// Files of more bytes than `whole_up_to` come up in chunks.
+    fn open_chunked(&self, whole_up_to: u64) -> Union {
         Union::open(UnionConfig {
             view: Some(Arc::clone(&self.view)),
             upper: Some(UpperConfig {
@@ -43,7 +48,7 @@ impl Packed {
             }),
             volatile: true,
             chunking: Chunking {
-                whole_up_to: 16 << 10,
+                whole_up_to,
                 ..Chunking::default()
             },
             ..UnionConfig::default()
@@ -179,17 +184,21 @@ fn damage_is_an_error_of_that_file_that_names_it() {
     let mut stored = std::fs::read(&object).unwrap();
     *stored.last_mut().unwrap() ^= 1;
     std::fs::write(&object, stored).unwrap();
-    let union = packed.open();
+    let union = packed.open_chunked(1 << 20);
     assert_eq!(read(&union, "good"), [b'g'; 20_000]);
     let node = find(&union, "d/bad").node;
-    let error = union.read(node, None, 0, &mut [0; 10]).unwrap_err();
-    assert_eq!(error.errno, libc::EIO);
-    let text = error.to_string();
+    let read = union.read(node, None, 0, &mut [0; 10]).unwrap_err();
+    // What was copied up said only the last part of the path.
+    let written = union.open_file(node, libc::O_RDWR, &Caller::ROOT);
     let layer = packed.view.layer(0).unwrap().to_string();
-    assert!(
-        text.contains("/d/bad of the layer") && text.contains(&layer),
-        "{text}"
-    );
+    for error in [read, written.err().unwrap()] {
+        assert_eq!(error.errno, libc::EIO);
+        let text = error.to_string();
+        assert!(
+            text.contains("/d/bad of the layer") && text.contains(&layer),
+            "{text}"
+        );
+    }
 }
 
 /// As long as the kernel knew a file that was read once, its content was held.

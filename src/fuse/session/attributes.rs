@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use fuser::{Errno, FileHandle as Fh, INodeNo, ReplyAttr, ReplyEmpty, ReplyXattr};
 
 use super::{UnionFs, answer};
-use crate::cow::{ACCESS_ACL, Caller, NodeId, SetAttr, SetXattrMode};
+use crate::cow::{ACCESS_ACL, Caller, NodeId, SetAttr, SetTime, SetXattrMode};
 use crate::fuse::claims::Claimed;
 use crate::fuse::passing::Joined;
 
@@ -28,8 +28,19 @@ impl UnionFs {
         let handle = fh.and_then(|fh| self.files.get(fh));
         let (union, seen, caller) = (self.union.clone(), self.seen.clone(), *caller);
         let node = self.node(ino);
+        // Then it is the kernel that says when a file was changed, also by being cut: not if it keeps its length.
+        let keeps_mtime = set.size.is_some() && set.mtime.is_none() && self.policy().writeback;
         let change = move |reply| {
-            let result = union.setattr(node, handle.as_deref(), &set, &caller);
+            let set_all = |set: SetAttr| union.setattr(node, handle.as_deref(), &set, &caller);
+            let result = match keeps_mtime {
+                true => union.getattr(node, handle.as_deref()).and_then(|attr| {
+                    set_all(SetAttr {
+                        mtime: Some(SetTime::At(attr.mtime)),
+                        ..set
+                    })
+                }),
+                false => set_all(set),
+            };
             seen.attr(ino, reply, result);
         };
         if set.size.is_none() || !self.policy().passthrough {

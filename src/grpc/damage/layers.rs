@@ -150,7 +150,7 @@ impl KnownLayer {
                 "whose it is cannot be told while the record of a snapshot cannot be used: mend that, then run `snapctl system repair`"
             }
             false => {
-                "nothing uses it; end plyd, delete the record of that name in ROOT/store/records, and start plyd again"
+                "nothing uses it; end plyd, delete the record of that name in store/records below its root, and start plyd again"
             }
         }
     }

@@ -53,8 +53,12 @@ impl DamageLog {
                 (path, 1) => format!("{path}: "),
                 (path, _) => format!(", first {path}"),
             };
+            let on_top = match &*first.on_top {
+                "" => String::new(),
+                on_top => format!("; what builds on it: {on_top}"),
+            };
             match number {
-                1 => format!("{what}: {whose}{path}{}", first.problem),
+                1 => format!("{what}: {whose}{path}{}{on_top}", first.problem),
                 _ => format!("{what}: {whose}{number} contents {}{path}", first.cause),
             }
         });

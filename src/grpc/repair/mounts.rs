@@ -16,16 +16,19 @@ impl Repair {
 
     fn stale_mount(&self, stale: Stale) -> api::Fault {
         let Stale { id, snapshot, why } = stale;
-        let again = match snapshot.as_ref().map(|info| info.owner) {
-            Some(Owner::Container) => "start it again",
-            Some(Owner::Containerd) => "start its container again",
-            Some(Owner::Image | Owner::Snapctl) | None => {
-                "mount it again, and start again what runs on it"
-            }
+        let mount = snapshot.as_ref().and_then(|info| info.mount.as_ref());
+        let again = match (snapshot.as_ref().map(|info| info.owner), mount) {
+            (Some(Owner::Container), _) => "start it again".to_owned(),
+            // It keeps its mount when the container ends.
+            (Some(Owner::Containerd), Some(mount)) => format!(
+                "stop its container, unmount {} (umount(8)), and start it again",
+                mount.path.display()
+            ),
+            _ => "mount it again, and start again what runs on it".to_owned(),
         };
         let advice = match &why {
             StaleReason::Damaged(_) => format!("mend that, then repeat this, or {again}"),
-            StaleReason::Failed(_) => again.to_owned(),
+            StaleReason::Failed(_) => again,
         };
         let words = |info: &SnapshotInfo| self.stores().words(info.owner, &info.key);
         let known = snapshot.as_ref().map(words);

@@ -188,19 +188,25 @@ impl Containers {
 
     /// Who was created from the image `image_id`, or may have been, as words for a sentence.
     pub fn users_of_image(&self, image_id: &str) -> Option<String> {
-        let table = self.0.table.lock();
-        let users = table.entries.values();
-        let users = users.filter(|entry| entry.record.image_id == image_id);
-        let mut names: Vec<_> = users.map(|entry| &*entry.record.name).collect();
-        names.sort_unstable();
-        if let Some(users) = named_users(&names) {
+        if let Some(users) = self.of_image(image_id) {
             return Some(users);
         }
+        let table = self.0.table.lock();
         let (id, damaged) = table.damaged.first_key_value()?;
         let path = damaged.path.display();
         Some(format!(
             "the container {id}, for all that is known, for its record {path} cannot be used"
         ))
+    }
+
+    /// The known containers that were created from the image `image_id`, as words for a sentence.
+    pub fn of_image(&self, image_id: &str) -> Option<String> {
+        let table = self.0.table.lock();
+        let users = table.entries.values();
+        let users = users.filter(|entry| entry.record.image_id == image_id);
+        let mut names: Vec<_> = users.map(|entry| &*entry.record.name).collect();
+        names.sort_unstable();
+        named_users(&names)
     }
 
     /// How many there are, and how many run.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::image::ImageStore;
 use crate::snapshotter::{self, Owner, ParentRef, Snapshotter};
+use crate::store::view::HeldDamage;
 
 /// What the life cycle of containers needs of a snapshotter. Every method blocks.
 pub trait Roots: Send + Sync + 'static {
@@ -21,6 +22,8 @@ pub trait Roots: Send + Sync + 'static {
     fn list(&self) -> snapshotter::Result<Vec<String>>;
     /// It is mounted, and what serves it lives.
     fn is_served(&self, id: &str) -> snapshotter::Result<bool>;
+    /// How the merged view is damaged that its mount reads, if it is mounted and that is damaged. Reads all of it.
+    fn view_damage(&self, id: &str) -> snapshotter::Result<Option<HeldDamage>>;
 }
 
 impl Roots for Snapshotter {
@@ -51,6 +54,10 @@ impl Roots for Snapshotter {
 
     fn is_served(&self, id: &str) -> snapshotter::Result<bool> {
         self.is_served(Owner::Container, id)
+    }
+
+    fn view_damage(&self, id: &str) -> snapshotter::Result<Option<HeldDamage>> {
+        self.view_damage(Owner::Container, id)
     }
 }
 
@@ -91,5 +98,9 @@ impl Roots for ImageRoots {
 
     fn is_served(&self, id: &str) -> snapshotter::Result<bool> {
         Roots::is_served(&*self.snapshotter, id)
+    }
+
+    fn view_damage(&self, id: &str) -> snapshotter::Result<Option<HeldDamage>> {
+        Roots::view_damage(&*self.snapshotter, id)
     }
 }

@@ -15,10 +15,16 @@ use crate::runtime::log::{self, HEADER, LogReader, Record};
 use crate::runtime::lookup::Question;
 use crate::runtime::spec::{self, ProcessSpec};
 use crate::runtime::state::Status;
+use crate::runtime::user::IF_DAMAGED;
 use crate::runtime::wire::{Frame, Reply, Request, Window};
+use crate::store::view::HeldDamage;
 
 /// Bytes of a log that are read at once.
 const BATCH: usize = 1 << 20;
+/// What to do about a damaged view of a root, to go behind an error.
+const IF_VIEW_DAMAGED: &str = "; the merged view of its image is damaged: `snapctl system repair` mends that below the container, or says that it has to be stopped and started again";
+/// The same where only another one can be read.
+const IF_VIEW_LOST: &str = "; the merged view of its image is damaged beyond repair below the container: stop it and start it again, for that makes another one";
 
 /// One more process, as it is asked for. Empty words mean the container's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -184,14 +190,17 @@ impl Containers {
             let client = ShimClient::connect(&self.run_dir(&entry.id)).await?;
             client.open(&message).await
         };
-        let (_, reader, writer) = opened.await.map_err(|error| match error {
-            client::Error::Refused { exit_code, message } if entry.runs() => Error::Exec {
-                name: entry.record.name.clone(),
-                exit_code,
-                message,
-            },
-            error => gone(&entry, error),
-        })?;
+        let (_, reader, writer) = match opened.await {
+            Ok(opened) => opened,
+            Err(client::Error::Refused { exit_code, message }) if entry.runs() => {
+                return Err(Error::Exec {
+                    name: entry.record.name.clone(),
+                    exit_code,
+                    message: self.with_damage(&entry, message).await,
+                });
+            }
+            Err(error) => return Err(gone(&entry, error)),
+        };
         let output = Output {
             containers: self.clone(),
             entry,
@@ -237,9 +246,10 @@ impl Containers {
             make: false,
             volumes: Vec::new(),
         };
-        let answer = client::look_up(&self.plyshim()?, &question)
-            .await?
-            .map_err(Error::Invalid)?;
+        let answer = match client::look_up(&self.plyshim()?, &question).await? {
+            Ok(answer) => answer,
+            Err(message) => return Err(Error::Invalid(self.with_damage(entry, message).await)),
+        };
         let list = spec["process"]["env"].as_array();
         let mut base: Vec<String> = list.into_iter().flatten().map(text).collect();
         if !request.user.is_empty() {
@@ -258,6 +268,24 @@ impl Containers {
             identity: &answer.identity,
             tty: request.tty,
         }))
+    }
+
+    /// `message`, why something cannot be executed, with what to do if the merged view of the root is damaged: who reads that misses names, or
+    /// meets errors, and nobody knows why.
+    async fn with_damage(&self, entry: &Entry, message: String) -> String {
+        let (roots, id) = (Arc::clone(&self.0.roots), entry.id.clone());
+        let advice = match blocking(move || Ok(roots.view_damage(&id)?)).await {
+            Ok(None) => return message,
+            Ok(Some(HeldDamage::Restorable)) => IF_VIEW_DAMAGED,
+            Ok(Some(HeldDamage::Lost)) => IF_VIEW_LOST,
+            Err(error) => {
+                let id = &entry.id;
+                tracing::warn!(id, %error, "whether the merged view of a root is damaged cannot be told");
+                return message;
+            }
+        };
+        let message = message.strip_suffix(IF_DAMAGED).unwrap_or(&message);
+        format!("{message}{advice}")
     }
 
     /// What the container has written until now: all of it, or the last `tail` lines. With `follow` it goes on

@@ -1,5 +1,7 @@
 //! Records that cannot be used: whose they are, and how they are made anew or found again.
 
+use std::collections::HashMap;
+
 use super::{Catalog, Changes, Found, SnapshotRecord, gone, in_order, name, parse_name};
 use crate::snapshotter::types::*;
 use crate::store::record::Damaged;
@@ -10,8 +12,9 @@ const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a
 const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give up the layer and what builds on it and start plyd again";
 
 /// What to do about the record of a layer of an image that no plyd has read since it was damaged.
-const FROM_IMAGE: &str =
-    "`snapctl system repair` makes it anew from what the image says, or says what else to do";
+const FROM_IMAGE: &str = "`snapctl system repair` makes it anew from the image's record; where that is damaged or gone, too, `snapctl system repair -i` or `snapctl image load` with the image's archive does";
+/// The same where nobody can tell whose the record is.
+const OF_UNKNOWN: &str = "if it is of an image's layer, `snapctl system repair` makes it anew from the image's record, or with `-i` from the image's archive; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
 
 impl Catalog {
     /// How many are [`damaged`](Self::damaged); of records only what has changed is read.
@@ -23,13 +26,13 @@ impl Catalog {
         }
     }
 
-    /// Records that cannot be used, or are gone, each with whose it is if that is known or the index can tell.
-    pub(in crate::snapshotter) fn damaged(&self) -> Result<Vec<(Damaged, Option<ParentRef>)>> {
+    /// Records that cannot be used, or are gone.
+    pub(in crate::snapshotter) fn damaged(&self) -> Result<Vec<UnusableRecord>> {
         let expected = self.changes.lock().expected();
         let damaged = self.records.examine(expected)?;
         let mut found = Vec::new();
         for damaged in damaged {
-            let of = {
+            let (of, on_top) = {
                 // Nobody removes it meanwhile.
                 let changes = self.changes.lock();
                 let known = changes.known.get(&damaged.id);
@@ -39,20 +42,21 @@ impl Catalog {
                 {
                     continue;
                 }
-                known.map(|record| ParentRef {
-                    owner: record.owner,
-                    key: record.key.clone(),
-                })
+                (known.map(ref_to), changes.on_top_of(&damaged.id))
             };
-            match of {
-                Some(of) => found.push((damaged.known(), Some(of))),
+            let (damaged, of) = match of {
+                Some(of) => (damaged.known(), Some(of)),
                 None => {
                     let name = self.index.find(&damaged.id)?;
                     let of = name.and_then(|name| parse_name(&name));
                     let owner = of.as_ref().map(|of| of.owner);
-                    let damaged = match owner.filter(|_| !damaged.newer) {
+                    let damaged = match owner {
+                        _ if damaged.newer => damaged,
                         _ if self.is_gone(&damaged.id) => gone::advised(damaged, owner),
-                        None => damaged,
+                        None => Damaged {
+                            remedy: OF_UNKNOWN,
+                            ..damaged
+                        },
                         Some(Owner::Image) => Damaged {
                             remedy: FROM_IMAGE,
                             left: LEFT_OF_IMAGE,
@@ -60,27 +64,61 @@ impl Catalog {
                         },
                         Some(_) => damaged.advised(LEFT_OF_OTHERS),
                     };
-                    found.push((damaged, of));
+                    (damaged, of)
                 }
-            }
+            };
+            found.push(UnusableRecord {
+                damaged,
+                of,
+                on_top,
+            });
         }
         Ok(found)
+    }
+
+    /// Says in the log that `damaged` could not be read at the start, whose these are and what to do.
+    pub(in crate::snapshotter) fn log_damaged(&self, damaged: &[Damaged]) {
+        let unusable = self.damaged().unwrap_or_else(|error| {
+            tracing::warn!(%error, "whose records they are that cannot be used cannot be told");
+            let unknown = damaged.iter().map(|damaged| UnusableRecord {
+                damaged: damaged.clone(),
+                of: None,
+                on_top: Vec::new(),
+            });
+            unknown.collect()
+        });
+        for UnusableRecord {
+            damaged,
+            of,
+            on_top,
+        } in unusable
+        {
+            let owner = of.as_ref().map(|of| of.owner.as_str());
+            let snapshot = of.map(|of| of.key);
+            let on_top = on_top.len();
+            tracing::error!(owner, snapshot, on_top, "{damaged}");
+        }
+    }
+
+    /// Whether the record of that id cannot be used, or is gone though its snapshot is not.
+    pub(in crate::snapshotter) fn is_unusable(&self, id: &str) -> bool {
+        let changes = self.changes.lock();
+        let is_expected = changes.expects(id);
+        (is_expected || changes.unread.contains(id)) && self.records.is_unsound(id, is_expected)
     }
 
     /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
     pub(in crate::snapshotter) fn rewrite(&self) -> Result<Vec<ParentRef>> {
         let mut written = Vec::new();
-        let damaged = self.damaged()?.into_iter();
-        for (damaged, _) in damaged.filter(|(damaged, _)| !damaged.newer) {
+        let unusable = self.damaged()?.into_iter();
+        let damaged = unusable.map(|unusable| unusable.damaged);
+        for damaged in damaged.filter(|damaged| !damaged.newer) {
             let changes = self.changes.lock();
             let Some(record) = changes.known.get(&damaged.id) else {
                 continue;
             };
             self.records.put(&damaged.id, record)?;
-            written.push(ParentRef {
-                owner: record.owner,
-                key: record.key.clone(),
-            });
+            written.push(ref_to(record));
         }
         Ok(written)
     }
@@ -183,10 +221,7 @@ impl Catalog {
             count(&record);
             changes.last_time = changes.last_time.max(record.updated);
             changes.unread.remove(&id);
-            taken.push(ParentRef {
-                owner: record.owner,
-                key: record.key.clone(),
-            });
+            taken.push(ref_to(&record));
             changes.known.insert(id, record);
         }
         for left in new {
@@ -203,5 +238,37 @@ impl Catalog {
         let mut changes = self.changes.lock();
         changes.unread.retain(|id| !self.is_gone(id));
         changes.is_complete()
+    }
+}
+
+impl Changes {
+    /// What is known to build on the snapshot of that id, also by way of others, in order of creation.
+    fn on_top_of(&self, id: &str) -> Vec<ParentRef> {
+        let mut children: HashMap<&str, Vec<(&str, &SnapshotRecord)>> = HashMap::new();
+        for (id, record) in &self.known {
+            if let Some(parent) = &record.parent {
+                children.entry(parent).or_default().push((id, record));
+            }
+        }
+        let mut on_top = Vec::new();
+        let mut waiting = vec![id];
+        // Each is taken out once, so that forged records cannot make a loop of it.
+        while let Some(id) = waiting.pop() {
+            let of = children.remove(id).unwrap_or_default();
+            waiting.extend(of.iter().map(|(id, _)| *id));
+            on_top.extend(of);
+        }
+        on_top.sort_by_key(|(id, record)| (record.created, *id));
+        on_top
+            .into_iter()
+            .map(|(_, record)| ref_to(record))
+            .collect()
+    }
+}
+
+fn ref_to(record: &SnapshotRecord) -> ParentRef {
+    ParentRef {
+        owner: record.owner,
+        key: record.key.clone(),
     }
 }

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use super::sides::Sides;
 #[cfg(test)]
 use super::walk::COMPARED;
-use super::walk::{check_links, looks_different};
+use super::walk::looks_different;
 use super::{Change, ChangeKind, ordered, xattrs_of};
 use crate::cow::{self, ContentPart, CopiedLinks, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
@@ -21,14 +21,8 @@ use crate::store::tar::write::is_carried;
 const BUFFER: usize = 256 << 10;
 
 /// What makes the tree of `new` of that of `old`, or of an empty one, in byte order of the paths. `same_view` says that the
-/// packed layers of both are the same. Answers also what was found to be copied of files with several names if `new` has
-/// somebody else's upper.
-pub(super) fn compare(
-    new: &Union,
-    old: Option<Union>,
-    same_view: bool,
-) -> Result<(Vec<Change>, CopiedLinks)> {
-    // Before anything else is looked at: what was copied up by then is told by all of its names.
+/// packed layers of both are the same.
+pub(super) fn compare(new: &Union, old: Option<Union>, same_view: bool) -> Result<Vec<Change>> {
     let links = new.copied_links()?;
     let old_links = old.as_ref().map(Union::copied_links).transpose()?;
     let sides = Sides::new(new, old);
@@ -52,9 +46,12 @@ pub(super) fn compare(
     while let Some(at) = comparison.waiting.pop() {
         comparison.directory(&at)?;
     }
-    comparison.check_links()?;
+    let sides = &comparison.sides;
+    if sides.all().any(Union::has_missed_links) {
+        return Err(Error::LinksChanged);
+    }
     comparison.tell_links();
-    Ok((ordered(comparison.changes), comparison.links))
+    Ok(ordered(comparison.changes))
 }
 
 /// Not a recursion: a container decides how deep its directories are.
@@ -202,17 +199,6 @@ impl Comparison<'_> {
             }
             _ => false,
         })
-    }
-
-    fn check_links(&self) -> Result<()> {
-        let told = || self.linked.iter().filter(|name| name.is_told);
-        let of_new = told().map(|name| NodeId(name.new)).collect();
-        check_links(self.sides.new, &self.links, &of_new)?;
-        let of_old = told().filter_map(|name| name.old).map(NodeId).collect();
-        match &self.sides.old {
-            Some(union) => check_links(union, &self.old_links, &of_old),
-            None => Ok(()),
-        }
     }
 
     /// Tells all names of a file of which one is told, and of files that share their names in another way than on the old

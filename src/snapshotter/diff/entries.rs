@@ -2,14 +2,17 @@
 //!
 //! Whoever reads the entries in their order, on the tree that lies below, gets the tree that the snapshot shows. Every
 //! path comes after its parents, and each parent of a change is told, changed or not.
+//!
+//! A snapshot that is in use may be another by the time that its changes are told. Then each path is told as what is there at
+//! its turn: what has gone as gone, and what has come to be something else as that. What has come to other paths is not told.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
-use super::{Change, ChangeKind, lookup, xattrs_of};
-use crate::cow::{Attr, FileKind, NodeId, Union};
+use super::{Change, ChangeKind, lookup, may_have_changed, xattrs_of};
+use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
 use crate::store::view::{Names, View};
 use crate::store::{self, Xattrs};
@@ -63,6 +66,9 @@ pub(super) enum Fault {
     Io(std::io::Error),
     /// What a form of layers has no word for.
     Unspeakable(&'static str),
+    /// The content cannot be read of a file that is being told.
+    Content(cow::Error),
+    /// Anything else; nothing of the entry has been handed over then.
     Other(Error),
 }
 
@@ -72,8 +78,8 @@ impl From<std::io::Error> for Fault {
     }
 }
 
-impl From<crate::cow::Error> for Fault {
-    fn from(source: crate::cow::Error) -> Self {
+impl From<cow::Error> for Fault {
+    fn from(source: cow::Error) -> Self {
         Self::Other(source.into())
     }
 }
@@ -91,24 +97,26 @@ pub(super) fn at(path: &Path, fault: Fault) -> Error {
             path: path.to_owned(),
             problem,
         },
+        Fault::Content(source) => source.into(),
         Fault::Other(error) => error,
     }
 }
 
 /// Tells the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in
-/// it. Answers which files with several names are among them.
+/// it.
 pub(super) fn tell(
     changes: &[Change],
     new: &Union,
     view: Option<&View>,
     out: &mut impl Output,
-) -> Result<HashSet<NodeId>> {
+) -> Result<()> {
     let mut teller = Teller {
         changes,
         new,
         view,
         out,
         above: Vec::new(),
+        leaves: BTreeSet::new(),
         links: HashMap::new(),
         names: None,
     };
@@ -117,7 +125,20 @@ pub(super) fn tell(
             .change(change)
             .map_err(|fault| at(&change.path, fault))?;
     }
-    Ok(teller.links.into_keys().map(NodeId).collect())
+    Ok(())
+}
+
+/// Where a directory was when the changes were found.
+enum Above {
+    /// It is there; a lookup of it is held.
+    Directory(NodeId),
+    /// It has gone since it was told.
+    Gone,
+}
+
+fn path_of<'a>(names: impl IntoIterator<Item = &'a &'a OsStr>) -> Vec<u8> {
+    let path: PathBuf = names.into_iter().collect();
+    path.into_os_string().into_vec()
 }
 
 struct Teller<'a, O> {
@@ -127,6 +148,8 @@ struct Teller<'a, O> {
     out: &'a mut O,
     /// The directories that lead to the last entry, from below the root, each with its node and an entry of its own.
     above: Vec<(OsString, NodeId)>,
+    /// Paths of what was a directory, or may have been one, and was told as gone or as something else. Nothing below them is told.
+    leaves: BTreeSet<Vec<u8>>,
     /// Paths of files with several names, by number.
     links: HashMap<u64, Vec<u8>>,
     /// Where the inodes of the view are named; found when that is first needed.
@@ -143,25 +166,36 @@ impl<O: Output> Teller<'_, O> {
         let Some(name) = parts.pop() else {
             return Ok(());
         };
-        let parent = self.descend(&parts)?;
-        let path: PathBuf = parts.iter().collect();
-        let path = path.join(name).into_os_string().into_vec();
+        let Some(parent) = self.descend(&parts)? else {
+            return Ok(());
+        };
+        let path = path_of(parts.iter().chain([&name]));
         if change.kind == ChangeKind::Deleted {
             return self.out.remove(&path);
         }
-        let entry = self.new.lookup(parent, name)?;
-        let told = self.object(&path, entry.node, &entry.attr);
-        if entry.attr.kind == FileKind::Directory {
-            self.above.push((name.to_owned(), entry.node));
-        } else {
-            self.new.forget(entry.node, 1);
+        let told = match parent {
+            Above::Directory(parent) => self.name(parent, name, &path)?,
+            Above::Gone => None,
+        };
+        match told {
+            Some((node, true)) => self.above.push((name.to_owned(), node)),
+            Some(_) if self.has_changes_below(&path) => {
+                self.leaves.insert(path);
+            }
+            Some(_) => {}
+            None => {
+                if change.kind == ChangeKind::Modified {
+                    self.out.remove(&path)?;
+                }
+                self.leaves.insert(path);
+            }
         }
-        told
+        Ok(())
     }
 
     /// Goes to a directory by these names. Whatever reads the entries without those of directories makes of them what it
-    /// likes.
-    fn descend(&mut self, names: &[&OsStr]) -> Result<NodeId, Fault> {
+    /// likes. `None` where nothing is to be told.
+    fn descend(&mut self, names: &[&OsStr]) -> Result<Option<Above>, Fault> {
         let pairs = self.above.iter().zip(names);
         let common = pairs
             .take_while(|((name, _), other)| name == *other)
@@ -169,16 +203,72 @@ impl<O: Output> Teller<'_, O> {
         for (_, node) in self.above.drain(common..) {
             self.new.forget(node, 1);
         }
+        let mut at = Above::Directory(self.above.last().map_or(NodeId::ROOT, |(_, node)| *node));
         for depth in common..names.len() {
-            let parent = self.above.last().map_or(NodeId::ROOT, |(_, node)| *node);
-            let entry = self.new.lookup(parent, names[depth])?;
-            self.above.push((names[depth].to_owned(), entry.node));
-            let path: PathBuf = names[..=depth].iter().collect();
-            self.object(path.as_os_str().as_bytes(), entry.node, &entry.attr)?;
+            let path = path_of(&names[..=depth]);
+            if self.leaves.contains(&path) {
+                return Ok(None);
+            }
+            let told = match at {
+                Above::Directory(parent) => self.name(parent, names[depth], &path)?,
+                Above::Gone => None,
+            };
+            at = match told {
+                Some((node, true)) => {
+                    self.above.push((names[depth].to_owned(), node));
+                    Above::Directory(node)
+                }
+                // It was told in its turn, as a directory.
+                None if self.is_change(&path) => Above::Gone,
+                told => {
+                    if told.is_none() {
+                        self.out.remove(&path)?;
+                    }
+                    self.leaves.insert(path);
+                    return Ok(None);
+                }
+            };
         }
-        Ok(self.above.last().map_or(NodeId::ROOT, |(_, node)| *node))
+        Ok(Some(at))
     }
 
+    /// Tells what is there under a name of a directory, if anything is. Answers its node, and whether it is a directory; a lookup of
+    /// such a one is held.
+    fn name(
+        &mut self,
+        parent: NodeId,
+        name: &OsStr,
+        path: &[u8],
+    ) -> Result<Option<(NodeId, bool)>, Fault> {
+        // To be unlucky so many times somebody would have to replace it all the time.
+        const AGAIN: usize = 30;
+        let mut tries = 0;
+        loop {
+            let Some(Entry { node, attr, .. }) = self.lookup(parent, name)? else {
+                return Ok(None);
+            };
+            let is_directory = attr.kind == FileKind::Directory;
+            let told = self.object(path, node, &attr);
+            if told.is_err() || !is_directory {
+                self.new.forget(node, 1);
+            }
+            match told {
+                Err(Fault::Other(error))
+                    if self.new.is_live() && may_have_changed(&error) && tries < AGAIN =>
+                {
+                    tries += 1;
+                }
+                told => return told.map(|()| Some((node, is_directory))),
+            }
+        }
+    }
+
+    fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Option<Entry>, Fault> {
+        match self.new.lookup(parent, name) {
+            Err(error) if error.errno == libc::ENOENT && self.new.is_live() => Ok(None),
+            entry => Ok(Some(entry?)),
+        }
+    }
     fn object(&mut self, path: &[u8], node: NodeId, attr: &Attr) -> Result<(), Fault> {
         let object = Object {
             path,
@@ -216,7 +306,11 @@ impl<O: Output> Teller<'_, O> {
             none => none.insert(view.names()?),
         };
         for name in names.paths(inode)? {
-            if !self.is_change(&name) && self.leads_to(&name, attr.ino)? {
+            let is_gone = || {
+                let below = |leaf: &Vec<u8>| Some(name.strip_prefix(&**leaf)?.first()? == &b'/');
+                self.leaves.iter().any(|leaf| below(leaf) == Some(true))
+            };
+            if !self.is_change(&name) && !is_gone() && self.leads_to(&name, attr.ino)? {
                 return Ok(Some(name));
             }
         }
@@ -224,10 +318,23 @@ impl<O: Output> Teller<'_, O> {
     }
 
     fn is_change(&self, path: &[u8]) -> bool {
-        let path = [b"/", path].concat();
-        self.changes
-            .binary_search_by(|change| change.path.as_os_str().as_bytes().cmp(&path))
-            .is_ok()
+        self.first_change(&[b"/", path].concat(), |found, path| found == path)
+    }
+
+    fn has_changes_below(&self, path: &[u8]) -> bool {
+        self.first_change(&[b"/", path, b"/"].concat(), <[u8]>::starts_with)
+    }
+
+    /// Whether that holds of the first change that does not come before a path.
+    fn first_change(&self, path: &[u8], holds: impl Fn(&[u8], &[u8]) -> bool) -> bool {
+        fn path_of(change: &Change) -> &[u8] {
+            change.path.as_os_str().as_bytes()
+        }
+        let first = self
+            .changes
+            .partition_point(|change| path_of(change) < path);
+        let found = self.changes.get(first);
+        found.is_some_and(|change| holds(path_of(change), path))
     }
 
     /// Whether the path is a name of the node of that number.
@@ -253,3 +360,6 @@ impl<O: Output> Teller<'_, O> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

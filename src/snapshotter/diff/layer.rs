@@ -9,20 +9,21 @@ use std::path::Path;
 
 use super::Change;
 use super::entries::{Fault, Object, Output, at, tell};
-use super::walk::check_links;
-use crate::cow::{CopiedLinks, FileKind, Union, UnionConfig};
+use crate::cow::{FileKind, Union};
 use crate::snapshotter::types::*;
 use crate::store::Time;
 use crate::store::tar::write::{NewEntry, Writer, is_carried, parts};
 use crate::store::tar::{Kind, WHITEOUT};
+use crate::store::view::View;
 
 const BUFFER: usize = 256 << 10;
 
-/// Writes the changes, which are in byte order of their paths, of the union that `new` is. They were found when the union
-/// had those links. With an `epoch`, later times of modification become that one, and whiteouts have it.
+/// Writes the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in
+/// it. With an `epoch`, later times of modification become that one, and whiteouts have it.
 pub(in crate::snapshotter) fn write(
-    (changes, links): (Vec<Change>, CopiedLinks),
-    new: UnionConfig,
+    changes: &[Change],
+    new: &Union,
+    view: Option<&View>,
     out: impl Write,
     epoch: Option<Time>,
 ) -> Result<()> {
@@ -31,12 +32,7 @@ pub(in crate::snapshotter) fn write(
         epoch,
         buffer: vec![0; BUFFER],
     };
-    if !changes.is_empty() {
-        let view = new.view.clone();
-        let new = Union::open(new)?;
-        let told = tell(&changes, &new, view.as_deref(), &mut layer)?;
-        check_links(&new, &links, &told)?;
-    }
+    tell(changes, new, view, &mut layer)?;
     let ended = layer.out.finish().map(drop);
     ended.map_err(|source| at(Path::new("/"), source.into()))
 }
@@ -119,6 +115,10 @@ impl<W: Write> Layer<W> {
 
     fn file(&mut self, entry: NewEntry<'_>, object: &Object<'_>) -> Result<(), Fault> {
         let (union, node, size) = (object.union, object.node, object.attr.size);
+        if size > 0 {
+            // What cannot be opened is not to be taken for a hole below.
+            union.read(node, None, 0, &mut [])?;
+        }
         let seek = |from: u64, whence| {
             let from = i64::try_from(from).unwrap_or(i64::MAX);
             let found = union.lseek(node, None, from, whence)?;
@@ -138,7 +138,15 @@ impl<W: Write> Layer<W> {
             },
         )?;
         let entry = NewEntry { size, ..entry };
-        let read = |buffer: &mut [u8], at| Ok(union.read(node, None, at, buffer)?);
+        let read = |buffer: &mut [u8], at| match union.read(node, None, at, buffer) {
+            // Somebody has cut it since its size was told: as with GNU tar zeros take the place of what is gone.
+            Ok(0) if union.is_live() => {
+                buffer.fill(0);
+                Ok(buffer.len())
+            }
+            Ok(count) => Ok(count),
+            Err(error) => Err(Fault::Content(error)),
+        };
         self.out
             .file(&entry, &parts, &mut self.buffer, read, Fault::from)
     }

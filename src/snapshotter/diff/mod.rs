@@ -31,7 +31,7 @@ use super::Snapshotter;
 use super::catalog::Found;
 use super::chain::Below;
 use super::{types::*, upper};
-use crate::cow::{self, CopiedLinks, Entry, NodeId, Union};
+use crate::cow::{self, Entry, NodeId, Union};
 use crate::store::layer::index::LayerIndex;
 use crate::store::{self, Time, Xattrs};
 pub(super) use packed::Views as PackedViews;
@@ -64,7 +64,10 @@ pub struct Change {
 impl Snapshotter {
     /// Every path that the snapshot changes against its parent, in byte order.
     pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
-        self.locked(owner, key, |found| Ok(self.changes_of(&found)?.0))
+        self.locked(owner, key, |found| {
+            let shown = self.shown_now(&found)?;
+            anew(|| self.changes_of(&found, &Union::open(shown.clone().union())?))
+        })
     }
 
     /// Writes what the snapshot changes as a layer: a tar stream, the same for the same changes. With an `epoch`, nothing
@@ -77,8 +80,12 @@ impl Snapshotter {
         epoch: Option<Time>,
     ) -> Result<()> {
         self.locked(owner, key, |found| {
-            let changes = self.changes_of(&found)?;
-            layer::write(changes, self.shown(&found)?.union(), out, epoch)
+            let shown = self.shown_now(&found)?;
+            let (changes, new) = anew(|| {
+                let new = Union::open(shown.clone().union())?;
+                Ok((self.changes_of(&found, &new)?, new))
+            })?;
+            layer::write(&changes, &new, shown.view.as_deref(), out, epoch)
         })
     }
 
@@ -97,10 +104,13 @@ impl Snapshotter {
             let shown = self.shown_now(&found)?;
             let view = |of: &Below| of.view.as_ref().map(|view| view.key());
             let same_view = left.as_ref().is_some_and(|left| view(left) == view(&shown));
-            let old = left.map(|left| Union::open(left.union())).transpose()?;
-            let new = Union::open(shown.clone().union())?;
-            let changes = between::compare(&new, old, same_view)?;
-            layer::write(changes, shown.union(), out, epoch)
+            let (changes, new) = anew(|| {
+                let left = left.clone();
+                let old = left.map(|left| Union::open(left.union())).transpose()?;
+                let new = Union::open(shown.clone().union())?;
+                Ok((between::compare(&new, old, same_view)?, new))
+            })?;
+            layer::write(&changes, &new, shown.view.as_deref(), out, epoch)
         };
         match left {
             Some(left) => {
@@ -137,35 +147,56 @@ impl Snapshotter {
     /// As `shown`, with all that was written to a mount.
     fn shown_now(&self, found: &Found) -> Result<Below> {
         if found.record.kind == Kind::Active {
-            self.flushed(found)?;
+            let upper = self.upper_of(found);
+            let flushed = self.mounts.flush(&found.id);
+            flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
         }
         self.shown(found)
     }
 
-    /// Brings to the upper of an active snapshot what its mount knows, and answers where it is.
-    fn flushed(&self, found: &Found) -> Result<PathBuf> {
-        let upper = self.data.join(&found.id).join("upper");
-        let flushed = self.mounts.flush(&found.id);
-        flushed.map_err(plyfs_error("flush the mount of", &upper, &found.record.key))?;
-        Ok(upper)
+    fn upper_of(&self, found: &Found) -> PathBuf {
+        self.data.join(&found.id).join("upper")
     }
 
-    fn changes_of(&self, found: &Found) -> Result<(Vec<Change>, CopiedLinks)> {
+    /// What the snapshot changes that `new` is the union of.
+    fn changes_of(&self, found: &Found, new: &Union) -> Result<Vec<Change>> {
         let mut below = self.below(found)?;
-        let (own, all) = match found.record.kind {
-            Kind::View => return Ok(Default::default()),
-            Kind::Committed if found.record.layer.is_none() => {
-                return Ok((self.diff_packed(found)?, CopiedLinks::default()));
-            }
-            Kind::Committed => {
-                let all = below.clone();
-                (below.lowers.remove(0), all)
-            }
-            Kind::Active => (self.flushed(found)?, self.shown(found)?),
+        let own = match found.record.kind {
+            Kind::View => return Ok(Vec::new()),
+            Kind::Committed if found.record.layer.is_none() => return self.diff_packed(found),
+            Kind::Committed => below.lowers.remove(0),
+            Kind::Active => self.upper_of(found),
         };
         let below_own = self.diff_packed(found)?;
-        let new = Union::open(all.union())?;
-        changes(&own, &new, below, below_own, Directories::Changed)
+        changes(&own, new, below, below_own, Directories::Changed)
+    }
+}
+
+/// Looks at a snapshot, and again a few times if what may be in use has changed under that: one more look costs little
+/// beside a refusal, but where all of them fail it is not for chance.
+fn anew<T>(mut look: impl FnMut() -> Result<T>) -> Result<T> {
+    const AGAIN: usize = 4;
+    for _ in 0..AGAIN {
+        match look() {
+            Err(error) if may_have_changed(&error) => {
+                tracing::debug!(%error, "a snapshot has changed while it was looked at");
+            }
+            looked => return looked,
+        }
+    }
+    look()
+}
+
+/// Whether an error may come of somebody having removed or replaced what had just been found.
+fn may_have_changed(error: &Error) -> bool {
+    use libc::{EINVAL, ELOOP, ENOENT, ENOTDIR, ENXIO, ESTALE};
+    match error {
+        Error::LinksChanged => true,
+        Error::Union { source } => {
+            [ENOENT, ENOTDIR, ESTALE, ENXIO, EINVAL, ELOOP].contains(&source.errno)
+        }
+        Error::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
     }
 }
 
@@ -178,23 +209,21 @@ pub(super) fn with_own(own: &Path, below: &Below) -> Below {
 
 /// Compares the layers `below` with `new`, the union of them and the directory `own` on top, in byte order of the
 /// paths. Changes of the topmost one below count as those of `own`. Of a directory that vanishes from `own` meanwhile, nothing
-/// below it is told. If `new` has `own` as somebody else's upper, answers what was found to be copied there of files with
-/// several names; all of those are told.
+/// below it is told.
 pub(super) fn changes(
     own: &Path,
     new: &Union,
     below: Below,
     below_own: Vec<Change>,
     directories: Directories,
-) -> Result<(Vec<Change>, CopiedLinks)> {
+) -> Result<Vec<Change>> {
     let old = match below.is_empty() {
         true => None,
         false => Some(Union::open(below.union())?),
     };
     let mut walk = Walk::new(own, new, old, directories)?;
     while walk.step()? {}
-    let (steps, links) = walk.finish()?;
-    Ok((joined(below_own, steps), links))
+    Ok(joined(below_own, walk.finish()?))
 }
 
 /// As `changes`, of packed layers: of the topmost one in the new of these views, which has that `index`.
@@ -266,15 +295,23 @@ pub(super) fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Opti
 }
 
 pub(super) fn names_in(union: &Union, node: NodeId) -> Result<BTreeSet<OsString>> {
-    let handle = union.open_dir(node)?;
     let mut names = BTreeSet::new();
-    union.read_dir(node, &handle, 0, &mut |entry| {
-        if entry.name != "." && entry.name != ".." {
-            names.insert(entry.name);
+    let listed = union.open_dir(node).and_then(|handle| {
+        union.read_dir(node, &handle, 0, &mut |entry| {
+            if entry.name != "." && entry.name != ".." {
+                names.insert(entry.name);
+            }
+            true
+        })
+    });
+    match listed {
+        // It has been removed since it was found.
+        Err(error) if error.errno == libc::ENOENT && union.is_live() => Ok(BTreeSet::new()),
+        listed => {
+            listed?;
+            Ok(names)
         }
-        true
-    })?;
-    Ok(names)
+    }
 }
 
 /// The extended attributes that a node shows, in order of their names.
@@ -317,8 +354,7 @@ mod tests {
 
     fn diff(own: &Path, below: Below) -> Result<Vec<Change>> {
         let new = Union::open(with_own(own, &below).union())?;
-        let changes = super::changes(own, &new, below, Vec::new(), Directories::Changed)?;
-        Ok(changes.0)
+        super::changes(own, &new, below, Vec::new(), Directories::Changed)
     }
 
     fn changes(own: &Path, below: &Path) -> Vec<(String, ChangeKind)> {

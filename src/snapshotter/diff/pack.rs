@@ -41,7 +41,7 @@ pub(in crate::snapshotter) fn write(
     packing
         .object(&root)
         .map_err(|fault| at(Path::new("/"), fault))?;
-    tell(changes, new, view, &mut packing).map(drop)
+    tell(changes, new, view, &mut packing)
 }
 
 struct Packing<'a, 'l, 's> {

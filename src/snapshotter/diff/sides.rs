@@ -18,6 +18,11 @@ impl<'a> Sides<'a> {
         Self { new, old }
     }
 
+    /// Both, or the one that there is.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Union> {
+        std::iter::once(self.new).chain(&self.old)
+    }
+
     /// The root on both sides.
     pub(in crate::snapshotter) fn roots(&self) -> (NodeId, Option<NodeId>) {
         (NodeId::ROOT, self.old.as_ref().map(|_| NodeId::ROOT))

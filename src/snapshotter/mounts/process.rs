@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
@@ -22,9 +22,9 @@ use crate::sys::{mountinfo, spawn};
 /// Under which number the child finds its /dev/fuse.
 const FUSE_FD: RawFd = 3;
 /// How much of a failed plyfs's log goes into the error.
-const LAST_WORDS: usize = 2000;
+const LAST_WORDS: u64 = 2000;
 /// How much of the log of a mount that has ended is kept.
-const PASSED_ON: usize = 64 << 10;
+const PASSED_ON: u64 = 64 << 10;
 
 /// `STATE/mounts/ID`; see the snapshotter's essay.
 #[derive(Debug)]
@@ -104,29 +104,57 @@ impl Place {
 
     /// What the process warned of, for plyd's log: its own is about to go.
     fn pass_on_words(&self) {
-        let Ok(log) = fs::read(self.log()) else {
-            return;
+        let mount = self.dir.display();
+        let (words, before) = match self.words(PASSED_ON) {
+            Ok(words) => words,
+            Err(error) => {
+                tracing::warn!(%mount, %error, "what a plyfs that has ended had said cannot be read");
+                return;
+            }
         };
-        let cut = log.len().saturating_sub(PASSED_ON);
-        for line in String::from_utf8_lossy(&log[cut..]).lines() {
+        if before > 0 {
+            tracing::warn!(%mount, bytes = before, "what a plyfs that has ended had said first is not kept");
+        }
+        for line in words.lines() {
             // Its time and its level come first, unless it is no line of the log.
             let level = line.split_whitespace().nth(1);
             if !matches!(level, None | Some("INFO" | "DEBUG" | "TRACE")) {
-                tracing::warn!(mount = %self.dir.display(), "a plyfs that has ended had said: {line}");
+                tracing::warn!(%mount, "a plyfs that has ended had said: {line}");
             }
         }
     }
 
     /// The end of what the process said, as an addition to an error.
     pub(super) fn last_words(&self) -> String {
-        let Ok(log) = fs::read(self.log()) else {
-            return String::new();
-        };
-        let tail = &log[log.len().saturating_sub(LAST_WORDS)..];
-        match String::from_utf8_lossy(tail).trim() {
-            "" => String::new(),
-            words => format!("; it said: {words}"),
+        match self.words(LAST_WORDS) {
+            Ok((words, _)) if words.trim().is_empty() => String::new(),
+            Ok((words, _)) => format!("; it said: {}", words.trim()),
+            Err(error) => format!("; what it said cannot be read: {error}"),
         }
+    }
+
+    /// The last lines of the log, `most` bytes of it at most, and how many bytes come before. None of it is there yet where no process
+    /// was started.
+    fn words(&self, most: u64) -> io::Result<(String, u64)> {
+        let mut log = match File::open(self.log()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok((String::new(), 0));
+            }
+            log => log?,
+        };
+        let mut before = log.metadata()?.len().saturating_sub(most);
+        // One byte more tells whether a line starts there.
+        log.seek(SeekFrom::Start(before.saturating_sub(1)))?;
+        let mut tail = Vec::new();
+        // Somebody may write to it still.
+        log.take(most + 1).read_to_end(&mut tail)?;
+        if before > 0 {
+            let start = tail.iter().position(|byte| *byte == b'\n');
+            let start = start.map_or(tail.len(), |end| end + 1);
+            before += start as u64 - 1;
+            tail.drain(..start);
+        }
+        Ok((String::from_utf8_lossy(&tail).into_owned(), before))
     }
 }
 
@@ -243,6 +271,38 @@ pub(super) fn wait_until_served(
 mod tests {
     use super::*;
     use crate::cow::UpperConfig;
+
+    /// The whole log was read for its end, and nothing was said where it could not be.
+    #[test]
+    fn of_a_log_whole_lines_from_its_end_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::new(dir.path().to_owned());
+        let words = |most| place.words(most).unwrap();
+        assert_eq!(words(10), (String::new(), 0));
+        fs::write(place.log(), "one\ntwo\nthree\n").unwrap();
+        for (most, kept, before) in [
+            (14, "one\ntwo\nthree\n", 0),
+            (13, "two\nthree\n", 4),
+            (10, "two\nthree\n", 4),
+            (9, "three\n", 8),
+            (6, "three\n", 8),
+            (5, "", 14),
+        ] {
+            assert_eq!(words(most), (kept.to_owned(), before), "{most}");
+        }
+        assert_eq!(place.last_words(), "; it said: one\ntwo\nthree");
+        // Longer than any memory; what a hole has is read as one long line.
+        let log = OpenOptions::new().write(true).open(place.log()).unwrap();
+        log.set_len(1 << 40).unwrap();
+        assert_eq!(words(1000), (String::new(), 1 << 40));
+        fs::remove_file(place.log()).unwrap();
+        fs::create_dir(place.log()).unwrap();
+        let told = place.last_words();
+        assert!(
+            told.starts_with("; what it said cannot be read: "),
+            "{told}"
+        );
+    }
 
     #[test]
     fn paths_are_escaped() {

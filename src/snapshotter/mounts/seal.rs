@@ -10,13 +10,17 @@ use super::{Live, Mounts, has_ended, kill};
 /// How long a plyfs may take to leave its upper alone: whoever does not is ended, and what still reads there with it.
 const SEALING: Duration = Duration::from_secs(60);
 
+/// What follows from the end of a mount that is in use.
+const ENDS: &str = "whatever uses the mount, as a running container does, gets errors from now on";
+
 impl Mounts {
     /// Ends the mount, if there is one. Copies that someone still holds go on, read-only, if `may_go_on` answers true,
     /// which is asked when nobody can write any more. When this returns, nobody writes to the upper, and who reads
-    /// it leaves no trace in it.
+    /// it leaves no trace in it. `key` is for the log.
     pub(in super::super) fn seal(
         &self,
         id: &str,
+        key: &str,
         may_go_on: impl FnOnce() -> Result<bool>,
     ) -> Result<()> {
         self.wait_for_arrival(id);
@@ -30,15 +34,16 @@ impl Mounts {
         let none: Option<&str> = None;
         let sealed = nix::mount::mount(none, &live.point.path, none, flags, none);
         if let Err(errno) = sealed {
-            tracing::warn!(id, %errno, "a snapshot is committed while files of it are open for writing: they fail from now on");
+            tracing::warn!(snapshot = key, id, %errno, "a snapshot is committed while files of its mount are open for writing: {ENDS}");
             live.abort();
         }
-        let goes_on = sealed.is_ok() && live.is_in_use(id) && live.seal_if(id, may_go_on);
+        let goes_on = sealed.is_ok() && live.is_in_use(id) && live.seal_if(id, key, may_go_on);
         let live = self.take_away(live)?;
         if goes_on {
-            tracing::debug!(
+            tracing::warn!(
+                snapshot = key,
                 id,
-                "a committed snapshot is still mounted elsewhere, read-only"
+                "a snapshot is committed while its mount is in use: whatever uses that, as a running container does, can only read from now on"
             );
             // Goes on being watched, to be reaped.
             self.shared
@@ -55,14 +60,15 @@ impl Mounts {
 
     /// Ends what goes on of a mount that was sealed: whoever uses it gets errors. For a commit that has failed after all,
     /// so that the snapshot can be mounted again.
-    pub(in super::super) fn end_sealed(&self, id: &str) {
+    pub(in super::super) fn end_sealed(&self, id: &str, key: &str) {
         let Some(live) = self.shared.live.lock().remove(&left_of(id)) else {
             return;
         };
         self.shared.wake_up();
         tracing::warn!(
+            snapshot = key,
             id,
-            "a commit has failed: whoever uses an earlier mount of the snapshot gets errors from now on"
+            "a commit has failed, and it had taken the mount of the snapshot away: {ENDS}"
         );
         // Its mount is at no place of ours, and ends with the last descriptor: its, and then ours.
         kill(live.point.pid);
@@ -85,19 +91,20 @@ pub(super) fn snapshot_of(name: &str) -> &str {
 
 impl Live {
     /// As `seal`, if that is allowed; otherwise whoever uses the mount gets errors.
-    fn seal_if(&self, id: &str, may_go_on: impl FnOnce() -> Result<bool>) -> bool {
+    fn seal_if(&self, id: &str, key: &str, may_go_on: impl FnOnce() -> Result<bool>) -> bool {
         match may_go_on() {
-            Ok(true) => self.seal(id),
+            Ok(true) => self.seal(id, key),
             Ok(false) => {
                 tracing::warn!(
+                    snapshot = key,
                     id,
-                    "a snapshot is committed that needs its work directory for that: users of its mount get errors from now on"
+                    "a snapshot is committed that needs its work directory for that: {ENDS}"
                 );
                 self.abort();
                 false
             }
             Err(error) => {
-                tracing::warn!(id, %error, "whether a mount can go on cannot be told: its users get errors from now on");
+                tracing::warn!(snapshot = key, id, %error, "a snapshot is committed, and whether its mount can go on cannot be told: {ENDS}");
                 self.abort();
                 false
             }
@@ -106,11 +113,11 @@ impl Live {
 
     /// Has the process leave the upper as it is. Where it cannot, or is of a release that does not know how, whoever
     /// uses the mount gets errors: reading on would move access times of the layer.
-    fn seal(&self, id: &str) -> bool {
+    fn seal(&self, id: &str, key: &str) -> bool {
         match self.control.seal(SEALING) {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(id, %error, "a committed snapshot cannot go on being mounted elsewhere: its users get errors from now on");
+                tracing::warn!(snapshot = key, id, %error, "a snapshot is committed, and its plyfs cannot leave the upper alone: {ENDS}");
                 self.abort();
                 false
             }

@@ -221,3 +221,35 @@ fn what_is_removed_meanwhile_has_no_row() {
     let after = snapshots.space_of(&all, &[]).unwrap();
     assert_eq!(after.problems, Vec::<String>::new());
 }
+
+/// A question about the disk wrote to it.
+#[test]
+fn what_is_counted_leaves_no_view() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let upper = prepared(&snapshots, false).dir;
+    fs::write(upper.join("new"), [7; 5000]).unwrap();
+    let layers = snapshots.packed_layers();
+    let views = place.root().join("store/views");
+    let list = |dir: &Path| -> Vec<_> {
+        let entries = fs::read_dir(dir).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    for view in list(&views) {
+        fs::remove_file(view).unwrap();
+    }
+    let space = snapshots.space(&[]).unwrap();
+    assert_eq!(space.problems, [""; 0]);
+    let mut all = space.snapshots.iter();
+    let (_, taken) = all.find(|(info, _)| info.key == "work").unwrap();
+    assert_eq!(taken.logical, Some((127 << 10) + 5000));
+    assert_eq!(list(&views), [""; 0].map(PathBuf::from));
+    assert_eq!(
+        list(&place.root().join("store/tmp")),
+        [""; 0].map(PathBuf::from)
+    );
+    // There was none to be found.
+    let chain = [layers.list()[0].0];
+    drop(layers.view(&chain, store::view::Verify::First).unwrap());
+    assert_eq!(list(&views).len(), 1);
+}

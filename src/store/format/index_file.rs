@@ -256,7 +256,8 @@ impl IndexFile {
         renewed.map_err(io_error("map", &self.path))
     }
 
-    fn forget_pages(&self) {
+    /// Has every page be compared with its sum once more when it is read next.
+    pub(in crate::store) fn forget_pages(&self) {
         for word in &self.verified {
             word.store(0, Ordering::Relaxed);
         }

@@ -66,6 +66,20 @@ impl Inode {
         u32::from(self.mode) & libc::S_IFMT
     }
 
+    /// Whether the type is one that an inode can have.
+    pub fn is_of_a_type(&self) -> bool {
+        matches!(
+            self.kind(),
+            libc::S_IFREG
+                | libc::S_IFDIR
+                | libc::S_IFLNK
+                | libc::S_IFCHR
+                | libc::S_IFBLK
+                | libc::S_IFSOCK
+                | libc::S_IFIFO
+        )
+    }
+
     /// Major and minor number of a device.
     pub fn device(&self) -> (u32, u32) {
         ((self.size >> 32) as u32, self.size as u32)

@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use super::Layers;
 use crate::store::error::Result;
 use crate::store::format::{LayerName, Time, ViewKey};
 use crate::store::layer::index::Attributes;
-use crate::store::view::{MISSING_DIRECTORY, Merged};
+use crate::store::view::{self, MISSING_DIRECTORY, Merged, Verify, View};
 
 /// How long a tree waits for the next layer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -84,6 +85,22 @@ impl Layers {
             merged.add(&index)?;
         }
         Ok(merged)
+    }
+
+    /// The merged view of a chain of layers, the lowest first, for who looks at it once: where there is none that can be used, one is
+    /// built that has no name and goes when it is closed.
+    pub fn passing_view(&self, chain: &[LayerName]) -> Result<View> {
+        let key = ViewKey::of(chain);
+        let open = |path: &Path| View::open(path, key, Arc::clone(&self.objects), Verify::Never);
+        match open(&self.views().join(format!("{key}.view"))) {
+            Err(error) if error.is_not_found() || error.is_damage() => {}
+            opened => return opened,
+        }
+        let merged = self.merge(chain)?;
+        let built = view::build(&merged, &self.objects)?;
+        self.merging.keep(merged);
+        let temporary = self.write_temporary("view", |file| built.write(file))?;
+        open(temporary.path())
     }
 
     /// The attributes of the root of a chain, the lowest layer first, as its view has them.

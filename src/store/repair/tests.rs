@@ -569,7 +569,7 @@ fn a_chain_that_lacks_contents_is_mounted_without_them() {
     for name in ["a", "b"] {
         let error = read(name).unwrap_err();
         let object = ObjectName::of(&content(name)).to_string();
-        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        assert!(matches!(error, Error::Lost { .. }), "{error}");
         assert!(error.to_string().contains(&object), "{error}");
     }
     assert_eq!(view.damaged(), 2);

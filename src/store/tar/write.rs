@@ -71,7 +71,8 @@ pub fn is_carried(xattr: &[u8]) -> bool {
 }
 
 /// The parts of a file of `size` bytes that are no holes, in whole blocks. `data` answers the first byte from one on
-/// that is data, `hole` the first that is in a hole.
+/// that is data, `hole` the first that is in a hole. Somebody may write to the file meanwhile, or cut it, so that the answers do not
+/// fit together, nor the size.
 pub fn parts<E>(
     size: u64,
     mut data: impl FnMut(u64) -> Result<Option<u64>, E>,
@@ -80,17 +81,20 @@ pub fn parts<E>(
     let mut parts: Vec<Part> = Vec::new();
     let mut from = 0;
     while from < size {
-        let Some(data) = data(from)? else { break };
+        let Some(data) = data(from)?.filter(|data| *data < size) else {
+            break;
+        };
         let start = data / HOLE * HOLE;
         let end = hole(data)?.next_multiple_of(HOLE).min(size);
         match parts.last_mut() {
             Some(last) if last.offset + last.length >= start => {
-                last.length = end - last.offset;
+                last.length = last.length.max(end - last.offset);
             }
-            _ => parts.push(Part {
+            _ if end > start => parts.push(Part {
                 offset: start,
                 length: end - start,
             }),
+            _ => {}
         }
         from = end.max(from + 1);
     }
@@ -480,6 +484,29 @@ mod tests {
         assert_eq!(sparse.len(), 2 << 20);
         assert_eq!(sparse.iter().filter(|&&byte| byte == 1).count(), 6024);
         assert_eq!(fs::read(tmp.path().join("hard")).unwrap(), [7; 700]);
+    }
+
+    /// A file that had grown since its size was told had a part that began behind it.
+    #[test]
+    fn parts_lie_in_a_file_that_grows_and_is_cut() {
+        let of = |data: &[u64], hole: &[u64]| {
+            let (mut data, mut hole) = (data.iter(), hole.iter());
+            let found = parts(
+                10_000,
+                |_| Ok::<_, io::Error>(data.next().copied()),
+                |_| Ok(*hole.next().unwrap()),
+            );
+            let found = found.unwrap().into_iter();
+            found
+                .map(|part| (part.offset, part.length))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(of(&[0, 20_000], &[4096]), [(0, 4096)]);
+        assert_eq!(of(&[20_000], &[]), []);
+        assert_eq!(of(&[8192], &[30_000]), [(8192, 1808)]);
+        // Cut between the two answers.
+        assert_eq!(of(&[4096], &[4096]), []);
+        assert_eq!(of(&[0, 4096], &[4096, 4096]), [(0, 4096)]);
     }
 
     #[test]

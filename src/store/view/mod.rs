@@ -6,6 +6,8 @@
 mod build;
 mod effort;
 mod file;
+mod held;
+mod lost;
 mod merged;
 mod names;
 mod path;
@@ -36,6 +38,8 @@ pub use super::object::Verify;
 pub(super) use build::{build, logical};
 pub(super) use effort::is_modest;
 pub use file::ViewFile;
+pub use held::{HeldDamage, HeldView};
+use lost::NamedLost;
 pub(super) use merged::Merged;
 pub use names::Names;
 #[cfg(test)]
@@ -110,6 +114,7 @@ pub struct View {
     /// Objects that could not be used when they were last read, and their number for whoever only asks for that.
     damaged: Mutex<HashSet<u32>>,
     damage: AtomicUsize,
+    lost: NamedLost,
 }
 
 /// What is known of contents by the numbers of their objects.
@@ -168,6 +173,7 @@ impl View {
             verify,
             damaged: Mutex::default(),
             damage: AtomicUsize::new(0),
+            lost: NamedLost::default(),
         };
         if view.inode(Self::ROOT)?.kind() != libc::S_IFDIR {
             return Err(view.file.damaged("its root is not a directory"));
@@ -230,7 +236,13 @@ impl View {
 
     /// An inode.
     pub fn inode(&self, number: u32) -> Result<Inode> {
-        self.file.inode(Section::Inodes, number)
+        let inode = self.file.inode(Section::Inodes, number)?;
+        if inode.is_of_a_type() {
+            return Ok(inode);
+        }
+        // The file was written over since it was compared. To whoever opens it, it must not be a pipe that nobody writes to.
+        self.file.forget_pages();
+        Err(self.file.damaged("an inode is of no type"))
     }
 
     /// Looks up a name in a directory. What is not a directory has no names.
@@ -344,6 +356,7 @@ impl View {
     /// index nothing is forgotten: a page that was mended is seen as it is, and one that was not may be sound in what is read of it.
     pub fn refresh(&self) {
         self.objects.refresh();
+        self.lost.forget();
         *self.known.write() = Known::nothing(&self.file);
     }
 
@@ -383,6 +396,9 @@ impl View {
             frames: known.frames.lock().get(&number).cloned(),
         };
         let mut content = self.objects.open(&object, place, &check);
+        if let Err(error) = content {
+            content = Err(self.or_lost(place, error));
+        }
         match &mut content {
             Ok(Content::Framed(framed)) => {
                 known.share(number, framed);

@@ -4,8 +4,12 @@ use super::View;
 use crate::store::error::{Error, Result};
 
 impl View {
-    /// The error, with the path of the inode that it is of and the layer that wrote it, as far as the view can tell.
+    /// The error, with the path of the inode that it is of and the layer that wrote it, as far as the view can tell. Of contents that
+    /// were lost together only the first have a path: the same is said of all others.
     pub fn of_inode(&self, inode: u32, error: Error) -> Error {
+        if let Some(error) = self.lost_with_others(inode, &error) {
+            return error;
+        }
         match self.path_of(inode) {
             Ok(Some((path, layer))) => {
                 // The root's is empty.

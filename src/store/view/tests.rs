@@ -3,6 +3,7 @@ mod cost;
 mod forward;
 mod frames;
 mod names;
+mod written_over;
 
 use std::fs;
 use std::path::Path;

@@ -9,9 +9,10 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use nix::fcntl::posix_fallocate;
 use nix::sys::stat::{Mode, UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
-use nix::unistd::mkfifo;
+use nix::unistd::{mkfifo, truncate};
 
 use super::{LARGE, OWNER, Place, SMALL, mapping, writer};
 
@@ -101,13 +102,17 @@ fn fill(root: &Path) {
         "written",
         "stored",
         "cut",
+        "not cut",
         "linked",
         "touched/gone",
         "renamed/file",
     ] {
         fs::write(root.join(file), vec![b'0'; SMALL]).unwrap();
     }
-    fs::write(root.join("large"), vec![b'0'; LARGE]).unwrap();
+    for file in ["large", "reserved"] {
+        fs::write(root.join(file), vec![b'0'; LARGE]).unwrap();
+    }
+    fs::hard_link(root.join("reserved"), root.join("reserved too")).unwrap();
     symlink("target", root.join("kept/symlink")).unwrap();
     symlink("target", root.join("symlink")).unwrap();
     mkfifo(&root.join("fifo"), Mode::S_IRWXU).unwrap();
@@ -136,6 +141,10 @@ fn check(options: &str) {
         file.write_all_at(b"written", 10_000).unwrap();
     }
     cut.set_len(SMALL as u64 - 7).unwrap();
+    truncate(&root.join("not cut"), SMALL as i64).unwrap();
+    // Space that lies below what is the layers' still, and that reading makes look like data.
+    posix_fallocate(&writer(root.join("reserved")), 0, 10).unwrap();
+    fs::read(root.join("reserved")).unwrap();
     fs::set_permissions(root.join("mode"), Permissions::from_mode(0o600)).unwrap();
     fs::hard_link(root.join("linked"), root.join("link")).unwrap();
     fs::remove_file(root.join("touched/gone")).unwrap();

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, symlink};
 
-use super::super::layer;
+use super::super::{layer, lookup};
 use super::*;
 use crate::cow::{Caller, Chunking, RenameMode, SetAttr, SetTime, Timestamp, UnionConfig};
 use crate::snapshotter::Snapshotter;
@@ -29,7 +30,7 @@ fn open(snapshots: &Snapshotter, key: &str) -> Union {
     Union::open(config).unwrap()
 }
 
-fn find(union: &Union, path: &str) -> NodeId {
+pub(in crate::snapshotter::diff) fn find(union: &Union, path: &str) -> NodeId {
     let names = path.split('/').filter(|name| !name.is_empty());
     names.fold(ROOT, |parent, name| {
         union.lookup(parent, name.as_ref()).unwrap().node
@@ -37,36 +38,36 @@ fn find(union: &Union, path: &str) -> NodeId {
 }
 
 /// A path as the node of its directory and its name.
-fn at<'a>(union: &Union, path: &'a str) -> (NodeId, &'a OsStr) {
+pub(in crate::snapshotter::diff) fn at<'a>(union: &Union, path: &'a str) -> (NodeId, &'a OsStr) {
     let (above, name) = path.rsplit_once('/').unwrap_or(("", path));
     (find(union, above), name.as_ref())
 }
 
-fn write(union: &Union, path: &str) {
+pub(in crate::snapshotter::diff) fn write(union: &Union, path: &str) {
     union
         .write(find(union, path), None, 0, b"changed", None)
         .unwrap();
 }
 
-fn unlink(union: &Union, path: &str) {
+pub(in crate::snapshotter::diff) fn unlink(union: &Union, path: &str) {
     let (parent, name) = at(union, path);
     union.unlink(parent, name).unwrap();
 }
 
-fn rename(union: &Union, from: &str, to: &str) {
+pub(in crate::snapshotter::diff) fn rename(union: &Union, from: &str, to: &str) {
     let ((parent, name), (new_parent, new_name)) = (at(union, from), at(union, to));
     union
         .rename(parent, name, new_parent, new_name, RenameMode::Replace)
         .unwrap();
 }
 
-fn set(union: &Union, path: &str, what: SetAttr) {
+pub(in crate::snapshotter::diff) fn set(union: &Union, path: &str, what: SetAttr) {
     union
         .setattr(find(union, path), None, &what, &Caller::ROOT)
         .unwrap();
 }
 
-fn create(union: &Union, path: &str) {
+pub(in crate::snapshotter::diff) fn create(union: &Union, path: &str) {
     let (parent, name) = at(union, path);
     let made = union.create(parent, name, 0o644, 0, &Caller::ROOT);
     let (entry, handle) = made.unwrap();
@@ -135,7 +136,7 @@ fn times_below(dir: &Path) -> BTreeMap<PathBuf, [(i64, i64); 2]> {
 }
 
 /// The names in a stream, of links with what they go to.
-fn names(stream: &[u8]) -> Vec<String> {
+pub(in crate::snapshotter::diff) fn names(stream: &[u8]) -> Vec<String> {
     let mut archive = tar::Archive::new(stream);
     let name = |entry: std::io::Result<tar::Entry<'_, _>>| {
         let entry = entry.unwrap();
@@ -441,20 +442,20 @@ fn so_are_those_of_either_side_of_a_comparison() {
     }
 }
 
-/// What lies in a snapshot on packed layers that is in use, and what a diff opens of it.
-struct InUse {
-    snapshots: Snapshotter,
-    union: Union,
+/// A snapshot that is in use, on packed layers or on a directory, and what a diff opens of it.
+pub(in crate::snapshotter::diff) struct InUse {
+    pub(in crate::snapshotter::diff) snapshots: Snapshotter,
+    pub(in crate::snapshotter::diff) union: Union,
     below: Below,
     shown: Below,
     upper: PathBuf,
 }
 
 impl InUse {
-    fn new(place: &Place) -> Self {
+    pub(in crate::snapshotter::diff) fn new(place: &Place, below: &str) -> Self {
         let snapshots = place.open();
         base(&snapshots);
-        let info = prepare(&snapshots, "work", Some("packed"));
+        let info = prepare(&snapshots, "work", Some(below));
         let found = snapshots.catalog.resolve(OWNER, "work").unwrap();
         Self {
             union: open(&snapshots, "work"),
@@ -476,67 +477,113 @@ impl InUse {
         let mut walk = Walk::new(&self.upper, &new, Some(old), Directories::Changed).unwrap();
         change(&self.union);
         while walk.step()? {}
-        let (steps, _) = walk.finish()?;
         let path = |step: Step| step.change.path.to_str().unwrap().to_owned();
-        let mut told: Vec<_> = steps.into_iter().map(path).collect();
+        let mut told: Vec<_> = walk.finish()?.into_iter().map(path).collect();
         told.sort();
         Ok(told)
+    }
+
+    /// Writes a layer, with `change` after its changes were found.
+    pub(in crate::snapshotter::diff) fn write(&self, change: impl FnOnce(&Union), out: impl Write) {
+        let found = self.snapshots.catalog.resolve(OWNER, "work").unwrap();
+        let new = self.reader();
+        let changes = self.snapshots.changes_of(&found, &new).unwrap();
+        change(&self.union);
+        layer::write(&changes, &new, self.shown.view.as_deref(), out, None).unwrap();
+    }
+
+    fn written(&self, change: impl FnOnce(&Union)) -> Vec<u8> {
+        let mut stream = Vec::new();
+        self.write(change, &mut stream);
+        stream
     }
 }
 
 /// A layer with some of the names is a wrong one, and nobody would know.
 #[test]
-fn what_is_changed_meanwhile_is_told_by_all_names_or_by_none_or_refused() {
-    let place = Place::new();
-    let work = InUse::new(&place);
-    write(&work.union, "same/file");
-    // By none, for nothing of it was looked at after it was changed.
-    let new = work.reader();
-    let links = new.copied_links().unwrap();
-    write(&work.union, "l/one");
-    assert!(!new.have_links_changed(&links, |_| false).unwrap());
-    // By all.
-    let told = work.walk(|union| unlink(union, "s2")).unwrap();
-    let expected = ["/l/one", "/l/two", "/s2", "/same/file"];
-    assert_eq!(told, expected.map(str::to_owned));
-
-    let refused = work.walk(|union| write(union, "d/a")).unwrap_err();
-    assert!(matches!(refused, Error::LinksChanged), "{refused}");
-    let told = work.walk(|_| {}).unwrap();
-    for name in ["/d/a", "/d/b", "/e/c"] {
-        assert!(told.iter().any(|told| told == name), "{told:?}");
-    }
-    let refused = work.walk(|union| {
-        for name in ["d/a", "d/b", "e/c"] {
-            unlink(union, name);
+fn what_is_changed_meanwhile_is_told_by_all_names_or_by_none() {
+    for below in ["packed", "directory"] {
+        let place = Place::new();
+        let work = InUse::new(&place, below);
+        write(&work.union, "same/file");
+        write(&work.union, "l/one");
+        // By all, for it had a copy when the walk began.
+        let told = work.walk(|union| unlink(union, "s2")).unwrap();
+        let expected = ["/l/one", "/l/two", "/s2", "/same/file"];
+        assert_eq!(told, expected.map(str::to_owned), "{below}");
+        // By none, for it had none.
+        let told = work.walk(|union| write(union, "d/a")).unwrap();
+        assert_eq!(told, expected.map(str::to_owned), "{below}");
+        let told = work.walk(|_| {}).unwrap();
+        for name in ["/d/a", "/d/b", "/e/c"] {
+            assert!(told.iter().any(|told| told == name), "{below}: {told:?}");
         }
+        let told = work.walk(|union| {
+            for name in ["d/a", "d/b", "e/c"] {
+                unlink(union, name);
+            }
+        });
+        let told = told.unwrap();
+        for name in ["/d/a", "/d/b", "/e/c"] {
+            assert!(told.iter().any(|told| told == name), "{below}: {told:?}");
+        }
+    }
+}
+
+/// It is not told by the new name as it was: of that only a view knows the way to it. Without it a file that was moved would
+/// be lost.
+#[test]
+fn what_gets_a_name_meanwhile_is_told_as_it_was_or_not_at_all() {
+    let place = Place::new();
+    let work = InUse::new(&place, "packed");
+    let told = work.walk(|union| {
+        rename(union, "d/a", "moved");
+        write(union, "moved");
+    });
+    assert_eq!(told.unwrap(), ["/d", "/d/a", "/moved"].map(str::to_owned));
+    let place = Place::new();
+    let work = InUse::new(&place, "directory");
+    let refused = work.walk(|union| {
+        rename(union, "d/a", "moved");
+        write(union, "moved");
     });
     let refused = refused.unwrap_err();
     assert!(matches!(refused, Error::LinksChanged), "{refused}");
+    assert!(work.walk(|_| {}).is_ok());
 }
 
-/// The one name is told for it was moved, and was to be a link to the other, which is what it was.
+/// As when the last of them goes while one is looked up.
+#[test]
+fn a_file_that_has_no_copy_any_more_does_not_come_back_under_its_other_names() {
+    for below in ["packed", "directory"] {
+        let place = Place::new();
+        let work = InUse::new(&place, below);
+        write(&work.union, "d/a");
+        let reader = work.reader();
+        let index = work.upper.with_file_name("work").join("index");
+        fs::remove_dir_all(&index).unwrap();
+        fs::create_dir(&index).unwrap();
+        let found = lookup(&reader, find(&reader, "e"), "c".as_ref());
+        assert!(found.unwrap().is_none(), "{below}");
+    }
+}
+
+/// The one name is told for it was moved, and is to be a link to the other, which is what it was.
 #[test]
 fn so_is_what_is_changed_while_the_layer_is_written() {
     let place = Place::new();
-    let work = InUse::new(&place);
+    let work = InUse::new(&place, "packed");
     rename(&work.union, "f", "g");
-    let found = work.snapshots.catalog.resolve(OWNER, "work").unwrap();
-    let changes = || work.snapshots.changes_of(&found).unwrap();
-    let write_layer = |changes| {
-        let mut stream = Vec::new();
-        layer::write(changes, work.shown.clone().union(), &mut stream, None)?;
-        Ok::<_, Error>(names(&stream))
-    };
     let expected = [".wh.f", "g/", "g/deep/", "g/deep/x = y"];
-    assert_eq!(write_layer(changes()).unwrap(), expected.map(str::to_owned));
-    let before = changes();
-    write(&work.union, "d/a");
-    assert_eq!(write_layer(before).unwrap(), expected.map(str::to_owned));
-    let before = changes();
-    write(&work.union, "y");
-    let refused = write_layer(before).unwrap_err();
-    assert!(matches!(refused, Error::LinksChanged), "{refused}");
-    let told = write_layer(changes()).unwrap();
-    assert!(told.contains(&"y = g/deep/x".to_owned()), "{told:?}");
+    let written = |change: &dyn Fn(&Union)| names(&work.written(|union| change(union)));
+    assert_eq!(written(&|_| {}), expected.map(str::to_owned));
+    let stays = written(&|union| {
+        write(union, "d/a");
+        write(union, "y");
+    });
+    assert_eq!(stays, expected.map(str::to_owned));
+    let told = written(&|_| {});
+    for name in ["d/a", "e/c = d/a", "y = g/deep/x"] {
+        assert!(told.iter().any(|told| told == name), "{told:?}");
+    }
 }
