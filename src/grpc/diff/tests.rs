@@ -477,7 +477,12 @@ async fn a_diff_that_meets_damage_says_that_data_is_lost_and_where() {
     let made = snapshotter.prepare(OWNER, "n/work", Some(&parent), Default::default());
     let made = made.unwrap();
     {
-        let union = Union::open(snapshotter.union_config(OWNER, "n/work").unwrap()).unwrap();
+        // As a mount does, which brings no content up.
+        let config = cow::UnionConfig {
+            no_metacopy: false,
+            ..snapshotter.union_config(OWNER, "n/work").unwrap()
+        };
+        let union = Union::open(config).unwrap();
         let node = union.lookup(NodeId::ROOT, "file".as_ref()).unwrap().node;
         let change = cow::SetAttr {
             perm: Some(0o600),
