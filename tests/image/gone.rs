@@ -11,7 +11,9 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::common::{Done, Plyd};
-use super::damage::{NAME, assert_sound, faults, files, image, load, mount, parse};
+use super::damage::{
+    NAME, assert_sound, break_record, faults, files, image, load, mount, newer, parse,
+};
 
 const REPAIR: [&str; 2] = ["system", "repair"];
 
@@ -209,14 +211,28 @@ fn the_record_of_an_image_that_is_gone_is_named_and_its_layers_stay() {
     plyd.ok(["image", "rm", "whole"]);
     assert_eq!(layers(&plyd), 0);
 
-    // Given up.
-    load(&plyd, &archive);
-    lose(&mut plyd, &[&of_image]);
-    plyd.ok(["image", "rm", "whole"]);
-    assert_sound(&plyd);
-    assert_eq!(layers(&plyd), 0);
-    lose(&mut plyd, &[]);
-    assert_sound(&plyd);
+    // Given up, also where it is damaged, but not where a newer release wrote it.
+    for what in ["gone", "damaged", "newer"] {
+        load(&plyd, &archive);
+        plyd.signal(Signal::SIGTERM);
+        match what {
+            "gone" => fs::remove_file(&of_image).unwrap(),
+            "damaged" => drop(break_record(&of_image)),
+            _ => fs::write(&of_image, newer(&good)).unwrap(),
+        }
+        plyd.launch();
+        let removed = plyd.snapctl(["image", "rm", "whole"]);
+        assert_eq!(removed.code, i32::from(what == "newer"), "{what}");
+        if what == "newer" {
+            assert!(of_image.exists());
+            assert_eq!(layers(&plyd), 2);
+            continue;
+        }
+        assert_sound(&plyd);
+        assert_eq!(layers(&plyd), 0, "{what}");
+        lose(&mut plyd, &[]);
+        assert_sound(&plyd);
+    }
 }
 
 /// It was looked for only if it had been damaged at the start.
