@@ -4,6 +4,7 @@
 //! - `care`: the store's repair;
 //! - `damage`: views and records that are not what they were;
 //! - `disks`: views on a disk that is full or read-only;
+//! - `gone`: records that are gone when plyd starts;
 //! - `good`: what is accepted, and what comes of it;
 //! - `healed`: what comes whole with something else, or because somebody put it back;
 //! - `hostile`: what is refused, and that nothing of it stays;
@@ -34,6 +35,8 @@ mod common;
 mod damage;
 #[path = "image/disks.rs"]
 mod disks;
+#[path = "image/gone.rs"]
+mod gone;
 #[path = "image/good.rs"]
 mod good;
 #[path = "image/healed.rs"]

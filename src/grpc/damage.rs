@@ -1,5 +1,6 @@
 //! Damage that is nobody's contents, in words: merged views, and the records of snapshots, images and containers.
 
+mod gone;
 mod layers;
 mod log;
 mod put_back;
@@ -154,6 +155,9 @@ impl Stores<'_> {
         for (record, of) in self.containers.damaged_records().map_err(Status::from)? {
             faults.push(record_fault(&record, of, advice(&record)));
         }
+        for (record, of) in self.missing_layers()? {
+            faults.push(record_fault(&record, of, advice(&record)));
+        }
         for record in self.snapshotter.packed_layers().damaged_records()? {
             if record.id.parse::<LayerName>().is_err() {
                 let advice = "no layer has that name; delete the file";
@@ -169,11 +173,13 @@ impl Stores<'_> {
         let of_layers = self.snapshotter.packed_layers().count_damaged_records();
         let of_snapshots = self.snapshotter.count_damaged_records();
         let of_images = self.images.damaged_records();
+        let missing = self.images.missing_layers();
         let of_containers = self.containers.damaged_records();
         let counts = [
             of_layers.map_err(Status::from),
             of_snapshots.map_err(Status::from),
             of_images.map(|all| all.len()).map_err(Status::from),
+            missing.map(|all| all.len()).map_err(Status::from),
             of_containers.map(|all| all.len()).map_err(Status::from),
         ];
         let counts = counts.into_iter().map(|count| {

@@ -128,7 +128,7 @@ impl Repair {
         self.pick_from_containerd(&patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
         self.mend_without_source(Layers::mend)?;
-        self.snapshotter.settle_records();
+        self.images.settle_layers().map_err(Status::from)?;
         self.look_again(&mut patients);
         let others_have =
             patients.values().any(|patient| patient.known.has_source()) || !newer.is_empty();
@@ -226,7 +226,7 @@ impl Repair {
     /// Whether an archive might mend something.
     fn needs_archive(&self, patients: &Patients) -> Result<bool, Status> {
         Ok(!patients.is_empty()
-            || !self.snapshotter.damaged_records()?.is_empty()
+            || self.stores().has_unknown_snapshots()?
             || !self.snapshotter.packed_layers().without_blob().is_empty()
             || !self
                 .images

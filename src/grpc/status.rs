@@ -107,6 +107,8 @@ impl From<snapshotter::Error> for Status {
             Error::Store(error) => store_code(error),
             Error::Record(error) => record_code(error),
             Error::Index(_) | Error::OpenUnion(_) => Code::Internal,
+            // A layer below is damaged, or the disk has lost what it should read.
+            Error::Union { source } if source.errno == libc::EIO => Code::DataLoss,
             Error::Union { source } => io_code(&io::Error::from_raw_os_error(source.errno)),
             Error::Io { source, .. } => io_code(source),
             Error::PlyfsFailed { .. } => Code::Internal,

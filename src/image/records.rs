@@ -6,9 +6,10 @@
 //! images/spool/               archives that are being taken in
 //! ```
 //!
-//! A name has a record of its own, so that it moves from one image to another by one rename.
+//! A name has a record of its own, so that it moves from one image to another by one rename. It is written after that of its image
+//! and removed before it, so an image that a name leads to and that has no record has lost it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -42,7 +43,7 @@ pub(super) struct ImageRecord {
 impl Record for ImageRecord {
     const KIND: &'static str = "image";
     const VERSION: u32 = 1;
-    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give the image up and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup and run `snapctl system repair`, or give the image up with `snapctl image rm`";
 }
 
 /// A name, as it is kept.
@@ -67,7 +68,7 @@ pub(super) struct Records {
     known: BTreeMap<String, Known>,
     /// Of images that are known and of damaged ones.
     by_name: BTreeMap<String, String>,
-    /// Images whose records could not be read, by their ids: what they need is not known.
+    /// Images whose records could not be read, or are gone, by their ids: what they need is not known.
     damaged: BTreeMap<String, Damaged>,
     /// The same of names, by the hashes that are their records' ids.
     damaged_names: BTreeMap<String, Damaged>,
@@ -86,7 +87,7 @@ struct Known {
 }
 
 impl Records {
-    /// Reads all records in `dir`. One that is damaged is logged and left alone.
+    /// Reads all records in `dir`. One that is damaged, or gone, is logged and left alone.
     pub(super) fn open(dir: &Path) -> Result<Self> {
         let mut records = Self {
             images: RecordDir::open(&dir.join("records"))?,
@@ -98,9 +99,6 @@ impl Records {
         };
         let images = records.images.list()?;
         let names = records.names.list()?;
-        for damaged in images.damaged.iter().chain(&names.damaged) {
-            tracing::error!("{damaged}");
-        }
         let by_id = |damaged: Vec<Damaged>| {
             let ids = damaged
                 .into_iter()
@@ -113,10 +111,10 @@ impl Records {
             records.know(id, &record);
         }
         for (_, record) in names.records {
-            let image = &record.image;
-            if records.known.contains_key(image) || records.damaged.contains_key(image) {
-                records.by_name.insert(record.name, record.image);
-            }
+            records.know_name(record);
+        }
+        for damaged in records.all_damaged() {
+            tracing::error!("{damaged}");
         }
         Ok(records)
     }
@@ -147,6 +145,7 @@ impl Records {
         self.names.put(&key(name), &record)?;
         self.damaged_names.remove(&key(name));
         self.by_name.insert(record.name, record.image);
+        self.forget_gone();
         Ok(())
     }
 
@@ -154,6 +153,7 @@ impl Records {
     pub(super) fn remove_name(&mut self, name: &str) -> Result<()> {
         self.names.remove(&key(name))?;
         self.by_name.remove(name);
+        self.forget_gone();
         Ok(())
     }
 
@@ -161,7 +161,16 @@ impl Records {
     pub(super) fn remove(&mut self, id: &str) -> Result<()> {
         self.images.remove(id)?;
         self.known.remove(id);
+        self.damaged.remove(id);
         Ok(())
+    }
+
+    /// Without a name nothing tells of an image whose record is gone.
+    fn forget_gone(&mut self) {
+        let (named, images) = (&self.by_name, &self.images);
+        self.damaged.retain(|id, _| {
+            named.values().any(|of| of == id) || !matches!(images.get(id), Ok(None))
+        });
     }
 
     /// The whole record, read from the disk.
@@ -180,6 +189,22 @@ impl Records {
         of_image.or_else(|| self.damaged_names.get(&key(name)))
     }
 
+    /// What is known of an image of which nothing can be read.
+    pub(super) fn unreadable(&self, id: &str) -> Option<Image> {
+        let names = self.names_of(id).into_iter();
+        self.damaged.contains_key(id).then(|| Image {
+            id: id.to_owned(),
+            names: names.map(str::to_owned).collect(),
+            manifest_digest: String::new(),
+            diff_ids: Vec::new(),
+            chain_id: String::new(),
+            architecture: String::new(),
+            os: String::new(),
+            created: None,
+            size: 0,
+        })
+    }
+
     /// The damaged records of images.
     pub(super) fn damaged(&self) -> impl Iterator<Item = &Damaged> {
         self.damaged.values()
@@ -190,35 +215,35 @@ impl Records {
         self.damaged().chain(self.damaged_names.values())
     }
 
-    /// Takes records as they are on the disk that could not be used when plyd started, if they can be now; says what they are of, in
-    /// words.
-    pub(super) fn take_put_back(&mut self) -> Vec<String> {
-        let mut taken = Vec::new();
-        for id in self.damaged.keys().cloned().collect::<Vec<_>>() {
-            if let Ok(Some(record)) = self.images.get(&id) {
-                self.damaged.remove(&id);
-                self.know(id.clone(), &record);
-                taken.push(self.words(&id));
-            }
+    /// Takes records as they are on the disk of which nothing is known, as they could not be used when plyd started, or were not
+    /// there; says what they are of, in words.
+    pub(super) fn take_put_back(&mut self) -> Result<Vec<String>> {
+        let mut images = self.images.list()?.records;
+        images.retain(|(id, _)| !self.known.contains_key(id));
+        let mut names = self.names.list()?.records;
+        names.retain(|(_, record)| !self.by_name.contains_key(&record.name));
+        for (id, record) in &images {
+            self.damaged.remove(id);
+            self.know(id.clone(), record);
         }
-        for id in self.damaged_names.keys().cloned().collect::<Vec<_>>() {
-            let Ok(Some(NameRecord { name, image })) = self.names.get(&id) else {
-                continue;
-            };
+        let names = names.into_iter().map(|(id, record)| {
             self.damaged_names.remove(&id);
-            if self.known.contains_key(&image) || self.damaged.contains_key(&image) {
-                taken.push(format!("the name {name} of an image"));
-                self.by_name.insert(name, image);
-            }
-        }
-        taken
+            let taken = format!("the name {} of an image", record.name);
+            self.know_name(record);
+            taken
+        });
+        let names: Vec<String> = names.collect();
+        let images = images.iter().map(|(id, _)| self.words(id));
+        Ok(images.chain(names).collect())
     }
 
     /// Records that cannot be used now, or are gone though what they are of is not.
     pub(super) fn examine(&self) -> Result<Unsound> {
         let names = self.by_name.keys().map(|name| key(name));
+        let images = self.known.keys().chain(self.by_name.values());
+        let images: BTreeSet<&String> = images.collect();
         Ok(Unsound {
-            images: self.images.examine(self.known.keys().cloned())?,
+            images: self.images.examine(images.into_iter().cloned())?,
             names: self.names.examine(names)?,
         })
     }
@@ -295,6 +320,14 @@ impl Records {
         };
         let chain_ids = record.chain_ids.clone();
         self.known.insert(id, Known { image, chain_ids });
+    }
+
+    fn know_name(&mut self, NameRecord { name, image }: NameRecord) {
+        if !self.known.contains_key(&image) && !self.damaged.contains_key(&image) {
+            let damaged = self.images.damaged(&image, "it is gone".to_owned());
+            self.damaged.insert(image.clone(), damaged);
+        }
+        self.by_name.insert(name, image);
     }
 
     fn with_names(&self, id: &str, known: &Known) -> Image {

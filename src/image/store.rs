@@ -1,5 +1,7 @@
 //! All images of one plyd.
 
+mod gone;
+
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -44,6 +46,7 @@ impl ImageStore {
             spools,
         };
         this.settle()?;
+        this.log_missing()?;
         Ok(this)
     }
 
@@ -68,6 +71,10 @@ impl ImageStore {
             if let Err(error) = self.sweep() {
                 tracing::warn!(%error, "cannot remove the layers of a failed import; the next start will");
             }
+        }
+        // It may have had what was missing.
+        if let Err(error) = self.settle_layers() {
+            tracing::warn!(%error, "cannot tell whether there are layers that nobody needs; the next start will");
         }
         loaded
     }
@@ -151,13 +158,13 @@ impl ImageStore {
     }
 
     /// Takes in records that somebody has put back since plyd started; says what they are of, in words.
-    pub fn take_put_back(&self) -> Vec<String> {
+    pub fn take_put_back(&self) -> Result<Vec<String>> {
         let mut records = self.records.lock();
-        let taken = records.take_put_back();
+        let taken = records.take_put_back()?;
         if !taken.is_empty() {
             self.tell_tops(&records);
         }
-        taken
+        Ok(taken)
     }
 
     /// Writes records anew of which all is known and that cannot be used, or are gone; says what they are of, in words.
@@ -192,11 +199,12 @@ impl ImageStore {
             let id = id_of(image);
             let chain_ids = unpack::chain_ids(image.layers.iter().map(|l| l.diff_id.as_str()));
             let _pin = self.unpacker.pin(&chain_ids);
+            let is_here = self.is_here(id)?;
             let shown = image.names.first().map_or(id, String::as_str);
             for (at, layer) in image.layers.iter().enumerate() {
-                if self
-                    .unpacker
-                    .restore_record(layer, &chain_ids, at, observer)?
+                let unpacker = &self.unpacker;
+                if unpacker.restore_record(layer, &chain_ids, at, observer)?
+                    || is_here && unpacker.unpack_missing(layer, &chain_ids, at, observer)?
                 {
                     let chain_id = &chain_ids[at];
                     mended.push(format!("the layer with the chain id {chain_id} of {shown}"));
@@ -222,7 +230,7 @@ impl ImageStore {
                 }
             }
         }
-        // While one was damaged, no layer could go.
+        // While one was damaged, or missing, no layer could go.
         self.settle()
     }
 
@@ -264,7 +272,7 @@ impl ImageStore {
         let mut removed = Removed::default();
         {
             let mut records = self.records.lock();
-            let (image, name) = find(&records, reference)?;
+            let (image, name) = gone::find_to_remove(&records, reference)?;
             let names = match name {
                 Some(name) => vec![name],
                 None => image.names.clone(),
@@ -304,7 +312,8 @@ impl ImageStore {
     /// Acts on what images there are now.
     fn settle(&self) -> Result<()> {
         self.tell_tops(&self.records.lock());
-        self.sweep()
+        self.sweep()?;
+        self.settle_layers()
     }
 
     /// Tells whose views containers will be started on.

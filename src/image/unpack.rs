@@ -19,6 +19,7 @@ use super::{Error, Observer, Phase, Progress, Result, io_error};
 use crate::cow::Union;
 use crate::snapshotter::{self, Kind, Owner, ParentRef, Snapshotter};
 use crate::store::layers::Expected;
+use crate::store::record::Damaged;
 use crate::store::{self, ingest};
 
 /// Two imports of one layer: how often the one that waits looks whether it is still wanted.
@@ -113,9 +114,8 @@ impl Unpacker {
         let mut size = 0;
         for (at, (layer, chain_id)) in layers.iter().zip(chain_ids).enumerate() {
             let turn = self.turn(chain_id, observer)?;
-            if self.restore_record(layer, chain_ids, at, observer)? {
-                self.snapshotter.settle_records();
-            } else if self.exists(chain_id)? {
+            let is_restored = self.restore_record(layer, chain_ids, at, observer)?;
+            if !is_restored && self.exists(chain_id)? {
                 if !self.heal(layer, chain_id, observer)? {
                     observer.progress(Progress {
                         phase: Phase::Exists,
@@ -124,7 +124,7 @@ impl Unpacker {
                         total: layer.file.size,
                     });
                 }
-            } else {
+            } else if !is_restored {
                 self.unpack(layer, chain_id, parent, observer)?;
             }
             drop(turn);
@@ -152,6 +152,37 @@ impl Unpacker {
             }
         }
         Ok(())
+    }
+
+    /// Those of these chain ids that no snapshot has, each with what is told of its record.
+    pub(super) fn missing<'a>(
+        &self,
+        chain_ids: impl IntoIterator<Item = &'a String>,
+    ) -> Result<Vec<(String, Damaged)>> {
+        let chain_ids = chain_ids.into_iter().map(String::as_str);
+        Ok(self.snapshotter.missing_layers(chain_ids)?)
+    }
+
+    /// Lets the layers go that no snapshot has, if all of these are known.
+    pub(super) fn settle_records(&self) {
+        self.snapshotter.settle_records();
+    }
+
+    /// Unpacks the layer `at` of a chain if it is missing; says whether it did.
+    pub(super) fn unpack_missing(
+        &self,
+        layer: &ArchivedLayer,
+        chain_ids: &[String],
+        at: usize,
+        observer: &dyn Observer,
+    ) -> Result<bool> {
+        let chain_id = &chain_ids[at];
+        let is_missing = !self.missing([chain_id])?.is_empty();
+        if is_missing {
+            let parent = at.checked_sub(1).map(|below| &chain_ids[below]);
+            self.unpack(layer, chain_id, parent, observer)?;
+        }
+        Ok(is_missing)
     }
 
     /// Says which layers are the topmost of images, if that is known.

@@ -5,6 +5,7 @@
 //! name to the index, changes the one record, and takes the old name away, in this order.
 
 mod damage;
+mod gone;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
@@ -76,13 +77,13 @@ struct Changes {
 
 impl Catalog {
     /// Opens the records in `root/snapshots/records` and the index in `root/index`. With it come all
-    /// sound records, and those that cannot be used.
+    /// sound records, and those that cannot be used or are gone though others build on them.
     pub(super) fn open(
         root: &Path,
         prober: Option<&Path>,
     ) -> Result<(Self, Vec<Found>, Vec<Damaged>)> {
         let records = RecordDir::open(&root.join("snapshots/records"))?;
-        let listing = records.list()?;
+        let mut listing = records.list()?;
         let all: Vec<Found> = listing
             .records
             .into_iter()
@@ -101,14 +102,19 @@ impl Catalog {
         let unread = listing.damaged.iter().map(|damaged| damaged.id.clone());
         let unread = unread.collect();
         let last_time = all.iter().map(|f| f.record.updated).max().unwrap_or(0);
+        let changes = Changes {
+            known,
+            unread,
+            last_time,
+        };
+        let gone = changes.unknown_parents().into_iter();
+        let gone = gone.filter(|id| !changes.unread.contains(id));
+        let gone = gone.map(|id| records.damaged(&id, gone::GONE.to_owned()));
+        listing.damaged.extend(gone);
         let catalog = Self {
             records,
             index,
-            changes: Mutex::new(Changes {
-                known,
-                unread,
-                last_time,
-            }),
+            changes: Mutex::new(changes),
         };
         Ok((catalog, all, listing.damaged))
     }
@@ -206,7 +212,7 @@ impl Catalog {
 
     /// All sound snapshots, in order of creation, and how many others there are, of which the records cannot be used or are gone.
     pub(super) fn all_and_unusable(&self) -> Result<(Vec<Found>, usize)> {
-        let mut missing: HashSet<String> = self.changes.lock().known.keys().cloned().collect();
+        let mut missing: HashSet<String> = self.changes.lock().expected().into_iter().collect();
         let listing = self.records.list()?;
         let damaged = listing.damaged.iter().map(|damaged| &damaged.id);
         for id in listing.records.iter().map(|(id, _)| id).chain(damaged) {
@@ -215,8 +221,7 @@ impl Catalog {
         if !missing.is_empty() {
             // Most often removed meanwhile.
             let changes = self.changes.lock();
-            missing
-                .retain(|id| changes.known.contains_key(id) && self.records.is_unsound(id, true));
+            missing.retain(|id| changes.expects(id) && self.records.is_unsound(id, true));
         }
         let unusable = listing.damaged.len() + missing.len();
         Ok((in_order(listing.records), unusable))
@@ -235,7 +240,7 @@ impl Catalog {
             id: id.clone(),
             record: record.clone(),
         });
-        changes.unread.is_empty().then(|| all.collect())
+        changes.is_complete().then(|| all.collect())
     }
 
     /// Records a new snapshot. Its times are set here.
@@ -305,10 +310,10 @@ impl Catalog {
         Ok(())
     }
 
-    /// The packed layer that is counted as the snapshot's. Of a record that was put back since the start it is not: what a
-    /// snapshot has was counted then.
+    /// The packed layer that is counted as the snapshot's. Of a record that was put back and is not known yet it is not: what a
+    /// snapshot has is counted when that becomes known.
     pub(super) fn counted(&self, found: &Found) -> Option<LayerName> {
-        let counts = |_: &LayerName| !self.changes.lock().unread.contains(&found.id);
+        let counts = |_: &LayerName| self.changes.lock().known.contains_key(&found.id);
         found.record.packed.filter(counts)
     }
 

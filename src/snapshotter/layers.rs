@@ -86,6 +86,21 @@ impl Snapshotter {
     /// Makes the record of a layer of an image anew, if it cannot be used and the packed layer is there: `chain` are the chain ids
     /// of the image, `at` the place of the layer in it. Answers whether it did.
     pub fn restore_record(&self, chain: &[String], at: usize, diff_id: &str) -> Result<bool> {
+        match self.record_to_restore(chain, at)? {
+            Some(record) => self.record_known(record, diff_id, |record| {
+                self.catalog.replace_damaged(record, chain, at)
+            }),
+            None => Ok(false),
+        }
+    }
+
+    /// Has `write` write the record of a layer of an image that the store has; answers whether it did.
+    pub(super) fn record_known(
+        &self,
+        mut record: SnapshotRecord,
+        diff_id: &str,
+        write: impl FnOnce(SnapshotRecord) -> Result<bool>,
+    ) -> Result<bool> {
         let expected = Expected {
             blob: None,
             diff_id: Some(diff_id),
@@ -93,14 +108,11 @@ impl Snapshotter {
         let Some(packed) = self.packed.layers().known(&expected) else {
             return Ok(false);
         };
-        let Some(mut record) = self.record_to_restore(chain, at)? else {
-            return Ok(false);
-        };
         // Kept until the record says the same.
         let held = self.packed.hold(packed)?;
         record.packed = Some(packed);
         record.usage = Some(self.packed.usage(packed));
-        let is_made = self.catalog.replace_damaged(record, chain, at)?;
+        let is_made = write(record)?;
         if is_made {
             // It is the record's now.
             std::mem::forget(held);
@@ -141,13 +153,18 @@ impl Snapshotter {
     /// The record of a layer of an image, but for its packed layer, if the one that is there cannot be used. One of a layer that
     /// an earlier plyd left as a directory cannot be told.
     fn record_to_restore(&self, chain: &[String], at: usize) -> Result<Option<SnapshotRecord>> {
-        let owner = Owner::Image;
-        let Some(id) = self.catalog.damaged_id(owner, chain, at)? else {
+        let Some(id) = self.catalog.damaged_id(Owner::Image, chain, at)? else {
             return Ok(None);
         };
         if self.layers.contains(&LayerId(id)) {
             return Ok(None);
         }
+        self.new_record(chain, at)
+    }
+
+    /// A record for the layer `at` of an image, but for its packed layer, if what it lies on has one.
+    pub(super) fn new_record(&self, chain: &[String], at: usize) -> Result<Option<SnapshotRecord>> {
+        let owner = Owner::Image;
         let parent = match at.checked_sub(1) {
             None => None,
             Some(below) => match self.catalog.find(owner, &chain[below])? {
@@ -181,8 +198,9 @@ impl Snapshotter {
         self.packed.restore(layer, stream, expected, observer)
     }
 
-    /// Lets the layers go that were kept because they might have been those of snapshots whose records could not be read when plyd
-    /// started, if each of these has been made anew or removed. Answers whether that is so.
+    /// Lets the layers go that no snapshot has: those that a crash left, and those that were kept because they might have been those of
+    /// snapshots whose records could not be read when plyd started, or were gone, if each of these has been made anew or
+    /// removed. Answers whether that is so. To be called after [`open`](Self::open), once nobody tells of more snapshots.
     pub fn settle_records(&self) -> bool {
         let settled = self.catalog.is_complete();
         if settled {

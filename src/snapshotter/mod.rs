@@ -49,6 +49,7 @@ mod chain;
 mod commit;
 mod diff;
 mod export;
+mod gone;
 mod layers;
 mod locks;
 mod mounts;
@@ -109,7 +110,8 @@ pub struct Snapshotter {
 
 impl Snapshotter {
     /// Reads the records below `root`, clears what a crash left, finds the mounts below `state` that
-    /// still live. Only one process may have a root open; see [`store::lock_root`].
+    /// still live. Only one process may have a root open; see [`store::lock_root`]. Packed layers that no snapshot has stay until
+    /// [`settle_records`](Self::settle_records).
     pub fn open(root: &Path, state: &Path, config: SnapshotterConfig) -> Result<Self> {
         let data = root.join("snapshots/data");
         create_dir(root, 0o700).map_err(io_error("make", root))?;
@@ -133,12 +135,7 @@ impl Snapshotter {
         }
         recovery::mend(&all, &damaged, &data, &layers, &trash)?;
         let store = root.join("store");
-        let packed = Packed::open(
-            &store,
-            (config.packing, config.verify),
-            &all,
-            !damaged.is_empty(),
-        )?;
+        let packed = Packed::open(&store, (config.packing, config.verify), &all)?;
         let useful = Arc::new(Useful::new(Arc::clone(&catalog)));
         let chains = Arc::clone(&useful);
         packed.layers().set_chains(chains);

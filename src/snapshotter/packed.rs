@@ -2,8 +2,8 @@
 //!
 //! A layer may be the content of several snapshots. It is removed with the last of them, but never while an import
 //! is under way: that may have found it there already and be about to record a snapshot of it. A
-//! layer that a crash left without a snapshot goes when the store is opened. While the records of some snapshots cannot be read,
-//! any layer that was there at the start may be theirs, and stays.
+//! layer that a crash left without a snapshot goes after the store was opened, as soon as all snapshots are known. While the records of
+//! some cannot be read, or are gone, any layer that was there at the start may be theirs, and stays.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
@@ -33,7 +33,7 @@ pub(super) struct Packed {
 struct State {
     /// By how many snapshots each layer is used.
     uses: HashMap<LayerName, usize>,
-    /// Those that snapshots may have whose records cannot be read.
+    /// Those that snapshots may have whose records cannot be read, or are gone.
     claimed: HashSet<LayerName>,
     /// Imports and commits under way.
     imports: usize,
@@ -58,12 +58,11 @@ pub struct HeldLayer<'a> {
 struct Import<'a>(&'a Packed);
 
 impl Packed {
-    /// Opens the store in `dir` for the snapshots `all`. If `incomplete`, there are others.
+    /// Opens the store in `dir` for the snapshots `all`. Until [`settle`](Self::settle) there may be others.
     pub(super) fn open(
         dir: &Path,
         (settings, verify): (Settings, Verify),
         all: &[Found],
-        incomplete: bool,
     ) -> Result<Self> {
         let (layers, damaged) = Layers::open(dir, settings)?;
         for damaged in &damaged {
@@ -85,22 +84,18 @@ impl Packed {
                 );
             }
         }
-        if incomplete {
-            let recorded = layers.list().into_iter().map(|(layer, _)| layer);
-            state.claimed = recorded.chain(layers.damaged()).collect();
-        }
+        let recorded = layers.list().into_iter().map(|(layer, _)| layer);
+        state.claimed = recorded.chain(layers.damaged()).collect();
         let layers = Arc::new(layers);
         let collector =
             Collector::start(Arc::clone(&layers)).map_err(io_error("start a thread for", dir))?;
-        let packed = Self {
+        Ok(Self {
             layers,
             collector,
             state: Mutex::new(state),
             verify,
             logical: Mutex::default(),
-        };
-        packed.remove_unused(&packed.state.lock());
-        Ok(packed)
+        })
     }
 
     /// The merged view of the layers, the topmost first.

@@ -46,7 +46,10 @@ impl Place {
             index_prober: Some("/bin/true".into()),
             ..SnapshotterConfig::default()
         };
-        Snapshotter::open(&self.root(), &state, config).unwrap()
+        let snapshots = Snapshotter::open(&self.root(), &state, config).unwrap();
+        // As plyd does once it knows which images there are.
+        snapshots.settle_records();
+        snapshots
     }
 }
 

@@ -310,7 +310,7 @@ pub enum Error {
     #[error(transparent)]
     OpenUnion(#[from] cow::OpenError),
     /// The union of its layers cannot be read.
-    #[error("cannot read the layers: {source}; see the log for the layer and path")]
+    #[error("cannot read the layers: {source}")]
     Union {
         /// What failed.
         source: cow::Error,

@@ -52,7 +52,7 @@ impl Stores<'_> {
             users: self.snapshotter.users_of_layers()?,
             images,
             snapshots: self.snapshotter.list(None)?,
-            is_incomplete: !self.snapshotter.damaged_records()?.is_empty(),
+            is_incomplete: self.has_unknown_snapshots()?,
         })
     }
 

@@ -16,7 +16,7 @@ impl Stores<'_> {
             .map(|layer| format!("the record of the layer {layer}"))
             .collect();
         let snapshots = self.snapshotter.take_put_back()?;
-        let images = self.images.take_put_back();
+        let images = self.images.take_put_back().map_err(Status::from)?;
         let containers = runtime.block_on(self.containers.take_put_back());
         let records = images
             .into_iter()

@@ -1,6 +1,7 @@
 //! What is left of a request that its client has given up, or that failed, and what Diff compares.
 
 use std::convert::Infallible;
+use std::os::unix::fs::FileExt;
 use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -448,4 +449,59 @@ async fn a_changed_file_with_several_names_is_in_the_layer_with_all_of_them() {
         let expected = expected.map(|(name, what)| (name.to_owned(), what.to_owned()));
         assert_eq!(told.collect::<Vec<_>>(), expected);
     }
+}
+
+/// It had the code of an error of plyd's own, and referred to a log for what it said itself.
+#[tokio::test]
+async fn a_diff_that_meets_damage_says_that_data_is_lost_and_where() {
+    let tmp = tempfile::tempdir().unwrap();
+    let socket = tmp.path().join("containerd.sock");
+    let (_told, _) = writable_containerd(&socket);
+    let (snapshotter, service) = service(tmp.path(), &socket);
+    let base = snapshotter.prepare(OWNER, "n/extract", None, Default::default());
+    let upper = base.unwrap().upper_dir.unwrap();
+    let noise: Vec<u8> = (0..40 << 10).map(|_| rand::random()).collect();
+    std::fs::write(upper.join("file"), noise).unwrap();
+    let committed = snapshotter.commit(OWNER, "n/base", "n/extract", Default::default());
+    committed.unwrap();
+    for pack in std::fs::read_dir(tmp.path().join("root/store/packs")).unwrap() {
+        let pack = std::fs::File::options()
+            .write(true)
+            .open(pack.unwrap().path());
+        pack.unwrap().write_all_at(&[0; 64], 20_000).unwrap();
+    }
+    let parent = snapshotter::ParentRef {
+        owner: OWNER,
+        key: "n/base".to_owned(),
+    };
+    let made = snapshotter.prepare(OWNER, "n/work", Some(&parent), Default::default());
+    let made = made.unwrap();
+    {
+        // As a mount does, which brings no content up.
+        let config = cow::UnionConfig {
+            no_metacopy: false,
+            ..snapshotter.union_config(OWNER, "n/work").unwrap()
+        };
+        let union = Union::open(config).unwrap();
+        let node = union.lookup(NodeId::ROOT, "file".as_ref()).unwrap().node;
+        let change = cow::SetAttr {
+            perm: Some(0o600),
+            ..cow::SetAttr::default()
+        };
+        union
+            .setattr(node, None, &change, &cow::Caller::ROOT)
+            .unwrap();
+    }
+    let request = api::DiffRequest {
+        right: vec![mount_of(tmp.path(), &made)],
+        media_type: PLAIN_LAYER.to_owned(),
+        ..api::DiffRequest::default()
+    };
+    let status = service.diff(Request::new(request)).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::DataLoss, "{status}");
+    let message = status.message();
+    assert!(
+        message.contains("file") && !message.contains("see the log"),
+        "{message}"
+    );
 }

@@ -8,7 +8,7 @@ use tonic::Status;
 
 use super::Repair;
 use crate::grpc::layers::shown;
-use crate::snapshotter::Owner;
+use crate::snapshotter::{self, Owner};
 use crate::store::{self, LayerName};
 
 impl Repair {
@@ -113,14 +113,14 @@ impl Repair {
 
     /// Makes records of images' layers anew of which nothing is known but what the images say.
     pub(super) fn restore_records(&self) -> Result<(), Status> {
-        if self.snapshotter.damaged_records()?.is_empty() {
+        let stores = self.stores();
+        if !stores.has_unknown_snapshots()? {
             return Ok(());
         }
-        let stores = self.stores();
         for (image, chain_ids) in self.images.chains() {
             // From below: one has to have what it lies on.
             for (at, diff_id) in image.diff_ids.iter().enumerate() {
-                match self.snapshotter.restore_record(&chain_ids, at, diff_id) {
+                match self.restore_record(&chain_ids, at, diff_id) {
                     Ok(false) => {}
                     Ok(true) => {
                         let of = stores.words(Owner::Image, &chain_ids[at]);
@@ -135,5 +135,23 @@ impl Repair {
             }
         }
         Ok(())
+    }
+
+    /// Makes the record of the layer `at` of an image anew, if it cannot be used or is gone and the layer is there; says whether it
+    /// did.
+    fn restore_record(
+        &self,
+        chain_ids: &[String],
+        at: usize,
+        diff_id: &str,
+    ) -> Result<bool, snapshotter::Error> {
+        let snapshotter = &self.snapshotter;
+        if snapshotter.restore_record(chain_ids, at, diff_id)? {
+            return Ok(true);
+        }
+        match snapshotter.missing_layers([&*chain_ids[at]])?.is_empty() {
+            true => Ok(false),
+            false => snapshotter.restore_missing(chain_ids, at, diff_id),
+        }
     }
 }

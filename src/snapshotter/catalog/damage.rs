@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Catalog, Changes, Found, SnapshotRecord, in_order, name, parse_name};
+use super::{Catalog, Changes, Found, SnapshotRecord, gone, in_order, name, parse_name};
 use crate::snapshotter::types::*;
 use crate::store::record::Damaged;
 
@@ -19,8 +19,8 @@ const OF_UNKNOWN: &str = "if it is of an image's layer, `snapctl system repair` 
 impl Catalog {
     /// How many are [`damaged`](Self::damaged); of records only what has changed is read.
     pub(in crate::snapshotter) fn count_damaged(&self) -> Result<usize> {
-        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
-        match self.records.is_doubtful(known)? {
+        let expected = self.changes.lock().expected();
+        match self.records.is_doubtful(expected)? {
             true => Ok(self.damaged()?.len()),
             false => Ok(0),
         }
@@ -28,15 +28,18 @@ impl Catalog {
 
     /// Records that cannot be used, or are gone.
     pub(in crate::snapshotter) fn damaged(&self) -> Result<Vec<UnusableRecord>> {
-        let known: Vec<String> = self.changes.lock().known.keys().cloned().collect();
-        let damaged = self.records.examine(known)?;
+        let expected = self.changes.lock().expected();
+        let damaged = self.records.examine(expected)?;
         let mut found = Vec::new();
         for damaged in damaged {
             let (of, on_top) = {
                 // Nobody removes it meanwhile.
                 let changes = self.changes.lock();
                 let known = changes.known.get(&damaged.id);
-                if !self.records.is_unsound(&damaged.id, known.is_some()) {
+                if !self
+                    .records
+                    .is_unsound(&damaged.id, changes.expects(&damaged.id))
+                {
                     continue;
                 }
                 (known.map(ref_to), changes.on_top_of(&damaged.id))
@@ -49,6 +52,7 @@ impl Catalog {
                     let owner = of.as_ref().map(|of| of.owner);
                     let damaged = match owner {
                         _ if damaged.newer => damaged,
+                        _ if self.is_gone(&damaged.id) => gone::advised(damaged, owner),
                         None => Damaged {
                             remedy: OF_UNKNOWN,
                             ..damaged
@@ -99,8 +103,8 @@ impl Catalog {
     /// Whether the record of that id cannot be used, or is gone though its snapshot is not.
     pub(in crate::snapshotter) fn is_unusable(&self, id: &str) -> bool {
         let changes = self.changes.lock();
-        let is_known = changes.known.contains_key(id);
-        (is_known || changes.unread.contains(id)) && self.records.is_unsound(id, is_known)
+        let is_expected = changes.expects(id);
+        (is_expected || changes.unread.contains(id)) && self.records.is_unsound(id, is_expected)
     }
 
     /// Writes records again that cannot be used, or are gone, and of which all is known; says whose they are.
@@ -119,8 +123,8 @@ impl Catalog {
         Ok(written)
     }
 
-    /// Id of a record that cannot be used and of which it is certain that it was that of the layer `at` of an image with the keys
-    /// `chain`: the layer above says so, or the index, or what can still be read of it.
+    /// Id of a record that cannot be used, or is gone, and of which it is certain that it was that of the layer `at` of an image with
+    /// the keys `chain`: the layer above says so, or the index, or what can still be read of it.
     pub(in crate::snapshotter) fn damaged_id(
         &self,
         owner: Owner,
@@ -153,10 +157,10 @@ impl Catalog {
         });
         Ok(id.filter(|id| {
             !changes.known.contains_key(id)
-                && self
-                    .records
-                    .problem_of(id)
-                    .is_some_and(|damaged| !damaged.newer)
+                && match self.records.problem_of(id) {
+                    Some(damaged) => !damaged.newer,
+                    None => self.is_gone(id),
+                }
         }))
     }
 
@@ -232,9 +236,8 @@ impl Catalog {
     /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.
     pub(in crate::snapshotter) fn is_complete(&self) -> bool {
         let mut changes = self.changes.lock();
-        let is_gone = |id: &str| matches!(self.records.get(id), Ok(None));
-        changes.unread.retain(|id| !is_gone(id));
-        changes.unread.is_empty()
+        changes.unread.retain(|id| !self.is_gone(id));
+        changes.is_complete()
     }
 }
 

@@ -1,0 +1,103 @@
+//! Records that have no file any more, though others say that they had one.
+//!
+//! A snapshot's record is written after that of its parent and removed before it, so a parent without a record has lost it.
+
+use std::collections::HashSet;
+
+use super::{Catalog, Changes, SnapshotRecord, name};
+use crate::snapshotter::types::*;
+use crate::store::record::Damaged;
+
+/// What is wrong with them.
+pub(super) const GONE: &str = "it is gone";
+/// What to do about one that is of no image's layer.
+const OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or remove what builds on it";
+/// What to do about one of which nobody can tell whose it is.
+const OF_UNKNOWN: &str = "`snapctl system repair` makes it anew if it is of an image's layer; else restore it from a backup and run `snapctl system repair`, or remove what builds on it";
+/// What to do about one of a layer of an image.
+const OF_IMAGE: &str =
+    "`snapctl system repair` makes it anew from what the image says, or says what else to do";
+/// The same once a repair could not make it anew.
+const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew";
+
+/// The same with what to do about it.
+pub(super) fn advised(damaged: Damaged, owner: Option<Owner>) -> Damaged {
+    match owner {
+        Some(Owner::Image) => Damaged {
+            remedy: OF_IMAGE,
+            left: LEFT_OF_IMAGE,
+            ..damaged
+        },
+        Some(_) => damaged.advised(OF_OTHERS),
+        None => Damaged {
+            remedy: OF_UNKNOWN,
+            left: OF_OTHERS,
+            ..damaged
+        },
+    }
+}
+
+impl Catalog {
+    /// Those keys of layers of images that no known snapshot has. No record is read.
+    pub(in crate::snapshotter) fn unknown_layers<'a>(
+        &self,
+        keys: impl IntoIterator<Item = &'a str>,
+    ) -> Vec<String> {
+        let changes = self.changes.lock();
+        let known = changes.known.values();
+        let known = known.filter(|record| record.owner == Owner::Image);
+        let known: HashSet<&str> = known.map(|record| &*record.key).collect();
+        let mut unknown: Vec<String> = Vec::new();
+        for key in keys {
+            if !known.contains(key) && !unknown.iter().any(|seen| seen == key) {
+                unknown.push(key.to_owned());
+            }
+        }
+        unknown
+    }
+
+    /// What is told of the record of a layer of an image that is gone.
+    pub(in crate::snapshotter) fn gone_layer(&self, key: &str) -> Result<Damaged> {
+        let id = self.index.get(&name(Owner::Image, key))?;
+        let damaged = match id.filter(|id| self.is_gone(id)) {
+            Some(id) => self.records.damaged(&id, GONE.to_owned()),
+            None => {
+                let problem = format!("{GONE}, and nothing tells what ID it had");
+                self.records.damaged("ID", problem)
+            }
+        };
+        Ok(advised(damaged, Some(Owner::Image)))
+    }
+
+    /// Whether no file is the record of that id.
+    pub(super) fn is_gone(&self, id: &str) -> bool {
+        matches!(self.records.get(id), Ok(None))
+    }
+}
+
+impl Changes {
+    /// Ids of the records that have to be there.
+    pub(super) fn expected(&self) -> Vec<String> {
+        let known = self.known.keys().cloned();
+        known.chain(self.unknown_parents()).collect()
+    }
+
+    /// Whether the record of that id has to be there.
+    pub(super) fn expects(&self, id: &str) -> bool {
+        let is_child = |record: &SnapshotRecord| record.parent.as_deref() == Some(id);
+        self.known.contains_key(id) || self.known.values().any(is_child)
+    }
+
+    /// Whether it is known of all snapshots what they are, as far as anything tells of them.
+    pub(super) fn is_complete(&self) -> bool {
+        self.unread.is_empty() && self.unknown_parents().is_empty()
+    }
+
+    /// Ids of parents that are not known.
+    pub(super) fn unknown_parents(&self) -> HashSet<String> {
+        let known = self.known.values();
+        let parents = known.filter_map(|record| record.parent.as_ref());
+        let unknown = parents.filter(|id| !self.known.contains_key(*id));
+        unknown.cloned().collect()
+    }
+}
