@@ -143,7 +143,7 @@ fn check(options: &str) {
     cut.set_len(SMALL as u64 - 7).unwrap();
     truncate(&root.join("not cut"), SMALL as i64).unwrap();
     // Space that lies below what is the layers' still, and that reading makes look like data.
-    posix_fallocate(&writer(root.join("reserved")), 0, 10).unwrap();
+    posix_fallocate(writer(root.join("reserved")), 0, 10).unwrap();
     fs::read(root.join("reserved")).unwrap();
     fs::set_permissions(root.join("mode"), Permissions::from_mode(0o600)).unwrap();
     fs::hard_link(root.join("linked"), root.join("link")).unwrap();
