@@ -16,6 +16,7 @@ use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
 use crate::store::view::{Names, View};
 use crate::store::{self, Xattrs};
+use crate::sys::handle::Handle;
 
 /// What is there now at a path.
 #[derive(Clone, Copy)]
@@ -150,8 +151,8 @@ struct Teller<'a, O> {
     above: Vec<(OsString, NodeId)>,
     /// Paths of what was a directory, or may have been one, and was told as gone or as something else. Nothing below them is told.
     leaves: BTreeSet<Vec<u8>>,
-    /// Paths of files with several names, by number.
-    links: HashMap<u64, Vec<u8>>,
+    /// Paths of files with several names, by number, and what tells them from others that have the number later.
+    links: HashMap<u64, (Vec<u8>, Option<Handle>)>,
     /// Where the inodes of the view are named; found when that is first needed.
     names: Option<Names<'a>>,
 }
@@ -269,6 +270,7 @@ impl<O: Output> Teller<'_, O> {
             entry => Ok(Some(entry?)),
         }
     }
+
     fn object(&mut self, path: &[u8], node: NodeId, attr: &Attr) -> Result<(), Fault> {
         let object = Object {
             path,
@@ -279,16 +281,26 @@ impl<O: Output> Teller<'_, O> {
         if attr.nlink < 2 || attr.kind == FileKind::Directory {
             return self.out.object(&object);
         }
-        if let Some(first) = self.links.get(&attr.ino) {
+        let handle = match self.new.is_live() {
+            true => self.new.lower_handle(node)?,
+            false => None,
+        };
+        if let Some((first, known)) = self.links.get(&attr.ino)
+            && *known == handle
+        {
             return self.out.link(&object, first);
         }
-        if let Some(first) = self.unchanged_name(node, attr)? {
-            self.out.link(&object, &first)?;
-            self.links.insert(attr.ino, first);
-            return Ok(());
-        }
-        self.out.object(&object)?;
-        self.links.insert(attr.ino, path.to_owned());
+        let first = match self.unchanged_name(node, attr)? {
+            Some(first) => {
+                self.out.link(&object, &first)?;
+                first
+            }
+            None => {
+                self.out.object(&object)?;
+                path.to_owned()
+            }
+        };
+        self.links.insert(attr.ino, (first, handle));
         Ok(())
     }
 
