@@ -11,7 +11,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
-use super::{Change, ChangeKind, lookup, may_have_changed, xattrs_of};
+use super::{Change, ChangeKind, in_walk, lookup, may_have_changed, xattrs_of};
 use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
 use crate::store::view::{Names, View};
@@ -103,7 +103,7 @@ pub(super) fn at(path: &Path, fault: Fault) -> Error {
     }
 }
 
-/// Tells the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in
+/// Tells the changes, which are in the order of a walk, of the union `new`. `view` is that of the packed layers in
 /// it.
 pub(super) fn tell(
     changes: &[Change],
@@ -344,7 +344,7 @@ impl<O: Output> Teller<'_, O> {
         }
         let first = self
             .changes
-            .partition_point(|change| path_of(change) < path);
+            .partition_point(|change| in_walk(path_of(change)).lt(in_walk(path)));
         let found = self.changes.get(first);
         found.is_some_and(|change| holds(path_of(change), path))
     }
