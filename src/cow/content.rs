@@ -10,6 +10,7 @@ use super::node::{LowerAt, Node};
 use super::types::{FileKind, NodeId};
 use super::union::Union;
 use crate::store::view::StoredPart;
+use crate::sys::handle::Handle;
 
 /// A part of a regular file that is no hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +77,13 @@ impl Union {
             Some(top) => Ok(Some((top.object.number_space(), top.object.attr()?.ino))),
             None => Ok(None),
         }
+    }
+
+    /// What its file system calls that object, if it can tell: unlike its number it comes to no other once the object is gone.
+    pub fn lower_handle(&self, node: NodeId) -> Result<Option<Handle>> {
+        let top = self.topmost_lower(node)?;
+        let origin = top.and_then(|top| top.object.origin());
+        Ok(origin.map(|origin| origin.handle))
     }
 
     fn topmost_lower(&self, node: NodeId) -> Result<Option<LowerAt>> {

@@ -177,10 +177,14 @@ impl Catalog {
 
     /// As [`find`](Self::find); none is an error.
     pub(super) fn resolve(&self, owner: Owner, key: &str) -> Result<Found> {
-        self.find(owner, key)?.ok_or_else(|| Error::NotFound {
-            owner,
-            key: key.to_owned(),
-        })
+        match self.find(owner, key)? {
+            Some(found) => Ok(found),
+            None => {
+                self.check_kept(owner, key)?;
+                let key = key.to_owned();
+                Err(Error::NotFound { owner, key })
+            }
+        }
     }
 
     /// The snapshots below `record`, the nearest first. Fails if a record of the chain is damaged.

@@ -224,13 +224,13 @@ impl Snapshotter {
 
     fn resolve_parent(&self, parent: &ParentRef) -> Result<Found> {
         let ParentRef { owner, key } = parent;
-        let found = self
-            .catalog
-            .find(*owner, key)?
-            .ok_or_else(|| Error::NoParent {
+        let Some(found) = self.catalog.find(*owner, key)? else {
+            self.catalog.check_kept(*owner, key)?;
+            return Err(Error::NoParent {
                 owner: *owner,
                 key: key.clone(),
-            })?;
+            });
+        };
         if found.record.kind != Kind::Committed {
             return Err(Error::ParentNotCommitted {
                 key: key.clone(),

@@ -492,3 +492,34 @@ fn a_damaged_record_costs_no_tree_and_no_other_snapshot() {
     assert_eq!(keys(&snapshots), ["base", "other", "child"]);
     assert_tidy(&place, &snapshots);
 }
+
+/// It was said that there is no such snapshot, and whoever believed that made another.
+#[test]
+fn a_snapshot_whose_record_is_gone_is_not_said_not_to_be_there() {
+    let place = Place::new();
+    let snapshots = place.open();
+    layer(&snapshots, "base", None);
+    let found = snapshots
+        .catalog
+        .resolve(Owner::Containerd, "base")
+        .unwrap();
+    let record = format!("snapshots/records/{}.record", found.id);
+    fs::remove_file(place.root().join(record)).unwrap();
+    let on_it = snapshots.prepare(
+        Owner::Containerd,
+        "on it",
+        Some(&parent("base")),
+        BTreeMap::new(),
+    );
+    for error in [
+        snapshots.stat(Owner::Containerd, "base").map(drop),
+        on_it.map(drop),
+    ] {
+        let text = error.unwrap_err().to_string();
+        assert!(
+            text.contains(&found.id) && text.contains("it is gone; `snapctl system repair`"),
+            "{text}"
+        );
+    }
+    snapshots.remove(Owner::Containerd, "base").unwrap_err();
+}

@@ -88,9 +88,10 @@ struct Bad {
 }
 
 impl Layers {
-    /// Reads the record, the index and the recipe of every layer and looks for all contents; with `deep`, or where it was damaged or
-    /// missing when it was last looked at, reads each of these and compares it with its name. Reads headers and tables of packs, too. Layers that are removed meanwhile are passed
-    /// over. Ends early when `told` wants that, and fails where descriptors or memory are lacking for a look: that is no damage.
+    /// Reads the record, the index and the recipe of every layer and looks for all contents; with `deep`, or where it was damaged
+    /// or missing when it was last looked at, reads each of these and compares it with its name. Reads headers and tables of packs,
+    /// too. Layers that are removed meanwhile are passed over. Ends early when `told` wants that, and fails where descriptors or
+    /// memory are lacking for a look: that is no damage.
     pub fn verify(&self, deep: bool, told: &dyn Told) -> Result<()> {
         let tell = |fault: Fault| match fault.error.is_exhaustion() {
             true => Err(fault.error),
@@ -118,12 +119,13 @@ impl Layers {
                 }
                 faults.into_iter().try_for_each(tell)?;
             }
-            if done == total {
-                // The last sum follows all that is told.
-                self.bad_copies().try_for_each(tell)?;
+            if done < total {
+                told.sum(done, total, examination.objects, examination.bytes);
             }
-            told.sum(done, total, examination.objects, examination.bytes);
         }
+        // The last sum follows all that is told.
+        self.bad_copies().try_for_each(tell)?;
+        told.sum(total, total, examination.objects, examination.bytes);
         Ok(())
     }
 

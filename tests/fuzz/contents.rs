@@ -232,7 +232,7 @@ impl Frames {
         let objects = Objects::new(self.store.path());
         let size = of.content.len() as u64;
         for check in [Check::Nothing, Check::PARTS] {
-            let Ok(content) = objects.open(&of.object, None, &check) else {
+            let Ok((content, _)) = objects.open(&of.object, None, &check) else {
                 assert!(!sound);
                 continue;
             };

@@ -130,13 +130,9 @@ impl KnownLayer {
             return self.without_users().to_owned();
         }
         let why: String = reasons.iter().map(|reason| format!("{reason}; ")).collect();
-        let what = self.source("then repeat this").unwrap_or_else(|| match &self.on_top[..] {
-            _ if others_have => "it was made here, but other layers may have what it lacks: mend what else is left first, then repeat this".to_owned(),
-            [] => "nothing else has it, for it was made here; remove the snapshot and make it again".to_owned(),
-            on_top => format!(
-                "nothing else has it, for it was made here; save what can be read of the snapshots that build on it, remove them in this order: {}, then remove it and make it again",
-                on_top.join(", ")
-            ),
+        let what = self.source("then repeat this").unwrap_or_else(|| match others_have {
+            true => "it was made here, but other layers may have what it lacks: mend what else is left first, then repeat this".to_owned(),
+            false => format!("nothing else has it, for it was made here; {}", self.removal("make it")),
         });
         format!("{why}{what}")
     }
@@ -158,6 +154,17 @@ impl KnownLayer {
         }
     }
 
+    /// How to give it up and `make` it again.
+    fn removal(&self, make: &str) -> String {
+        match &self.on_top[..] {
+            [] => format!("remove the snapshot and {make} again"),
+            on_top => format!(
+                "save what can be read of the snapshots that build on it, remove them in this order: {}, then remove it and {make} again",
+                on_top.join(", ")
+            ),
+        }
+    }
+
     /// From where it can be had again, and what to do for that, in the end `then`.
     fn source(&self, then: &str) -> Option<String> {
         let namespace = self
@@ -176,9 +183,10 @@ impl KnownLayer {
                 "get the archive of an image with the layer {diff_id} and give it to `snapctl system repair -i`"
             )),
             // Of an image that containerd has unpacked through the mount, most often.
-            ([], Some(_), None, None) => Some(
-                "get the archive of its image, or of another with the same files, and give it to `snapctl system repair -i`; if it was made here and no image has that, remove the snapshot and make it again".to_owned(),
-            ),
+            ([], Some(_), None, None) => Some(format!(
+                "get the archive of its image, or of another with the same files, and give it to `snapctl system repair -i`; if no archive has what it lacks, as none has the index of a layer that containerd unpacked itself, {}",
+                self.removal("make it, or import its image,")
+            )),
             ([], None, _, None) => None,
         }
     }

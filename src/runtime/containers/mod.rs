@@ -127,6 +127,9 @@ impl Containers {
             table: Mutex::default(),
             closing: watch::Sender::new(false),
         }));
+        if let Err(error) = this.plyshim() {
+            tracing::warn!("no container can be started: {error}");
+        }
         this.recover().await?;
         Ok(this)
     }

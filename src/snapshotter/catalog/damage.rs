@@ -7,7 +7,7 @@ use crate::snapshotter::types::*;
 use crate::store::record::Damaged;
 
 /// What to do about a record that is of no image's layer and that a repair has left.
-const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
+const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again, which erases all that was written to them: copy what you need out of their mounts first, and stop what uses these";
 /// What to do about the record of a layer of an image that a repair has left.
 const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give up the layer and what builds on it and start plyd again";
 

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use super::{Catalog, Changes, SnapshotRecord, name};
 use crate::snapshotter::types::*;
-use crate::store::record::Damaged;
+use crate::store::record::{self, Damaged};
 
 /// What is wrong with them.
 pub(super) const GONE: &str = "it is gone";
@@ -67,6 +67,24 @@ impl Catalog {
             }
         };
         Ok(advised(damaged, Some(Owner::Image)))
+    }
+
+    /// Fails if the record of a snapshot that is known is gone: then it is not that there is none.
+    pub(in crate::snapshotter) fn check_kept(&self, owner: Owner, key: &str) -> Result<()> {
+        let Some(id) = self.index.get(&name(owner, key))? else {
+            return Ok(());
+        };
+        // Nobody removes it meanwhile.
+        let changes = self.changes.lock();
+        let known = changes.known.get(&id);
+        let is_known = known.is_some_and(|known| known.owner == owner && known.key == key);
+        match is_known && self.is_gone(&id) {
+            true => {
+                let damaged = self.records.damaged(&id, GONE.to_owned());
+                Err(record::Error::from(damaged.known()).into())
+            }
+            false => Ok(()),
+        }
     }
 
     /// Whether no file is the record of that id.

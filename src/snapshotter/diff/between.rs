@@ -20,7 +20,7 @@ use crate::store::tar::write::is_carried;
 
 const BUFFER: usize = 256 << 10;
 
-/// What makes the tree of `new` of that of `old`, or of an empty one, in byte order of the paths. `same_view` says that the
+/// What makes the tree of `new` of that of `old`, or of an empty one, in the order of a walk. `same_view` says that the
 /// packed layers of both are the same.
 pub(super) fn compare(new: &Union, old: Option<Union>, same_view: bool) -> Result<Vec<Change>> {
     let links = new.copied_links()?;

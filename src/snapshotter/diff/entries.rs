@@ -11,11 +11,12 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
-use super::{Change, ChangeKind, lookup, may_have_changed, xattrs_of};
+use super::{Change, ChangeKind, in_walk, lookup, may_have_changed, xattrs_of};
 use crate::cow::{self, Attr, Entry, FileKind, NodeId, Union};
 use crate::snapshotter::types::*;
 use crate::store::view::{Names, View};
 use crate::store::{self, Xattrs};
+use crate::sys::handle::Handle;
 
 /// What is there now at a path.
 #[derive(Clone, Copy)]
@@ -102,7 +103,7 @@ pub(super) fn at(path: &Path, fault: Fault) -> Error {
     }
 }
 
-/// Tells the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in
+/// Tells the changes, which are in the order of a walk, of the union `new`. `view` is that of the packed layers in
 /// it.
 pub(super) fn tell(
     changes: &[Change],
@@ -150,8 +151,8 @@ struct Teller<'a, O> {
     above: Vec<(OsString, NodeId)>,
     /// Paths of what was a directory, or may have been one, and was told as gone or as something else. Nothing below them is told.
     leaves: BTreeSet<Vec<u8>>,
-    /// Paths of files with several names, by number.
-    links: HashMap<u64, Vec<u8>>,
+    /// Paths of files with several names, by number, and what tells them from others that have the number later.
+    links: HashMap<u64, (Vec<u8>, Option<Handle>)>,
     /// Where the inodes of the view are named; found when that is first needed.
     names: Option<Names<'a>>,
 }
@@ -269,6 +270,7 @@ impl<O: Output> Teller<'_, O> {
             entry => Ok(Some(entry?)),
         }
     }
+
     fn object(&mut self, path: &[u8], node: NodeId, attr: &Attr) -> Result<(), Fault> {
         let object = Object {
             path,
@@ -279,16 +281,26 @@ impl<O: Output> Teller<'_, O> {
         if attr.nlink < 2 || attr.kind == FileKind::Directory {
             return self.out.object(&object);
         }
-        if let Some(first) = self.links.get(&attr.ino) {
+        let handle = match self.new.is_live() {
+            true => self.new.lower_handle(node)?,
+            false => None,
+        };
+        if let Some((first, known)) = self.links.get(&attr.ino)
+            && *known == handle
+        {
             return self.out.link(&object, first);
         }
-        if let Some(first) = self.unchanged_name(node, attr)? {
-            self.out.link(&object, &first)?;
-            self.links.insert(attr.ino, first);
-            return Ok(());
-        }
-        self.out.object(&object)?;
-        self.links.insert(attr.ino, path.to_owned());
+        let first = match self.unchanged_name(node, attr)? {
+            Some(first) => {
+                self.out.link(&object, &first)?;
+                first
+            }
+            None => {
+                self.out.object(&object)?;
+                path.to_owned()
+            }
+        };
+        self.links.insert(attr.ino, (first, handle));
         Ok(())
     }
 
@@ -332,7 +344,7 @@ impl<O: Output> Teller<'_, O> {
         }
         let first = self
             .changes
-            .partition_point(|change| path_of(change) < path);
+            .partition_point(|change| in_walk(path_of(change)).lt(in_walk(path)));
         let found = self.changes.get(first);
         found.is_some_and(|change| holds(path_of(change), path))
     }

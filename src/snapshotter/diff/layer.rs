@@ -18,7 +18,7 @@ use crate::store::view::View;
 
 const BUFFER: usize = 256 << 10;
 
-/// Writes the changes, which are in byte order of their paths, of the union `new`. `view` is that of the packed layers in
+/// Writes the changes, which are in the order of a walk, of the union `new`. `view` is that of the packed layers in
 /// it. With an `epoch`, later times of modification become that one, and whiteouts have it.
 pub(in crate::snapshotter) fn write(
     changes: &[Change],
@@ -322,6 +322,43 @@ pub(super) mod tests {
         assert!(written(&snapshots, "done").unwrap() == stream);
         prepare(&snapshots, "next", Some("done"));
         assert_eq!(written(&snapshots, "next").unwrap(), [0; 1024]);
+    }
+
+    /// Every directory with a neighbour like `name-more` was told a second time, before what lies below it.
+    #[test]
+    fn no_path_is_told_twice() {
+        let place = Place::new();
+        let snapshots = place.open();
+        let upper = prepare(&snapshots, "work", None).upper_dir.unwrap();
+        for dir in ["a", "a-b", "a.c/d", "a.c/d!", "a!"] {
+            std::fs::create_dir_all(upper.join(dir)).unwrap();
+            std::fs::write(upper.join(dir).join("file"), dir).unwrap();
+        }
+        let listed = |key: &str| {
+            let stream = written(&snapshots, key).unwrap();
+            let mut archive = tar::Archive::new(&*stream);
+            let entries = archive.entries().unwrap();
+            let paths = entries.map(|entry| entry.unwrap().path().unwrap().display().to_string());
+            paths.collect::<Vec<_>>()
+        };
+        let expected = [
+            "a/",
+            "a/file",
+            "a!/",
+            "a!/file",
+            "a-b/",
+            "a-b/file",
+            "a.c/",
+            "a.c/d/",
+            "a.c/d/file",
+            "a.c/d!/",
+            "a.c/d!/file",
+        ];
+        assert_eq!(listed("work"), expected);
+        snapshots
+            .commit(OWNER, "done", "work", BTreeMap::new())
+            .unwrap();
+        assert_eq!(listed("done"), expected);
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub struct Change {
 }
 
 impl Snapshotter {
-    /// Every path that the snapshot changes against its parent, in byte order.
+    /// Every path that the snapshot changes against its parent, as a walk finds them that takes the names in a directory in byte order.
     pub fn diff(&self, owner: Owner, key: &str) -> Result<Vec<Change>> {
         self.locked(owner, key, |found| {
             let shown = self.shown_now(&found)?;
@@ -207,8 +207,8 @@ pub(super) fn with_own(own: &Path, below: &Below) -> Below {
     all
 }
 
-/// Compares the layers `below` with `new`, the union of them and the directory `own` on top, in byte order of the
-/// paths. Changes of the topmost one below count as those of `own`. Of a directory that vanishes from `own` meanwhile, nothing
+/// Compares the layers `below` with `new`, the union of them and the directory `own` on top, in the order of a
+/// walk. Changes of the topmost one below count as those of `own`. Of a directory that vanishes from `own` meanwhile, nothing
 /// below it is told.
 pub(super) fn changes(
     own: &Path,
@@ -281,9 +281,21 @@ fn joined(below: Vec<Change>, on_top: Vec<Step>) -> Vec<Change> {
     ordered(made_anew.into_iter().chain(all).collect())
 }
 
+/// What lies below a directory follows it at once, before `name-more` and all else that has its name as a beginning: a
+/// layer has an entry for each directory that leads to a change, and may have but one.
 fn ordered(mut changes: Vec<Change>) -> Vec<Change> {
-    changes.sort_by_cached_key(|change| change.path.as_os_str().as_bytes().to_vec());
+    changes.sort_by_cached_key(|change| {
+        in_walk(change.path.as_os_str().as_bytes()).collect::<Vec<_>>()
+    });
     changes
+}
+
+/// Paths in the order of these are as a walk finds them that takes the names in a directory in byte order.
+fn in_walk(path: &[u8]) -> impl Iterator<Item = u8> {
+    path.iter().map(|&byte| match byte {
+        b'/' => 0,
+        byte => byte,
+    })
 }
 
 pub(super) fn lookup(union: &Union, parent: NodeId, name: &OsStr) -> Result<Option<Entry>> {

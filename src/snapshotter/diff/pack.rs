@@ -20,7 +20,7 @@ const MOST_OBJECTS: usize = 8;
 /// As well once it has come to so many parts.
 const MOST_PARTS: usize = 100_000;
 
-/// Tells the root, and the changes, which are in byte order of their paths, of the union `new`. `view` is that of the
+/// Tells the root, and the changes, which are in the order of a walk, of the union `new`. `view` is that of the
 /// packed layers in it.
 pub(in crate::snapshotter) fn write(
     changes: &[Change],

@@ -53,6 +53,18 @@ impl Check {
         frames: None,
     };
 
+    /// The same of a content of which the whole was not compared before.
+    pub(super) fn of_unknown(&self) -> Self {
+        match self {
+            Self::Parts { verify, frames, .. } => Self::Parts {
+                verify: *verify,
+                known: false,
+                frames: frames.clone(),
+            },
+            Self::Nothing | Self::Whole => self.clone(),
+        }
+    }
+
     /// Whether all of it is compared before any of it is handed out, wherever it is.
     pub(super) fn is_whole(&self) -> bool {
         matches!(self, Self::Whole)

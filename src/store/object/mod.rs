@@ -260,11 +260,19 @@ impl Objects {
     /// The content of an object, which is looked for at `place` first. With `verify` all of it is
     /// compared with its name.
     pub fn read(&self, object: &Object, place: Option<Place>, verify: bool) -> Result<Content> {
-        self.open(object, place, &whole(verify))
+        let opened = self.open(object, place, &whole(verify))?;
+        Ok(opened.0)
     }
 
-    /// The content of an object, which is looked for at `place` first and compared with its name as `check` says.
-    pub fn open(&self, object: &Object, place: Option<Place>, check: &Check) -> Result<Content> {
+    /// The content of an object, which is looked for at `place` first and compared with its name as `check` says; elsewhere what was
+    /// compared before is another copy. Answers also whether it was at `place`.
+    pub fn open(
+        &self,
+        object: &Object,
+        place: Option<Place>,
+        check: &Check,
+    ) -> Result<(Content, bool)> {
+        let check_elsewhere = check.of_unknown();
         let mut tried = None;
         let mut next = place;
         if let Some(Place::Packed { pack, .. }) = place
@@ -277,13 +285,18 @@ impl Objects {
         let mut loaded = false;
         // A collection may bring the object to another pack between a look and a try, but not often.
         for _ in 0..MOST_MOVES {
-            if let Some(place) = next
+            if let Some(at) = next
                 && next != tried
             {
-                match self.open_from(object, place, check) {
-                    Ok(content) if !content.was_damaged() => return Ok(content),
-                    // What can be read of it is better than nothing.
-                    Ok(content) => return Ok(self.open_copy(object, place).unwrap_or(content)),
+                let is_there = next == place;
+                let check = if is_there { check } else { &check_elsewhere };
+                match self.open_from(object, at, check) {
+                    Ok(content) if !content.was_damaged() => return Ok((content, is_there)),
+                    Ok(content) => {
+                        let copy = self.open_copy(object, at).map(|copy| (copy, false));
+                        // What can be read of it is better than nothing.
+                        return Ok(copy.unwrap_or((content, is_there)));
+                    }
                     Err(failed) => error = Some(failed),
                 }
                 tried = next;
@@ -293,7 +306,7 @@ impl Objects {
             if let Some(place) = tried
                 && let Some(content) = self.open_copy(object, place)
             {
-                return Ok(content);
+                return Ok((content, false));
             }
             let missing = error.as_ref().is_some_and(Error::is_not_found);
             if tried.is_none() && next.is_none() {

@@ -60,6 +60,8 @@ impl Objects {
             *distrusted = replaced;
             for (object, place) in rest {
                 places.add(object.name, place);
+                // What came in place of it may have been collected since.
+                self.doubt(object.name);
             }
         }
     }

@@ -406,24 +406,25 @@ impl View {
             known: known.verified.get(u64::from(number)),
             frames: known.frames.lock().get(&number).cloned(),
         };
-        let mut content = self.objects.open(&object, place, &check);
-        if let Err(error) = content {
-            content = Err(self.or_lost(place, error));
-        }
+        let opened = self.objects.open(&object, place, &check);
+        let (mut content, is_there) = opened.map_err(|error| {
+            self.note(number, false);
+            self.or_lost(place, error)
+        })?;
         match &mut content {
-            Ok(Content::Framed(framed)) => {
+            Content::Framed(framed) => {
                 known.share(number, framed);
                 self.note(number, !framed.checks().has_failed());
             }
-            Ok(Content::Bytes(_) | Content::File(_)) => {
+            Content::Bytes(_) | Content::File(_) => {
                 self.note(number, true);
-                if self.verify == Verify::First {
+                // Who comes next begins where the view says, and a bad copy may be there.
+                if self.verify == Verify::First && is_there {
                     known.verified.set(u64::from(number));
                 }
             }
-            Err(_) => self.note(number, false),
         }
-        content
+        Ok(content)
     }
 
     /// Notes whether an object could be used.

@@ -16,12 +16,60 @@ use super::{LARGE, OWNER, Place};
 const DIRECTORIES: usize = 20;
 const FILES: usize = 10;
 
+/// What a file of a directory has in it, at whatever path it is and whenever it is written; always as long.
+fn content(directory: usize, file: &str) -> String {
+    format!("{:<20}", format!("{file} of {directory}"))
+}
+
+/// Holds what a layer has of files to being theirs, and counts them. One that was about to be written may be empty, or have zeros.
+fn check_contents(stream: &[u8]) -> usize {
+    let mut checked = 0;
+    let mut archive = tar::Archive::new(stream);
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let path = entry.path().unwrap().to_str().unwrap().to_owned();
+        let Some(expected) = content_at(&path) else {
+            continue;
+        };
+        checked += 1;
+        if let Some(target) = entry.link_name().unwrap() {
+            let of_target = content_at(target.to_str().unwrap());
+            let is_link = entry.header().entry_type().is_hard_link();
+            assert!(
+                !is_link || of_target == Some(expected),
+                "{path} is {target:?}"
+            );
+        } else if entry.header().entry_type().is_file() {
+            let mut read = Vec::new();
+            std::io::Read::read_to_end(&mut entry, &mut read).unwrap();
+            let is_its = read == expected.as_bytes() || read.iter().all(|byte| *byte == 0);
+            assert!(is_its, "{path} has {:?}", String::from_utf8_lossy(&read));
+        }
+    }
+    checked
+}
+
+/// What is in the file at a path, if it is always the same.
+fn content_at(path: &str) -> Option<String> {
+    let (top, file) = path.split_once('/')?;
+    let directory = top
+        .strip_prefix("aside")
+        .or_else(|| top.strip_prefix('d'))?;
+    let file = match file {
+        "moved" | "inside/linked" => "0",
+        file => file.strip_prefix("inside/")?,
+    };
+    let is_told = !file.starts_with(".wh.") && !file.contains("/.wh.");
+    is_told.then(|| content(directory.parse().unwrap(), file))
+}
+
 fn fill(root: &Path) {
-    for directory in 0..DIRECTORIES {
-        let directory = root.join(format!("d{directory}/inside"));
+    for number in 0..DIRECTORIES {
+        let directory = root.join(format!("d{number}/inside"));
         fs::create_dir_all(&directory).unwrap();
         for file in 0..FILES {
-            fs::write(directory.join(file.to_string()), "of the image").unwrap();
+            let file = file.to_string();
+            fs::write(directory.join(&file), content(number, &file)).unwrap();
         }
         fs::hard_link(directory.join("0"), directory.join("linked")).unwrap();
     }
@@ -33,19 +81,21 @@ fn change(root: &Path, number: usize) {
     let at = root.join(format!("d{}", number % DIRECTORIES));
     let inside = at.join("inside");
     let file = |name: usize| inside.join(name.to_string());
+    let write =
+        |path: &Path, name: &str| fs::write(path, content(number % DIRECTORIES, name)).unwrap();
     // Written, replaced, removed and made anew.
-    fs::write(file(1), "written").unwrap();
-    fs::write(inside.join("new"), "new").unwrap();
-    fs::rename(inside.join("new"), file(2)).unwrap();
+    write(&file(1), "1");
+    write(&at.join("new"), "2");
+    fs::rename(at.join("new"), file(2)).unwrap();
     fs::remove_file(file(3)).unwrap();
-    fs::write(file(3), "anew").unwrap();
+    write(&file(3), "3");
     // Of another kind.
     fs::remove_file(file(4)).unwrap();
     fs::create_dir(file(4)).unwrap();
-    fs::write(file(4).join("file"), "in what was a file").unwrap();
+    write(&file(4).join("file"), "4/file");
     fs::remove_file(file(5)).unwrap();
     symlink("nowhere", file(5)).unwrap();
-    fs::write(inside.join("linked"), "by one name").unwrap();
+    write(&inside.join("linked"), "0");
     fs::rename(inside.join("linked"), at.join("moved")).unwrap();
     let large = File::options().write(true).open(root.join("large"));
     let large = large.unwrap();
@@ -70,7 +120,7 @@ fn change(root: &Path, number: usize) {
     }
     fs::create_dir_all(&inside).unwrap();
     for name in 0..FILES {
-        fs::write(file(name), "made anew").unwrap();
+        write(&file(name), &name.to_string());
     }
     fs::hard_link(file(0), inside.join("linked")).unwrap();
 }
@@ -107,6 +157,7 @@ fn a_layer_of_it_is_whole_whatever_happens_meanwhile() {
         }
         let _done = Done(&is_done);
         let snapshots = &place.snapshots;
+        let mut checked = 0;
         let made = (0..LAYERS).try_for_each(|number| {
             let mut stream = Vec::new();
             match number % 4 {
@@ -125,6 +176,7 @@ fn a_layer_of_it_is_whole_whatever_happens_meanwhile() {
                 .unwrap();
             std::io::Write::write_all(&mut tar.stdin.take().unwrap(), &stream).unwrap();
             assert!(tar.wait().unwrap().success());
+            checked += check_contents(&stream);
             let key = format!("copy {number}");
             let on = plywood::snapshotter::ParentRef {
                 owner: OWNER,
@@ -135,5 +187,6 @@ fn a_layer_of_it_is_whole_whatever_happens_meanwhile() {
             snapshots.remove(OWNER, &key)
         });
         made.unwrap();
+        assert!(checked > LAYERS * DIRECTORIES, "{checked}");
     });
 }

@@ -2,7 +2,9 @@
 //!
 //! A file that went in that while made the whole layer fail, as did a file that was cut while it was read.
 
+use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
 
 use super::super::walk::tests::{
@@ -296,4 +298,39 @@ fn a_directory_that_goes_once_it_was_told_is_empty() {
     });
     assert_eq!(names(&stream), ["f/", "f/.wh.deep"].map(str::to_owned));
     check(&stream, "");
+}
+
+/// A file that had the number of one that was told, and was gone since, was told as a link of it, with its content.
+#[test]
+fn a_file_with_the_number_of_another_that_has_gone_is_no_link_of_it() {
+    let place = Place::new();
+    let work = InUse::new(&place, "packed");
+    let upper = work.snapshots.stat(OWNER, "work").unwrap().upper_dir;
+    let upper = upper.unwrap();
+    let at = |name: &str| upper.join(name);
+    let write = |name: &str| fs::write(at(name), name).unwrap();
+    let number = |name: &str| fs::metadata(at(name)).unwrap().ino();
+    for name in ["a", "b", "c", "taken"] {
+        write(name);
+    }
+    for (name, other) in [("a", "a-too"), ("c", "d")] {
+        fs::hard_link(at(name), at(other)).unwrap();
+    }
+    let first = number("a");
+    // At the header of `b`.
+    let stream = with_midway(&work, 2048, || {
+        for name in ["a", "a-too", "c", "d", "taken"] {
+            fs::remove_file(at(name)).unwrap();
+        }
+        let is_it = |name: &String| {
+            write(name);
+            number(name) == first
+        };
+        let found = (0..1000).map(|number| format!("new-{number}")).find(is_it);
+        // Some file systems give no number twice.
+        let name = found.unwrap_or_else(|| "new-0".to_owned());
+        fs::rename(at(&name), at("c")).unwrap();
+        fs::hard_link(at("c"), at("d")).unwrap();
+    });
+    assert_eq!(names(&stream), ["a", "a-too = a", "b", "c", "d = c"]);
 }
