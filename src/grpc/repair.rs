@@ -128,7 +128,7 @@ impl Repair {
         self.pick_from_containerd(&patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
         self.mend_without_source(Layers::mend)?;
-        self.images.settle_layers().map_err(Status::from)?;
+        self.images.settle_layers();
         self.look_again(&mut patients);
         let others_have =
             patients.values().any(|patient| patient.known.has_source()) || !newer.is_empty();

@@ -46,7 +46,9 @@ impl ImageStore {
             spools,
         };
         this.settle()?;
-        this.log_missing()?;
+        if let Err(error) = this.log_missing() {
+            tracing::error!(%error, "cannot tell which layers of images are missing");
+        }
         Ok(this)
     }
 
@@ -73,9 +75,7 @@ impl ImageStore {
             }
         }
         // It may have had what was missing.
-        if let Err(error) = self.settle_layers() {
-            tracing::warn!(%error, "cannot tell whether there are layers that nobody needs; the next start will");
-        }
+        self.settle_layers();
         loaded
     }
 
@@ -306,14 +306,16 @@ impl ImageStore {
     /// image that was removed by force goes.
     pub fn sweep(&self) -> Result<()> {
         let records = self.records.lock();
-        self.unpacker.sweep(&|chain_id| records.need(chain_id))
+        self.unpacker.sweep(&|chain_id| records.need(chain_id))?;
+        drop(records);
+        self.settle_layers();
+        Ok(())
     }
 
     /// Acts on what images there are now.
     fn settle(&self) -> Result<()> {
         self.tell_tops(&self.records.lock());
-        self.sweep()?;
-        self.settle_layers()
+        self.sweep()
     }
 
     /// Tells whose views containers will be started on.

@@ -163,6 +163,12 @@ impl Unpacker {
         Ok(self.snapshotter.missing_layers(chain_ids)?)
     }
 
+    /// Whether a snapshot is known for each of these chain ids.
+    pub(super) fn has_all<'a>(&self, chain_ids: impl IntoIterator<Item = &'a String>) -> bool {
+        self.snapshotter
+            .has_snapshots(chain_ids.into_iter().map(String::as_str))
+    }
+
     /// Lets the layers go that no snapshot has, if all of these are known.
     pub(super) fn settle_records(&self) {
         self.snapshotter.settle_records();

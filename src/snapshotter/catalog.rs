@@ -45,8 +45,8 @@ impl Record for SnapshotRecord {
     const KIND: &'static str = "snapshot";
     /// 2 has packed layers.
     const VERSION: u32 = 2;
-    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before it was damaged, or if it is of an image's layer, for which it may need the image's archive (`-i`); else restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for and start plyd again";
-    const LEFT: &'static str = "nothing here tells what it said: if it is of an image's layer, `snapctl system repair -i` with the archive of the image makes it anew; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
+    const REMEDY: &'static str = "`snapctl system repair` writes it again if this plyd has read it before it was damaged, or if it is of an image's layer, for which it may need the image's archive (`-i`); else restore it from a backup and run `snapctl system repair`, or delete the file to give up what it stands for, start plyd again and remove what builds on it";
+    const LEFT: &'static str = "nothing here tells what it said: if it is of an image's layer, `snapctl system repair -i` with the archive of the image makes it anew; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot, start plyd again and remove what builds on it; what was written to it is erased then, so copy what you need out of its mount first";
 }
 
 /// A snapshot with its id.

@@ -29,6 +29,11 @@ impl Snapshotter {
         missing.collect()
     }
 
+    /// Whether a snapshot is known for each of these keys of layers of images.
+    pub fn has_snapshots<'a>(&self, keys: impl IntoIterator<Item = &'a str>) -> bool {
+        self.catalog.unknown_layers(keys).is_empty()
+    }
+
     /// Makes the record of one of the [`missing_layers`](Self::missing_layers) anew, if the packed layer is there: `chain` are the
     /// chain ids of the image, `at` the place of the layer in it. Answers whether it did.
     pub fn restore_missing(&self, chain: &[String], at: usize, diff_id: &str) -> Result<bool> {

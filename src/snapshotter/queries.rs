@@ -133,7 +133,7 @@ impl Snapshotter {
     }
 
     /// Snapshots of one owner, or of all, in order of creation. Those that build on one whose record is damaged are left out, and the
-    /// log says so once for each such record.
+    /// log says so once for each such record. What builds on one whose record was gone when plyd started has no parent here.
     pub fn list(&self, owner: Option<Owner>) -> Result<Vec<SnapshotInfo>> {
         Ok(self.list_and_unusable(owner)?.0)
     }
@@ -157,8 +157,11 @@ impl Snapshotter {
                 .collect();
             let root = ancestors.last().copied().unwrap_or(found);
             match &root.record.parent {
-                Some(missing) => hidden.entry(missing).or_default().push(&found.record.key),
-                None => infos.push(self.info(found.clone(), &ancestors)),
+                // What builds on one that is gone for good has to be seen to be removed.
+                Some(missing) if !self.catalog.is_given_up(missing) => {
+                    hidden.entry(missing).or_default().push(&found.record.key);
+                }
+                _ => infos.push(self.info(found.clone(), &ancestors)),
             }
         }
         self.log_hidden(&by_id, &hidden);

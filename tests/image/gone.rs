@@ -332,3 +332,37 @@ fn nothing_is_missed_while_images_come_and_go() {
         assert_counted(&plyd, 0);
     }
 }
+
+/// What built on the record was hidden from those who had to remove it, so the image never went, and the store missed the record for good.
+#[test]
+fn an_image_goes_whose_lowest_record_is_gone() {
+    let mut plyd = Plyd::start();
+    load(&plyd, &image("whole"));
+    let [lower, _] = of_layers(&plyd);
+    lose(&mut plyd, &[&lower]);
+    assert_counted(&plyd, 1);
+    plyd.ok(["image", "rm", "whole"]);
+    assert_sound(&plyd);
+    assert_counted(&plyd, 0);
+    assert_eq!(layers(&plyd), 0);
+    assert!(files(&plyd, "snapshots/records", ".record").is_empty());
+}
+
+/// One that was made here, which no image tells of.
+#[test]
+fn what_builds_on_a_snapshot_that_is_gone_can_be_removed() {
+    let mut plyd = Plyd::start();
+    plyd.ok(["snapshot", "prepare", "work"]);
+    plyd.ok(["snapshot", "commit", "work", "base"]);
+    let base = files(&plyd, "snapshots/records", ".record");
+    plyd.ok(["snapshot", "prepare", "on it", "base"]);
+    lose(&mut plyd, &[&base[0]]);
+    assert_counted(&plyd, 1);
+    let all = plyd.json(["snapshot", "ls", "--json"]);
+    assert_eq!(all[0]["key"], "on it");
+    assert_eq!(all[0]["parent"], Value::Null);
+    plyd.ok(["snapshot", "rm", "on it"]);
+    assert_sound(&plyd);
+    assert_counted(&plyd, 0);
+    assert_eq!(layers(&plyd), 0);
+}

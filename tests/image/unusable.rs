@@ -141,7 +141,7 @@ fn it_is_said_what_became_of_a_record_and_what_the_user_must_do() {
         good = break_record(&snapshot);
         break_record(&image);
     });
-    let of_snapshot = "; nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again, which erases all that was written to them: copy what you need out of their mounts first, and stop what uses these";
+    let of_snapshot = "; nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot, start plyd again and remove what builds on it; what was written to it is erased then, so copy what you need out of its mount first";
     let of_image = "; `snapctl system repair -i` or `snapctl image load` with the image's archive makes it anew; only without that restore it from a backup and run `snapctl system repair`, or give the image up with `snapctl image rm`";
     for command in ["verify", "repair"] {
         let told = plyd.snapctl(["system", command]);

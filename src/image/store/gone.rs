@@ -32,13 +32,15 @@ impl ImageStore {
         Ok(())
     }
 
-    /// Lets the layers go that were kept for snapshots whose records cannot be used or are gone, if there are none.
-    pub fn settle_layers(&self) -> Result<()> {
+    /// Lets the layers go that were kept for snapshots whose records cannot be used or are gone, if there are none. While
+    /// the record of an image or of a name is so, nobody knows which layers are.
+    pub fn settle_layers(&self) {
         let records = self.records.lock();
-        if self.missing_layers_of(&records)?.is_empty() {
+        let chains: Vec<Vec<String>> = records.chains().map(|(_, chain)| chain).collect();
+        if records.all_damaged().next().is_none() && self.unpacker.has_all(chains.iter().flatten())
+        {
             self.unpacker.settle_records();
         }
-        Ok(())
     }
 
     /// Whether there is an image of that id, whose record need not be one that can be used.

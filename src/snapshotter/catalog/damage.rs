@@ -7,14 +7,14 @@ use crate::snapshotter::types::*;
 use crate::store::record::Damaged;
 
 /// What to do about a record that is of no image's layer and that a repair has left.
-const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again, which erases all that was written to them: copy what you need out of their mounts first, and stop what uses these";
+const LEFT_OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot, start plyd again and remove what builds on it; what was written to it is erased then, so copy what you need out of its mount first";
 /// What to do about the record of a layer of an image that a repair has left.
-const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give up the layer and what builds on it and start plyd again";
+const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew; only without that restore it from a backup and run `snapctl system repair`, or delete the file to give up the layer, start plyd again and remove what builds on it";
 
 /// What to do about the record of a layer of an image that no plyd has read since it was damaged.
 const FROM_IMAGE: &str = "`snapctl system repair` makes it anew from the image's record; where that is damaged or gone, too, `snapctl system repair -i` or `snapctl image load` with the image's archive does";
 /// The same where nobody can tell whose the record is.
-const OF_UNKNOWN: &str = "if it is of an image's layer, `snapctl system repair` makes it anew from the image's record, or with `-i` from the image's archive; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot and what builds on it and start plyd again";
+const OF_UNKNOWN: &str = "if it is of an image's layer, `snapctl system repair` makes it anew from the image's record, or with `-i` from the image's archive; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot, start plyd again and remove what builds on it; what was written to it is erased then, so copy what you need out of its mount first";
 
 impl Catalog {
     /// How many are [`damaged`](Self::damaged); of records only what has changed is read.

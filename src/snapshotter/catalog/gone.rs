@@ -87,6 +87,12 @@ impl Catalog {
         }
     }
 
+    /// Whether the record of a parent was gone when plyd started, and still is.
+    pub(in crate::snapshotter) fn is_given_up(&self, id: &str) -> bool {
+        let changes = self.changes.lock();
+        !changes.known.contains_key(id) && self.is_gone(id)
+    }
+
     /// Whether no file is the record of that id.
     pub(super) fn is_gone(&self, id: &str) -> bool {
         matches!(self.records.get(id), Ok(None))

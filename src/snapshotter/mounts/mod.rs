@@ -62,6 +62,8 @@ const LAST_ANSWER: Duration = Duration::from_secs(1);
 const ADOPTION: Duration = Duration::from_secs(60);
 /// How long in all such answers are waited for before plyd serves.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a plyfs may take to end when somebody has unmounted it.
+const ENDING: Duration = Duration::from_secs(20);
 /// How long a plyfs may take to bring everything to the disk.
 const FLUSH: Duration = Duration::from_secs(600);
 /// How long it may take to copy what is missing of all files.
@@ -313,7 +315,7 @@ impl Mounts {
         // Its death may be so young that the thread has not seen it.
         let control = self.control(id);
         if let Some(control) = control {
-            if has_ended(&control, Duration::ZERO) {
+            if self.is_ending(id, &control)? {
                 self.shared.bury(id, &control);
             } else if let Some(point) = self.point(id) {
                 return Ok(point);
@@ -329,6 +331,25 @@ impl Mounts {
         self.shared.live.lock().insert(id.to_owned(), live);
         self.shared.wake_up();
         Ok(point)
+    }
+
+    /// Whether a plyfs has ended, or does so because somebody has unmounted it. Where that was so and a copy of its mount goes on, it
+    /// is an error: what lies at its place now is an empty directory.
+    fn is_ending(&self, id: &str, control: &ControlClient) -> Result<bool> {
+        let root = self.place(id).root();
+        let there = mountinfo::at(&root).map_err(io_error("look for mounts at", &root))?;
+        let patience = match there {
+            Some(_) => Duration::ZERO,
+            None => ENDING,
+        };
+        let has_ended = has_ended(control, patience);
+        if has_ended || there.is_some() {
+            return Ok(has_ended);
+        }
+        let copies = "somebody has unmounted it there, and a copy of it is in use; stop what uses that, or unmount it, too";
+        Err(io_error("use the mount at", &root)(io::Error::other(
+            copies,
+        )))
     }
 
     fn start(&self, id: &str, union: &UnionConfig) -> Result<Live> {
