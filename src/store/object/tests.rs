@@ -180,15 +180,20 @@ fn what_is_not_published_is_removed() {
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
 }
 
+/// A store with one object, and the path of the pack that it lies in.
+fn with_content(dir: &Path) -> (Objects, Object, PathBuf) {
+    let objects = store(dir);
+    let sealed = packed(dir, b"content");
+    let path = objects.pack_path(sealed.id);
+    objects.publish(Some(sealed), Vec::new()).unwrap();
+    (objects, object(b"content"), path)
+}
+
 /// The end of another import gave a bad copy its place back while one was bringing a good one.
 #[test]
 fn nothing_is_given_back_while_an_import_is_under_way() {
     let tmp = tempfile::tempdir().unwrap();
-    let objects = store(tmp.path());
-    let sealed = packed(tmp.path(), b"content");
-    let path = objects.pack_path(sealed.id);
-    objects.publish(Some(sealed), Vec::new()).unwrap();
-    let object = object(b"content");
+    let (objects, object, path) = with_content(tmp.path());
     let place = objects.find(&object.name).unwrap();
     assert!(place.is_some());
     fs::remove_file(path).unwrap();
@@ -207,11 +212,7 @@ fn nothing_is_given_back_while_an_import_is_under_way() {
 #[test]
 fn an_import_looks_once_for_a_pack() {
     let tmp = tempfile::tempdir().unwrap();
-    let objects = store(tmp.path());
-    let sealed = packed(tmp.path(), b"content");
-    let path = objects.pack_path(sealed.id);
-    objects.publish(Some(sealed), Vec::new()).unwrap();
-    let object = object(b"content");
+    let (objects, object, path) = with_content(tmp.path());
     let _importing = objects.importing();
     let first = Seen::default();
     assert!(objects.find_for_import(&object, &first).unwrap().is_some());
