@@ -5,11 +5,13 @@ use std::io::Read;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tonic::Code;
 
 use super::client::{Bind, Snapshots, labels, source};
-use super::common::{Plyd, mounts_below, until};
+use super::common::{Plyd, mounts_below, unmount, until};
+use super::crash::plyfs_of;
 
 const REF: &str = "containerd.io/snapshot.ref";
 
@@ -357,4 +359,40 @@ fn writers_that_are_still_there_cannot_reach_a_committed_layer() {
     );
     let view = source(&snapshots.view("v", "base").unwrap());
     assert_eq!(fs::read(view.join("file")).unwrap(), b"before");
+}
+
+/// As long as its plyfs had not ended, the place was answered as if the mount was there: an empty directory.
+#[test]
+fn what_was_just_unmounted_is_mounted_anew() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let root = source(&snapshots.prepare("a", "").unwrap());
+    fs::write(root.join("file"), "1").unwrap();
+    let [pid] = plyfs_of(plyd.dir())[..] else {
+        panic!("not one plyfs");
+    };
+    let pid = Pid::from_raw(pid);
+    kill(pid, Signal::SIGSTOP).unwrap();
+    unmount(&root);
+    let mounts = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| Snapshots::of(&plyd).mounts("a"));
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        kill(pid, Signal::SIGCONT).unwrap();
+        asked.join().unwrap().unwrap()
+    });
+    assert_eq!(source(&mounts), root);
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
+    // A container that runs on it goes on, and nobody gets another mount of what it writes to.
+    let copy = plyd.dir().join("copy");
+    let bind = Bind::new(&mounts, &copy);
+    unmount(&root);
+    let error = snapshots.mounts("a").unwrap_err();
+    assert!(
+        error.message().contains("a copy of it is in use"),
+        "{error}"
+    );
+    assert_eq!(fs::read(copy.join("file")).unwrap(), b"1");
+    drop(bind);
+    assert_eq!(source(&snapshots.mounts("a").unwrap()), root);
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
 }

@@ -63,7 +63,9 @@ const ADOPTION: Duration = Duration::from_secs(60);
 /// How long in all such answers are waited for before plyd serves.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a plyfs may take to end when somebody has unmounted it.
-const ENDING: Duration = Duration::from_secs(20);
+const ENDING: Duration = Duration::from_secs(5);
+/// What is said of one that has not ended by then.
+const STILL_USED: &str = "somebody has unmounted it there, and a copy of it is in use; stop what uses that, or unmount it, too";
 /// How long a plyfs may take to bring everything to the disk.
 const FLUSH: Duration = Duration::from_secs(600);
 /// How long it may take to copy what is missing of all files.
@@ -346,9 +348,8 @@ impl Mounts {
         if has_ended || there.is_some() {
             return Ok(has_ended);
         }
-        let copies = "somebody has unmounted it there, and a copy of it is in use; stop what uses that, or unmount it, too";
         Err(io_error("use the mount at", &root)(io::Error::other(
-            copies,
+            STILL_USED,
         )))
     }
 
