@@ -493,6 +493,22 @@ fn a_damaged_record_costs_no_tree_and_no_other_snapshot() {
     assert_tidy(&place, &snapshots);
 }
 
+/// It was listed without a parent, as if it built on one whose record was gone when plyd started.
+#[test]
+fn what_is_removed_with_its_parent_while_a_list_is_made_is_left_out() {
+    let place = Place::new();
+    let snapshots = place.open();
+    layer(&snapshots, "base", None);
+    prepare(&snapshots, "child", Some("base"));
+    let mut all = snapshots.catalog.all().unwrap();
+    for key in ["child", "base"] {
+        snapshots.remove(Owner::Containerd, key).unwrap();
+    }
+    // Its record was read, and that of its parent was not there any more.
+    all.retain(|found| found.record.key == "child");
+    assert_eq!(snapshots.infos(&all, None), []);
+}
+
 /// It was said that there is no such snapshot, and whoever believed that made another.
 #[test]
 fn a_snapshot_whose_record_is_gone_is_not_said_not_to_be_there() {
