@@ -333,6 +333,14 @@ pub enum Error {
         /// What is mounted in it.
         mount: PathBuf,
     },
+    /// Somebody has unmounted a snapshot, and its plyfs goes on.
+    #[error(
+        "somebody has unmounted {mountpoint}, and its plyfs goes on, most often for a copy of the mount that is in use; stop what uses that, or unmount it, too, then repeat this"
+    )]
+    Unmounted {
+        /// Where it was mounted.
+        mountpoint: PathBuf,
+    },
     /// There is no plyfs to mount with.
     #[error(
         "there is no plyfs beside {executable} nor on PATH; install it, or name it with `--plyfs`"
