@@ -509,6 +509,24 @@ fn what_is_removed_with_its_parent_while_a_list_is_made_is_left_out() {
     assert_eq!(snapshots.infos(&all, None), []);
 }
 
+/// It counted as having no packed layers, and a mount that had gone on was not asked to read them anew after a repair.
+#[test]
+fn what_builds_on_a_record_that_is_gone_is_told_from_what_builds_on_nothing() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let base = layer(&snapshots, "base", None);
+    layer(&snapshots, "above", Some("base"));
+    prepare(&snapshots, "child", Some("above"));
+    prepare(&snapshots, "alone", None);
+    drop(snapshots);
+    let record = format!("snapshots/records/{}.record", base.id);
+    fs::remove_file(place.root().join(record)).unwrap();
+    let all = place.open().list(None).unwrap().into_iter();
+    let told: Vec<_> = all.map(|info| (info.key, info.is_cut)).collect();
+    let expected = [("above", true), ("child", true), ("alone", false)];
+    assert_eq!(told, expected.map(|(key, cut)| (key.to_owned(), cut)));
+}
+
 /// It was said that there is no such snapshot, and whoever believed that made another.
 #[test]
 fn a_snapshot_whose_record_is_gone_is_not_said_not_to_be_there() {

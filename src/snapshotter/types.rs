@@ -72,6 +72,8 @@ pub struct SnapshotInfo {
     pub key: String,
     /// Parent.
     pub parent: Option<ParentRef>,
+    /// The record of something below it is gone: neither that nor the layers from there on are told.
+    pub is_cut: bool,
     /// State.
     pub kind: Kind,
     /// Labels.
