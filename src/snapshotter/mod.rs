@@ -192,7 +192,6 @@ impl Snapshotter {
         if key.is_empty() {
             return Err(Error::EmptyKey);
         }
-        self.catalog.check_kept(owner, key)?;
         self.catalog.check_free(owner, key)?;
         let parent = parent
             .map(|parent| self.resolve_parent(parent))
