@@ -97,6 +97,7 @@ impl From<snapshotter::Error> for Status {
             | Error::HasChildren { .. }
             | Error::Mount(_)
             | Error::ForeignMount { .. }
+            | Error::Unmounted { .. }
             | Error::WritesLost { .. }
             | Error::NotPacked { .. }
             | Error::NotPristine { .. }

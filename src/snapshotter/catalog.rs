@@ -250,7 +250,7 @@ impl Catalog {
     /// Records a new snapshot. Its times are set here.
     pub(super) fn insert(&self, id: &str, mut record: SnapshotRecord) -> Result<Found> {
         let mut changes = self.changes.lock();
-        self.check_free(record.owner, &record.key)?;
+        self.check_unrecorded(record.owner, &record.key)?;
         if let Some(parent) = &record.parent
             && !changes.known.contains_key(parent)
         {
@@ -287,7 +287,7 @@ impl Catalog {
         );
         let renamed = old_name != new_name;
         if renamed {
-            self.check_free(new.record.owner, &new.record.key)?;
+            self.check_unrecorded(new.record.owner, &new.record.key)?;
             new.record.created = new.record.updated;
             self.index.insert(&new_name, &new.id)?;
         }
@@ -321,8 +321,13 @@ impl Catalog {
         found.record.packed.filter(counts)
     }
 
-    /// Fails if the key is taken.
+    /// Fails if the key is taken, also by a snapshot whose record is gone.
     pub(super) fn check_free(&self, owner: Owner, key: &str) -> Result<()> {
+        self.check_kept(owner, key)?;
+        self.check_unrecorded(owner, key)
+    }
+
+    fn check_unrecorded(&self, owner: Owner, key: &str) -> Result<()> {
         match self.find(owner, key)? {
             None => Ok(()),
             Some(_) => Err(Error::AlreadyExists {

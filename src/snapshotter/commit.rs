@@ -42,7 +42,6 @@ impl Snapshotter {
         let committed = self.locked(owner, key, |found| {
             self.expect_active(&found)?;
             if name != key {
-                self.catalog.check_kept(owner, name)?;
                 self.catalog.check_free(owner, name)?;
             }
             let committed = match self.is_on_directories(&found)? {

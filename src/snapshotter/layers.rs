@@ -28,7 +28,6 @@ impl Snapshotter {
         if name.is_empty() {
             return Err(Error::EmptyKey);
         }
-        self.catalog.check_kept(owner, name)?;
         self.catalog.check_free(owner, name)?;
         let parent = parent
             .map(|parent| self.resolve_parent(parent))

@@ -192,7 +192,6 @@ impl Snapshotter {
         if key.is_empty() {
             return Err(Error::EmptyKey);
         }
-        self.catalog.check_kept(owner, key)?;
         self.catalog.check_free(owner, key)?;
         let parent = parent
             .map(|parent| self.resolve_parent(parent))
@@ -439,6 +438,8 @@ impl Snapshotter {
         let upper_dir =
             (found.record.kind == Kind::Active).then(|| self.data.join(&found.id).join("upper"));
         let mount = self.mounts.point(&found.id);
+        let lowest = ancestors.last().copied().unwrap_or(&found);
+        let is_cut = lowest.record.parent.is_some();
         let Found { id, record } = found;
         SnapshotInfo {
             id,
@@ -448,6 +449,7 @@ impl Snapshotter {
                 owner: parent.record.owner,
                 key: parent.record.key.clone(),
             }),
+            is_cut,
             kind: record.kind,
             labels: record.labels,
             created: catalog::time(record.created),

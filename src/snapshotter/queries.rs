@@ -141,6 +141,12 @@ impl Snapshotter {
     /// As [`list`](Self::list), and how many records of snapshots, of any owner, cannot be used.
     pub fn list_and_unusable(&self, owner: Option<Owner>) -> Result<(Vec<SnapshotInfo>, usize)> {
         let (all, unusable) = self.catalog.all_and_unusable()?;
+        Ok((self.infos(&all, owner), unusable))
+    }
+
+    /// Those of `all` that [`list`](Self::list) answers; some may have been removed since these were read.
+    pub(super) fn infos(&self, all: &[Found], owner: Option<Owner>) -> Vec<SnapshotInfo> {
+        let given_up = self.catalog.given_up();
         let by_id: HashMap<&str, &Found> =
             all.iter().map(|found| (found.id.as_str(), found)).collect();
         let wanted = |found: &&Found| owner.is_none_or(|owner| owner == found.record.owner);
@@ -158,14 +164,14 @@ impl Snapshotter {
             let root = ancestors.last().copied().unwrap_or(found);
             match &root.record.parent {
                 // What builds on one that is gone for good has to be seen to be removed.
-                Some(missing) if !self.catalog.is_given_up(missing) => {
+                Some(missing) if !given_up.contains(missing) => {
                     hidden.entry(missing).or_default().push(&found.record.key);
                 }
                 _ => infos.push(self.info(found.clone(), &ancestors)),
             }
         }
         self.log_hidden(&by_id, &hidden);
-        Ok((infos, unusable))
+        infos
     }
 
     /// Says in the log what was left out of a listing, by the records that it builds on, unless it has been said since these were last

@@ -51,7 +51,7 @@ impl Snapshotter {
         };
         let mut stale = Vec::new();
         let failed = self.mounts.refresh(|id| match known.get(id) {
-            Some(info) if info.packed_layers.is_empty() => false,
+            Some(info) if info.packed_layers.is_empty() && !info.is_cut => false,
             Some(info) => match damaged_of(info) {
                 Some(layer) => {
                     stale.push((id.to_owned(), StaleReason::Damaged(layer)));

@@ -493,6 +493,40 @@ fn a_damaged_record_costs_no_tree_and_no_other_snapshot() {
     assert_tidy(&place, &snapshots);
 }
 
+/// It was listed without a parent, as if it built on one whose record was gone when plyd started.
+#[test]
+fn what_is_removed_with_its_parent_while_a_list_is_made_is_left_out() {
+    let place = Place::new();
+    let snapshots = place.open();
+    layer(&snapshots, "base", None);
+    prepare(&snapshots, "child", Some("base"));
+    let mut all = snapshots.catalog.all().unwrap();
+    for key in ["child", "base"] {
+        snapshots.remove(Owner::Containerd, key).unwrap();
+    }
+    // Its record was read, and that of its parent was not there any more.
+    all.retain(|found| found.record.key == "child");
+    assert_eq!(snapshots.infos(&all, None), []);
+}
+
+/// It counted as having no packed layers, and a mount that had gone on was not asked to read them anew after a repair.
+#[test]
+fn what_builds_on_a_record_that_is_gone_is_told_from_what_builds_on_nothing() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let base = layer(&snapshots, "base", None);
+    layer(&snapshots, "above", Some("base"));
+    prepare(&snapshots, "child", Some("above"));
+    prepare(&snapshots, "alone", None);
+    drop(snapshots);
+    let record = format!("snapshots/records/{}.record", base.id);
+    fs::remove_file(place.root().join(record)).unwrap();
+    let all = place.open().list(None).unwrap().into_iter();
+    let told: Vec<_> = all.map(|info| (info.key, info.is_cut)).collect();
+    let expected = [("above", true), ("child", true), ("alone", false)];
+    assert_eq!(told, expected.map(|(key, cut)| (key.to_owned(), cut)));
+}
+
 /// It was said that there is no such snapshot, and whoever believed that made another.
 #[test]
 fn a_snapshot_whose_record_is_gone_is_not_said_not_to_be_there() {

@@ -72,6 +72,8 @@ pub struct SnapshotInfo {
     pub key: String,
     /// Parent.
     pub parent: Option<ParentRef>,
+    /// The record of something below it is gone: neither that nor the layers from there on are told.
+    pub is_cut: bool,
     /// State.
     pub kind: Kind,
     /// Labels.
@@ -332,6 +334,14 @@ pub enum Error {
         place: PathBuf,
         /// What is mounted in it.
         mount: PathBuf,
+    },
+    /// Somebody has unmounted a snapshot, and its plyfs goes on.
+    #[error(
+        "somebody has unmounted {mountpoint}, and its plyfs goes on, most often for a copy of the mount that is in use; stop what uses that, or unmount it, too, then repeat this"
+    )]
+    Unmounted {
+        /// Where it was mounted.
+        mountpoint: PathBuf,
     },
     /// There is no plyfs to mount with.
     #[error(

@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::Code;
 
-use super::client::{Snapshots, source};
+use super::client::{Bind, Snapshots, source};
 use super::common::{PATIENCE, PLYD, Plyd, mounts_below, unmount, until};
 
 /// The plyfs processes whose command lines name `dir`.
@@ -301,6 +301,36 @@ fn what_lies_below_a_dead_mount_goes_but_nothing_that_is_mounted_there() {
     assert_tidy(&plyd, &snapshots, 0);
     let trash = plyd.state().join("trash");
     until("what was written is deleted", || count(trash.clone()) == 0);
+}
+
+/// The answer was the place of a mount that was about to end, an empty directory.
+#[test]
+fn what_somebody_has_unmounted_is_mounted_anew_once_its_copies_are_gone() {
+    let plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    let mounts = snapshots.prepare("a", "").unwrap();
+    let root = source(&mounts);
+    fs::write(root.join("file"), "1").unwrap();
+    let copy = Bind::new(&mounts, &plyd.dir().join("copy"));
+    unmount(&root);
+    let status = snapshots.mounts("a").unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+    assert!(
+        status.message().contains(root.to_str().unwrap()),
+        "{status}"
+    );
+
+    let again = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(500));
+            drop(copy);
+        });
+        snapshots.mounts("a").unwrap()
+    });
+    assert_eq!(again, mounts);
+    assert_eq!(fs::read(root.join("file")).unwrap(), b"1");
+    snapshots.remove("a").unwrap();
+    assert_tidy(&plyd, &snapshots, 0);
 }
 
 /// Prepares, writes, commits and removes without end until plyd is gone, and answers the names whose

@@ -87,10 +87,11 @@ impl Catalog {
         }
     }
 
-    /// Whether the record of a parent was gone when plyd started, and still is.
-    pub(in crate::snapshotter) fn is_given_up(&self, id: &str) -> bool {
-        let changes = self.changes.lock();
-        !changes.known.contains_key(id) && self.is_gone(id)
+    /// Ids of the parents whose records were gone when plyd started, and still are. One that was removed since has no child.
+    pub(in crate::snapshotter) fn given_up(&self) -> HashSet<String> {
+        let mut parents = self.changes.lock().unknown_parents();
+        parents.retain(|id| self.is_gone(id));
+        parents
     }
 
     /// Whether no file is the record of that id.

@@ -64,8 +64,6 @@ const ADOPTION: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a plyfs may take to end when somebody has unmounted it.
 const ENDING: Duration = Duration::from_secs(5);
-/// What is said of one that has not ended by then.
-const STILL_USED: &str = "somebody has unmounted it there, and a copy of it is in use; stop what uses that, or unmount it, too";
 /// How long a plyfs may take to bring everything to the disk.
 const FLUSH: Duration = Duration::from_secs(600);
 /// How long it may take to copy what is missing of all files.
@@ -335,8 +333,8 @@ impl Mounts {
         Ok(point)
     }
 
-    /// Whether a plyfs has ended, or does so because somebody has unmounted it. Where that was so and a copy of its mount goes on, it
-    /// is an error: what lies at its place now is an empty directory.
+    /// Whether a plyfs has ended, or does so because somebody has unmounted it. If it does not end then, as a copy of the mount
+    /// is in use, that is an error: what lies at its place now is an empty directory.
     fn is_ending(&self, id: &str, control: &ControlClient) -> Result<bool> {
         let root = self.place(id).root();
         let there = mountinfo::at(&root).map_err(io_error("look for mounts at", &root))?;
@@ -344,13 +342,10 @@ impl Mounts {
             Some(_) => Duration::ZERO,
             None => ENDING,
         };
-        let has_ended = has_ended(control, patience);
-        if has_ended || there.is_some() {
-            return Ok(has_ended);
+        match has_ended(control, patience) {
+            false if there.is_none() => Err(Error::Unmounted { mountpoint: root }),
+            has_ended => Ok(has_ended),
         }
-        Err(io_error("use the mount at", &root)(io::Error::other(
-            STILL_USED,
-        )))
     }
 
     fn start(&self, id: &str, union: &UnionConfig) -> Result<Live> {

@@ -127,15 +127,21 @@ fn of_a_stream_no_more_is_read_than_what_is_lacking() {
     store.assert_whole();
 }
 
+/// A store that has lost its pack and its file; their places, and where they are.
+fn with_contents_away() -> (Store, [(PathBuf, PathBuf); 2]) {
+    let store = Store::new();
+    let away = ["packs", "objects"].map(|dir| {
+        let path = store.file(dir);
+        let away = path.with_extension("away");
+        fs::rename(&path, &away).unwrap();
+        (path, away)
+    });
+    (store.reopen(), away)
+}
+
 #[test]
 fn what_is_put_back_is_found() {
-    let store = Store::new();
-    let (pack, file) = (store.file("packs"), store.file("objects"));
-    let away = [&pack, &file].map(|path| (path.clone(), path.with_extension("away")));
-    for (path, away) in &away {
-        fs::rename(path, away).unwrap();
-    }
-    let store = store.reopen();
+    let (store, away) = with_contents_away();
     let none = store.layers.take_put_back().unwrap();
     assert!(none.packs.is_empty() && none.files == 0);
     assert_eq!(store.faults(), 4);
@@ -147,7 +153,7 @@ fn what_is_put_back_is_found() {
     }
     assert!(store.layers.take_mended());
     let found = store.layers.take_put_back().unwrap();
-    assert_eq!((found.packs, found.files), (vec![pack], 1));
+    assert_eq!((found.packs, found.files), (vec![away[0].0.clone()], 1));
     assert!(store.layers.take_mended());
     assert_eq!(store.layers.objects().find(&name_of("b")).unwrap(), b);
     assert_eq!(store.layers.doubted().len(), 0);
@@ -161,13 +167,7 @@ fn what_is_put_back_is_found() {
 /// loaded on them.
 #[test]
 fn what_is_put_back_is_read_before_anybody_relies_on_it() {
-    let store = Store::new();
-    let (pack, file) = (store.file("packs"), store.file("objects"));
-    let away = [&pack, &file].map(|path| (path.clone(), path.with_extension("away")));
-    for (path, away) in &away {
-        fs::rename(path, away).unwrap();
-    }
-    let store = store.reopen();
+    let (store, away) = with_contents_away();
     let look = |store: &Store| {
         let layers = [store.layer, store.other];
         let faults = |layer| store.layers.verify_layer(layer, false, &()).len();
