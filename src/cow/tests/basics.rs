@@ -3,7 +3,6 @@
 use std::os::fd::AsFd;
 
 use nix::mount::{MntFlags, MsFlags, umount2};
-use nix::sched::{CloneFlags, unshare};
 
 use super::file::UnderWay;
 use super::node::Gathered;
@@ -517,11 +516,9 @@ fn a_read_that_moves_no_access_time_needs_no_proc() {
     let node = fixture.node("f");
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
-            let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-            nix::mount::mount(none, "/", none, flags, none).unwrap();
+            leave_namespace();
             let kind = Some("tmpfs");
-            nix::mount::mount(kind, "/proc", kind, MsFlags::empty(), none).unwrap();
+            nix::mount::mount(kind, "/proc", kind, MsFlags::empty(), None::<&str>).unwrap();
             let mut buf = [0; 8];
             let read = fixture.union().read_quietly(node, 0, &mut buf);
             (read.unwrap(), buf)

@@ -2,11 +2,12 @@
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 
 use super::*;
 
-/// A mount of kernel overlayfs over a fixture's directories.
+/// A mount of kernel overlayfs over a fixture's directories. Only this thread has it: in a copy of the namespace, as another test makes
+/// one, it would outlive its end, and the next one of the same upper would be refused with EBUSY.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -99,6 +100,7 @@ fn seen_by_us(fixture: &Fixture, dir: &str, out: &mut Seen) {
 
 #[test]
 fn an_upper_made_by_us_is_read_by_the_kernel_as_we_read_it() {
+    leave_namespace();
     let mut fixture = Fixture::new(2, |lowers| {
         for (n, lower) in lowers.iter().enumerate() {
             for path in ["a/b/c/f", "a/b/g", "d/h", "mode", "old", "gone", "x", "y"] {
@@ -155,6 +157,7 @@ fn an_upper_made_by_us_is_read_by_the_kernel_as_we_read_it() {
 
 #[test]
 fn the_kernel_refuses_a_file_that_is_copied_up_in_part() {
+    leave_namespace();
     let content = "line\n".repeat(20_000);
     let mut fixture = Fixture::new(1, |lowers| put(lowers[0].join("d/f"), &content));
     fixture.union = None;
@@ -200,6 +203,7 @@ fn the_kernel_refuses_a_file_that_is_copied_up_in_part() {
 
 #[test]
 fn an_upper_made_by_the_kernel_is_read_as_the_kernel_reads_it() {
+    leave_namespace();
     let mut fixture = Fixture::new(2, |lowers| {
         for (n, lower) in lowers.iter().enumerate() {
             for path in [

@@ -16,6 +16,9 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
 use super::*;
 
 /// Layers in a directory of their own, and a union over them that can be opened anew.
@@ -272,6 +275,13 @@ fn errno<T>(result: Result<T>) -> i32 {
         Ok(_) => 0,
         Err(error) => error.errno,
     }
+}
+
+/// Gives this thread mounts of its own.
+fn leave_namespace() {
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+    let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+    mount(none, "/", none, flags, none).unwrap();
 }
 
 fn put(path: impl AsRef<Path>, text: &str) {
