@@ -193,7 +193,13 @@ fn plyd_raises_its_limit_of_open_files_and_not_that_of_containers() {
     let run = ["run", "--rm", BUSYBOX, "sh", "-c", script];
     assert_eq!(plyd.ok(run), "200\n4096\n");
     plyd.ok(["run", "-d", "--name", "c", BUSYBOX, "sleep", "1000"]);
-    assert_eq!(plyd.ok(["exec", "c", "sh", "-c", script]), "200\n4096\n");
+    // While a runc of Go 1.19 sets the limits of what it executes, that raises its own, as each program of Go does when it
+    // begins, and now and then comes second. A limit that plyd handed on would be seen each time.
+    let exec = || plyd.ok(["exec", "c", "sh", "-c", script]);
+    let seen: Vec<String> = (0..5).map(|_| exec()).collect();
+    let is_known = |seen: &String| ["200\n4096\n", "4096\n4096\n"].contains(&&**seen);
+    assert!(seen.iter().all(is_known), "{seen:?}");
+    assert!(seen.iter().any(|seen| seen == "200\n4096\n"), "{seen:?}");
 }
 
 /// The system calls of a process from now until it is dropped, one a line, with the paths of descriptors.
