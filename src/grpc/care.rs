@@ -23,7 +23,15 @@ pub(super) const ANSWERS_WAITING: usize = 32;
 /// What to do about what is damaged, if nobody knows more.
 const REMEDY: &str = "`snapctl system repair` mends it, or says what to do";
 
-pub(super) fn collect(snapshotter: &Snapshotter, dry_run: bool) -> api::CollectResponse {
+pub(super) fn collect(
+    snapshotter: &Snapshotter,
+    images: &ImageStore,
+    dry_run: bool,
+) -> api::CollectResponse {
+    if !dry_run {
+        // The file of a record that could not be read may be gone by now.
+        images.settle_layers();
+    }
     let collected = snapshotter.packed_layers().collect(dry_run, &());
     api::CollectResponse {
         orphans: collected
@@ -65,6 +73,8 @@ impl Client<'_> {
             tracing::info!("verify: {what}");
         }
         if !put_back.is_empty() {
+            // It may have been what was lacking.
+            stores.images.settle_layers();
             stores.snapshotter.refresh_mounts_and_log();
         }
         let layers = stores.snapshotter.packed_layers();

@@ -136,7 +136,9 @@ pub async fn serve(
         containers: all_containers,
         containerd,
     } = backends;
-    let snapshots = SnapshotsServer::new(snapshots::Service::new(Arc::clone(&snapshotter)))
+    let snapshots_service =
+        snapshots::Service::new(Arc::clone(&snapshotter), Arc::clone(&image_store));
+    let snapshots = SnapshotsServer::new(snapshots_service)
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE);
     let content = Content::new(containerd);

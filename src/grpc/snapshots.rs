@@ -13,6 +13,7 @@ use super::filter::Filters;
 use super::pb::containerd::services::snapshots::v1 as api;
 use super::pb::containerd::types;
 use super::status::blocking;
+use crate::image::ImageStore;
 use crate::snapshotter::{Kind, Mount, Owner, ParentRef, SnapshotInfo, Snapshotter};
 
 const OWNER: Owner = Owner::Containerd;
@@ -26,11 +27,15 @@ const LABEL_REF: &str = "containerd.io/snapshot.ref";
 /// The service.
 pub(super) struct Service {
     snapshotter: Arc<Snapshotter>,
+    images: Arc<ImageStore>,
 }
 
 impl Service {
-    pub(super) fn new(snapshotter: Arc<Snapshotter>) -> Self {
-        Self { snapshotter }
+    pub(super) fn new(snapshotter: Arc<Snapshotter>, images: Arc<ImageStore>) -> Self {
+        Self {
+            snapshotter,
+            images,
+        }
     }
 
     async fn with<T: Send + 'static>(
@@ -110,8 +115,13 @@ impl api::snapshots_server::Snapshots for Service {
         request: Request<api::RemoveSnapshotRequest>,
     ) -> Result<Response<()>, Status> {
         let key = request.into_inner().key;
+        let images = Arc::clone(&self.images);
         self.with(move |snapshotter| {
             snapshotter.remove(OWNER, &key)?;
+            // It may have been the last to tell of a record that is gone.
+            if snapshotter.is_unsettled() {
+                images.settle_layers();
+            }
             Ok(Response::new(()))
         })
         .await

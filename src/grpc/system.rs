@@ -68,8 +68,12 @@ impl api::system_server::System for Service {
         request: Request<api::CollectRequest>,
     ) -> Result<Response<api::CollectResponse>, Status> {
         let dry_run = request.into_inner().dry_run;
-        let snapshotter = Arc::clone(&self.snapshotter);
-        blocking(move || Ok::<_, Status>(Response::new(care::collect(&snapshotter, dry_run)))).await
+        let (snapshotter, images) = (Arc::clone(&self.snapshotter), Arc::clone(&self.images));
+        blocking(move || {
+            let collected = care::collect(&snapshotter, &images, dry_run);
+            Ok::<_, Status>(Response::new(collected))
+        })
+        .await
     }
 
     async fn verify(

@@ -209,6 +209,11 @@ impl Snapshotter {
         settled
     }
 
+    /// Whether layers are kept that [`settle_records`](Self::settle_records) may let go. Nothing is looked for.
+    pub fn is_unsettled(&self) -> bool {
+        self.packed.keeps_claimed()
+    }
+
     /// Takes in records that somebody has put back since plyd started; answers of which snapshots. Those of packed layers have to be
     /// known before. What was kept because of them is settled by [`settle_records`](Self::settle_records).
     pub fn take_put_back(&self) -> Result<Vec<ParentRef>> {

@@ -262,6 +262,11 @@ impl Packed {
         self.remove_unused(&state);
     }
 
+    /// Whether layers are kept because snapshots may have them whose records cannot be read, or are gone.
+    pub(super) fn keeps_claimed(&self) -> bool {
+        !self.state.lock().claimed.is_empty()
+    }
+
     /// Of all snapshots it is known now which layers they have.
     pub(super) fn settle(&self) {
         let mut state = self.state.lock();
