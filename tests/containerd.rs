@@ -20,6 +20,7 @@ mod snapshot;
 mod tree;
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use host::{Host, sh};
@@ -351,4 +352,79 @@ fn containers_survive_the_death_of_plyd() {
         host.snapshots("plywood").is_empty()
     });
     host.until("every mount is gone", || host.plyd_mounts().is_empty());
+}
+
+/// containerd listed nothing at all, and a layer stayed for good where all that it had was removed. That it believes a snapshot to be there
+/// whose record is gone is its own: an import says that it is done then, and mends nothing.
+#[test]
+fn a_layer_without_a_record_is_had_again_once_containerd_has_let_go_of_it() {
+    let mut host = Host::start();
+    let archive = image::busybox(&host.dir);
+    let import = [
+        "images",
+        "import",
+        "--snapshotter",
+        "plywood",
+        archive.to_str().unwrap(),
+    ];
+    let name = "localhost/busybox:latest";
+    let snapshotter = ["run", "--snapshotter", "plywood"];
+    let runs = [&snapshotter[..], &["--rm", name, "other", "echo", "runs"]].concat();
+    let script = "echo written >/file; sleep 1000";
+    let works = [&snapshotter[..], &["-d", name, "c", "sh", "-c", script]].concat();
+    for is_lowest in [true, false] {
+        host.ctr(&import);
+        host.ctr(&works);
+        let mut records = host.files("snapshots/records");
+        let text = |path: &PathBuf| fs::read_to_string(path).unwrap();
+        records.retain(|path| text(path).contains("\"kind\":\"committed\""));
+        records.sort_by_key(|path| !text(path).contains("\"parent\":null"));
+        assert_eq!(records.len(), 2);
+        host.kill_plyd();
+        fs::remove_file(&records[usize::from(!is_lowest)]).unwrap();
+        host.restart_plyd();
+        host.until("containerd has connected again", || {
+            let list = ["snapshots", "--snapshotter", "plywood", "ls"];
+            host.try_ctr(&list).is_ok()
+        });
+        let left = host.snapshots("plywood");
+        assert_eq!(left.len(), 2, "{left:?}");
+        assert_eq!(host.stored("store/records"), 2);
+        let written = ["tasks", "exec", "--exec-id", "look", "c", "cat", "/file"];
+        assert_eq!(host.ctr(&written), "written\n");
+
+        let removed = ["images", "rm", "--sync", name];
+        host.ctr(&import);
+        for _ in 0..2 {
+            let refused = host.try_ctr(&runs).unwrap_err();
+            // After the kill the index, which knew whose record it was, was made anew.
+            let told = match is_lowest {
+                true => "`ctr images rm --sync`",
+                false => "to be the parent: not found",
+            };
+            let line = refused.lines().find(|line| line.starts_with("ctr: "));
+            assert!(line.unwrap().contains(told), "{refused}");
+            // Not while the container has it.
+            host.ctr(&removed);
+            host.ctr(&import);
+        }
+        host.ctr(&["tasks", "kill", "--signal", "SIGKILL", "c"]);
+        host.until("the task has ended", || {
+            host.ctr(&["tasks", "ls"]).contains("STOPPED")
+        });
+        host.ctr(&["tasks", "rm", "c"]);
+        host.ctr(&["containers", "rm", "c"]);
+        host.ctr(&removed);
+        host.until("every snapshot is collected", || {
+            host.stored("snapshots/records") == 0
+        });
+        assert_eq!(host.stored("store/records"), 0);
+        host.ctr(&import);
+        assert_eq!(host.ctr(&runs), "runs\n");
+        host.ctr(&removed);
+        host.until("every snapshot is collected", || {
+            host.stored("snapshots/records") == 0
+        });
+        assert_eq!(host.stored("store/records"), 0);
+    }
 }

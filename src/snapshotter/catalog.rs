@@ -187,26 +187,42 @@ impl Catalog {
         }
     }
 
-    /// The snapshots below `record`, the nearest first. Fails if a record of the chain is damaged.
+    /// The snapshots below `record`, the nearest first. Fails if a record of the chain is damaged, or gone.
     pub(super) fn ancestors(&self, record: &SnapshotRecord) -> Result<Vec<Found>> {
+        match self.ancestors_that_are_there(record)? {
+            (chain, None) => Ok(chain),
+            (_, Some(id)) => Err(self.gone(&id)),
+        }
+    }
+
+    /// As [`ancestors`](Self::ancestors), but only down to one whose record was gone when plyd started, and still is.
+    pub(super) fn ancestors_as_listed(&self, record: &SnapshotRecord) -> Result<Vec<Found>> {
+        match self.ancestors_that_are_there(record)? {
+            (_, Some(id)) if !self.given_up().contains(&id) => Err(self.gone(&id)),
+            (chain, _) => Ok(chain),
+        }
+    }
+
+    /// The snapshots below `record`, down to one that has no record, whose id is answered, too.
+    fn ancestors_that_are_there(
+        &self,
+        record: &SnapshotRecord,
+    ) -> Result<(Vec<Found>, Option<String>)> {
         let mut chain: Vec<Found> = Vec::new();
         let mut next = record.parent.clone();
         while let Some(id) = next {
             // Parents exist before their children, so the chain ends; a forged record cannot loop it.
-            let missing = |problem: &str| self.records.damaged(&id, problem.to_owned());
             if chain.iter().any(|found| found.id == id) {
-                return Err(record::Error::from(missing("it is its own ancestor")).into());
+                let problem = "it is its own ancestor".to_owned();
+                return Err(record::Error::from(self.records.damaged(&id, problem)).into());
             }
             let Some(record) = self.records.get(&id)? else {
-                return Err(record::Error::from(missing(
-                    "it is missing, though other snapshots build on it",
-                ))
-                .into());
+                return Ok((chain, Some(id)));
             };
             next = record.parent.clone();
             chain.push(Found { id, record });
         }
-        Ok(chain)
+        Ok((chain, None))
     }
 
     /// All sound snapshots, in order of creation.

@@ -225,7 +225,7 @@ impl Snapshotter {
     fn resolve_parent(&self, parent: &ParentRef) -> Result<Found> {
         let ParentRef { owner, key } = parent;
         let Some(found) = self.catalog.find(*owner, key)? else {
-            self.catalog.check_kept(*owner, key)?;
+            self.catalog.check_missed(*owner, key)?;
             return Err(Error::NoParent {
                 owner: *owner,
                 key: key.clone(),
@@ -426,8 +426,9 @@ impl Snapshotter {
         })
     }
 
+    /// As a listing has it.
     fn describe(&self, found: Found) -> Result<SnapshotInfo> {
-        let ancestors = self.catalog.ancestors(&found.record)?;
+        let ancestors = self.catalog.ancestors_as_listed(&found.record)?;
         let ancestors: Vec<&Found> = ancestors.iter().collect();
         Ok(self.info(found, &ancestors))
     }

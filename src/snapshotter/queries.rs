@@ -20,15 +20,17 @@ impl Snapshotter {
         self.mounts.places(&self.catalog.resolve(owner, key)?.id)
     }
 
-    /// The snapshot of `owner` whose mount is at `path`, as [`mounts`](Self::mounts) says it.
+    /// The snapshot of `owner` whose mount is at `path`, as [`mounts`](Self::mounts) says it. Fails if a record below it is gone.
     pub fn mounted_from(&self, owner: Owner, path: &Path) -> Result<Option<SnapshotInfo>> {
         let Some(id) = self.mounts.id_at(path) else {
             return Ok(None);
         };
         match self.catalog.get(id)? {
             Some(record) if record.owner == owner => {
+                let ancestors = self.catalog.ancestors(&record)?;
                 let id = id.to_owned();
-                self.describe(Found { id, record }).map(Some)
+                let ancestors: Vec<&Found> = ancestors.iter().collect();
+                Ok(Some(self.info(Found { id, record }, &ancestors)))
             }
             _ => Ok(None),
         }
@@ -127,7 +129,7 @@ impl Snapshotter {
         Ok(users)
     }
 
-    /// What is known of one snapshot.
+    /// What is known of one snapshot, as [`list`](Self::list) has it.
     pub fn stat(&self, owner: Owner, key: &str) -> Result<SnapshotInfo> {
         self.describe(self.catalog.resolve(owner, key)?)
     }

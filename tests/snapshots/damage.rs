@@ -5,8 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
+use plywood::grpc::pb::containerd::services::snapshots::v1::Info;
 
-use super::client::{Snapshots, source};
+use super::client::{Snapshots, labels, source};
 use super::common::{Plyd, unmount};
 use super::crash::{assert_tidy, names, plyfs_of};
 
@@ -73,6 +74,126 @@ fn a_mount_whose_record_is_corrupt_goes_on() {
     drop(inside);
     snapshots.commit("base", "a").unwrap();
     assert_tidy(&plyd, &snapshots, 0);
+}
+
+/// Three snapshots on each other of which the lowest one's record went while plyd was stopped, and a plain one beside them.
+fn without_the_lowest() -> (Plyd, Vec<u8>, PathBuf) {
+    let mut plyd = Plyd::start();
+    let snapshots = Snapshots::of(&plyd);
+    for (name, parent) in [
+        ("base", ""),
+        ("middle", "base"),
+        ("top", "middle"),
+        ("beside", ""),
+    ] {
+        snapshots.layer(name, parent, |root| {
+            fs::write(root.join(name), name).unwrap()
+        });
+    }
+    snapshots.prepare("work", "top").unwrap();
+    plyd.signal(Signal::SIGTERM);
+    let record = record_of(&plyd, "base");
+    let good = fs::read(&record).unwrap();
+    fs::remove_file(&record).unwrap();
+    plyd.launch();
+    (plyd, good, record)
+}
+
+/// `ctr snapshots ls` asks for each snapshot that it lists, and failed altogether.
+#[test]
+fn what_builds_on_a_record_that_is_gone_can_be_asked_for_and_not_be_used() {
+    let (plyd, good, record) = without_the_lowest();
+    let snapshots = Snapshots::of(&plyd);
+    assert_eq!(snapshots.names(), ["middle", "top", "beside", "work"]);
+    for (name, parent) in [("middle", ""), ("top", "middle"), ("work", "top")] {
+        let info = snapshots.stat(name).unwrap();
+        assert_eq!(info.parent, parent, "{name}");
+        let changed = Info {
+            labels: labels(&[("is", name)]),
+            ..info
+        };
+        let updated = snapshots.update(changed, &[]).unwrap();
+        assert_eq!((&*updated.parent, &*updated.labels["is"]), (parent, name));
+        assert_eq!(snapshots.stat(name).unwrap(), updated);
+        snapshots.usage(name).unwrap();
+    }
+    let told = format!(
+        "the record {} cannot be used: it is gone; nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or have containerd remove the containers on it and each image that has it (`ctr containers rm`, `ctr images rm --sync`; `crictl rm`, `crictl rmi`), and only then pull the image again",
+        record.display()
+    );
+    for refused in [
+        snapshots.mounts("work").map(drop),
+        snapshots.prepare("new", "base").map(drop),
+        snapshots.prepare("new", "middle").map(drop),
+        snapshots.view("new", "top").map(drop),
+        snapshots.commit("new", "work"),
+    ] {
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::DataLoss);
+        assert_eq!(refused.message(), told);
+    }
+    // Nothing is left of those.
+    assert_eq!(snapshots.names(), ["middle", "top", "beside", "work"]);
+    // Of containerd's listing only that leaves the others.
+    let missing = snapshots.stat("base").unwrap_err();
+    assert_eq!(missing.code(), tonic::Code::NotFound);
+
+    fs::write(&record, good).unwrap();
+    plyd.ok(["system", "repair"]);
+    assert_eq!(snapshots.stat("middle").unwrap().parent, "base");
+    let view = source(&snapshots.view("new", "top").unwrap());
+    for name in ["base", "middle", "top"] {
+        assert_eq!(fs::read_to_string(view.join(name)).unwrap(), name);
+    }
+    assert_eq!(snapshots.stat("top").unwrap().labels["is"], "top");
+}
+
+/// They stayed until a repair or the next start, and a collection took nothing of them.
+#[test]
+fn layers_that_were_kept_for_a_record_that_is_gone_go_with_the_last_that_builds_on_it() {
+    let (plyd, ..) = without_the_lowest();
+    let snapshots = Snapshots::of(&plyd);
+    let layers = || names(&plyd.root().join("store/records")).len();
+    for (name, left) in [("work", 4), ("top", 4), ("middle", 1), ("beside", 0)] {
+        snapshots.remove(name).unwrap();
+        assert_eq!(layers(), left, "{name}");
+    }
+    snapshots.cleanup().unwrap();
+    assert_tidy(&plyd, &snapshots, 0);
+    plyd.ok(["system", "verify"]);
+}
+
+/// The next repair let it go, but nobody had a reason to ask for one.
+#[test]
+fn layers_of_nobody_go_once_all_records_are_known_whoever_finds_that_out() {
+    for finds_out in ["gc", "verify"] {
+        let mut plyd = Plyd::start();
+        let snapshots = Snapshots::of(&plyd);
+        for name in ["one", "two"] {
+            snapshots.layer(name, "", |root| fs::write(root.join(name), name).unwrap());
+        }
+        plyd.signal(Signal::SIGTERM);
+        let of_one = record_of(&plyd, "one");
+        let good = fs::read(&of_one).unwrap();
+        fs::write(&of_one, &good[..good.len() / 2]).unwrap();
+        plyd.launch();
+        let snapshots = Snapshots::of(&plyd);
+        snapshots.remove("two").unwrap();
+        let layers = || names(&plyd.root().join("store/records")).len();
+        assert_eq!(layers(), 2);
+        let left = match finds_out {
+            "gc" => {
+                fs::remove_file(&of_one).unwrap();
+                0
+            }
+            _ => {
+                fs::write(&of_one, &good).unwrap();
+                1
+            }
+        };
+        plyd.ok(["system", finds_out]);
+        assert_eq!(layers(), left, "{finds_out}");
+    }
 }
 
 #[test]

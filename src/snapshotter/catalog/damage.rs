@@ -52,7 +52,7 @@ impl Catalog {
                     let owner = of.as_ref().map(|of| of.owner);
                     let damaged = match owner {
                         _ if damaged.newer => damaged,
-                        _ if self.is_gone(&damaged.id) => gone::advised(damaged, owner),
+                        _ if self.is_gone(&damaged.id) => gone::advised(damaged, owner, &on_top),
                         None => Damaged {
                             remedy: OF_UNKNOWN,
                             ..damaged
@@ -243,7 +243,7 @@ impl Catalog {
 
 impl Changes {
     /// What is known to build on the snapshot of that id, also by way of others, in order of creation.
-    fn on_top_of(&self, id: &str) -> Vec<ParentRef> {
+    pub(super) fn on_top_of(&self, id: &str) -> Vec<ParentRef> {
         let mut children: HashMap<&str, Vec<(&str, &SnapshotRecord)>> = HashMap::new();
         for (id, record) in &self.known {
             if let Some(parent) = &record.parent {

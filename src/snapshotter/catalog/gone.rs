@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 
-use super::{Catalog, Changes, SnapshotRecord, name};
+use super::{Catalog, Changes, SnapshotRecord, name, parse_name};
 use crate::snapshotter::types::*;
 use crate::store::record::{self, Damaged};
 
@@ -12,6 +12,8 @@ use crate::store::record::{self, Damaged};
 pub(super) const GONE: &str = "it is gone";
 /// What to do about one that is of no image's layer.
 const OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or remove what builds on it";
+/// What to do about one of containerd's, which believes that the snapshot is there.
+const OF_CONTAINERD: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or have containerd remove the containers on it and each image that has it (`ctr containers rm`, `ctr images rm --sync`; `crictl rm`, `crictl rmi`), and only then pull the image again";
 /// What to do about one of which nobody can tell whose it is.
 const OF_UNKNOWN: &str = "`snapctl system repair` makes it anew if it is of an image's layer; else restore it from a backup and run `snapctl system repair`, or remove what builds on it";
 /// What to do about one of a layer of an image.
@@ -20,14 +22,18 @@ const OF_IMAGE: &str =
 /// The same once a repair could not make it anew.
 const LEFT_OF_IMAGE: &str = "`snapctl system repair -i` or `snapctl image load` with the archive of an image that has the layer makes it anew";
 
-/// The same with what to do about it.
-pub(super) fn advised(damaged: Damaged, owner: Option<Owner>) -> Damaged {
-    match owner {
+/// The same with what to do about it. `owner` is whose it is, if that is known; after a crash, that made the index anew, what is
+/// `on_top` tells: what containerd and images have lies on their own alone.
+pub(super) fn advised(damaged: Damaged, owner: Option<Owner>, on_top: &[ParentRef]) -> Damaged {
+    let mut above = on_top.iter().map(|of| of.owner);
+    let own = |owner: &Owner| matches!(owner, Owner::Containerd | Owner::Image);
+    match owner.or_else(|| above.find(own)) {
         Some(Owner::Image) => Damaged {
             remedy: OF_IMAGE,
             left: LEFT_OF_IMAGE,
             ..damaged
         },
+        Some(Owner::Containerd) => damaged.advised(OF_CONTAINERD),
         Some(_) => damaged.advised(OF_OTHERS),
         None => Damaged {
             remedy: OF_UNKNOWN,
@@ -66,7 +72,7 @@ impl Catalog {
                 self.records.damaged("ID", problem)
             }
         };
-        Ok(advised(damaged, Some(Owner::Image)))
+        Ok(advised(damaged, Some(Owner::Image), &[]))
     }
 
     /// Fails if the record of a snapshot that is known is gone: then it is not that there is none.
@@ -85,6 +91,34 @@ impl Catalog {
             }
             false => Ok(()),
         }
+    }
+
+    /// As [`check_kept`](Self::check_kept), also where only what builds on the snapshot is known.
+    pub(in crate::snapshotter) fn check_missed(&self, owner: Owner, key: &str) -> Result<()> {
+        self.check_kept(owner, key)?;
+        let id = self.index.get(&name(owner, key))?;
+        match id.filter(|id| self.given_up().contains(id)) {
+            Some(id) => Err(self.gone(&id)),
+            None => Ok(()),
+        }
+    }
+
+    /// That the record of that id, on which others build, is gone.
+    pub(super) fn gone(&self, id: &str) -> Error {
+        let damaged = self.records.damaged(id, GONE.to_owned());
+        let (is_known, on_top) = {
+            let changes = self.changes.lock();
+            (changes.known.contains_key(id), changes.on_top_of(id))
+        };
+        let damaged = match is_known {
+            true => damaged.known(),
+            false => {
+                let name = self.index.find(id).ok().flatten();
+                let of = name.and_then(|name| parse_name(&name));
+                advised(damaged, of.map(|of| of.owner), &on_top)
+            }
+        };
+        record::Error::from(damaged).into()
     }
 
     /// Ids of the parents whose records were gone when plyd started, and still are. One that was removed since has no child.
