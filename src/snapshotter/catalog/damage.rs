@@ -243,7 +243,7 @@ impl Catalog {
 
 impl Changes {
     /// What is known to build on the snapshot of that id, also by way of others, in order of creation.
-    fn on_top_of(&self, id: &str) -> Vec<ParentRef> {
+    pub(super) fn on_top_of(&self, id: &str) -> Vec<ParentRef> {
         let mut children: HashMap<&str, Vec<(&str, &SnapshotRecord)>> = HashMap::new();
         for (id, record) in &self.known {
             if let Some(parent) = &record.parent {
