@@ -198,6 +198,7 @@ impl Unpacker {
         observer: &dyn Observer,
     ) -> Result<bool> {
         let chain_id = &chain_ids[at];
+        let _turn = self.turn(chain_id, observer)?;
         let is_missing = !self.missing([chain_id])?.is_empty();
         if is_missing {
             let parent = at.checked_sub(1).map(|below| &chain_ids[below]);
