@@ -17,6 +17,7 @@
 //! - `service`: the Images service of a running plyd, also killed in the middle;
 //! - `space`: what the store takes;
 //! - `told`: what a user is told of damage;
+//! - `twins`: records that are put back beside others of the same snapshot, and what may build on one that cannot be used;
 //! - `unusable`: what a user is told of records that cannot be used.
 #![allow(
     clippy::unwrap_used,
@@ -68,5 +69,7 @@ mod store;
 mod told;
 #[path = "image/tree.rs"]
 mod tree;
+#[path = "image/twins.rs"]
+mod twins;
 #[path = "image/unusable.rs"]
 mod unusable;

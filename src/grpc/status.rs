@@ -95,6 +95,7 @@ impl From<snapshotter::Error> for Status {
             Error::NotActive { .. }
             | Error::NotMountable { .. }
             | Error::HasChildren { .. }
+            | Error::MayHaveChildren { .. }
             | Error::Mount(_)
             | Error::ForeignMount { .. }
             | Error::Unmounted { .. }

@@ -45,7 +45,9 @@ impl ImageStore {
             unpacker: Unpacker::open(snapshotter)?,
             spools,
         };
-        this.settle()?;
+        if let Err(error) = this.settle() {
+            tracing::error!(%error, "layers that no image needs stay");
+        }
         if let Err(error) = this.log_missing() {
             tracing::error!(%error, "cannot tell which layers of images are missing");
         }

@@ -137,21 +137,36 @@ impl Unpacker {
     /// Removes every layer that is neither needed, nor pinned, nor built on by another snapshot.
     pub(super) fn sweep(&self, needed: &dyn Fn(&str) -> bool) -> Result<()> {
         let state = self.state.lock();
-        // In reverse order of creation, so children before their parents.
-        for snapshot in self.snapshotter.list(Some(Owner::Image))?.iter().rev() {
-            let chain_id = &snapshot.key;
-            if snapshot.kind != Kind::Committed
-                || needed(chain_id)
-                || state.pins.contains_key(chain_id)
-            {
-                continue;
+        let layers = self.snapshotter.list(Some(Owner::Image))?.into_iter();
+        let mut useless: Vec<String> = layers
+            .filter(|layer| layer.kind == Kind::Committed)
+            .map(|layer| layer.key)
+            .filter(|chain_id| !needed(chain_id) && !state.pins.contains_key(chain_id))
+            .collect();
+        loop {
+            let mut kept = Vec::new();
+            let mut why = None;
+            // In reverse order of creation, so mostly children before their parents.
+            for chain_id in useless.iter().rev() {
+                match self.snapshotter.remove(Owner::Image, chain_id) {
+                    Ok(()) | Err(snapshotter::Error::NotFound { .. }) => {}
+                    Err(snapshotter::Error::HasChildren { .. }) => kept.push(chain_id.clone()),
+                    Err(error @ snapshotter::Error::MayHaveChildren { .. }) => {
+                        kept.push(chain_id.clone());
+                        why = Some(error);
+                    }
+                    Err(error) => return Err(error.into()),
+                }
             }
-            match self.snapshotter.remove(Owner::Image, chain_id) {
-                Ok(()) | Err(snapshotter::Error::HasChildren { .. }) => {}
-                Err(error) => return Err(error.into()),
+            kept.reverse();
+            if kept.is_empty() || kept.len() == useless.len() {
+                if let Some(why) = why {
+                    tracing::warn!(%why, "layers stay that no image needs");
+                }
+                return Ok(());
             }
+            useless = kept;
         }
-        Ok(())
     }
 
     /// Those of these chain ids that no snapshot has, each with what is told of its record.
@@ -183,6 +198,7 @@ impl Unpacker {
         observer: &dyn Observer,
     ) -> Result<bool> {
         let chain_id = &chain_ids[at];
+        let _turn = self.turn(chain_id, observer)?;
         let is_missing = !self.missing([chain_id])?.is_empty();
         if is_missing {
             let parent = at.checked_sub(1).map(|below| &chain_ids[below]);

@@ -4,8 +4,10 @@
 //! entry that leads nowhere or astray is a miss and nothing worse. A change therefore adds the new
 //! name to the index, changes the one record, and takes the old name away, in this order.
 
+mod childless;
 mod damage;
 mod gone;
+mod twins;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
@@ -89,33 +91,34 @@ impl Catalog {
             .into_iter()
             .map(|(id, record)| Found { id, record })
             .collect();
-        let (index, empty) = Index::open(&root.join("index"), prober)?;
-        if empty {
-            for found in &all {
-                index.insert(&name(found.record.owner, &found.record.key), &found.id)?;
-            }
-        }
-        let known = all
-            .iter()
-            .map(|found| (found.id.clone(), found.record.clone()))
-            .collect();
-        let unread = listing.damaged.iter().map(|damaged| damaged.id.clone());
-        let unread = unread.collect();
+        let index = Index::open(&root.join("index"), prober)?;
         let last_time = all.iter().map(|f| f.record.updated).max().unwrap_or(0);
+        let unread = listing.damaged.iter().map(|damaged| damaged.id.clone());
         let changes = Changes {
-            known,
-            unread,
+            unread: unread.collect(),
+            known: all
+                .into_iter()
+                .map(|found| (found.id, found.record))
+                .collect(),
             last_time,
         };
-        let gone = changes.unknown_parents().into_iter();
-        let gone = gone.filter(|id| !changes.unread.contains(id));
-        let gone = gone.map(|id| records.damaged(&id, gone::GONE.to_owned()));
-        listing.damaged.extend(gone);
         let catalog = Self {
             records,
             index,
             changes: Mutex::new(changes),
         };
+        if let Err(error) = catalog.join_twins() {
+            tracing::error!(%error, "two records of one snapshot stay");
+        }
+        // It may have been made anew, or not know a record that somebody has put back.
+        catalog.mend_index()?;
+        let changes = catalog.changes.lock();
+        let gone = changes.unknown_parents().into_iter();
+        let gone = gone.filter(|id| !changes.unread.contains(id));
+        let gone = gone.map(|id| catalog.records.damaged(&id, gone::GONE.to_owned()));
+        listing.damaged.extend(gone);
+        let all = changes.all();
+        drop(changes);
         Ok((catalog, all, listing.damaged))
     }
 
@@ -128,12 +131,15 @@ impl Catalog {
     /// Makes each name lead to its record again; says how many did not.
     pub(super) fn mend_index(&self) -> Result<usize> {
         // Nobody changes a record meanwhile; whoever looks one up finds it at any moment.
-        let _changes = self.changes.lock();
+        let changes = self.changes.lock();
         let mut lost = 0;
-        for (id, record) in self.records.list()?.records {
+        for (id, record) in &changes.known {
             let name = name(record.owner, &record.key);
-            if self.index.get(&name)?.as_deref() != Some(&*id) {
-                self.index.insert(&name, &id)?;
+            let named = self.index.get(&name)?;
+            let named = named.and_then(|id| changes.known.get(&id));
+            // It may lead to another one that has it, too.
+            if named.is_none_or(|named| (named.owner, &named.key) != (record.owner, &record.key)) {
+                self.index.insert(&name, id)?;
                 lost += 1;
             }
         }
@@ -169,10 +175,7 @@ impl Catalog {
 
     /// Ids of what builds on `parent`, or on nothing; no record is read.
     pub(super) fn children(&self, parent: Option<&str>) -> Vec<String> {
-        let changes = self.changes.lock();
-        let all = changes.known.iter();
-        let children = all.filter(|(_, record)| record.parent.as_deref() == parent);
-        children.map(|(id, _)| id.clone()).collect()
+        self.changes.lock().children(parent)
     }
 
     /// As [`find`](Self::find); none is an error.
@@ -255,12 +258,7 @@ impl Catalog {
     /// All snapshots; `None` if there are some of which nothing is known. No record is read.
     pub(super) fn all_known(&self) -> Option<Vec<Found>> {
         let changes = self.changes.lock();
-        let known = changes.known.iter();
-        let all = known.map(|(id, record)| Found {
-            id: id.clone(),
-            record: record.clone(),
-        });
-        changes.is_complete().then(|| all.collect())
+        changes.is_complete().then(|| changes.all())
     }
 
     /// Records a new snapshot. Its times are set here.
@@ -310,14 +308,9 @@ impl Catalog {
         self.records.put(&new.id, &new.record)?;
         changes.known.insert(new.id.clone(), new.record.clone());
         if renamed {
-            self.forget_name(&old_name);
+            self.lead_on(&changes, old.record.owner, &old.record.key);
         }
         Ok(new)
-    }
-
-    /// Fails if anything builds on `found`.
-    pub(super) fn check_childless(&self, found: &Found) -> Result<()> {
-        self.changes.lock().check_childless(found)
     }
 
     /// Removes the record of a snapshot that nothing builds on.
@@ -326,7 +319,7 @@ impl Catalog {
         changes.check_childless(found)?;
         self.records.remove(&found.id)?;
         changes.known.remove(&found.id);
-        self.forget_name(&name(found.record.owner, &found.record.key));
+        self.lead_on(&changes, found.record.owner, &found.record.key);
         Ok(())
     }
 
@@ -352,25 +345,23 @@ impl Catalog {
             }),
         }
     }
-
-    fn forget_name(&self, name: &[u8]) {
-        if let Err(error) = self.index.remove(name) {
-            // It leads nowhere now, which a lookup notices.
-            tracing::warn!(%error, "a name stays in the index");
-        }
-    }
 }
 
 impl Changes {
-    fn check_childless(&self, found: &Found) -> Result<()> {
-        let is_child = |record: &&SnapshotRecord| record.parent.as_ref() == Some(&found.id);
-        match self.known.values().filter(is_child).count() {
-            0 => Ok(()),
-            children => Err(Error::HasChildren {
-                key: found.record.key.clone(),
-                children,
-            }),
-        }
+    fn all(&self) -> Vec<Found> {
+        let known = self.known.iter();
+        let all = known.map(|(id, record)| Found {
+            id: id.clone(),
+            record: record.clone(),
+        });
+        all.collect()
+    }
+
+    /// Ids of what builds on `parent`, or on nothing.
+    fn children(&self, parent: Option<&str>) -> Vec<String> {
+        let all = self.known.iter();
+        let children = all.filter(|(_, record)| record.parent.as_deref() == parent);
+        children.map(|(id, _)| id.clone()).collect()
     }
 
     fn of(&self, owner: Owner, key: &str) -> Option<&SnapshotRecord> {

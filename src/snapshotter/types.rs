@@ -252,6 +252,16 @@ pub enum Error {
         /// How many.
         children: usize,
     },
+    /// Others may build on it, of which nothing is known.
+    #[error(
+        "cannot remove the snapshot {key:?}, for one may build on it whose record {} cannot be used; `snapctl system verify` says what to do about that", record.display()
+    )]
+    MayHaveChildren {
+        /// Key.
+        key: String,
+        /// The record.
+        record: PathBuf,
+    },
     /// A packed layer cannot lie on a directory.
     #[error(
         "the layers of snapshot {key:?} are directories, on which no packed layer can lie; unpack the layer into a snapshot instead"

@@ -61,8 +61,8 @@ pub struct Index {
 
 impl Index {
     /// Opens the index in `dir`. `prober` is a program that answers [`PROBE_ARGUMENT`]; without one
-    /// no old index is trusted. With the index comes whether it is empty and has to be filled.
-    pub fn open(dir: &Path, prober: Option<&Path>) -> Result<(Self, bool)> {
+    /// no old index is trusted, and it is empty.
+    pub fn open(dir: &Path, prober: Option<&Path>) -> Result<Self> {
         let fail = |action| {
             let path = dir.to_owned();
             move |source| Error::Io {
@@ -88,7 +88,7 @@ impl Index {
             match reopen(prober, &db_dir, &sum) {
                 Ok(db) => {
                     let dir = dir.to_owned();
-                    return Ok((Self { dir, db }, false));
+                    return Ok(Self { dir, db });
                 }
                 Err(problem) => {
                     tracing::warn!(index = %db_dir.display(), problem, "the index is unusable and is made anew");
@@ -106,7 +106,7 @@ impl Index {
             source,
         })?;
         let dir = dir.to_owned();
-        Ok((Self { dir, db }, true))
+        Ok(Self { dir, db })
     }
 
     /// What `name` leads to.
@@ -244,20 +244,18 @@ mod tests {
     const TRUSTING: &str = "/bin/true";
     const REFUSING: &str = "/bin/false";
 
-    fn open(dir: &Path, prober: Option<&str>) -> (Index, bool) {
+    fn open(dir: &Path, prober: Option<&str>) -> Index {
         Index::open(dir, prober.map(Path::new)).unwrap()
     }
 
     #[test]
     fn an_index_closed_in_order_is_kept() {
         let tmp = tempfile::tempdir().unwrap();
-        let (index, empty) = open(tmp.path(), Some(TRUSTING));
-        assert!(empty);
+        let index = open(tmp.path(), Some(TRUSTING));
         index.insert(b"name", "id").unwrap();
         index.close().unwrap();
         drop(index);
-        let (index, empty) = open(tmp.path(), Some(TRUSTING));
-        assert!(!empty);
+        let index = open(tmp.path(), Some(TRUSTING));
         assert_eq!(index.get(b"name").unwrap().as_deref(), Some("id"));
         assert_eq!(index.find("id").unwrap().as_deref(), Some(&b"name"[..]));
         index.remove(b"name").unwrap();
@@ -274,15 +272,15 @@ mod tests {
             (true, Some("/nonexistent")),
             (true, None),
         ] {
-            let (index, _) = open(tmp.path(), Some(TRUSTING));
+            let index = open(tmp.path(), Some(TRUSTING));
             index.insert(b"name", "id").unwrap();
             if close {
                 index.close().unwrap();
             }
             drop(index);
-            let (index, empty) = open(tmp.path(), prober);
-            assert!(empty, "close {close}, prober {prober:?}");
-            assert_eq!(index.get(b"name").unwrap(), None);
+            let index = open(tmp.path(), prober);
+            let found = index.get(b"name").unwrap();
+            assert_eq!(found, None, "close {close}, prober {prober:?}");
         }
     }
 
@@ -295,16 +293,16 @@ mod tests {
             |path: &Path| fs::write(path, &fs::read(path).unwrap()[..20]).unwrap(),
         ] {
             for file in ["sled/db", "sled/conf"] {
-                let (index, _) = open(tmp.path(), None);
+                let index = open(tmp.path(), None);
                 index.insert(b"name", "id").unwrap();
                 index.close().unwrap();
                 drop(index);
                 damage(&tmp.path().join(file));
-                let (index, empty) = open(tmp.path(), Some(TRUSTING));
+                let index = open(tmp.path(), Some(TRUSTING));
                 let found = index.get(b"name").unwrap();
                 // sled mends some damage of its `conf` by itself.
-                assert_eq!(found.as_deref(), if empty { None } else { Some("id") });
-                assert!(empty || file == "sled/conf");
+                let whole = found.as_deref() == Some("id") && file == "sled/conf";
+                assert!(found.is_none() || whole, "{file}: {found:?}");
                 index.insert(b"name", "id").unwrap();
             }
         }

@@ -1,0 +1,112 @@
+//! Several records with one name: one that somebody has put back, and the one that was made in its place.
+//!
+//! The index leads to one of them. Where both are of one layer, the next start makes one of them: what builds on the other comes to build on
+//! the one that stays. Others stay, each with what builds on it, and the name leads to another once the one that it leads to has gone.
+
+use std::collections::{HashMap, HashSet};
+
+use super::{Catalog, Changes, SnapshotRecord, name};
+use crate::snapshotter::types::*;
+
+/// A record that another one says all of.
+#[derive(Debug)]
+struct Twin {
+    id: String,
+    /// Id of the other.
+    kept: String,
+}
+
+impl Catalog {
+    /// Makes one of those that are of one layer. Nobody else has the catalog yet.
+    pub(super) fn join_twins(&self) -> Result<()> {
+        let mut changes = self.changes.lock();
+        let twins = self.twins(&changes)?;
+        let ids: HashSet<&str> = twins.iter().map(|twin| &*twin.id).collect();
+        let others = changes.known.iter().filter(|(id, _)| !ids.contains(&***id));
+        let is_known = |id: &String| changes.known.contains_key(id);
+        if !changes.unread.is_empty()
+            || others
+                .filter_map(|(_, record)| record.parent.as_ref())
+                .any(|id| !is_known(id))
+        {
+            // What builds on one of them may be put back yet.
+            return Ok(());
+        }
+        for twin in twins {
+            tracing::warn!(
+                record = twin.id,
+                kept = twin.kept,
+                "two records are of one snapshot; the first goes, and what builds on it builds on the second"
+            );
+            let children = changes.children(Some(&twin.id));
+            for id in children {
+                if let Some(record) = changes.known.get_mut(&id) {
+                    let mut moved = record.clone();
+                    moved.parent = Some(twin.kept.clone());
+                    self.records.put(&id, &moved)?;
+                    *record = moved;
+                }
+            }
+            self.records.remove(&twin.id)?;
+            if let Some(record) = changes.known.remove(&twin.id) {
+                self.index
+                    .insert(&name(record.owner, &record.key), &twin.kept)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn twins(&self, changes: &Changes) -> Result<Vec<Twin>> {
+        let mut by_name: HashMap<Vec<u8>, Vec<(&String, &SnapshotRecord)>> = HashMap::new();
+        for (id, record) in &changes.known {
+            let name = name(record.owner, &record.key);
+            by_name.entry(name).or_default().push((id, record));
+        }
+        by_name.retain(|_, of_name| of_name.len() > 1);
+        let mut twins = Vec::new();
+        for (name, mut of_name) in by_name {
+            let named = self.index.get(&name)?;
+            // Those first that stay rather: one that has lost what it builds on is of no use.
+            of_name.sort_by_key(|(id, record)| {
+                let parent = record.parent.as_ref();
+                let is_cut = parent.is_some_and(|id| !changes.known.contains_key(id));
+                (is_cut, named.as_ref() != Some(*id), record.created)
+            });
+            let Some((&(kept, first), others)) = of_name.split_first() else {
+                continue;
+            };
+            let same = others.iter().filter(|(_, other)| is_same(first, other));
+            twins.extend(same.map(|(id, _)| Twin {
+                id: (*id).clone(),
+                kept: kept.clone(),
+            }));
+        }
+        Ok(twins)
+    }
+
+    /// Has a name that no longer leads to a snapshot lead to another one that has it, if there is one.
+    pub(super) fn lead_on(&self, changes: &Changes, owner: Owner, key: &str) {
+        let name = name(owner, key);
+        let mut known = changes.known.iter();
+        let other = known.find(|(_, record)| record.owner == owner && record.key == key);
+        let led = match other {
+            Some((id, _)) => self.index.insert(&name, id),
+            None => self.index.remove(&name),
+        };
+        if let Err(error) = led {
+            // It leads nowhere now, which a lookup notices.
+            tracing::warn!(%error, "a name stays in the index");
+        }
+    }
+}
+
+/// Whether two committed snapshots of one name are the same. The key of an image's layer says what it is and what lies below.
+fn is_same(one: &SnapshotRecord, other: &SnapshotRecord) -> bool {
+    let is_packed =
+        |record: &SnapshotRecord| record.kind == Kind::Committed && record.layer.is_none();
+    is_packed(one)
+        && is_packed(other)
+        && one.packed.is_some()
+        && one.packed == other.packed
+        && (one.owner == Owner::Image || one.parent == other.parent)
+}
