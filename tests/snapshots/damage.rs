@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use plywood::grpc::pb::containerd::services::snapshots::v1::Info;
 
 use super::client::{Snapshots, labels, source};
-use super::common::{Plyd, unmount};
+use super::common::{BUSYBOX, Plyd, unmount};
 use super::crash::{assert_tidy, names, plyfs_of};
 
 /// The record of the snapshot with that key.
@@ -194,6 +194,26 @@ fn layers_of_nobody_go_once_all_records_are_known_whoever_finds_that_out() {
         plyd.ok(["system", finds_out]);
         assert_eq!(layers(), left, "{finds_out}");
     }
+}
+
+/// They stayed until the next removal by snapctl, a repair or the next start.
+#[test]
+fn a_collection_takes_an_images_layers_once_the_record_is_given_up_that_may_build_on_them() {
+    let mut plyd = Plyd::start();
+    plyd.load_busybox();
+    plyd.ok(["snapshot", "prepare", "work", BUSYBOX]);
+    plyd.signal(Signal::SIGTERM);
+    let record = record_of(&plyd, "work");
+    fs::write(&record, "").unwrap();
+    plyd.launch();
+    plyd.ok(["image", "rm", BUSYBOX]);
+    let layers = || names(&plyd.root().join("store/records")).len();
+    assert_eq!(layers(), 2);
+    fs::remove_file(&record).unwrap();
+    plyd.ok(["system", "gc", "--dry-run"]);
+    assert_eq!(layers(), 2);
+    plyd.ok(["system", "gc"]);
+    assert_eq!(layers(), 0);
 }
 
 #[test]
