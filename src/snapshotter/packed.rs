@@ -68,24 +68,17 @@ impl Packed {
         for damaged in &damaged {
             tracing::error!("{damaged}");
         }
-        let is_damaged = |layer: &LayerName| layers.damaged().contains(layer);
         let mut state = State::default();
         for found in all {
             let Some(layer) = found.record.packed else {
                 continue;
             };
             *state.uses.entry(layer).or_default() += 1;
-            // Of those the content is there.
-            if layers.get(layer).is_none() && !is_damaged(&layer) {
-                tracing::error!(
-                    snapshot = found.record.key,
-                    %layer,
-                    "the content of a committed snapshot is missing; `snapctl system repair` brings it back, or says what to do"
-                );
+            if let Some(missed) = layers.miss(layer) {
+                tracing::error!(snapshot = found.record.key, "{missed}");
             }
         }
-        let recorded = layers.list().into_iter().map(|(layer, _)| layer);
-        state.claimed = recorded.chain(layers.damaged()).collect();
+        state.claimed = layers.all().into_iter().collect();
         let layers = Arc::new(layers);
         let collector =
             Collector::start(Arc::clone(&layers)).map_err(io_error("start a thread for", dir))?;
@@ -247,6 +240,9 @@ impl Packed {
 
     /// A snapshot has the layer that was not counted.
     pub(super) fn count(&self, name: LayerName) {
+        if let Some(missed) = self.layers.miss(name) {
+            tracing::error!("{missed}");
+        }
         *self.state.lock().uses.entry(name).or_default() += 1;
     }
 
@@ -275,7 +271,8 @@ impl Packed {
             return;
         }
         let mut removed = false;
-        for (name, _) in self.layers.list() {
+        let recorded = self.layers.list().into_iter().map(|(name, _)| name);
+        for name in recorded.chain(self.layers.unrecorded()) {
             if state.uses.contains_key(&name) || state.claimed.contains(&name) {
                 continue;
             }
