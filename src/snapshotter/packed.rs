@@ -412,6 +412,38 @@ mod tests {
         assert_eq!(left(), 0);
     }
 
+    /// As a kill leaves it before a snapshot of the layer is recorded, or before the layer is.
+    #[test]
+    fn what_an_import_left_goes_once_all_is_known() {
+        let (place, record, _) = damaged(alone);
+        let dir = place.root().join("store");
+        let snapshots = place.open();
+        let [left] = &snapshots.stat(OWNER, "two").unwrap().packed_layers[..] else {
+            panic!("one layer");
+        };
+        let of_left = ["records", "layers"].map(|of| dir.join(of));
+        let of_left = of_left.map(|of| of.join(left.to_string()));
+        snapshots.close().unwrap();
+        let two = snapshots.stat(OWNER, "two").unwrap().id;
+        drop(snapshots);
+        fs::remove_file(of_left[0].with_extension("record")).unwrap();
+        fs::remove_file(place.root().join(format!("snapshots/records/{two}.record"))).unwrap();
+        let snapshots = place.open();
+        let layers = snapshots.packed_layers();
+        // Others come and go.
+        alone(&snapshots, "three");
+        snapshots.remove(OWNER, "three").unwrap();
+        snapshots.wait_until_deleted();
+        let index = of_left[1].with_extension("index");
+        assert!(index.exists() && layers.damaged().is_empty());
+        assert!(layers.verify_layer(*left, true, &()).is_empty());
+        fs::remove_file(&record).unwrap();
+        assert!(snapshots.settle_records());
+        snapshots.wait_until_deleted();
+        assert!(!index.exists());
+        assert_eq!(fs::read_dir(dir.join("packs")).unwrap().count(), 0);
+    }
+
     #[test]
     fn of_removed_layers_nothing_is_kept_in_memory() {
         let place = Place::new();

@@ -101,3 +101,139 @@ pub(super) fn list(layers: &Path, taken: &HashSet<&str>) -> Result<BTreeSet<Laye
     }
     Ok(unrecorded)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::store::ingest::Settings;
+    use crate::store::layers::Expected;
+
+    fn open(dir: &Path) -> Layers {
+        let (layers, damaged) = Layers::open(dir, Settings::default()).unwrap();
+        assert!(damaged.is_empty());
+        layers
+    }
+
+    /// A tar with one file.
+    fn stream() -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        header.set_size(7);
+        header.set_mode(0o644);
+        builder
+            .append_data(&mut header, "a", &b"content"[..])
+            .unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    /// A store whose only layer has lost its record, the layer, and the files that it has.
+    fn lost() -> (tempfile::TempDir, LayerName, [PathBuf; 2]) {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = open(dir.path());
+        let name = layers.import(&*stream(), &Expected::default(), &());
+        let name = name.unwrap();
+        let files = [layers.index_path(name), layers.recipe_path(name)];
+        fs::remove_file(dir.path().join(format!("records/{name}.record"))).unwrap();
+        (dir, name, files)
+    }
+
+    fn packs(dir: &Path) -> usize {
+        fs::read_dir(dir.join("packs")).unwrap().count()
+    }
+
+    #[test]
+    fn what_has_no_record_is_kept_without_a_word_until_it_is_removed() {
+        let (dir, name, files) = lost();
+        let layers = open(dir.path());
+        assert_eq!(layers.unrecorded(), [name]);
+        let collected = layers.collect(false, &());
+        assert!(collected.errors.is_empty() && collected.orphans.is_empty());
+        assert!(layers.damaged().is_empty() && layers.list().is_empty());
+        assert_eq!(layers.count_damaged_records().unwrap(), 0);
+        assert!(layers.damaged_records().unwrap().is_empty());
+        let mended = layers.mend(&HashMap::new(), &());
+        assert!(mended.records.is_empty() && mended.errors.is_empty());
+        assert_eq!(packs(dir.path()), 1);
+
+        assert!(!layers.remove(name).unwrap());
+        assert!(layers.unrecorded().is_empty());
+        assert!(!files.iter().any(|file| file.exists()));
+        assert_eq!(layers.collect(false, &()).orphans.len(), 1);
+        assert_eq!(packs(dir.path()), 0);
+    }
+
+    /// As a removal leaves it that is cut short.
+    #[test]
+    fn a_recipe_alone_needs_nothing() {
+        let (dir, name, [index, recipe]) = lost();
+        fs::remove_file(index).unwrap();
+        let layers = open(dir.path());
+        let collected = layers.collect(false, &());
+        assert!(collected.errors.is_empty());
+        assert_eq!(packs(dir.path()), 0);
+        assert_eq!(layers.unrecorded(), [name]);
+        layers.remove(name).unwrap();
+        assert!(!recipe.exists());
+    }
+
+    #[test]
+    fn what_a_snapshot_has_is_damaged_without_its_record_and_the_index_gives_it_anew() {
+        let (dir, name, _) = lost();
+        let layers = open(dir.path());
+        let told = layers.miss(name).unwrap().to_string();
+        assert!(told.contains(": it is gone; `snapctl system repair` makes it anew"));
+        assert!(layers.miss(name).is_none());
+        assert_eq!(layers.damaged(), [name]);
+        assert_eq!(layers.unrecorded(), [name]);
+        assert_eq!(layers.count_damaged_records().unwrap(), 1);
+        assert!(layers.collect(false, &()).orphans.is_empty());
+        assert_eq!(layers.mend(&HashMap::new(), &()).records, [name]);
+        assert!(layers.is_whole(name) && layers.miss(name).is_none());
+        assert!(layers.damaged().is_empty() && layers.unrecorded().is_empty());
+
+        let mut exported = Vec::new();
+        layers.export(name, &mut exported).unwrap();
+        assert_eq!(exported, stream());
+    }
+
+    #[test]
+    fn a_layer_of_which_nothing_is_there_is_missed_until_it_goes() {
+        let (dir, name, files) = lost();
+        for file in files {
+            fs::remove_file(file).unwrap();
+        }
+        let layers = open(dir.path());
+        assert!(layers.miss(name).is_some());
+        // Its index may come back.
+        assert_eq!(layers.collect(false, &()).errors.len(), 1);
+        assert_eq!(layers.mend(&HashMap::new(), &()).errors.len(), 1);
+        assert_eq!(packs(dir.path()), 1);
+        layers.remove(name).unwrap();
+        assert!(layers.damaged().is_empty());
+        assert!(layers.collect(false, &()).errors.is_empty());
+        assert_eq!(packs(dir.path()), 0);
+    }
+
+    #[test]
+    fn one_that_is_taken_in_again_or_turns_out_to_be_somebodys_is_recorded() {
+        let (dir, name, _) = lost();
+        let layers = open(dir.path());
+        let diff_id = layers.index_path(name);
+        let diff_id = LayerIndex::open(&diff_id, name).unwrap().diff_id();
+        let diff_id = sha256(&diff_id.unwrap());
+        assert_eq!(layers.recover("sha256:0"), None);
+        assert_eq!(layers.recover(&diff_id), Some(name));
+        let is_known = |layers: &Layers| layers.is_whole(name) && layers.unrecorded().is_empty();
+        assert!(is_known(&layers));
+        drop(layers);
+
+        fs::remove_file(dir.path().join(format!("records/{name}.record"))).unwrap();
+        let layers = open(dir.path());
+        let again = layers.import(&*stream(), &Expected::default(), &());
+        assert_eq!(again.unwrap(), name);
+        assert!(is_known(&layers));
+    }
+}
