@@ -10,6 +10,7 @@
 //! - `hostile`: what is refused, and that nothing of it stays;
 //! - `killed`: kills of plyd while it brings good copies of what is damaged;
 //! - `lost`: what containers do whose image has lost files;
+//! - `missed`: records of layers that are gone when plyd starts;
 //! - `packed`: what stands on packed layers;
 //! - `pages`: what the kernel keeps of what was damaged;
 //! - `real`: images made by other programs, compared with what those and containerd unpack;
@@ -51,6 +52,8 @@ mod lost;
 #[path = "common/mapping.rs"]
 #[allow(dead_code, reason = "others use the rest")]
 mod mapping;
+#[path = "image/missed.rs"]
+mod missed;
 #[path = "image/packed.rs"]
 mod packed;
 #[path = "image/pages.rs"]

@@ -30,7 +30,7 @@ pub(super) fn collect(
 ) -> api::CollectResponse {
     if !dry_run {
         // The file of a record that could not be read may be gone by now.
-        let_go(images);
+        images.sweep_and_log();
     }
     let collected = snapshotter.packed_layers().collect(dry_run, &());
     api::CollectResponse {
@@ -44,13 +44,6 @@ pub(super) fn collect(
             })
             .collect(),
         errors: collected.errors.iter().map(ToString::to_string).collect(),
-    }
-}
-
-/// Lets the layers go that were kept for records, if none of these is lacking any more.
-fn let_go(images: &ImageStore) {
-    if let Err(error) = images.sweep() {
-        tracing::warn!(%error, "layers that nobody needs stay");
     }
 }
 
@@ -81,7 +74,7 @@ impl Client<'_> {
         }
         if !put_back.is_empty() {
             // It may have been what was lacking.
-            let_go(stores.images);
+            stores.images.sweep_and_log();
             stores.snapshotter.refresh_mounts_and_log();
         }
         let layers = stores.snapshotter.packed_layers();

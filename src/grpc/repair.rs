@@ -128,9 +128,7 @@ impl Repair {
         self.pick_from_containerd(&patients)?;
         // A pack without a sound table stays until nothing is missing that might be in it.
         self.mend_without_source(Layers::mend)?;
-        if let Err(error) = self.images.sweep() {
-            tracing::warn!(%error, "layers that nobody needs stay until plyd starts again");
-        }
+        self.images.sweep_and_log();
         self.look_again(&mut patients);
         let others_have =
             patients.values().any(|patient| patient.known.has_source()) || !newer.is_empty();

@@ -191,9 +191,7 @@ impl api::snapshot_admin_server::SnapshotAdmin for Service {
                 result => result?,
             }
             // It may have been the last to need the layers of an image that has gone.
-            if let Err(error) = named.images.sweep() {
-                tracing::warn!(%error, "layers that nobody needs stay until plyd starts again");
-            }
+            named.images.sweep_and_log();
             Ok(api::RemoveResponse {})
         })
         .await

@@ -45,9 +45,8 @@ impl ImageStore {
             unpacker: Unpacker::open(snapshotter)?,
             spools,
         };
-        if let Err(error) = this.settle() {
-            tracing::error!(%error, "layers that no image needs stay");
-        }
+        this.tell_tops(&this.records.lock());
+        this.sweep_and_log();
         if let Err(error) = this.log_missing() {
             tracing::error!(%error, "cannot tell which layers of images are missing");
         }
@@ -72,12 +71,11 @@ impl ImageStore {
         let loaded = self.unpack_and_record(&archived, observer);
         if loaded.is_err() {
             // The reason is worth more than what the clearing up has to say.
-            if let Err(error) = self.sweep() {
-                tracing::warn!(%error, "cannot remove the layers of a failed import; the next start will");
-            }
+            self.sweep_and_log();
+        } else {
+            // It may have had what was missing.
+            self.settle_layers();
         }
-        // It may have had what was missing.
-        self.settle_layers();
         loaded
     }
 
@@ -304,9 +302,15 @@ impl ImageStore {
         Ok(removed)
     }
 
-    /// Removes the layers that no image, snapshot or import needs. To be called when a container of an
-    /// image that was removed by force goes.
-    pub fn sweep(&self) -> Result<()> {
+    /// Removes the layers that no image, snapshot or import needs. To be called when a snapshot or a container has gone, for it may have
+    /// been the last that needed them, and when no record is lacking any more for which some were kept.
+    pub fn sweep_and_log(&self) {
+        if let Err(error) = self.sweep() {
+            tracing::warn!(%error, "layers that nobody needs stay until plyd starts again");
+        }
+    }
+
+    fn sweep(&self) -> Result<()> {
         let records = self.records.lock();
         self.unpacker.sweep(&|chain_id| records.need(chain_id))?;
         drop(records);

@@ -105,7 +105,9 @@ impl Snapshotter {
             blob: None,
             diff_id: Some(diff_id),
         };
-        let Some(packed) = self.packed.layers().known(&expected) else {
+        let layers = self.packed.layers();
+        let known = layers.known(&expected);
+        let Some(packed) = known.or_else(|| layers.recover(diff_id)) else {
             return Ok(false);
         };
         // Kept until the record says the same.
@@ -220,8 +222,7 @@ impl Snapshotter {
         let is_there = |found: &Found| match (&found.record.layer, found.record.packed) {
             (Some(layer), _) => self.layers.contains(layer),
             (None, Some(packed)) if found.record.kind == Kind::Committed => {
-                let layers = self.packed.layers();
-                layers.get(packed).is_some() || layers.damaged().contains(&packed)
+                self.packed.layers().has(packed)
             }
             (None, _) => self.data.join(&found.id).exists(),
         };

@@ -68,24 +68,17 @@ impl Packed {
         for damaged in &damaged {
             tracing::error!("{damaged}");
         }
-        let is_damaged = |layer: &LayerName| layers.damaged().contains(layer);
         let mut state = State::default();
         for found in all {
             let Some(layer) = found.record.packed else {
                 continue;
             };
             *state.uses.entry(layer).or_default() += 1;
-            // Of those the content is there.
-            if layers.get(layer).is_none() && !is_damaged(&layer) {
-                tracing::error!(
-                    snapshot = found.record.key,
-                    %layer,
-                    "the content of a committed snapshot is missing; `snapctl system repair` brings it back, or says what to do"
-                );
+            if let Some(missed) = layers.miss(layer) {
+                tracing::error!(snapshot = found.record.key, "{missed}");
             }
         }
-        let recorded = layers.list().into_iter().map(|(layer, _)| layer);
-        state.claimed = recorded.chain(layers.damaged()).collect();
+        state.claimed = layers.all().into_iter().collect();
         let layers = Arc::new(layers);
         let collector =
             Collector::start(Arc::clone(&layers)).map_err(io_error("start a thread for", dir))?;
@@ -247,6 +240,9 @@ impl Packed {
 
     /// A snapshot has the layer that was not counted.
     pub(super) fn count(&self, name: LayerName) {
+        if let Some(missed) = self.layers.miss(name) {
+            tracing::error!("{missed}");
+        }
         *self.state.lock().uses.entry(name).or_default() += 1;
     }
 
@@ -280,7 +276,8 @@ impl Packed {
             return;
         }
         let mut removed = false;
-        for (name, _) in self.layers.list() {
+        let recorded = self.layers.list().into_iter().map(|(name, _)| name);
+        for name in recorded.chain(self.layers.unrecorded()) {
             if state.uses.contains_key(&name) || state.claimed.contains(&name) {
                 continue;
             }
@@ -418,6 +415,38 @@ mod tests {
         assert_eq!(left(), 1);
         snapshots.remove(OWNER, "two").unwrap();
         assert_eq!(left(), 0);
+    }
+
+    /// As a kill leaves it before a snapshot of the layer is recorded, or before the layer is.
+    #[test]
+    fn what_an_import_left_goes_once_all_is_known() {
+        let (place, record, _) = damaged(alone);
+        let dir = place.root().join("store");
+        let snapshots = place.open();
+        let [left] = &snapshots.stat(OWNER, "two").unwrap().packed_layers[..] else {
+            panic!("one layer");
+        };
+        let of_left = ["records", "layers"].map(|of| dir.join(of));
+        let of_left = of_left.map(|of| of.join(left.to_string()));
+        snapshots.close().unwrap();
+        let two = snapshots.stat(OWNER, "two").unwrap().id;
+        drop(snapshots);
+        fs::remove_file(of_left[0].with_extension("record")).unwrap();
+        fs::remove_file(place.root().join(format!("snapshots/records/{two}.record"))).unwrap();
+        let snapshots = place.open();
+        let layers = snapshots.packed_layers();
+        // Others come and go.
+        alone(&snapshots, "three");
+        snapshots.remove(OWNER, "three").unwrap();
+        snapshots.wait_until_deleted();
+        let index = of_left[1].with_extension("index");
+        assert!(index.exists() && layers.damaged().is_empty());
+        assert!(layers.verify_layer(*left, true, &()).is_empty());
+        fs::remove_file(&record).unwrap();
+        assert!(snapshots.settle_records());
+        snapshots.wait_until_deleted();
+        assert!(!index.exists());
+        assert_eq!(fs::read_dir(dir.join("packs")).unwrap().count(), 0);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! All packed layers of a node: import, export, and the records that say which there are.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -24,6 +24,7 @@ use super::view::{self, Verify, View};
 use chains::{Chains, Merging};
 
 pub mod chains;
+mod unrecorded;
 
 /// How the name of a view ends that another has taken the place of while it is mounted.
 pub(super) const ASIDE: &str = "aside";
@@ -53,7 +54,7 @@ pub struct LayerRecord {
 impl Record for LayerRecord {
     const KIND: &'static str = "layer";
     const VERSION: u32 = 1;
-    /// All of it follows from the layer's index, which goes with a record that is deleted.
+    /// All of it follows from the layer's index.
     const REMEDY: &'static str = "`snapctl system repair` makes it anew, or says what to do";
 }
 
@@ -88,8 +89,10 @@ pub struct Layers {
     objects: Arc<Objects>,
     records: RecordDir<LayerRecord>,
     known: Mutex<BTreeMap<LayerName, LayerRecord>>,
-    /// Layers whose records cannot be used. What they name is needed still.
+    /// Layers whose records cannot be used, or are gone though snapshots have them. What they name is needed still.
     damaged: Mutex<Vec<LayerName>>,
+    /// Layers that had no record when the store was opened, and of which no snapshot is known.
+    unrecorded: Mutex<BTreeSet<LayerName>>,
     /// Held while the record of a layer that is known goes, and while one is taken for damaged.
     pub(super) removing: Mutex<()>,
     /// Layers that were damaged when they were last examined.
@@ -106,8 +109,8 @@ pub struct Layers {
 }
 
 impl Layers {
-    /// Opens the store in `dir`, making it if it is missing, and clears what a crash left half-made.
-    /// Answers also the records that cannot be used.
+    /// Opens the store in `dir`, making it if it is missing, and clears what a crash left half-made, but for
+    /// [unrecorded](Self::unrecorded) layers. Answers also the records that cannot be used.
     pub fn open(dir: &Path, settings: Settings) -> Result<(Self, Vec<Damaged>)> {
         let tmp = dir.join("tmp");
         for dir in [&tmp, &dir.join("layers"), &dir.join("views")] {
@@ -128,7 +131,7 @@ impl Layers {
             .collect();
         let taken = listing.damaged.iter().map(|damaged| &*damaged.id);
         let taken = taken.chain(listing.records.iter().map(|(id, _)| &**id));
-        remove_unrecorded(&dir.join("layers"), &taken.collect())?;
+        let unrecorded = unrecorded::list(&dir.join("layers"), &taken.collect())?;
         let known = listing
             .records
             .into_iter()
@@ -143,6 +146,7 @@ impl Layers {
             records,
             known: Mutex::new(known),
             damaged: Mutex::new(damaged_names),
+            unrecorded: Mutex::new(unrecorded),
             removing: Mutex::new(()),
             doubted: Mutex::default(),
             mended: AtomicBool::new(false),
@@ -338,6 +342,7 @@ impl Layers {
             let _removing = self.removing.lock();
             let was = self.records.remove(&name.to_string())?;
             self.known.lock().remove(&name);
+            self.forget_unrecorded(name);
             was
         };
         for path in [self.index_path(name), self.recipe_path(name)] {
@@ -417,7 +422,7 @@ impl Layers {
     pub fn without(&self, name: LayerName) -> Error {
         let layer = name.to_string();
         let problem = match self.damaged.lock().contains(&name) {
-            true => self.records.problem_of(&layer),
+            true => self.records.problem_of_known(&layer),
             false => None,
         };
         problem.map_or(Error::NoLayer { layer }, |damaged| {
@@ -427,8 +432,7 @@ impl Layers {
 
     /// How many [`damaged_records`](Self::damaged_records) there are; of records only what has changed is read.
     pub fn count_damaged_records(&self) -> Result<usize> {
-        let known: Vec<_> = self.known.lock().keys().map(ToString::to_string).collect();
-        match self.records.is_doubtful(known)? {
+        match self.records.is_doubtful(self.expected())? {
             true => Ok(self.damaged_records()?.len()),
             false => Ok(0),
         }
@@ -436,8 +440,7 @@ impl Layers {
 
     /// Records that cannot be used now, or are gone though their layers are not.
     pub fn damaged_records(&self) -> Result<Vec<Damaged>> {
-        let known: Vec<_> = self.known.lock().keys().map(ToString::to_string).collect();
-        let mut damaged = self.records.examine(known)?;
+        let mut damaged = self.records.examine(self.expected())?;
         let _none_goes = self.removing.lock();
         damaged.retain(|damaged| !self.has_sound_record(&damaged.id));
         Ok(damaged)
@@ -446,8 +449,8 @@ impl Layers {
     /// Whether there is nothing wrong with the record of that id. Nobody may be [`removing`](Self::removing) it.
     pub(super) fn has_sound_record(&self, id: &str) -> bool {
         let name: Option<LayerName> = id.parse().ok();
-        let is_known = name.is_some_and(|name| self.get(name).is_some());
-        !self.records.is_unsound(id, is_known)
+        let is_expected = name.is_some_and(|name| self.expects(name));
+        !self.records.is_unsound(id, is_expected)
     }
 
     /// Whether the record of the layer is a newer release's, which is left to that.
@@ -455,7 +458,8 @@ impl Layers {
         self.records.is_newer(&layer.to_string())
     }
 
-    /// Layers whose records could not be used when the store was opened, and have not been made anew since.
+    /// Layers whose records could not be used when the store was opened, or were [missed](Self::miss), and have not been made anew
+    /// since.
     pub fn damaged(&self) -> Vec<LayerName> {
         self.damaged.lock().clone()
     }
@@ -467,7 +471,7 @@ impl Layers {
             return false;
         };
         self.known.lock().insert(name, record);
-        self.damaged.lock().retain(|damaged| *damaged != name);
+        self.forget_unrecorded(name);
         true
     }
 
@@ -475,7 +479,7 @@ impl Layers {
     pub(super) fn put_record(&self, name: LayerName, record: LayerRecord) -> Result<()> {
         self.records.put(&name.to_string(), &record)?;
         self.known.lock().insert(name, record);
-        self.damaged.lock().retain(|damaged| *damaged != name);
+        self.forget_unrecorded(name);
         Ok(())
     }
 
@@ -520,19 +524,6 @@ impl Layers {
         let number = rand::random::<u128>();
         self.tmp.join(format!("{what}-{number:032x}"))
     }
-}
-
-/// Removes what imports left that did not come to their records.
-fn remove_unrecorded(layers: &Path, taken: &HashSet<&str>) -> Result<()> {
-    let entries = fs::read_dir(layers).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    for entry in entries.map_err(io_error("list", layers))? {
-        let path = entry.path();
-        let id = path.file_stem().and_then(|stem| stem.to_str());
-        if id.is_none_or(|id| !taken.contains(id)) {
-            fs::remove_file(&path).map_err(io_error("remove the left-over", &path))?;
-        }
-    }
-    Ok(())
 }
 
 /// A file on its way to its place. Dropped before, it is removed.

@@ -12,8 +12,8 @@
 //! - A fact is true when its record file is in place. Every change of state is exactly one rename
 //!   or one unlink of a record; whatever it names was made durable before.
 //! - The index holds no truth. It can be thrown away at any time, and nothing is deleted on its word.
-//! - What a crash can leave (temporaries, a layer without a record) is harmless, is recognised by its
-//!   place and cleared when the store is opened.
+//! - What a crash can leave is harmless, is recognised by its place and cleared: temporaries when the store is opened, a layer
+//!   without a record once somebody knows that it is nobody's, for the record may have been lost.
 
 mod collector;
 pub(crate) mod compression;

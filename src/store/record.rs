@@ -238,7 +238,7 @@ impl<T: Record> RecordDir<T> {
         let gone = known
             .into_iter()
             .filter(|id| !found.contains(&**id) && !unusable.contains(id));
-        damaged.extend(gone.map(|id| self.damaged(&id, "it is gone".to_owned())));
+        damaged.extend(gone.map(|id| self.gone(&id)));
         Ok(damaged)
     }
 
@@ -281,6 +281,15 @@ impl<T: Record> RecordDir<T> {
     /// What is wrong with the record `id`, if it is there.
     pub fn problem_of(&self, id: &str) -> Option<Damaged> {
         self.get(id).err().map(|error| self.because(id, error))
+    }
+
+    /// What is wrong with the record `id`, which has to be there.
+    pub fn problem_of_known(&self, id: &str) -> Option<Damaged> {
+        match self.get(id) {
+            Ok(Some(_)) => None,
+            Ok(None) => Some(self.gone(id)),
+            Err(error) => Some(self.because(id, error)),
+        }
     }
 
     /// Whether the file of the record `id`, which need not be one that can be used, has that text.
@@ -341,6 +350,10 @@ impl<T: Record> RecordDir<T> {
             left: T::LEFT,
             newer: false,
         }
+    }
+
+    fn gone(&self, id: &str) -> Damaged {
+        self.damaged(id, "it is gone".to_owned())
     }
 
     fn unusable(&self, id: &str, unusable: Unusable) -> Damaged {

@@ -248,7 +248,7 @@ impl Layers {
         self.mended.swap(false, Ordering::AcqRel)
     }
 
-    fn mend_record(&self, layer: LayerName) -> Result<()> {
+    pub(super) fn mend_record(&self, layer: LayerName) -> Result<()> {
         let index = LayerIndex::open(&self.index_path(layer), layer)?;
         index.verify()?;
         let mut content_bytes = 0;

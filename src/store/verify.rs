@@ -113,7 +113,7 @@ impl Layers {
                 return Ok(());
             }
             // Removed meanwhile, it has nothing to be sound.
-            if self.get(layer).is_some() || self.damaged().contains(&layer) {
+            if self.expects(layer) {
                 if deep || !faults.is_empty() {
                     self.remember_faults(layer, &faults);
                 }

@@ -433,8 +433,12 @@ fn loading_an_image_again_heals_it() {
     assert_eq!(plyd.snapctl(["system", "verify", "--deep"]).code, 1);
     load(&plyd, &image);
     assert_eq!(plyd.snapctl(["system", "verify", "--deep"]).code, 0);
-    // A layer whose record is gone, and with it all that the next start clears away.
-    fs::remove_file(&stored(&plyd, "records")[0]).unwrap();
+    // A layer whose record is gone, and all of which it could be made anew.
+    let record = stored(&plyd, "records").remove(0);
+    let of_layer = stored(&plyd, "layers").into_iter();
+    let of_layer = of_layer.filter(|path| path.file_stem() == record.file_stem());
+    let lost = [record.clone()].into_iter().chain(of_layer);
+    assert_eq!(lost.map(|path| fs::remove_file(path).unwrap()).count(), 3);
     plyd.signal(Signal::SIGTERM);
     plyd.launch();
     assert_eq!(plyd.snapctl(["system", "verify"]).code, 1);

@@ -15,10 +15,10 @@ use super::damage::{
     NAME, assert_sound, break_record, faults, files, image, load, mount, newer, parse,
 };
 
-pub(super) const REPAIR: [&str; 2] = ["system", "repair"];
+pub const REPAIR: [&str; 2] = ["system", "repair"];
 
 /// The records of the snapshots of the image's layers, the lower one first.
-pub(super) fn of_layers(plyd: &Plyd) -> [PathBuf; 2] {
+pub fn of_layers(plyd: &Plyd) -> [PathBuf; 2] {
     let records = files(plyd, "snapshots/records", ".record");
     let text = |path: &PathBuf| fs::read_to_string(path).unwrap();
     let of_image = records
@@ -30,7 +30,7 @@ pub(super) fn of_layers(plyd: &Plyd) -> [PathBuf; 2] {
 }
 
 /// Stops plyd, removes these, starts it again; what it has logged since.
-pub(super) fn lose(plyd: &mut Plyd, lost: &[&PathBuf]) -> String {
+pub fn lose(plyd: &mut Plyd, lost: &[&PathBuf]) -> String {
     plyd.signal(Signal::SIGTERM);
     for path in lost {
         if path.is_dir() {
@@ -44,7 +44,7 @@ pub(super) fn lose(plyd: &mut Plyd, lost: &[&PathBuf]) -> String {
     plyd.log()[before..].to_owned()
 }
 
-pub(super) fn layers(plyd: &Plyd) -> usize {
+pub fn layers(plyd: &Plyd) -> usize {
     files(plyd, "store/layers", ".index").len()
 }
 
@@ -52,13 +52,13 @@ fn repair_with(plyd: &Plyd, archive: &[u8]) -> Done {
     plyd.piped(["system", "repair", "-i", "-"], archive)
 }
 
-pub(super) fn assert_counted(plyd: &Plyd, records: usize) {
+pub fn assert_counted(plyd: &Plyd, records: usize) {
     let info = plyd.json(["system", "info", "--json"]);
     assert_eq!(info["damaged_records"], records, "{info:#}");
 }
 
 /// The image's tree can be mounted, as it was.
-pub(super) fn assert_usable(plyd: &Plyd) {
+pub fn assert_usable(plyd: &Plyd) {
     assert_sound(plyd);
     assert_counted(plyd, 0);
     plyd.ok(["snapshot", "prepare", "other", "whole"]);

@@ -497,7 +497,7 @@ impl Tmpfs {
     fn mount(at: PathBuf, options: &str) -> Self {
         std::fs::create_dir(&at).unwrap();
         let kind = Some("tmpfs");
-        nix::mount::mount(kind, &at, kind, MsFlags::empty(), Some(options)).unwrap();
+        mount(kind, &at, kind, MsFlags::empty(), Some(options)).unwrap();
         Self(at)
     }
 }
@@ -518,7 +518,7 @@ fn a_read_that_moves_no_access_time_needs_no_proc() {
         let thread = scope.spawn(|| {
             leave_namespace();
             let kind = Some("tmpfs");
-            nix::mount::mount(kind, "/proc", kind, MsFlags::empty(), None::<&str>).unwrap();
+            mount(kind, "/proc", kind, MsFlags::empty(), None::<&str>).unwrap();
             let mut buf = [0; 8];
             let read = fixture.union().read_quietly(node, 0, &mut buf);
             (read.unwrap(), buf)

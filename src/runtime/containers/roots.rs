@@ -85,10 +85,7 @@ impl Roots for ImageRoots {
 
     fn remove(&self, id: &str) -> snapshotter::Result<()> {
         Roots::remove(&*self.snapshotter, id)?;
-        // The container is gone; layers that stay meanwhile go when plyd starts.
-        if let Err(error) = self.images.sweep() {
-            tracing::warn!(%error, container = id, "cannot look for layers that nothing needs any more");
-        }
+        self.images.sweep_and_log();
         Ok(())
     }
 

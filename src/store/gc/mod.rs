@@ -180,14 +180,14 @@ impl Layers {
     fn live(&self, collected: &mut Collected) -> Option<Live> {
         let mut live = Live::new();
         let mut whole = true;
-        let recorded = self.list().into_iter().map(|(name, _)| name);
-        let damaged = self.damaged();
-        for name in recorded.chain(damaged.iter().copied()) {
+        for name in self.all() {
             let path = self.index_path(name);
             match LayerIndex::open(&path, name).and_then(|index| add(&index, &mut live)) {
                 Ok(()) => {}
                 // Removed since the list was made.
-                Err(_) if self.get(name).is_none() && !damaged.contains(&name) => {}
+                Err(_) if !self.has(name) => {}
+                // A removal that was cut short leaves the recipe alone.
+                Err(error) if error.is_not_found() && !self.expects(name) => {}
                 Err(error) => {
                     let error = uncollected(format!("the layer {name}"), error);
                     collected.errors.push(error);

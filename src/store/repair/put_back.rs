@@ -22,8 +22,8 @@ impl Layers {
     /// lies.
     pub fn take_put_back(&self) -> Result<PutBack> {
         let mut put_back = PutBack::default();
-        for layer in self.damaged() {
-            if self.take_record(layer) {
+        for layer in self.all() {
+            if self.get(layer).is_none() && self.take_record(layer) {
                 put_back.layers.push(layer);
             }
         }
