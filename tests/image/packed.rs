@@ -104,7 +104,7 @@ fn a_layer_of_two_images_goes_with_the_last_of_them() {
     assert_eq!(layers(), 2);
     let store = store.reopen();
     store.snapshotter.remove(Owner::Snapctl, "work").unwrap();
-    store.images.sweep().unwrap();
+    store.images.sweep_and_log();
     assert_eq!(names(&store.root().join("store/records")).len(), 0);
     store.assert_empty();
 }
