@@ -30,6 +30,8 @@ struct Guard {
     start: AtomicUsize,
     /// Where it ends; 0 while the handler is not to look at it.
     end: AtomicUsize,
+    /// How many mappings have had it and gone.
+    mappings: AtomicUsize,
     /// Pages that are about to become zeros. What somebody reads there was counted before.
     begun: AtomicUsize,
     /// Pages that have become so.
@@ -104,8 +106,7 @@ impl FileMap {
 
 impl Drop for FileMap {
     fn drop(&mut self) {
-        self.guard.end.store(0, SeqCst);
-        self.guard.start.store(0, SeqCst);
+        self.guard.free();
     }
 }
 
@@ -142,11 +143,20 @@ impl Guard {
         std::iter::successors(follow(&GUARDS), move |guard| follow(&guard.next))
     }
 
+    /// The mapping has gone.
+    fn free(&self) {
+        // Before the start becomes that of another mapping, there is no end, and another number.
+        self.end.store(0, SeqCst);
+        self.mappings.fetch_add(1, SeqCst);
+        self.start.store(0, SeqCst);
+    }
+
     fn covers(&self, address: usize) -> bool {
+        let mappings = self.mappings.load(SeqCst);
         let end = self.end.load(SeqCst);
         let start = self.start.load(SeqCst);
-        // Before the start becomes that of another mapping, there is no end.
-        end != 0 && (start..end).contains(&address) && self.end.load(SeqCst) == end
+        // Of one mapping are both only if it has not gone meanwhile.
+        end != 0 && (start..end).contains(&address) && self.mappings.load(SeqCst) == mappings
     }
 
     /// Puts zeros at `at`, from a signal handler. Says whether it could.
@@ -328,8 +338,7 @@ mod tests {
                     for (start, end) in [(10, 20), (100, 200)] {
                         guard.start.store(start, SeqCst);
                         guard.end.store(end, SeqCst);
-                        guard.end.store(0, SeqCst);
-                        guard.start.store(0, SeqCst);
+                        guard.free();
                     }
                 }
                 ends.store(1, SeqCst);
