@@ -9,6 +9,7 @@ mod damage;
 mod gone;
 mod twins;
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -133,7 +134,10 @@ impl Catalog {
         // Nobody changes a record meanwhile; whoever looks one up finds it at any moment.
         let changes = self.changes.lock();
         let mut lost = 0;
-        for (id, record) in &changes.known {
+        let mut known: Vec<_> = changes.known.iter().collect();
+        // Of several with one name it leads to the one that was made last.
+        known.sort_by_key(|(id, record)| (Reverse(record.created), *id));
+        for (id, record) in known {
             let name = name(record.owner, &record.key);
             let named = self.index.get(&name)?;
             let named = named.and_then(|id| changes.known.get(&id));
@@ -292,6 +296,13 @@ impl Catalog {
         change: impl FnOnce(&mut SnapshotRecord),
     ) -> Result<Found> {
         let mut changes = self.changes.lock();
+        if !changes.known.contains_key(&old.id) {
+            // Put back, and not taken in; what it has is not counted as its own.
+            return Err(Error::NotFound {
+                owner: old.record.owner,
+                key: old.record.key.clone(),
+            });
+        }
         let mut new = old.clone();
         change(&mut new.record);
         new.record.updated = changes.now();

@@ -47,3 +47,6 @@ impl Snapshotter {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -204,16 +204,29 @@ impl Snapshotter {
     /// snapshots whose records could not be read when plyd started, or were gone, if each of these has been made anew or
     /// removed. Answers whether that is so. To be called after [`open`](Self::open), once nobody tells of more snapshots.
     pub fn settle_records(&self) -> bool {
-        let settled = self.catalog.is_complete();
+        let settled = self.catalog.is_complete().unwrap_or_else(|error| {
+            tracing::warn!(%error, "layers stay that nobody may need");
+            false
+        });
         if settled {
             self.packed.settle();
         }
         settled
     }
 
-    /// Whether layers are kept that [`settle_records`](Self::settle_records) may let go. Nothing is looked for.
+    /// Whether layers are kept that [`settle_records`](Self::settle_records) may let go. Nothing is read for that.
     pub fn is_unsettled(&self) -> bool {
-        self.packed.keeps_claimed()
+        self.packed.keeps_claimed() && self.catalog.misses_none()
+    }
+
+    /// Takes in what was put back if the record `found` is, before anybody changes it.
+    pub(super) fn take_in(&self, found: &Found) -> Result<()> {
+        if !self.catalog.knows(&found.id) {
+            for ParentRef { owner, key } in self.take_put_back()? {
+                tracing::info!(%owner, key, "a record that was put back is used now");
+            }
+        }
+        Ok(())
     }
 
     /// Takes in records that somebody has put back since plyd started; answers of which snapshots. Those of packed layers have to be

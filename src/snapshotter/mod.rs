@@ -88,6 +88,7 @@ use useful::Useful;
 
 use crate::store::ingest::Settings;
 use crate::store::layer::LayerStore;
+use crate::store::record;
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
 
@@ -226,6 +227,10 @@ impl Snapshotter {
         let ParentRef { owner, key } = parent;
         let Some(found) = self.catalog.find(*owner, key)? else {
             self.catalog.check_missed(*owner, key)?;
+            if *owner == Owner::Image {
+                // An image that is there has all its layers.
+                return Err(record::Error::from(self.catalog.gone_layer(key)?).into());
+            }
             return Err(Error::NoParent {
                 owner: *owner,
                 key: key.clone(),
@@ -237,6 +242,7 @@ impl Snapshotter {
                 kind: found.record.kind,
             });
         }
+        self.take_in(&found)?;
         Ok(found)
     }
 
@@ -469,7 +475,9 @@ impl Snapshotter {
         key: &str,
         work: impl FnOnce(Found) -> Result<T>,
     ) -> Result<T> {
-        let id = self.catalog.resolve(owner, key)?.id;
+        let found = self.catalog.resolve(owner, key)?;
+        self.take_in(&found)?;
+        let id = found.id;
         self.locks.with(&id, || work(self.still(owner, key, &id)?))
     }
 

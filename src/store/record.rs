@@ -228,6 +228,13 @@ impl<T: Record> RecordDir<T> {
         Ok(listing)
     }
 
+    /// Ids of all records, whether they can be used or not. None is read.
+    pub fn ids(&self) -> Result<Vec<String>> {
+        let names = self.names()?.into_iter();
+        let ids = names.filter_map(|name| name.strip_suffix(SUFFIX).map(str::to_owned));
+        Ok(ids.collect())
+    }
+
     /// Reads all records and answers those that cannot be used, and those of `known` that have no file. Whoever may remove
     /// records meanwhile asks of each [`is_unsound`](Self::is_unsound) once more.
     pub fn examine(&self, known: impl IntoIterator<Item = String>) -> Result<Vec<Damaged>> {

@@ -5,14 +5,13 @@ use crate::snapshotter::types::*;
 
 impl Catalog {
     /// Fails if anything builds on `found`, or may: a snapshot whose record cannot be used, or is gone, can come back as long as what it
-    /// builds on is there. containerd knows itself what builds on its own, and nothing of others does.
+    /// builds on is there. What containerd builds on its own it knows itself.
     pub(in crate::snapshotter) fn check_childless(&self, found: &Found) -> Result<()> {
-        let mut changes = self.changes.lock();
+        let changes = self.changes.lock();
         changes.check_childless(found)?;
-        if found.record.kind != Kind::Committed || found.record.owner == Owner::Containerd {
+        if found.record.kind != Kind::Committed {
             return Ok(());
         }
-        changes.unread.retain(|id| !self.is_gone(id));
         let parents = changes.unknown_parents();
         for id in changes.unread.union(&parents) {
             let may_build = match changes.oldest_on(id) {
@@ -23,7 +22,10 @@ impl Catalog {
                 }
                 None => {
                     let of = self.index.find(id)?.and_then(|name| parse_name(&name));
-                    of.is_none_or(|of| is_own(of.owner))
+                    // Nobody can tell then whose it is.
+                    of.map_or(found.record.owner != Owner::Containerd, |of| {
+                        is_own(of.owner)
+                    })
                 }
             };
             if may_build {

@@ -16,11 +16,20 @@ const FROM_IMAGE: &str = "`snapctl system repair` makes it anew from the image's
 /// The same where nobody can tell whose the record is.
 const OF_UNKNOWN: &str = "if it is of an image's layer, `snapctl system repair` makes it anew from the image's record, or with `-i` from the image's archive; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot, start plyd again and remove what builds on it; what was written to it is erased then, so copy what you need out of its mount first";
 
+/// What to do about a record that was put back.
+const ASIDE: &str = "`snapctl system repair` takes it in, or says what to do";
+/// The same once a repair has left it.
+const LEFT_ASIDE: &str =
+    "start plyd again, which takes it in; but if you do not need it, remove the file first";
+
 impl Catalog {
     /// How many are [`damaged`](Self::damaged); of records only what has changed is read.
     pub(in crate::snapshotter) fn count_damaged(&self) -> Result<usize> {
-        let expected = self.changes.lock().expected();
-        match self.records.is_doubtful(expected)? {
+        let (expected, has_strays) = {
+            let changes = self.changes.lock();
+            (changes.expected(), !self.strays(&changes)?.is_empty())
+        };
+        match has_strays || self.records.is_doubtful(expected)? {
             true => Ok(self.damaged()?.len()),
             false => Ok(0),
         }
@@ -73,7 +82,41 @@ impl Catalog {
                 on_top,
             });
         }
+        found.extend(self.left_aside()?);
         Ok(found)
+    }
+
+    /// Sound records that are not used, for they were put back after plyd had started.
+    fn left_aside(&self) -> Result<Vec<UnusableRecord>> {
+        let changes = self.changes.lock();
+        let strays = self.strays(&changes)?.into_iter();
+        let sound = strays.filter_map(|id| match self.records.get(&id) {
+            Ok(Some(record)) => Some((id, record)),
+            _ => None,
+        });
+        let left = sound.map(|(id, record)| {
+            let why = if changes.of(record.owner, &record.key).is_some() {
+                "it was put back, and its key is another's now"
+            } else if record
+                .parent
+                .as_ref()
+                .is_some_and(|id| !changes.known.contains_key(id))
+            {
+                "it was put back, and what it builds on is not there"
+            } else {
+                "it was put back, and is not used yet"
+            };
+            UnusableRecord {
+                damaged: Damaged {
+                    remedy: ASIDE,
+                    left: LEFT_ASIDE,
+                    ..self.records.damaged(&id, why.to_owned())
+                },
+                on_top: changes.on_top_of(&id),
+                of: Some(ref_to(&record)),
+            }
+        });
+        Ok(left.collect())
     }
 
     /// Says in the log that `damaged` could not be read at the start, whose these are and what to do.
@@ -233,11 +276,27 @@ impl Catalog {
         Ok(taken)
     }
 
-    /// Whether it is known of all snapshots what their records say. One that somebody has put back since the start does not count.
-    pub(in crate::snapshotter) fn is_complete(&self) -> bool {
-        let mut changes = self.changes.lock();
-        changes.unread.retain(|id| !self.is_gone(id));
-        changes.is_complete()
+    /// Whether it is known of all snapshots what their records say, and no record is there that is not known.
+    pub(in crate::snapshotter) fn is_complete(&self) -> Result<bool> {
+        let changes = self.changes.lock();
+        Ok(changes.is_complete() && self.strays(&changes)?.is_empty())
+    }
+
+    /// Whether it is known of all snapshots that somebody tells of what their records say. Nothing is read.
+    pub(in crate::snapshotter) fn misses_none(&self) -> bool {
+        self.changes.lock().is_complete()
+    }
+
+    /// Whether the record of that id is known. One that somebody has put back since the start is not before it was taken in.
+    pub(in crate::snapshotter) fn knows(&self, id: &str) -> bool {
+        self.changes.lock().known.contains_key(id)
+    }
+
+    /// Ids of records that are there and of which nothing is known.
+    fn strays(&self, changes: &Changes) -> Result<Vec<String>> {
+        let mut ids = self.records.ids()?;
+        ids.retain(|id| !changes.known.contains_key(id));
+        Ok(ids)
     }
 }
 

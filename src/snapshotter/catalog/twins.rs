@@ -38,6 +38,18 @@ impl Catalog {
                 kept = twin.kept,
                 "two records are of one snapshot; the first goes, and what builds on it builds on the second"
             );
+            let Some(created) = changes.known.get(&twin.id).map(|record| record.created) else {
+                continue;
+            };
+            if let Some(kept) = changes.known.get_mut(&twin.kept)
+                && created < kept.created
+            {
+                // It stays older than what builds on it.
+                let mut older = kept.clone();
+                older.created = created;
+                self.records.put(&twin.kept, &older)?;
+                *kept = older;
+            }
             let children = changes.children(Some(&twin.id));
             for id in children {
                 if let Some(record) = changes.known.get_mut(&id) {
@@ -87,8 +99,9 @@ impl Catalog {
     /// Has a name that no longer leads to a snapshot lead to another one that has it, if there is one.
     pub(super) fn lead_on(&self, changes: &Changes, owner: Owner, key: &str) {
         let name = name(owner, key);
-        let mut known = changes.known.iter();
-        let other = known.find(|(_, record)| record.owner == owner && record.key == key);
+        let known = changes.known.iter();
+        let others = known.filter(|(_, record)| record.owner == owner && record.key == key);
+        let other = others.max_by_key(|(id, record)| (record.created, *id));
         let led = match other {
             Some((id, _)) => self.index.insert(&name, id),
             None => self.index.remove(&name),
