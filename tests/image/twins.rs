@@ -204,7 +204,10 @@ fn a_snapshot_is_not_removed_while_a_damaged_record_may_be_of_one_on_it() {
     plyd.launch();
     let refused = plyd.snapctl(["snapshot", "rm", "base"]);
     assert_eq!(refused.code, 1);
-    let told = format!("one may build on it whose record {}", record.display());
+    let told = format!(
+        "one may build on it whose record {} is not in use",
+        record.display()
+    );
     assert!(refused.stderr.contains(&told), "{}", refused.stderr);
     fs::write(&record, good).unwrap();
     plyd.ok(REPAIR);

@@ -12,6 +12,14 @@ impl Catalog {
         if found.record.kind != Kind::Committed {
             return Ok(());
         }
+        for id in self.strays(&changes)? {
+            // One that cannot be read is looked at below.
+            if let Ok(Some(record)) = self.records.get(&id)
+                && record.parent.as_ref() == Some(&found.id)
+            {
+                return Err(self.may_build(&id, found));
+            }
+        }
         let parents = changes.unknown_parents();
         for id in changes.unread.union(&parents) {
             let may_build = match changes.oldest_on(id) {
@@ -29,13 +37,17 @@ impl Catalog {
                 }
             };
             if may_build {
-                return Err(Error::MayHaveChildren {
-                    key: found.record.key.clone(),
-                    record: self.records.damaged(id, String::new()).path,
-                });
+                return Err(self.may_build(id, found));
             }
         }
         Ok(())
+    }
+
+    fn may_build(&self, id: &str, on: &Found) -> Error {
+        Error::MayHaveChildren {
+            key: on.record.key.clone(),
+            record: self.records.damaged(id, String::new()).path,
+        }
     }
 }
 

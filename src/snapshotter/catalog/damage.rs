@@ -293,7 +293,7 @@ impl Catalog {
     }
 
     /// Ids of records that are there and of which nothing is known.
-    fn strays(&self, changes: &Changes) -> Result<Vec<String>> {
+    pub(super) fn strays(&self, changes: &Changes) -> Result<Vec<String>> {
         let mut ids = self.records.ids()?;
         ids.retain(|id| !changes.known.contains_key(id));
         Ok(ids)

@@ -100,7 +100,8 @@ fn a_record_that_was_put_back_is_as_any_other_once_it_is_changed() {
 fn a_record_whose_key_is_anothers_now_is_told_and_keeps_its_layer() {
     let place = Place::new();
     let snapshots = place.open();
-    layer(&snapshots, "base", None);
+    layer(&snapshots, "below", None);
+    layer(&snapshots, "base", Some("below"));
     prepare(&snapshots, "on it", Some("base"));
     let record = record_of(&place, &snapshots, OWNER, "base");
     let (snapshots, good) = lose(&place, snapshots, &record);
@@ -113,7 +114,12 @@ fn a_record_whose_key_is_anothers_now_is_told_and_keeps_its_layer() {
     assert!(told.contains("its key is another's now"), "{told}");
     snapshots.remove(OWNER, "on it").unwrap();
     assert!(!snapshots.settle_records());
-    assert_eq!(snapshots.packed_layers().list().len(), 2);
+    assert_eq!(snapshots.packed_layers().list().len(), 3);
+    let refused = snapshots.remove(OWNER, "below");
+    assert!(
+        matches!(refused, Err(Error::MayHaveChildren { .. })),
+        "{refused:?}"
+    );
 
     // The index is lost: the key means the one that was made last.
     let index = place.root().join("index");
@@ -124,7 +130,7 @@ fn a_record_whose_key_is_anothers_now_is_told_and_keeps_its_layer() {
     assert!(!is_put_back(&snapshots));
     snapshots.remove(OWNER, "base").unwrap();
     assert!(is_put_back(&snapshots));
-    assert_eq!(snapshots.packed_layers().list().len(), 1);
+    assert_eq!(snapshots.packed_layers().list().len(), 2);
 }
 
 /// It was younger than what built on it, and passed for one on which a record that was gone could not build.
