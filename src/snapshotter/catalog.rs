@@ -108,7 +108,7 @@ impl Catalog {
             index,
             changes: Mutex::new(changes),
         };
-        if let Err(error) = catalog.join_twins() {
+        if let Err(error) = catalog.join_twins(&root.join("snapshots/data")) {
             tracing::error!(%error, "two records of one snapshot stay");
         }
         // It may have been made anew, or not know a record that somebody has put back.

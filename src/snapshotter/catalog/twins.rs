@@ -1,9 +1,11 @@
 //! Several records with one name: one that somebody has put back, and the one that was made in its place.
 //!
 //! The index leads to one of them. Where both are of one layer, the next start makes one of them: what builds on the other comes to build on
-//! the one that stays. Others stay, each with what builds on it, and the name leads to another once the one that it leads to has gone.
+//! the one that stays. A record of what was not committed goes if nothing is left of that. Others stay, each with what builds on it, and
+//! the name leads to another once the one that it leads to has gone.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 
 use super::{Catalog, Changes, SnapshotRecord, name};
 use crate::snapshotter::types::*;
@@ -17,10 +19,10 @@ struct Twin {
 }
 
 impl Catalog {
-    /// Makes one of those that are of one layer. Nobody else has the catalog yet.
-    pub(super) fn join_twins(&self) -> Result<()> {
+    /// Makes one of those that are the same. `data` has the uppers. Nobody else has the catalog yet.
+    pub(super) fn join_twins(&self, data: &Path) -> Result<()> {
         let mut changes = self.changes.lock();
-        let twins = self.twins(&changes)?;
+        let twins = self.twins(&changes, data)?;
         let ids: HashSet<&str> = twins.iter().map(|twin| &*twin.id).collect();
         let others = changes.known.iter().filter(|(id, _)| !ids.contains(&***id));
         let is_known = |id: &String| changes.known.contains_key(id);
@@ -68,7 +70,10 @@ impl Catalog {
         Ok(())
     }
 
-    fn twins(&self, changes: &Changes) -> Result<Vec<Twin>> {
+    fn twins(&self, changes: &Changes, data: &Path) -> Result<Vec<Twin>> {
+        let is_there = |id: &str, record: &SnapshotRecord| {
+            record.kind == Kind::Committed || data.join(id).exists()
+        };
         let mut by_name: HashMap<Vec<u8>, Vec<(&String, &SnapshotRecord)>> = HashMap::new();
         for (id, record) in &changes.known {
             let name = name(record.owner, &record.key);
@@ -82,12 +87,15 @@ impl Catalog {
             of_name.sort_by_key(|(id, record)| {
                 let parent = record.parent.as_ref();
                 let is_cut = parent.is_some_and(|id| !changes.known.contains_key(id));
-                (is_cut, named.as_ref() != Some(*id), record.created)
+                let is_named = named.as_ref() == Some(*id);
+                (!is_there(id, record), is_cut, !is_named, record.created)
             });
             let Some((&(kept, first), others)) = of_name.split_first() else {
                 continue;
             };
-            let same = others.iter().filter(|(_, other)| is_same(first, other));
+            let same = others
+                .iter()
+                .filter(|(id, other)| is_same(first, other) || !is_there(id, other));
             twins.extend(same.map(|(id, _)| Twin {
                 id: (*id).clone(),
                 kept: kept.clone(),

@@ -198,3 +198,21 @@ fn a_layer_of_containerds_stays_on_which_a_snapshot_of_others_may_build() {
         "{refused:?}"
     );
 }
+
+/// Nothing could be made of it, and to remove it took the one that could be used.
+#[test]
+fn of_two_active_snapshots_of_one_name_the_one_goes_of_which_nothing_is_left() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let old = prepare(&snapshots, "work", None);
+    let record = record_of(&place, &snapshots, OWNER, "work");
+    let good = fs::read(&record).unwrap();
+    snapshots.remove(OWNER, "work").unwrap();
+    let new = prepare(&snapshots, "work", None);
+    let snapshots = meanwhile(&place, snapshots, || fs::write(&record, good).unwrap());
+    assert_ne!(old.id, new.id);
+    let all = snapshots.list(None).unwrap();
+    assert_eq!(all.len(), 1);
+    assert_eq!(all[0].id, new.id);
+    assert!(!record.exists());
+}
