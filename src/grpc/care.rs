@@ -29,7 +29,7 @@ pub(super) fn collect(
     dry_run: bool,
 ) -> api::CollectResponse {
     if !dry_run {
-        // The file of a record that could not be read may be gone by now.
+        // What was kept for a record may be nobody's by now.
         images.sweep_and_log();
     }
     let collected = snapshotter.packed_layers().collect(dry_run, &());

@@ -120,7 +120,7 @@ impl api::snapshots_server::Snapshots for Service {
             snapshotter.remove(OWNER, &key)?;
             // It may have been the last to tell of a record that is gone.
             if snapshotter.is_unsettled() {
-                images.sweep_and_log();
+                images.settle_layers();
             }
             Ok(Response::new(()))
         })

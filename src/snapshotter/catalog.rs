@@ -11,7 +11,7 @@ mod twins;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -61,6 +61,8 @@ pub(super) struct Found {
 
 #[derive(Debug)]
 pub(super) struct Catalog {
+    /// What was written to snapshots, by their ids.
+    data: PathBuf,
     records: RecordDir<SnapshotRecord>,
     index: Index,
     /// Held while a record changes.
@@ -104,16 +106,15 @@ impl Catalog {
             last_time,
         };
         let catalog = Self {
+            data: root.join("snapshots/data"),
             records,
             index,
             changes: Mutex::new(changes),
         };
-        if let Err(error) = catalog.join_twins(&root.join("snapshots/data")) {
-            tracing::error!(%error, "two records of one snapshot stay");
-        }
-        // It may have been made anew, or not know a record that somebody has put back.
-        catalog.mend_index()?;
-        let changes = catalog.changes.lock();
+        let mut changes = catalog.changes.lock();
+        catalog.join_twins(&mut changes);
+        // The index may have been made anew, or not know a record that somebody has put back.
+        catalog.lead_all(&changes)?;
         let gone = changes.unknown_parents().into_iter();
         let gone = gone.filter(|id| !changes.unread.contains(id));
         let gone = gone.map(|id| catalog.records.damaged(&id, gone::GONE.to_owned()));
@@ -132,7 +133,10 @@ impl Catalog {
     /// Makes each name lead to its record again; says how many did not.
     pub(super) fn mend_index(&self) -> Result<usize> {
         // Nobody changes a record meanwhile; whoever looks one up finds it at any moment.
-        let changes = self.changes.lock();
+        self.lead_all(&self.changes.lock())
+    }
+
+    fn lead_all(&self, changes: &Changes) -> Result<usize> {
         let mut lost = 0;
         let mut known: Vec<_> = changes.known.iter().collect();
         // Of several with one name it leads to the one that was made last.
@@ -296,14 +300,15 @@ impl Catalog {
         change: impl FnOnce(&mut SnapshotRecord),
     ) -> Result<Found> {
         let mut changes = self.changes.lock();
-        if !changes.known.contains_key(&old.id) {
-            // Put back, and not taken in; what it has is not counted as its own.
+        let Some(known) = changes.known.get(&old.id) else {
             return Err(Error::NotFound {
                 owner: old.record.owner,
                 key: old.record.key.clone(),
             });
-        }
+        };
         let mut new = old.clone();
+        // Another may have become that meanwhile.
+        new.record.parent.clone_from(&known.parent);
         change(&mut new.record);
         new.record.updated = changes.now();
         let (old_name, new_name) = (
@@ -324,21 +329,14 @@ impl Catalog {
         Ok(new)
     }
 
-    /// Removes the record of a snapshot that nothing builds on.
-    pub(super) fn remove(&self, found: &Found) -> Result<()> {
+    /// Removes the record of a snapshot that nothing builds on. Answers the packed layer that it had.
+    pub(super) fn remove(&self, found: &Found) -> Result<Option<LayerName>> {
         let mut changes = self.changes.lock();
         changes.check_childless(found)?;
         self.records.remove(&found.id)?;
-        changes.known.remove(&found.id);
+        let removed = changes.known.remove(&found.id);
         self.lead_on(&changes, found.record.owner, &found.record.key);
-        Ok(())
-    }
-
-    /// The packed layer that is counted as the snapshot's. Of a record that was put back and is not known yet it is not: what a
-    /// snapshot has is counted when that becomes known.
-    pub(super) fn counted(&self, found: &Found) -> Option<LayerName> {
-        let counts = |_: &LayerName| self.changes.lock().known.contains_key(&found.id);
-        found.record.packed.filter(counts)
+        Ok(removed.and_then(|record| record.packed))
     }
 
     /// Fails if the key is taken, also by a snapshot whose record is gone.
@@ -376,8 +374,9 @@ impl Changes {
     }
 
     fn of(&self, owner: Owner, key: &str) -> Option<&SnapshotRecord> {
-        let mut all = self.known.values();
-        all.find(|record| record.owner == owner && record.key == key)
+        let all = self.known.values();
+        let all = all.filter(|record| record.owner == owner && record.key == key);
+        all.max_by_key(|record| record.created)
     }
 
     /// A time for the layer `at` of a chain, whose id is `id`: later than that of what it lies on, and earlier than those of all
@@ -443,13 +442,7 @@ fn name(owner: Owner, key: &str) -> Vec<u8> {
 
 fn parse_name(name: &[u8]) -> Option<ParentRef> {
     let (owner, key) = std::str::from_utf8(name).ok()?.split_once('\0')?;
-    let owners = [
-        Owner::Containerd,
-        Owner::Snapctl,
-        Owner::Image,
-        Owner::Container,
-    ];
-    let owner = owners.into_iter().find(|of| of.as_str() == owner)?;
+    let owner = Owner::ALL.into_iter().find(|of| of.as_str() == owner)?;
     let key = key.to_owned();
     Some(ParentRef { owner, key })
 }

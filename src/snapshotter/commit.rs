@@ -91,7 +91,6 @@ impl Snapshotter {
                 (Some(made), layer, usage)
             }
         };
-        let counted = self.catalog.counted(found);
         let updated = self.catalog.update(found, |record| {
             record.key = name.to_owned();
             record.kind = Kind::Committed;
@@ -107,7 +106,7 @@ impl Snapshotter {
             && (updated.is_ok() || !self.catalog.get(&found.id).is_ok_and(is_active))
         {
             made.used();
-            if let Some(applied) = counted {
+            if let Some(applied) = found.record.packed {
                 self.packed.release(applied);
             }
         }

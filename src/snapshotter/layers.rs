@@ -5,7 +5,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use super::Snapshotter;
-use super::catalog::{self, Found, SnapshotRecord};
+use super::catalog::{self, SnapshotRecord};
 use super::packed::HeldLayer;
 use super::types::*;
 use crate::store::LayerName;
@@ -216,12 +216,20 @@ impl Snapshotter {
 
     /// Whether layers are kept that [`settle_records`](Self::settle_records) may let go. Nothing is read for that.
     pub fn is_unsettled(&self) -> bool {
-        self.packed.keeps_claimed() && self.catalog.misses_none()
+        self.packed.keeps_claimed()
     }
 
-    /// Takes in what was put back if the record `found` is, before anybody changes it.
-    pub(super) fn take_in(&self, found: &Found) -> Result<()> {
-        if !self.catalog.knows(&found.id) {
+    /// Takes in what was put back if the record of that id is, before anybody changes that.
+    pub(super) fn take_in(&self, id: &str) -> Result<()> {
+        if self.catalog.knows(id) {
+            return Ok(());
+        }
+        self.take_strays()
+    }
+
+    /// Takes in what was put back, if anything was.
+    pub(super) fn take_strays(&self) -> Result<()> {
+        if self.catalog.has_strays()? {
             for ParentRef { owner, key } in self.take_put_back()? {
                 tracing::info!(%owner, key, "a record that was put back is used now");
             }
@@ -232,19 +240,18 @@ impl Snapshotter {
     /// Takes in records that somebody has put back since plyd started; answers of which snapshots. Those of packed layers have to be
     /// known before. What was kept because of them is settled by [`settle_records`](Self::settle_records).
     pub fn take_put_back(&self) -> Result<Vec<ParentRef>> {
-        let is_there = |found: &Found| match (&found.record.layer, found.record.packed) {
-            (Some(layer), _) => self.layers.contains(layer),
-            (None, Some(packed)) if found.record.kind == Kind::Committed => {
-                self.packed.layers().has(packed)
-            }
-            (None, _) => self.data.join(&found.id).exists(),
-        };
-        let count = |record: &SnapshotRecord| {
-            if let Some(layer) = record.packed {
-                self.packed.count(layer);
-            }
-        };
-        self.catalog.take_put_back(is_there, count)
+        self.catalog.take_put_back(
+            |record| {
+                if let Some(layer) = record.packed {
+                    self.packed.count(layer);
+                }
+            },
+            |joined| {
+                if let Some(layer) = joined.packed {
+                    self.packed.release(layer);
+                }
+            },
+        )
     }
 
     /// Puts the names into the index that it has lost; says how many.

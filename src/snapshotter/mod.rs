@@ -88,7 +88,6 @@ use useful::Useful;
 
 use crate::store::ingest::Settings;
 use crate::store::layer::LayerStore;
-use crate::store::record;
 use crate::store::trash::Trash;
 use crate::store::{self, create_dir, sync_dir};
 
@@ -228,8 +227,7 @@ impl Snapshotter {
         let Some(found) = self.catalog.find(*owner, key)? else {
             self.catalog.check_missed(*owner, key)?;
             if *owner == Owner::Image {
-                // An image that is there has all its layers.
-                return Err(record::Error::from(self.catalog.gone_layer(key)?).into());
+                self.catalog.check_layer_is_not_gone(key)?;
             }
             return Err(Error::NoParent {
                 owner: *owner,
@@ -242,7 +240,7 @@ impl Snapshotter {
                 kind: found.record.kind,
             });
         }
-        self.take_in(&found)?;
+        self.take_in(&found.id)?;
         Ok(found)
     }
 
@@ -273,17 +271,18 @@ impl Snapshotter {
 
     /// Deletes a snapshot that has no children; unmounts it first.
     pub fn remove(&self, owner: Owner, key: &str) -> Result<()> {
+        // Something that was put back may build on it, or have its layer.
+        self.take_strays()?;
         self.locked(owner, key, |found| {
             self.catalog.check_childless(&found)?;
             self.mounts.unmount(&found.id)?;
-            let counted = self.catalog.counted(&found);
-            self.catalog.remove(&found)?;
+            let layer = self.catalog.remove(&found)?;
             let dir = self.data.join(&found.id);
             match found.record.kind {
                 Kind::Committed => commit::discard(&dir, &self.trash),
                 Kind::Active | Kind::View => self.throw_away(&dir),
             }
-            if let Some(layer) = counted {
+            if let Some(layer) = layer {
                 self.packed.release(layer);
             }
             if let Some(layer) = &found.record.layer
@@ -475,9 +474,8 @@ impl Snapshotter {
         key: &str,
         work: impl FnOnce(Found) -> Result<T>,
     ) -> Result<T> {
-        let found = self.catalog.resolve(owner, key)?;
-        self.take_in(&found)?;
-        let id = found.id;
+        let id = self.catalog.resolve(owner, key)?.id;
+        self.take_in(&id)?;
         self.locks.with(&id, || work(self.still(owner, key, &id)?))
     }
 

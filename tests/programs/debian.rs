@@ -98,7 +98,7 @@ fn apt_installs_a_database_that_loses_nothing_when_it_is_killed() {
              runuser -u postgres -- bash -euo pipefail -c '{PG}; cd /srv/pg
              pg_ctl -D data -l log -w -t 100 start > /dev/null
              pgbench -h /srv/pg -n -c 4 -j 2 -T 1000 postgres > /dev/null 2>&1 &
-             i={round}000000; while {psql} -c \"insert into seen values($i)\"; do echo $i > told; i=$((i + 1)); done'"
+             i={round}000000; while {psql} -c \"insert into seen values($i)\"; do echo $i >> told; i=$((i + 1)); done'"
         );
         let mut load = Load(
             inside(&ground, &script)
@@ -107,7 +107,11 @@ fn apt_installs_a_database_that_loses_nothing_when_it_is_killed() {
                 .unwrap(),
         );
         let told = ground.root().join("root/srv/pg/told");
-        let last = || -> Option<u64> { std::fs::read_to_string(&told).ok()?.trim().parse().ok() };
+        // The kill may have cut the last line off.
+        let last = || -> Option<u64> {
+            let told = std::fs::read_to_string(&told).ok()?;
+            told.rsplit_once('\n')?.0.lines().last()?.parse().ok()
+        };
         let deadline = Instant::now() + PATIENCE;
         while last().is_none_or(|last| last < round * 1_000_000 + 20) {
             assert!(load.0.try_wait().unwrap().is_none(), "the load has ended");

@@ -201,6 +201,8 @@ fn an_images_layers_go_once_the_record_is_given_up_that_may_build_on_them() {
     fs::remove_file(&record).unwrap();
     plyd.ok(["system", "gc"]);
     assert_eq!(layers(&plyd), 2);
+    let told = plyd.snapctl(["system", "verify"]);
+    assert!(told.stdout.contains("start plyd again"), "{}", told.stdout);
     plyd.signal(Signal::SIGTERM);
     plyd.launch();
     assert_eq!(layers(&plyd), 0);

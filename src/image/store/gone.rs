@@ -34,7 +34,7 @@ impl ImageStore {
 
     /// Lets the layers go that were kept for snapshots whose records cannot be used or are gone, if there are none. While
     /// the record of an image or of a name is so, nobody knows which layers are.
-    pub(super) fn settle_layers(&self) {
+    pub fn settle_layers(&self) {
         let records = self.records.lock();
         let chains: Vec<Vec<String>> = records.chains().map(|(_, chain)| chain).collect();
         if records.all_damaged().next().is_none() && self.unpacker.has_all(chains.iter().flatten())

@@ -1,53 +1,52 @@
 //! Whether anything builds on a snapshot that is to go, also such of which nothing is known.
 
+use super::damage::beginning;
 use super::{Catalog, Changes, Found, parse_name};
 use crate::snapshotter::types::*;
 
 impl Catalog {
     /// Fails if anything builds on `found`, or may: a snapshot whose record cannot be used, or is gone, can come back as long as what it
-    /// builds on is there. What containerd builds on its own it knows itself.
+    /// builds on is there. Of containerd's own, and of images' layers, others say on what they build.
     pub(in crate::snapshotter) fn check_childless(&self, found: &Found) -> Result<()> {
         let changes = self.changes.lock();
         changes.check_childless(found)?;
         if found.record.kind != Kind::Committed {
             return Ok(());
         }
-        for id in self.strays(&changes)? {
-            // One that cannot be read is looked at below.
-            if let Ok(Some(record)) = self.records.get(&id)
-                && record.parent.as_ref() == Some(&found.id)
-            {
-                return Err(self.may_build(&id, found));
-            }
-        }
+        // A container's root lies on an image.
+        let may_be_on_it = |owner| match found.record.owner {
+            Owner::Containerd => owner == Owner::Snapctl,
+            _ => matches!(owner, Owner::Snapctl | Owner::Container),
+        };
         let parents = changes.unknown_parents();
         for id in changes.unread.union(&parents) {
             let may_build = match changes.oldest_on(id) {
                 Some(oldest) => {
-                    // All that an image needs of its layers it says itself.
-                    found.record.created < oldest
-                        && changes.on_top_of(id).iter().any(|of| is_own(of.owner))
+                    let on_top = changes.on_top_of(id);
+                    found.record.created < oldest && on_top.iter().any(|of| may_be_on_it(of.owner))
                 }
-                None => {
-                    let of = self.index.find(id)?.and_then(|name| parse_name(&name));
-                    // Nobody can tell then whose it is.
-                    of.map_or(found.record.owner != Owner::Containerd, |of| {
-                        is_own(of.owner)
-                    })
-                }
+                None => match self.owner_of(id)? {
+                    Some(owner) => may_be_on_it(owner),
+                    None => found.record.owner != Owner::Containerd,
+                },
             };
             if may_build {
-                return Err(self.may_build(id, found));
+                return Err(Error::MayHaveChildren {
+                    key: found.record.key.clone(),
+                    record: self.records.damaged(id, String::new()).path,
+                });
             }
         }
         Ok(())
     }
 
-    fn may_build(&self, id: &str, on: &Found) -> Error {
-        Error::MayHaveChildren {
-            key: on.record.key.clone(),
-            record: self.records.damaged(id, String::new()).path,
+    /// Whose the record of that id is, which cannot be used, as the index says or what can still be read of it.
+    fn owner_of(&self, id: &str) -> Result<Option<Owner>> {
+        if let Some(of) = self.index.find(id)?.and_then(|name| parse_name(&name)) {
+            return Ok(Some(of.owner));
         }
+        let mut owners = Owner::ALL.into_iter();
+        Ok(owners.find(|owner| self.records.has_text(id, &beginning(*owner))))
     }
 }
 
@@ -69,9 +68,4 @@ impl Changes {
         let on_it = known.filter(|record| record.parent.as_deref() == Some(id));
         on_it.map(|record| record.created).min()
     }
-}
-
-/// Whether only the records of such snapshots say on which of them, and of images' layers, they build.
-fn is_own(owner: Owner) -> bool {
-    matches!(owner, Owner::Snapctl | Owner::Container)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Catalog, Changes, Found, SnapshotRecord, gone, in_order, name, parse_name};
+use super::{Catalog, Changes, SnapshotRecord, gone, name, parse_name};
 use crate::snapshotter::types::*;
 use crate::store::record::Damaged;
 
@@ -16,20 +16,11 @@ const FROM_IMAGE: &str = "`snapctl system repair` makes it anew from the image's
 /// The same where nobody can tell whose the record is.
 const OF_UNKNOWN: &str = "if it is of an image's layer, `snapctl system repair` makes it anew from the image's record, or with `-i` from the image's archive; else restore it from a backup and run `snapctl system repair`, or delete the file to give up the snapshot, start plyd again and remove what builds on it; what was written to it is erased then, so copy what you need out of its mount first";
 
-/// What to do about a record that was put back.
-const ASIDE: &str = "`snapctl system repair` takes it in, or says what to do";
-/// The same once a repair has left it.
-const LEFT_ASIDE: &str =
-    "start plyd again, which takes it in; but if you do not need it, remove the file first";
-
 impl Catalog {
     /// How many are [`damaged`](Self::damaged); of records only what has changed is read.
     pub(in crate::snapshotter) fn count_damaged(&self) -> Result<usize> {
-        let (expected, has_strays) = {
-            let changes = self.changes.lock();
-            (changes.expected(), !self.strays(&changes)?.is_empty())
-        };
-        match has_strays || self.records.is_doubtful(expected)? {
+        let expected = self.changes.lock().expected();
+        match self.records.is_doubtful(expected)? {
             true => Ok(self.damaged()?.len()),
             false => Ok(0),
         }
@@ -82,41 +73,7 @@ impl Catalog {
                 on_top,
             });
         }
-        found.extend(self.left_aside()?);
         Ok(found)
-    }
-
-    /// Sound records that are not used, for they were put back after plyd had started.
-    fn left_aside(&self) -> Result<Vec<UnusableRecord>> {
-        let changes = self.changes.lock();
-        let strays = self.strays(&changes)?.into_iter();
-        let sound = strays.filter_map(|id| match self.records.get(&id) {
-            Ok(Some(record)) => Some((id, record)),
-            _ => None,
-        });
-        let left = sound.map(|(id, record)| {
-            let why = if changes.of(record.owner, &record.key).is_some() {
-                "it was put back, and its key is another's now"
-            } else if record
-                .parent
-                .as_ref()
-                .is_some_and(|id| !changes.known.contains_key(id))
-            {
-                "it was put back, and what it builds on is not there"
-            } else {
-                "it was put back, and is not used yet"
-            };
-            UnusableRecord {
-                damaged: Damaged {
-                    remedy: ASIDE,
-                    left: LEFT_ASIDE,
-                    ..self.records.damaged(&id, why.to_owned())
-                },
-                on_top: changes.on_top_of(&id),
-                of: Some(ref_to(&record)),
-            }
-        });
-        Ok(left.collect())
     }
 
     /// Says in the log that `damaged` could not be read at the start, whose these are and what to do.
@@ -193,8 +150,7 @@ impl Catalog {
             None => self.index.get(&name(owner, key))?,
         };
         let id = id.or_else(|| {
-            // As a record begins.
-            let text = format!("{{\"owner\":\"{owner}\",\"key\":\"{key}\",");
+            let text = format!("{}\"key\":\"{key}\",", beginning(owner));
             let mut unread = changes.unread.iter();
             unread.find(|id| self.records.has_text(id, &text)).cloned()
         });
@@ -228,52 +184,46 @@ impl Catalog {
         Ok(true)
     }
 
-    /// Takes records as they are on the disk of which nothing is known, as they could not be used when plyd started, or were not there,
-    /// if `is_there` says that of what they stand for. `count` is told of each before it can be found; whose they are is
-    /// answered. One whose name another snapshot has got since is left, and one whose parent is not known.
+    /// Takes records as they are on the disk of which nothing is known, as they could not be used when plyd started, or were not there: as
+    /// a start would. `count` is told of each before it can be found, `uncount` of those that are another's now; whose they are is
+    /// answered.
     pub(in crate::snapshotter) fn take_put_back(
         &self,
-        is_there: impl Fn(&Found) -> bool,
         count: impl Fn(&SnapshotRecord),
+        uncount: impl Fn(&SnapshotRecord),
     ) -> Result<Vec<ParentRef>> {
         let mut changes = self.changes.lock();
-        let all = in_order(self.records.list()?.records).into_iter();
-        let mut new: Vec<Found> = all
-            .filter(|found| !changes.known.contains_key(&found.id))
-            .collect();
         let mut taken = Vec::new();
-        // Parents may follow their children where clocks were set back.
-        loop {
-            let known = |id: &String| changes.known.contains_key(id);
-            let next = new.iter().position(|Found { record, .. }| {
-                record.parent.as_ref().is_none_or(known)
-                    && changes.of(record.owner, &record.key).is_none()
-            });
-            let Some(found) = next.map(|next| new.remove(next)) else {
-                break;
+        for id in self.strays(&changes)? {
+            let record = match self.records.get(&id) {
+                Ok(Some(record)) => record,
+                Ok(None) => continue,
+                Err(_) => {
+                    changes.unread.insert(id);
+                    continue;
+                }
             };
-            if !is_there(&found) {
-                tracing::warn!(
-                    snapshot = found.record.key,
-                    "its record was put back, but what it stands for is not there"
-                );
-                continue;
-            }
-            let Found { id, record } = found;
-            self.index.insert(&name(record.owner, &record.key), &id)?;
             count(&record);
             changes.last_time = changes.last_time.max(record.updated);
             changes.unread.remove(&id);
             taken.push(ref_to(&record));
             changes.known.insert(id, record);
         }
-        for left in new {
-            tracing::warn!(
-                snapshot = left.record.key,
-                "its record was put back, but its name is another's now, or its parent is not there"
-            );
+        if !taken.is_empty() {
+            for joined in self.join_twins(&mut changes) {
+                uncount(&joined);
+            }
+            self.lead_all(&changes)?;
         }
         Ok(taken)
+    }
+
+    /// Whether there are records of which nothing is known: somebody has put them back since the start.
+    pub(in crate::snapshotter) fn has_strays(&self) -> Result<bool> {
+        let changes = self.changes.lock();
+        let mut strays = self.strays(&changes)?.into_iter();
+        let is_sound = |id: &String| matches!(self.records.get(id), Ok(Some(_)));
+        Ok(strays.any(|id| !changes.unread.contains(&id) || is_sound(&id)))
     }
 
     /// Whether it is known of all snapshots what their records say, and no record is there that is not known.
@@ -282,18 +232,13 @@ impl Catalog {
         Ok(changes.is_complete() && self.strays(&changes)?.is_empty())
     }
 
-    /// Whether it is known of all snapshots that somebody tells of what their records say. Nothing is read.
-    pub(in crate::snapshotter) fn misses_none(&self) -> bool {
-        self.changes.lock().is_complete()
-    }
-
     /// Whether the record of that id is known. One that somebody has put back since the start is not before it was taken in.
     pub(in crate::snapshotter) fn knows(&self, id: &str) -> bool {
         self.changes.lock().known.contains_key(id)
     }
 
     /// Ids of records that are there and of which nothing is known.
-    pub(super) fn strays(&self, changes: &Changes) -> Result<Vec<String>> {
+    fn strays(&self, changes: &Changes) -> Result<Vec<String>> {
         let mut ids = self.records.ids()?;
         ids.retain(|id| !changes.known.contains_key(id));
         Ok(ids)
@@ -323,6 +268,11 @@ impl Changes {
             .map(|(_, record)| ref_to(record))
             .collect()
     }
+}
+
+/// As a record of a snapshot begins.
+pub(super) fn beginning(owner: Owner) -> String {
+    format!("{{\"owner\":\"{owner}\",")
 }
 
 fn ref_to(record: &SnapshotRecord) -> ParentRef {

@@ -12,6 +12,8 @@ use crate::store::record::{self, Damaged};
 pub(super) const GONE: &str = "it is gone";
 /// What to do about one that is of no image's layer.
 const OF_OTHERS: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or remove what builds on it";
+/// The same where nothing is known to build on it.
+const OF_NOTHING: &str = "restore it from a backup and run `snapctl system repair`, or start plyd again to give up what it stood for";
 /// What to do about one of containerd's, which believes that the snapshot is there.
 const OF_CONTAINERD: &str = "nothing here tells what it said: restore it from a backup and run `snapctl system repair`, or have containerd remove the containers on it and each image that has it (`ctr containers rm`, `ctr images rm --sync`; `crictl rm`, `crictl rmi`), and only then pull the image again";
 /// What to do about one of which nobody can tell whose it is.
@@ -33,6 +35,7 @@ pub(super) fn advised(damaged: Damaged, owner: Option<Owner>, on_top: &[ParentRe
             left: LEFT_OF_IMAGE,
             ..damaged
         },
+        _ if on_top.is_empty() => damaged.advised(OF_NOTHING),
         Some(Owner::Containerd) => damaged.advised(OF_CONTAINERD),
         Some(_) => damaged.advised(OF_OTHERS),
         None => Damaged {
@@ -60,6 +63,15 @@ impl Catalog {
             }
         }
         unknown
+    }
+
+    /// Fails if the record of a layer of an image is gone: that of one that was removed has no name in the index.
+    pub(in crate::snapshotter) fn check_layer_is_not_gone(&self, key: &str) -> Result<()> {
+        let id = self.index.get(&name(Owner::Image, key))?;
+        match id.is_some_and(|id| self.is_gone(&id)) {
+            true => Err(record::Error::from(self.gone_layer(key)?).into()),
+            false => Ok(()),
+        }
     }
 
     /// What is told of the record of a layer of an image that is gone.
@@ -137,14 +149,14 @@ impl Catalog {
 impl Changes {
     /// Ids of the records that have to be there.
     pub(super) fn expected(&self) -> Vec<String> {
-        let known = self.known.keys().cloned();
+        let known = self.known.keys().chain(&self.unread).cloned();
         known.chain(self.unknown_parents()).collect()
     }
 
     /// Whether the record of that id has to be there.
     pub(super) fn expects(&self, id: &str) -> bool {
         let is_child = |record: &SnapshotRecord| record.parent.as_deref() == Some(id);
-        self.known.contains_key(id) || self.known.values().any(is_child)
+        self.known.contains_key(id) || self.unread.contains(id) || self.known.values().any(is_child)
     }
 
     /// Whether it is known of all snapshots what they are, as far as anything tells of them.

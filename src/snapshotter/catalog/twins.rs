@@ -1,11 +1,10 @@
 //! Several records with one name: one that somebody has put back, and the one that was made in its place.
 //!
-//! The index leads to one of them. Where both are of one layer, the next start makes one of them: what builds on the other comes to build on
+//! The index leads to one of them. Where both are of one layer, and all other records can be used, one is made of them: what builds on the other comes to build on
 //! the one that stays. A record of what was not committed goes if nothing is left of that. Others stay, each with what builds on it, and
 //! the name leads to another once the one that it leads to has gone.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
 
 use super::{Catalog, Changes, SnapshotRecord, name};
 use crate::snapshotter::types::*;
@@ -19,10 +18,17 @@ struct Twin {
 }
 
 impl Catalog {
-    /// Makes one of those that are the same. `data` has the uppers. Nobody else has the catalog yet.
-    pub(super) fn join_twins(&self, data: &Path) -> Result<()> {
-        let mut changes = self.changes.lock();
-        let twins = self.twins(&changes, data)?;
+    /// Makes one of those that are the same, and answers the records that are no more.
+    pub(super) fn join_twins(&self, changes: &mut Changes) -> Vec<SnapshotRecord> {
+        let mut joined = Vec::new();
+        if let Err(error) = self.try_join(changes, &mut joined) {
+            tracing::error!(%error, "two records of one snapshot stay");
+        }
+        joined
+    }
+
+    fn try_join(&self, changes: &mut Changes, joined: &mut Vec<SnapshotRecord>) -> Result<()> {
+        let twins = self.twins(changes)?;
         let ids: HashSet<&str> = twins.iter().map(|twin| &*twin.id).collect();
         let others = changes.known.iter().filter(|(id, _)| !ids.contains(&***id));
         let is_known = |id: &String| changes.known.contains_key(id);
@@ -40,39 +46,61 @@ impl Catalog {
                 kept = twin.kept,
                 "two records are of one snapshot; the first goes, and what builds on it builds on the second"
             );
-            let Some(created) = changes.known.get(&twin.id).map(|record| record.created) else {
-                continue;
-            };
-            if let Some(kept) = changes.known.get_mut(&twin.kept)
-                && created < kept.created
-            {
-                // It stays older than what builds on it.
-                let mut older = kept.clone();
-                older.created = created;
-                self.records.put(&twin.kept, &older)?;
-                *kept = older;
-            }
             let children = changes.children(Some(&twin.id));
+            if !children.is_empty() {
+                self.make_older(changes, &twin)?;
+            }
             for id in children {
-                if let Some(record) = changes.known.get_mut(&id) {
-                    let mut moved = record.clone();
-                    moved.parent = Some(twin.kept.clone());
-                    self.records.put(&id, &moved)?;
-                    *record = moved;
-                }
+                self.change(changes, &id, |record| {
+                    record.parent = Some(twin.kept.clone());
+                })?;
             }
             self.records.remove(&twin.id)?;
             if let Some(record) = changes.known.remove(&twin.id) {
                 self.index
                     .insert(&name(record.owner, &record.key), &twin.kept)?;
+                joined.push(record);
             }
         }
         Ok(())
     }
 
-    fn twins(&self, changes: &Changes, data: &Path) -> Result<Vec<Twin>> {
+    /// Has the one that is kept, and what it lies on, be as old as the other, so that all of it is older than what comes to build on it.
+    fn make_older(&self, changes: &mut Changes, twin: &Twin) -> Result<()> {
+        let mut limit = changes.known.get(&twin.id).map(|record| record.created);
+        let mut next = Some(twin.kept.clone());
+        while let (Some(id), Some(created)) = (next, limit) {
+            next = None;
+            if let Some(record) = changes.known.get(&id)
+                && record.created > created
+            {
+                next = record.parent.clone();
+                limit = created.checked_sub(1);
+                self.change(changes, &id, |record| record.created = created)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn change(
+        &self,
+        changes: &mut Changes,
+        id: &str,
+        change: impl FnOnce(&mut SnapshotRecord),
+    ) -> Result<()> {
+        if let Some(record) = changes.known.get_mut(id) {
+            let mut changed = record.clone();
+            change(&mut changed);
+            self.records.put(id, &changed)?;
+            *record = changed;
+        }
+        Ok(())
+    }
+
+    fn twins(&self, changes: &Changes) -> Result<Vec<Twin>> {
         let is_there = |id: &str, record: &SnapshotRecord| {
-            record.kind == Kind::Committed || data.join(id).exists()
+            // Where nobody can tell, it may be.
+            record.kind == Kind::Committed || self.data.join(id).try_exists().unwrap_or(true)
         };
         let mut by_name: HashMap<Vec<u8>, Vec<(&String, &SnapshotRecord)>> = HashMap::new();
         for (id, record) in &changes.known {

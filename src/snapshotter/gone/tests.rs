@@ -60,13 +60,12 @@ fn a_record_that_was_put_back_is_not_given_up_with_what_builds_on_it() {
     prepare(&snapshots, "on it", Some("base"));
     let record = record_of(&place, &snapshots, OWNER, "base");
     let (snapshots, good) = lose(&place, snapshots, &record);
-    fs::write(&record, good).unwrap();
-    assert_eq!(snapshots.count_damaged_records().unwrap(), 1);
-    snapshots.remove(OWNER, "on it").unwrap();
     assert!(!snapshots.settle_records());
-    prepare(&snapshots, "again", Some("base"));
-    assert_eq!(snapshots.count_damaged_records().unwrap(), 0);
+    fs::write(&record, good).unwrap();
+    assert!(!snapshots.settle_records());
+    snapshots.remove(OWNER, "on it").unwrap();
     assert!(snapshots.settle_records());
+    prepare(&snapshots, "again", Some("base"));
     let base = snapshots.stat(OWNER, "base").unwrap().packed_layers;
     assert!(snapshots.packed_layers().is_whole(base[0]));
 }
@@ -95,9 +94,9 @@ fn a_record_that_was_put_back_is_as_any_other_once_it_is_changed() {
     assert!(snapshots.packed_layers().list().is_empty());
 }
 
-/// Nothing told of it, and what built on it took its layer along.
+/// What built on it took its layer along.
 #[test]
-fn a_record_whose_key_is_anothers_now_is_told_and_keeps_its_layer() {
+fn a_record_whose_key_is_anothers_now_keeps_its_layer_and_what_it_lies_on() {
     let place = Place::new();
     let snapshots = place.open();
     layer(&snapshots, "below", None);
@@ -107,30 +106,81 @@ fn a_record_whose_key_is_anothers_now_is_told_and_keeps_its_layer() {
     let (snapshots, good) = lose(&place, snapshots, &record);
     commit(&snapshots, (OWNER, "base"), None, &EMPTY);
     fs::write(&record, good).unwrap();
-    assert!(snapshots.take_put_back().unwrap().is_empty());
-    let told = snapshots.damaged_records().unwrap();
-    assert_eq!(told.len(), 1);
-    let told = told[0].damaged.to_string();
-    assert!(told.contains("its key is another's now"), "{told}");
-    snapshots.remove(OWNER, "on it").unwrap();
-    assert!(!snapshots.settle_records());
-    assert_eq!(snapshots.packed_layers().list().len(), 3);
     let refused = snapshots.remove(OWNER, "below");
     assert!(
-        matches!(refused, Err(Error::MayHaveChildren { .. })),
+        matches!(refused, Err(Error::HasChildren { .. })),
         "{refused:?}"
     );
+    assert!(snapshots.damaged_records().unwrap().is_empty());
+    snapshots.remove(OWNER, "on it").unwrap();
+    assert!(snapshots.settle_records());
+    assert_eq!(snapshots.packed_layers().list().len(), 3);
 
     // The index is lost: the key means the one that was made last.
     let index = place.root().join("index");
     let snapshots = meanwhile(&place, snapshots, || fs::remove_dir_all(&index).unwrap());
-    assert!(snapshots.damaged_records().unwrap().is_empty());
     let is_put_back =
         |snapshots: &Snapshotter| record_of(&place, snapshots, OWNER, "base") == record;
     assert!(!is_put_back(&snapshots));
     snapshots.remove(OWNER, "base").unwrap();
     assert!(is_put_back(&snapshots));
     assert_eq!(snapshots.packed_layers().list().len(), 2);
+}
+
+/// Nobody told of it, and it went with the layer of another one that has the same.
+#[test]
+fn a_record_that_nothing_tells_of_keeps_its_layer_once_it_is_put_back() {
+    let place = Place::new();
+    let snapshots = place.open();
+    for name in ["one", "two"] {
+        commit(&snapshots, (OWNER, name), None, &EMPTY);
+    }
+    let record = record_of(&place, &snapshots, OWNER, "one");
+    let (snapshots, good) = lose(&place, snapshots, &record);
+    assert!(snapshots.settle_records());
+    fs::write(&record, good).unwrap();
+    snapshots.remove(OWNER, "two").unwrap();
+    let one = snapshots.stat(OWNER, "one").unwrap().packed_layers;
+    assert!(snapshots.packed_layers().is_whole(one[0]));
+}
+
+/// It was told of by nobody, and kept what it might build on for good.
+#[test]
+fn a_damaged_record_that_was_removed_is_told_of_until_the_next_start() {
+    let place = Place::new();
+    let snapshots = place.open();
+    let own = |key| (Owner::Snapctl, key);
+    commit(&snapshots, own("base"), None, &EMPTY);
+    commit(
+        &snapshots,
+        own("on it"),
+        Some(of(Owner::Snapctl, "base")),
+        &EMPTY,
+    );
+    let record = record_of(&place, &snapshots, Owner::Snapctl, "on it");
+    let damage = || fs::write(&record, "nonsense").unwrap();
+    let snapshots = meanwhile(&place, snapshots, damage);
+    fs::remove_file(&record).unwrap();
+    assert_eq!(snapshots.count_damaged_records().unwrap(), 1);
+    let told = snapshots
+        .damaged_records()
+        .unwrap()
+        .remove(0)
+        .damaged
+        .to_string();
+    assert!(
+        told.contains("it is gone") && told.contains("start plyd again"),
+        "{told}"
+    );
+    let refused = snapshots.remove(Owner::Snapctl, "base");
+    assert!(
+        matches!(refused, Err(Error::MayHaveChildren { .. })),
+        "{refused:?}"
+    );
+    let snapshots = meanwhile(&place, snapshots, || ());
+    assert_eq!(snapshots.count_damaged_records().unwrap(), 0);
+    snapshots.remove(Owner::Snapctl, "base").unwrap();
+    assert!(snapshots.packed_layers().list().is_empty());
 }
 
 /// It was younger than what built on it, and passed for one on which a record that was gone could not build.
@@ -190,7 +240,12 @@ fn a_layer_of_containerds_stays_on_which_a_snapshot_of_others_may_build() {
     let own = (Owner::Snapctl, "own");
     commit(&snapshots, own, Some(of(OWNER, "base")), &EMPTY);
     let record = record_of(&place, &snapshots, own.0, own.1);
-    let damage = || fs::write(&record, "nonsense").unwrap();
+    // Also where the index tells nothing of it.
+    let damage = || {
+        let good = fs::read_to_string(&record).unwrap();
+        fs::write(&record, good.replace("packed", "")).unwrap();
+        fs::remove_dir_all(place.root().join("index")).unwrap();
+    };
     let snapshots = meanwhile(&place, snapshots, damage);
     let refused = snapshots.remove(OWNER, "base");
     assert!(
