@@ -254,7 +254,7 @@ pub enum Error {
     },
     /// Others may build on it, of which nothing is known.
     #[error(
-        "cannot remove the snapshot {key:?}, for one may build on it whose record {} is not in use; `snapctl system verify` says what to do about that", record.display()
+        "cannot remove the snapshot {key:?}, for one may build on it whose record {} cannot be used; `snapctl system verify` says what to do about that", record.display()
     )]
     MayHaveChildren {
         /// Key.

@@ -192,7 +192,7 @@ fn a_snapshot_is_not_removed_while_a_damaged_record_may_be_of_one_on_it() {
     let refused = plyd.snapctl(["snapshot", "rm", "base"]);
     assert_eq!(refused.code, 1);
     let told = format!(
-        "one may build on it whose record {} is not in use",
+        "one may build on it whose record {} cannot be used",
         record.display()
     );
     assert!(refused.stderr.contains(&told), "{}", refused.stderr);
