@@ -243,7 +243,7 @@ impl Catalog {
 
     /// All sound snapshots, in order of creation, and how many others there are, of which the records cannot be used or are gone.
     pub(super) fn all_and_unusable(&self) -> Result<(Vec<Found>, usize)> {
-        let mut missing: HashSet<String> = self.changes.lock().expected().into_iter().collect();
+        let mut missing = self.changes.lock().expected();
         let listing = self.records.list()?;
         let damaged = listing.damaged.iter().map(|damaged| &damaged.id);
         for id in listing.records.iter().map(|(id, _)| id).chain(damaged) {

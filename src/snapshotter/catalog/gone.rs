@@ -148,7 +148,7 @@ impl Catalog {
 
 impl Changes {
     /// Ids of the records that have to be there.
-    pub(super) fn expected(&self) -> Vec<String> {
+    pub(super) fn expected(&self) -> HashSet<String> {
         let known = self.known.keys().chain(&self.unread).cloned();
         known.chain(self.unknown_parents()).collect()
     }

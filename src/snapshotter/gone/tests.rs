@@ -157,10 +157,17 @@ fn a_damaged_record_that_was_removed_is_told_of_until_the_next_start() {
         Some(of(Owner::Snapctl, "base")),
         &EMPTY,
     );
+    let on_it = of(Owner::Snapctl, "on it");
+    snapshots
+        .prepare(Owner::Snapctl, "top", Some(&on_it), BTreeMap::new())
+        .unwrap();
     let record = record_of(&place, &snapshots, Owner::Snapctl, "on it");
     let damage = || fs::write(&record, "nonsense").unwrap();
     let snapshots = meanwhile(&place, snapshots, damage);
     fs::remove_file(&record).unwrap();
+    // Once, though the snapshot on it tells of it, too.
+    assert_eq!(snapshots.count_damaged_records().unwrap(), 1);
+    snapshots.remove(Owner::Snapctl, "top").unwrap();
     assert_eq!(snapshots.count_damaged_records().unwrap(), 1);
     let told = snapshots
         .damaged_records()
