@@ -213,7 +213,15 @@ pub(super) fn discard(dir: &Path, trash: &Arc<Trash>) {
 /// The work directory, if a union has it open.
 fn in_use(work: &Path) -> io::Result<Option<File>> {
     let work = match File::open(work) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // Nor is it if a power cut has made something else of what it was to lie in.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(None);
+        }
         opened => opened?,
     };
     match fs::try_lock(work.as_fd()) {

@@ -497,3 +497,16 @@ fn on_a_layer_that_is_a_directory_commits_go_on_as_directories() {
         [("/file".to_owned(), ChangeKind::Added)]
     );
 }
+
+/// As fsck leaves a directory that had not come to the disk whole. It stayed for good.
+#[test]
+fn what_is_no_directory_among_the_uppers_is_cleared() {
+    let place = Place::new();
+    let stray = place.root().join("snapshots/data/stray");
+    let snapshots = place.open();
+    snapshots.close().unwrap();
+    drop(snapshots);
+    fs::write(&stray, "").unwrap();
+    place.open().wait_until_deleted();
+    assert!(!stray.exists());
+}
