@@ -32,6 +32,14 @@ pub fn plyfs_of(dir: &Path) -> Vec<i32> {
         .collect()
 }
 
+/// The same where there is one.
+pub fn only_plyfs_of(dir: &Path) -> i32 {
+    let [pid] = plyfs_of(dir)[..] else {
+        panic!("not one plyfs");
+    };
+    pid
+}
+
 fn kill_9(pid: i32) {
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
 }
@@ -91,9 +99,7 @@ fn a_dead_plyfs_means_errors_at_once_and_a_new_mount_on_request() {
     fs::write(root.join("file"), "1").unwrap();
     let reader = fs::File::open(root.join("file")).unwrap();
     fs::File::open(&root).unwrap().sync_all().unwrap();
-    let [pid] = plyfs_of(plyd.dir())[..] else {
-        panic!("not one plyfs");
-    };
+    let pid = only_plyfs_of(plyd.dir());
     kill_9(pid);
     until("the death is noticed", || plyd.log().contains("plyfs died"));
     // Not a hang: an error.
@@ -171,9 +177,7 @@ fn a_plyfs_that_hangs_keeps_nobody_from_being_served() {
     let snapshots = Snapshots::of(&plyd);
     let hung = source(&snapshots.prepare("hung", "").unwrap());
     fs::write(hung.join("file"), "1").unwrap();
-    let [pid] = plyfs_of(plyd.dir())[..] else {
-        panic!("not one plyfs");
-    };
+    let pid = only_plyfs_of(plyd.dir());
     let other = source(&snapshots.prepare("other", "").unwrap());
     let before = plyfs_of(plyd.dir());
     kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
@@ -202,9 +206,7 @@ fn a_plyfs_that_dies_before_it_answers_the_next_plyd_is_replaced() {
     let root = source(&snapshots.prepare("a", "").unwrap());
     fs::write(root.join("file"), "1").unwrap();
     fs::File::open(&root).unwrap().sync_all().unwrap();
-    let [pid] = plyfs_of(plyd.dir())[..] else {
-        panic!("not one plyfs");
-    };
+    let pid = only_plyfs_of(plyd.dir());
     kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
     plyd.signal(Signal::SIGKILL);
     plyd.launch();
@@ -224,9 +226,7 @@ fn usage_is_refused_when_the_plyfs_dies_before_it_has_flushed() {
     let snapshots = Snapshots::of(&plyd);
     let root = source(&snapshots.prepare("a", "").unwrap());
     fs::write(root.join("file"), "1").unwrap();
-    let [pid] = plyfs_of(plyd.dir())[..] else {
-        panic!("not one plyfs");
-    };
+    let pid = only_plyfs_of(plyd.dir());
     kill(Pid::from_raw(pid), Signal::SIGSTOP).unwrap();
     let refused = std::thread::scope(|scope| {
         let asked = scope.spawn(|| snapshots.usage("a"));

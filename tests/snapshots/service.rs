@@ -11,7 +11,7 @@ use tonic::Code;
 
 use super::client::{Bind, Snapshots, labels, source};
 use super::common::{Plyd, mounts_below, unmount, until};
-use super::crash::plyfs_of;
+use super::crash::only_plyfs_of;
 
 const REF: &str = "containerd.io/snapshot.ref";
 
@@ -368,9 +368,7 @@ fn what_was_just_unmounted_is_mounted_anew() {
     let snapshots = Snapshots::of(&plyd);
     let root = source(&snapshots.prepare("a", "").unwrap());
     fs::write(root.join("file"), "1").unwrap();
-    let [pid] = plyfs_of(plyd.dir())[..] else {
-        panic!("not one plyfs");
-    };
+    let pid = only_plyfs_of(plyd.dir());
     let pid = Pid::from_raw(pid);
     kill(pid, Signal::SIGSTOP).unwrap();
     unmount(&root);
